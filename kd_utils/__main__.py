@@ -1,0 +1,145 @@
+"""`python -m kd_utils`: sweep, evaluate, verify, check. Exit status: 0 well, 1 something failed, 2 wrong input."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        from .execution import NotebookFailed
+
+        if not isinstance(error, NotebookFailed):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; what is done is kept: run the same command again to go on", file=sys.stderr)
+        return 130
+
+
+def sweep(options: argparse.Namespace) -> int:
+    from . import config, records
+    from . import sweep as sweeps
+
+    parameters, grid = config.load_parameters(options.parameters), sweeps.load_grid(options.grid)
+    run_dir = Path(options.run_dir or sweeps.default_run_dir(parameters)).absolute()
+    chosen = sweeps.select(sweeps.plan(parameters, grid, run_dir), options.only, grid)
+    if options.dry_run:
+        for stem in (sweeps.PREPARE, sweeps.CACHE):
+            print(f"{stem:<32} {'done' if sweeps.stage_is_done(stem, run_dir, parameters) else 'to run'}")
+        states = sweeps.status(chosen, run_dir, parameters)
+        for name, state in states.items():
+            print(f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why))
+        done = sum(state.state == "done" for state in states.values())
+        print(f"{done} of {len(states)} trials are done, {len(states) - done} to run; "
+              f"records: {config.short_path(run_dir)}")
+        return 0
+    results = sweeps.run_sweep(parameters, grid, only=options.only, run_dir=run_dir, address=options.address,
+                               cpus_per_trial=options.cpus_per_trial, gpus_per_trial=options.gpus_per_trial)
+    print(_results_text(results))
+    print(f"Records: {config.short_path(run_dir)}/ (one executed notebook per trial in trials/, {records.SUMMARY}, "
+          "04_analyse_results.ipynb)")
+    of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
+    return 0 if (of_chosen["status"] == "done").all() else 1
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from .evaluation import evaluate_folder
+
+    table = evaluate_folder(options.model_dir, options.task, options.split, options.out, data_dir=options.data_dir,
+                            limit=options.limit, num_fewshot=options.num_fewshot, batch_size=options.batch_size,
+                            progress=True)
+    print(f"{options.task} {options.split}: accuracy {100 * table['correct'].mean():.2f} % of {len(table)} rows; "
+          f"written to {options.out}")
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    from .cache import CacheError
+    from .verification import verify as verify_cache
+
+    if not options.cache_dir.is_dir():
+        raise FileNotFoundError(f"no cache folder {options.cache_dir}")
+    try:
+        report = verify_cache(options.cache_dir)
+    except CacheError as error:
+        print(f"not whole: {error}", file=sys.stderr)
+        return 1
+    print(report.to_string(index=False, justify="left"))
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    from . import records
+
+    problems = records.check_run(options.run_dir)
+    for problem in problems:
+        print(problem)
+    done, planned = records.count_done(options.run_dir)
+    print(f"{done} of {planned} trials whole" + (f"; {len(problems)} problems" if problems else ""))
+    return 1 if problems else 0
+
+
+def _results_text(results: object) -> str:
+    """The results table as text: for every metric, mean and spread per method, and which trials are not done."""
+    from . import stats
+
+    parts = []
+    if (results["status"] == "done").any():
+        metrics = [stats.ACCURACY, *(f"{stats.ACCURACY}/{task}" for task in stats.tasks_of(results)), stats.LOSS]
+        for metric in metrics:
+            table = stats.display_table(stats.summary_table(results, metric))
+            unit = "per cent" if stats.is_accuracy(metric) else "nats per token"
+            parts.append(f"{metric} ({unit})\n{table.droplevel('metric').to_string()}\n")
+    return "\n".join([*parts, stats.coverage(results)])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m kd_utils", description="White-box distillation benchmark.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    add = commands.add_parser("sweep", help="run a parameter file times a grid; only what is missing")
+    add.set_defaults(run=sweep)
+    add.add_argument("parameters", metavar="PARAMS.yaml", help="what differs from the notebooks' defaults")
+    add.add_argument("--grid", metavar="FILE", help="lists of values (default: 4 methods x 7 seeds)")
+    add.add_argument("--only", default="", metavar="KEY=VALUES,...",
+                     help="run a part: distill_type=attention,seed=0-2 (several values: seed=0-2+5)")
+    add.add_argument("--run-dir", metavar="DIR", help="where the records go (default: runs/NAME)")
+    add.add_argument("--address", help="a Ray cluster (auto, or HOST:PORT); default: this machine")
+    add.add_argument("--cpus-per-trial", type=float, default=1, metavar="N")
+    add.add_argument("--gpus-per-trial", type=float, metavar="N",
+                     help="fractions too (default: 1 where there is a GPU)")
+    add.add_argument("--dry-run", action="store_true", help="show the trials, and which are already done")
+
+    add = commands.add_parser("evaluate", help="score a causal LM folder as the trials are scored")
+    add.set_defaults(run=evaluate)
+    add.add_argument("model_dir", metavar="MODEL_DIR", type=Path)
+    add.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the hub's schema (default: the hub)")
+    add.add_argument("--task", required=True, choices=["sst2", "mmlu", "gsm8k"])
+    add.add_argument("--split", required=True, metavar="S")
+    add.add_argument("--limit", type=int, metavar="N", help="the first N rows (MMLU: of each subject)")
+    add.add_argument("--num-fewshot", type=int, default=0, metavar="K", help="solved examples before each prompt")
+    add.add_argument("--batch-size", type=int, default=8, metavar="N")
+    add.add_argument("--out", required=True, type=Path, metavar="FILE.parquet")
+
+    add = commands.add_parser("verify", help="look at everything in a teacher cache")
+    add.set_defaults(run=verify)
+    add.add_argument("cache_dir", metavar="CACHE_DIR", type=Path)
+
+    add = commands.add_parser("check", help="say whether a run's records are whole, or exactly what is wrong")
+    add.set_defaults(run=check)
+    add.add_argument("run_dir", metavar="RUN_DIR", type=Path)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

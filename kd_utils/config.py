@@ -1,0 +1,280 @@
+"""Typed parameters: one frozen config per notebook, checked before anything is loaded.
+
+The defaults stand in the notebooks' cells tagged `parameters` and nowhere else; the classes here say which keys
+exist, of what type and in which range. A file in `papermill_params/` holds what differs from the defaults.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+#: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the
+#: shared folder that holds `artifacts/` and `runs/`.
+ROOT = Path(os.environ.get("KD_ROOT") or Path(__file__).resolve().parents[1])
+
+METHODS = ("black_box", "hidden_state", "attention", "combined")
+TASK_NAMES = ("sst2", "mmlu", "gsm8k")
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+def resolve(path: str | Path) -> Path:
+    """A path as the project means it: absolute as given, relative to the project's root otherwise."""
+    return ROOT / Path(path).expanduser()
+
+
+def short_path(path: str | Path) -> str:
+    """The path relative to the project's root where it lies inside it, for text that goes into records."""
+    path = Path(path)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+class Config(BaseModel):
+    """What all four notebooks share: names, places, and how a bad value is reported."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    name: Name
+    artifacts_dir: str
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(_one_line(error, type(self))) from None
+
+    @classmethod
+    def from_notebook(cls, namespace: dict[str, Any]) -> Self:
+        """The config from a notebook's globals, after its `parameters` cell and what papermill injected.
+
+        Args:
+            namespace: the notebook's `globals()`.
+
+        Raises:
+            ValueError: one line that names the key, what came and what is allowed; also for a key that papermill
+                injected and that no notebook declares (papermill alone only warns).
+        """
+        unknown_keys_are_errors(_injected_names(namespace.get("In", [])), "injected parameters")
+        missing = [key for key in cls.model_fields if key not in namespace]
+        if missing:
+            raise ValueError(f"the parameters cell does not define {', '.join(missing)}: restore it")
+        return cls(**{key: namespace[key] for key in cls.model_fields})
+
+    def __str__(self) -> str:
+        width = max(map(len, type(self).model_fields))
+        return "\n".join(f"{key:<{width}}  {value!r}" for key, value in self.model_dump().items())
+
+    @property
+    def artifacts(self) -> Path:
+        return resolve(self.artifacts_dir)
+
+    @property
+    def data_path(self) -> Path:
+        """Folder of the prepared data, `artifacts/data/NAME`."""
+        return self.artifacts / "data" / self.name
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over all values but those that cannot change a result (names, places, devices)."""
+        skip = {"name", "artifacts_dir", "run_dir", "device", "save_student", "trial"}
+        values = {key: value for key, value in self.model_dump().items() if key not in skip}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class DataConfig(Config):
+    """Parameters of `01_prepare_data`."""
+
+    build: Literal["toy", "smol", "none"]
+    data_dir: str
+    tokenizer: str
+    max_length: PositiveInt
+    data_seed: Seed
+    sst2_train: Count
+    sst2_validation: Count
+    mmlu_train: Count
+    mmlu_validation: Count
+    gsm8k_train: Count
+    gsm8k_validation: Count
+
+    @model_validator(mode="after")
+    def _some_rows(self) -> Self:
+        for split in ("train", "validation"):
+            if not any(self.rows(task, split) for task in TASK_NAMES):
+                raise ValueError(f"no task has {split} rows: set one of "
+                                 + ", ".join(f"{task}_{split}" for task in TASK_NAMES) + " above 0")
+        return self
+
+    def rows(self, task: str, split: str) -> int:
+        """How many rows of `task` go into `split` ("train" or "validation")."""
+        return getattr(self, f"{task}_{split}")
+
+
+class CacheConfig(Config):
+    """Parameters of `02_cache_teacher`."""
+
+    teacher: str
+    teacher_revision: str
+    tokenizer: str
+    teacher_epochs: Count
+    teacher_learning_rate: PositiveFloat
+    teacher_batch_size: PositiveInt
+    teacher_seed: Seed
+    signals: Literal["white_box", "top_k"]
+    top_k: PositiveInt
+    temperature: PositiveFloat
+    shard_examples: PositiveInt
+    batch_tokens: PositiveInt
+    eval_batch_size: PositiveInt
+    max_new_tokens: PositiveInt
+    precision: Literal["auto", "float32", "bfloat16"]
+    device: str
+
+
+class TrialConfig(Config):
+    """Parameters of `03_train_student`: one trial, one method and one seed."""
+
+    distill_type: Literal["black_box", "hidden_state", "attention", "combined"]
+    seed: Seed
+    student: str
+    student_init: Literal["pretrained", "layers", "random"]
+    student_layers: PositiveInt
+    tokenizer: str
+    alpha: Weight
+    beta: Weight
+    gamma_hidden: Weight
+    gamma_attention: Weight
+    temperature: PositiveFloat
+    distill_tokens: Literal["all", "answer"]
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    micro_batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    weight_decay: Weight
+    max_grad_norm: PositiveFloat
+    eval_batch_size: PositiveInt
+    max_new_tokens: PositiveInt
+    precision: Literal["auto", "float32", "bfloat16"]
+    device: str
+    save_student: bool
+    run_dir: str
+    trial: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._=+-]*)?$", max_length=200)]
+
+    @model_validator(mode="after")
+    def _some_loss(self) -> Self:
+        if not any(self.weights.values()):
+            raise ValueError("every weight of the loss is 0: set alpha, beta or a gamma above 0")
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss term that the method has (DESIGN's table: which method has which term)."""
+        weights = {"task": self.alpha, "kd": self.beta}
+        if self.distill_type in ("hidden_state", "combined"):
+            weights["hidden"] = self.gamma_hidden
+        if self.distill_type in ("attention", "combined"):
+            weights["attention"] = self.gamma_attention
+        return weights
+
+
+class AnalysisConfig(Config):
+    """Parameters of `04_analyse_results`."""
+
+    run_dir: str
+
+
+NOTEBOOKS: dict[str, type[Config]] = {
+    "01_prepare_data": DataConfig,
+    "02_cache_teacher": CacheConfig,
+    "03_train_student": TrialConfig,
+    "04_analyse_results": AnalysisConfig,
+}
+
+
+def notebook_path(stem: str) -> Path:
+    """Source of a notebook. It travels with the code, so it lies beside the package and not under KD_ROOT."""
+    return Path(__file__).resolve().parents[1] / "notebooks" / f"{stem}.ipynb"
+
+
+def notebook_defaults(stem: str) -> dict[str, Any]:
+    """The literals that a notebook's `parameters` cell assigns, as a dict."""
+    cells = json.loads(notebook_path(stem).read_text())["cells"]
+    [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    assigned = ast.parse("".join(cell["source"])).body
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned if isinstance(node, ast.Assign)}
+
+
+def notebook_config(stem: str, parameters: dict[str, Any]) -> Config:
+    """The config that notebook `stem` builds when it is passed those of `parameters` that it declares."""
+    config = NOTEBOOKS[stem]
+    known = {key: value for key, value in parameters.items() if key in config.model_fields}
+    return config(**{**notebook_defaults(stem), **known})
+
+
+def load_parameters(path: str | Path) -> dict[str, Any]:
+    """A parameter file: flat YAML, only keys that some notebook declares.
+
+    Raises:
+        ValueError: not a flat mapping, or a key that no notebook declares (with the nearest that one does).
+        FileNotFoundError: no such file, with those that there are.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else "none"
+        raise FileNotFoundError(f"no parameter file {path} (files there: {near})")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} must be flat `key: value` lines, got a {type(values).__name__}")
+    for key, value in values.items():
+        if isinstance(value, (dict, list)) or value is None:
+            raise ValueError(f"{path}: {key} must be one scalar, got {value!r}: lists belong in a grid file")
+    unknown_keys_are_errors(values, str(path))
+    return values
+
+
+def unknown_keys_are_errors(keys: Any, where: str) -> None:
+    """Raise a ValueError for the first key that no notebook declares, with the nearest one that it may have meant."""
+    known = sorted({key for config in NOTEBOOKS.values() for key in config.model_fields})
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
+            raise ValueError(f"{where}: no notebook has a parameter {key!r}; {hint}")
+
+
+def _injected_names(cells: list[str]) -> list[str]:
+    """Names assigned in the cell that papermill injects, which begins with the comment `# Parameters`."""
+    names = []
+    for source in cells:
+        if source.startswith("# Parameters\n"):
+            names += [node.targets[0].id for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return names
+
+
+def _one_line(error: ValidationError, config: type[Config]) -> str:
+    parts = []
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"]))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, config.model_fields, n=1)
+            message = "no such parameter" + (f", did you mean {near[0]!r}?" if near else "")
+        shown = "" if not key or item["type"] == "missing" else f" = {item['input']!r}"
+        parts.append(f"{key}{shown}: {message}" if key else message)
+    return f"{config.__name__}: " + "; ".join(parts)

@@ -1,0 +1,149 @@
+"""The loss, L = alpha L_task + beta L_KD + gamma_hidden L_hidden + gamma_attention L_attention.
+
+Each term is a sum over its elements divided by one normaliser. The default normaliser is the number of elements
+given; pass the whole batch's number when the batch is split, and the split changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def task_cross_entropy(student_logits: Tensor, targets: Tensor, normaliser: int | None = None) -> Tensor:
+    """L_task = - sum_t log q(target_t) / normaliser.
+
+    Args:
+        student_logits: (N, V) at the positions that predict the answer's tokens.
+        targets: (N,) the tokens that follow.
+        normaliser: number of answer tokens in the whole batch.
+
+    Returns:
+        Scalar, nats per answer token.
+    """
+    total = F.cross_entropy(student_logits.float(), targets, reduction="sum")
+    return total / (normaliser or max(len(targets), 1))
+
+
+def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(p || q) per token over the whole vocabulary, p = softmax(teacher / T), q = softmax(student / T).
+
+    Hinton et al. 2015, section 2: T^2 keeps the gradient's size independent of T. The teacher's entropy is in,
+    so the value is 0 when the two agree, at every T.
+
+    Args:
+        student_logits, teacher_logits: (N, V).
+        temperature: T > 0.
+
+    Returns:
+        (N,) nats, times T^2.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
+
+
+def forward_kl_top_k(student_logits: Tensor, top_logits: Tensor, top_ids: Tensor, log_mass: Tensor,
+                     temperature: float) -> Tensor:
+    """T^2 KL per token over the teacher's top k tokens and one bucket for all the rest.
+
+    The rest's mass is exact: `log_mass` is the log-sum-exp of ALL the teacher's logits / T. Merging tokens into a
+    bucket can only lower a KL (data processing inequality), so this is a lower bound of `forward_kl`, equal to it
+    where the student is proportional to the teacher within the rest; 0 when the two agree.
+
+    Args:
+        student_logits: (N, V).
+        top_logits: (N, k) the teacher's largest logits (not divided by T).
+        top_ids: (N, k) their token ids, int64.
+        log_mass: (N,) log sum_v exp(z_v / T) over the whole vocabulary, for this T.
+        temperature: T > 0.
+
+    Returns:
+        (N,) nats, times T^2.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1).gather(-1, top_ids)
+    teacher = top_logits.float() / temperature - log_mass.float()[:, None]
+    student_rest, teacher_rest = _log_rest(student), _log_rest(teacher)
+    inside = (teacher.exp() * (teacher - student)).sum(-1)
+    return temperature**2 * (inside + teacher_rest.exp() * (teacher_rest - student_rest))
+
+
+def _log_rest(log_probs: Tensor) -> Tensor:
+    """log(1 - sum exp(log_probs)), kept finite where float32 leaves the rest no mass."""
+    mass = log_probs.exp().sum(-1).clamp(max=1 - 1e-6)
+    return torch.log1p(-mass)
+
+
+def kd_loss(student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
+            temperature: float, normaliser: int | None = None, *, chunk_tokens: int = 2048) -> Tensor:
+    """L_KD from hidden states: `forward_kl` of h_s W_s^T against h_t W_t^T, summed over tokens / normaliser.
+
+    Both sides' logits exist for `chunk_tokens` tokens at a time; with more than one chunk they are computed again
+    in the backward pass, so that no (N, V) tensor outlives its chunk.
+
+    Args:
+        student_hidden: (N, d_s); student_head: (V, d_s).
+        teacher_hidden: (N, d_t), any float dtype; teacher_head: (V, d_t).
+        temperature: T > 0.
+        normaliser: number of distilled tokens in the whole batch.
+
+    Returns:
+        Scalar, nats per token times T^2.
+    """
+    def one_chunk(student: Tensor, teacher: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits = teacher.to(teacher_head.dtype) @ teacher_head.T
+        return forward_kl(student @ student_head.T, teacher_logits, temperature).sum()
+
+    tokens = len(student_hidden)
+    if tokens <= chunk_tokens:
+        return one_chunk(student_hidden, teacher_hidden) / (normaliser or max(tokens, 1))
+    total = sum(checkpoint(one_chunk, student, teacher, use_reentrant=False)
+                for student, teacher in zip(student_hidden.split(chunk_tokens), teacher_hidden.split(chunk_tokens)))
+    return total / (normaliser or tokens)
+
+
+def hidden_mse(projected_student: Tensor, teacher_hidden: Tensor, normaliser: int | None = None) -> Tensor:
+    """L_hidden = sum over tokens of ||P h_s - h_t||^2 / d_t, / normaliser (FitNets, Romero et al. 2015, eq. 3).
+
+    Args:
+        projected_student: (N, d_t) `projector(student_hidden)`.
+        teacher_hidden: (N, d_t).
+        normaliser: number of distilled tokens in the whole batch.
+
+    Returns:
+        Scalar, mean over tokens and width.
+    """
+    total = F.mse_loss(projected_student.float(), teacher_hidden.float(), reduction="sum")
+    return total / ((normaliser or max(len(teacher_hidden), 1)) * teacher_hidden.shape[-1])
+
+
+def attention_mse(student_maps: list[Tensor], teacher_maps: list[Tensor], normaliser: int | None = None) -> Tensor:
+    """L_attention: mean squared error between packed causal maps, head by head (after TinyBERT, Jiao et al. 2020).
+
+    TinyBERT compares scores; these are probabilities. Padding and the upper triangle are not in the packed maps,
+    so they do not dilute the mean.
+
+    Args:
+        student_maps, teacher_maps: one (H, P) tensor per example, the causal entries that count.
+        normaliser: number of entries in the whole batch, over examples and heads.
+
+    Returns:
+        Scalar, mean over entries.
+
+    Raises:
+        ValueError: the head counts differ.
+    """
+    if student_maps and student_maps[0].shape[0] != teacher_maps[0].shape[0]:
+        raise ValueError(f"teacher has {teacher_maps[0].shape[0]} heads, student {student_maps[0].shape[0]}: maps are "
+                         "compared head by head, so choose a student with the teacher's number of heads")
+    total = sum(F.mse_loss(student.float(), teacher.float(), reduction="sum")
+                for student, teacher in zip(student_maps, teacher_maps))
+    return total / (normaliser or max(sum(teacher.numel() for teacher in teacher_maps), 1))
+
+
+def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """L: each term times its weight."""
+    return sum(weights[name] * term for name, term in terms.items())

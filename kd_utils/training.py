@@ -1,0 +1,255 @@
+"""What a training step is fed and what it sums up; the loop itself stands in notebook 03."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .cache import CachedExample
+from .losses import attention_mse, forward_kl_top_k, hidden_mse, kd_loss, task_cross_entropy, weighted_sum
+from .signals import Signals, causal_slice, forward_signals, lm_head_weight, pack_causal
+
+
+@dataclass
+class Batch:
+    """Right-padded examples and the teacher's signals at the distilled tokens, in the same order.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        lengths: real tokens of each example.
+        queries: per example, the slice of positions that is distilled.
+        predicting: (A,) flat positions (b T + t) that predict an answer token; targets: (A,) those tokens.
+        distilled: (N,) flat positions whose signals are compared.
+        teacher: the cache's signals at those positions: `hidden` (N, d), `top_logits`, `top_ids`, `log_mass` (N, .).
+        teacher_maps: per example (H, P), the query rows that are distilled.
+        counts: this batch's normaliser for each term.
+        normalisers: the whole batch's, when this is a part of it.
+    """
+
+    input_ids: Tensor
+    lengths: list[int]
+    queries: list[tuple[int, int]]
+    predicting: Tensor
+    targets: Tensor
+    distilled: Tensor
+    teacher: dict[str, Tensor]
+    teacher_maps: list[Tensor]
+    counts: dict[str, int]
+    normalisers: dict[str, int]
+
+
+def collate(examples: list[CachedExample], *, distill_tokens: str = "all", device: torch.device | str = "cpu") -> Batch:
+    """Examples as tensors.
+
+    Args:
+        examples: rows of the cache; rows without signals give a batch for the task loss alone.
+        distill_tokens: "all" real tokens, or those that predict the "answer".
+        device: where the tensors go.
+    """
+    lengths = [len(row.tokens) for row in examples]
+    width = max(lengths)
+    input_ids = np.zeros((len(examples), width), np.int64)
+    for b, row in enumerate(examples):
+        input_ids[b, :lengths[b]] = row.tokens
+    answers = [(row.answer_start - 1, n - 1) for row, n in zip(examples, lengths)]
+    queries = [(0, n) for n in lengths] if distill_tokens == "all" else answers
+
+    def flat(slices: list[tuple[int, int]]) -> np.ndarray:
+        return np.concatenate([np.arange(first, last) + b * width for b, (first, last) in enumerate(slices)])
+
+    def tensor(array: np.ndarray) -> Tensor:
+        # A copy where needed: rows read from Parquet are read-only, and torch wants memory that it may write to.
+        return torch.from_numpy(np.require(array, requirements=("C", "W"))).to(device, non_blocking=True)
+
+    predicting = flat(answers)
+    teacher = {column: tensor(np.concatenate([getattr(row, column)[slice(*q)] for row, q in zip(examples, queries)]))
+               for column in ("hidden", "top_logits", "top_ids", "log_mass") if getattr(examples[0], column) is not None}
+    maps = [] if examples[0].attention is None else [
+        tensor(row.attention[:, slice(*causal_slice(n, *q))]) for row, n, q in zip(examples, lengths, queries)]
+    distilled = flat(queries)
+    counts = {"task": len(predicting), "kd": len(distilled), "hidden": len(distilled),
+              "attention": sum(m.numel() for m in maps)}
+    return Batch(tensor(input_ids), lengths, queries, tensor(predicting), tensor(input_ids.reshape(-1)[predicting + 1]),
+                 tensor(distilled), teacher, maps, counts, counts)
+
+
+def split_batch(examples: list[CachedExample], micro_batch_size: int, **options) -> list[Batch]:
+    """One optimiser step's examples in parts that fit the memory; each part knows the whole batch's normalisers."""
+    parts = [collate(examples[i:i + micro_batch_size], **options) for i in range(0, len(examples), micro_batch_size)]
+    whole = {term: sum(part.counts[term] for part in parts) for term in parts[0].counts}
+    for part in parts:
+        part.normalisers = whole
+    return parts
+
+
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int, *, pool: int = 16) -> list[list[int]]:
+    """Indices in batches of similar length, shuffled; the same for every method at one seed.
+
+    The rows are shuffled, cut into pools of `pool` batches, sorted by length inside each pool, cut into batches,
+    and the batches are shuffled: little padding, and which rows meet changes from epoch to epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    pools = [order[i:i + pool * batch_size] for i in range(0, len(order), pool * batch_size)]
+    by_length = np.concatenate([p[np.argsort(np.asarray(lengths)[p], kind="stable")] for p in pools])
+    batches = [by_length[i:i + batch_size].tolist() for i in range(0, len(by_length), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def seed_step(seed: int, global_step: int) -> None:
+    """Seed torch for one step, so that dropout is the same for all methods whatever else drew random numbers."""
+    torch.manual_seed((seed << 32) + global_step)
+
+
+def loss_terms(signals: Signals, head: Tensor, *, batch: Batch, terms: Iterable[str], teacher_head: Tensor | None = None,
+               projector: nn.Linear | None = None, temperature: float = 1.0,
+               temperatures: Sequence[float] = ()) -> dict[str, Tensor]:
+    """The terms that a method has, each divided by the whole batch's normaliser. DESIGN section 4.
+
+    Args:
+        signals: the student's, for `batch.input_ids`.
+        head: (V, d_s) the student's output layer.
+        batch: with the teacher's signals at the distilled tokens.
+        terms: of "task", "kd", "hidden", "attention".
+        teacher_head: (V, d_t) for "kd"; None with a top-k cache.
+        projector: student's width to the teacher's, for "hidden".
+        temperature: T of "kd".
+        temperatures: those for which a top-k cache holds the rest's mass.
+
+    Returns:
+        Scalars by term; units as in `losses`.
+    """
+    hidden = signals.hidden.flatten(0, 1)
+    distilled, teacher, whole = hidden[batch.distilled], batch.teacher, batch.normalisers
+    values = {}
+    if "task" in terms:
+        values["task"] = task_cross_entropy(hidden[batch.predicting] @ head.T, batch.targets, whole["task"])
+    if "kd" in terms and "hidden" in teacher:
+        values["kd"] = kd_loss(distilled, head, teacher["hidden"], teacher_head, temperature, whole["kd"])
+    elif "kd" in terms:
+        per_token = forward_kl_top_k(distilled @ head.T, teacher["top_logits"], teacher["top_ids"].long(),
+                                     teacher["log_mass"][:, list(temperatures).index(temperature)], temperature)
+        values["kd"] = per_token.sum() / whole["kd"]
+    if "hidden" in terms:
+        values["hidden"] = hidden_mse(projector(distilled), teacher["hidden"], whole["hidden"])
+    if "attention" in terms:
+        maps = [pack_causal(signals.attention_map[b], n, *batch.queries[b]) for b, n in enumerate(batch.lengths)]
+        values["attention"] = attention_mse(maps, batch.teacher_maps, whole["attention"])
+    return values
+
+
+def gradient_shares(terms: dict[str, Tensor], weights: dict[str, float], student: nn.Module) -> dict[str, float]:
+    """Each weighted term's gradient norm on the student, over the sum of these norms; the graph is kept.
+
+    A weight of 0.1 on a tiny mean squared error may do nothing at all: this is where a reader sees it.
+    """
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(weights[name] * term, parameters, retain_graph=True, allow_unused=True)
+        norms[name] = torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
+    total = sum(norms.values()) or 1.0
+    return {f"grad_share/{name}": norm / total for name, norm in norms.items()}
+
+
+class Mean:
+    """Running means of named numbers; tensors are read only at the end, so that a GPU is not waited for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, values: dict[str, Tensor | float], counts: dict[str, float]) -> None:
+        """Add totals: each value is a sum over `counts` elements."""
+        for name, value in values.items():
+            value = value.detach().float() if isinstance(value, Tensor) else value
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0.0) + counts[name]
+
+    def add_part(self, values: dict[str, Tensor], parts: int) -> None:
+        """Add one micro-batch of `parts`; their values are divided by the whole batch's normaliser, so they add up."""
+        self.add(values, dict.fromkeys(values, 1 / parts))
+
+    def result(self, prefix: str = "") -> dict[str, float]:
+        return {prefix + name: float(total) / self._counts[name] for name, total in self._sums.items()}
+
+
+@torch.no_grad()
+def validation_losses(student: nn.Module, batches: Iterable[tuple[Batch, list[str]]],
+                      terms_of: Callable[..., dict[str, Tensor]], *, want_map: bool) -> dict[str, float]:
+    """Unweighted loss terms over the validation rows, and token accuracy under teacher forcing.
+
+    Args:
+        student: in eval mode.
+        batches: (batch, task of each example).
+        terms_of: `loss_terms` with everything but signals, head and batch filled in.
+        want_map: the terms need the attention map.
+
+    Returns:
+        `validation_loss/TERM`: mean over the set's tokens (or entries), not over batches; `validation_loss`: the task
+        term, nats per answer token, which all methods share; `token_accuracy/TASK`: share of answer tokens that are
+        the argmax given the true ones before them. It is not accuracy.
+    """
+    losses, hits = Mean(), Mean()
+    for batch, tasks in batches:
+        signals = forward_signals(student, batch.input_ids, want_map=want_map)
+        terms = terms_of(signals, lm_head_weight(student), batch=batch)
+        losses.add({name: value * batch.counts[name] for name, value in terms.items()}, batch.counts)
+        guesses = (signals.hidden.flatten(0, 1)[batch.predicting] @ lm_head_weight(student).T).argmax(-1)
+        right = (guesses == batch.targets).cpu().numpy()
+        rows = (batch.predicting // batch.input_ids.shape[1]).cpu().numpy()
+        for b, task in enumerate(tasks):
+            mine = right[rows == b]
+            hits.add({task: float(mine.sum())}, {task: len(mine)})
+    values = losses.result("validation_loss/")
+    return {"validation_loss": values["validation_loss/task"], **values, **hits.result("token_accuracy/")}
+
+
+def fine_tune(model: nn.Module, examples: list[CachedExample], *, epochs: int, learning_rate: float, batch_size: int,
+              seed: int, autocast: Callable, device: torch.device,
+              progress: Callable[[Iterable], Iterable] = iter) -> list[dict[str, float]]:
+    """Train `model` on the answers alone: AdamW, 5 % linear warm-up, then linearly to 0, clipping at 1.0.
+
+    Returns:
+        A row per epoch: `epoch`, `train_loss` in nats per answer token.
+    """
+    plan = [(epoch, batch) for epoch in range(epochs)
+            for batch in epoch_batches([len(row.tokens) for row in examples], batch_size, seed, epoch)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    warmup = max(len(plan) // 20, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, (len(plan) - step) / max(len(plan) - warmup, 1)))
+    means = [Mean() for _ in range(epochs)]
+    model.train()
+    for step, (epoch, indices) in enumerate(progress(plan)):
+        seed_step(seed, step)
+        batch = collate([examples[i] for i in indices], device=device)
+        with autocast():
+            signals = forward_signals(model, batch.input_ids, want_map=False)
+            terms = loss_terms(signals, lm_head_weight(model), batch=batch, terms=("task",))
+        weighted_sum(terms, {"task": 1.0}).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        means[epoch].add_part(terms, parts=1)
+    model.eval()
+    return [{"epoch": epoch + 1, "train_loss": mean.result()["task"]} for epoch, mean in enumerate(means)]
+
+
+def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:
+    """`make(item)` for each item, made ahead by a thread, so that reading and decoding overlap with the step."""
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque = deque()
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

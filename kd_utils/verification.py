@@ -1,0 +1,116 @@
+"""Is a cache to be trusted? `verify` looks at everything in it and leaves its word; training asks for that word."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from .cache import SIGNAL_COLUMNS, CachedExample, CacheError, TeacherCache, check_files
+from .files import write_json
+
+
+def verify(folder: Path, data: dict[str, pd.DataFrame] | None = None,
+           recompute: Callable[[list[CachedExample]], Iterable[CachedExample]] | None = None, *,
+           samples: int = 4, tolerance: float = 0.02) -> pd.DataFrame:
+    """Look at everything: checksums, shapes, finite values, attention rows that sum to 1, rows that cover the data.
+
+    Args:
+        folder: a finished cache.
+        data: split -> prepared table; its `example_id`s and the cache's must be the same.
+        recompute: runs the teacher again over sampled rows (they are compared by relative norm).
+        samples: rows to recompute, evenly spaced.
+        tolerance: largest ||stored - recomputed|| / ||recomputed||; a lower-precision pass in another batch moves both.
+
+    Returns:
+        One row per check: `check`, `result`. It is also written to `verified.json`, which training asks for.
+
+    Raises:
+        CacheError: the first check that fails.
+    """
+    manifest = check_files(folder)
+    cache = TeacherCache(folder, memory_bytes=0)
+    checks = {"files": f"{len(manifest['shards'])} shards, checksums equal"}
+    for split, table in (data or {}).items():
+        wanted, held = set(table["example_id"]), set(cache.splits.get(split, []))
+        if wanted != held:
+            raise CacheError(f"{folder.name} covers {len(wanted & held)} of {len(wanted)} {split} rows and "
+                             f"{len(held - wanted)} that are not in the data: run 02 again")
+        checks[f"rows, {split}"] = f"{len(held)} of {len(wanted)}"
+    worst = max((_check_row(manifest, cache[example_id]) for example_id in cache._place), default=0.0)
+    checks["values"] = f"{len(cache)} rows, shapes right, all finite"
+    if manifest["signals"] == "white_box":
+        checks["attention rows"] = f"sum to 1 within {worst:.1e}"
+    if recompute is not None:
+        checks["recomputed"] = _check_recomputed(cache, recompute, samples, tolerance)
+    report = pd.DataFrame({"check": list(checks), "result": list(checks.values())})
+    write_json(folder / "verified.json", {"content_hash": manifest["content_hash"], "checks": checks})
+    return report
+
+
+def _check_row(manifest: dict[str, Any], row: CachedExample) -> float:
+    """Check one row; returns how far its attention rows are from summing to 1."""
+    n = len(row.tokens)
+    shapes = {"hidden": (n, manifest.get("hidden_size")), "attention": (manifest.get("heads"), n * (n + 1) // 2),
+              "top_logits": (n, manifest.get("top_k")), "top_ids": (n, manifest.get("top_k")),
+              "log_mass": (n, len(manifest.get("temperatures", [])))}
+    for column in SIGNAL_COLUMNS[manifest["signals"]]:
+        array = getattr(row, column)
+        if array is None or array.shape != shapes[column]:
+            raise CacheError(f"row {row.example_id}: {column} has shape {getattr(array, 'shape', None)}, "
+                             f"expected {shapes[column]}")
+        if not np.isfinite(array).all():
+            raise CacheError(f"row {row.example_id}: {column} has values that are not finite: the teacher overflowed; "
+                             "cache it again with precision float32")
+    if not 0 < row.answer_start < n:
+        raise CacheError(f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens")
+    if row.attention is None:
+        return 0.0
+    sums = np.add.reduceat(row.attention.astype(np.float32), np.cumsum(np.arange(n)), axis=1)
+    worst = float(np.abs(sums - 1).max())
+    if worst > 5e-3:
+        raise CacheError(f"row {row.example_id}: an attention row sums to {1 - worst:.4f} or {1 + worst:.4f}, not 1")
+    return worst
+
+
+def _check_recomputed(cache: TeacherCache, recompute: Callable, samples: int, tolerance: float) -> str:
+    ids = list(cache._place)
+    chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, min(samples, len(ids))).astype(int)]
+    worst = 0.0
+    for example_id in chosen:
+        stored = cache[example_id]
+        [fresh] = recompute([CachedExample(example_id, stored.tokens, stored.answer_start)])
+        for column in ("hidden", "attention", "top_logits"):
+            if (old := getattr(stored, column)) is not None:
+                old, new = old.astype(np.float32), np.asarray(getattr(fresh, column), np.float32)
+                worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
+    if not worst <= tolerance:
+        raise CacheError(f"{cache.folder.name}: recomputed rows differ from the stored ones by {worst:.1%}: "
+                         "the teacher is not the one that was cached; run 02 again")
+    return f"{len(chosen)} rows, equal within {worst:.1e}"
+
+
+def open_verified(folder: Path, *, data_hash: str, tokenizer_fingerprint: str) -> TeacherCache:
+    """The gate in front of training: a cache that is verified, unchanged since, and made for this data and tokenizer.
+
+    Raises:
+        CacheError: what is wrong, and the remedy.
+    """
+    manifest = check_files(folder)
+    try:
+        verified = json.loads((folder / "verified.json").read_text(encoding="utf-8"))["content_hash"]
+    except (OSError, ValueError, KeyError):
+        verified = None
+    if verified != manifest["content_hash"]:
+        raise CacheError(f"{folder.name} has not been verified: run `python -m kd_utils verify` on it, or 02 again")
+    if manifest["data_hash"] != data_hash:
+        raise CacheError(f"{folder.name} was made for other data ({manifest['data_hash'][:8]}, prepared is "
+                         f"{data_hash[:8]}): run 02 again")
+    if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
+        raise CacheError(f"{folder.name} was made with another tokenizer than the student's: a teacher whose tokenizer "
+                         "differs is not supported yet; run 02 again with the student's tokenizer")
+    return TeacherCache(folder)

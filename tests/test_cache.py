@@ -1,0 +1,190 @@
+"""The cache by round trip, by interruption and by damage."""
+
+import json
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny import example_rows, tiny_llama
+
+from kd_utils.cache import CacheError, TeacherCache, cache_folder, check_files, find_cache, token_batches, write_cache
+from kd_utils.signals import forward_signals, lm_head_weight
+from kd_utils.teacher import signal_function, stored_lm_head
+
+LENGTHS = [5, 9, 3, 12, 7, 7, 4, 10]
+HEADER = {"signals": "white_box", "heads": 4, "hidden_size": 32, "data_hash": "d", "tokenizer_fingerprint": "t",
+          "temperatures": []}
+
+
+def write(folder, model, *, shard_examples=3, run=None):
+    run = run or signal_function(model, signals="white_box", top_k=1, temperatures=[])
+    examples = {"train": example_rows(LENGTHS), "validation": example_rows([6, 8], seed=1)}
+    for row in examples["validation"]:
+        row.example_id = "v" + row.example_id
+    return write_cache(folder, examples, run, stored_lm_head(model), HEADER, shard_examples=shard_examples, batch_tokens=24)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    model = tiny_llama()
+    write(tmp_path / "toy-2026-01-01-00000000", model)
+    return TeacherCache(tmp_path / "toy-2026-01-01-00000000"), model
+
+
+def test_round_trip_gives_what_the_teacher_says(cache):
+    cache, model = cache
+    for row in example_rows(LENGTHS):
+        stored = cache[row.example_id]
+        with torch.no_grad():
+            signals = forward_signals(model, torch.from_numpy(row.tokens).long()[None])
+        assert stored.tokens.tolist() == row.tokens.tolist() and stored.answer_start == row.answer_start
+        np.testing.assert_allclose(stored.hidden, signals.hidden[0].numpy(), atol=2e-3)
+        rows, columns = np.tril_indices(len(row.tokens))
+        np.testing.assert_allclose(stored.attention, signals.attention_map[0].numpy()[:, rows, columns], atol=1e-3)
+
+
+def test_logits_come_back_from_hidden_state_and_head(cache):
+    cache, model = cache
+    stored = cache["row3"]
+    with torch.no_grad():
+        logits = model(torch.from_numpy(stored.tokens).long()[None]).logits[0]
+    rebuilt = torch.from_numpy(stored.hidden.astype(np.float32)) @ cache.lm_head().T
+    assert torch.equal(cache.lm_head(), lm_head_weight(model))
+    torch.testing.assert_close(rebuilt, logits, atol=5e-3, rtol=5e-3)
+
+
+def test_rows_are_keyed_and_ragged(cache):
+    cache, _ = cache
+    assert len(cache) == 10 and "row0" in cache and "row99" not in cache
+    assert {i: cache.lengths[i] for i in ("row0", "row3", "vrow1")} == {"row0": 5, "row3": 12, "vrow1": 8}
+    assert cache["row3"].attention.shape == (4, 12 * 13 // 2)
+    assert sorted(cache.splits["validation"]) == ["vrow0", "vrow1"]
+    with pytest.raises(CacheError, match="no row for example row99"):
+        cache["row99"]
+
+
+def test_top_k_cache_holds_the_exact_rest(tmp_path):
+    model, rows = tiny_llama(), example_rows([5, 8])
+    run = signal_function(model, signals="top_k", top_k=6, temperatures=[1.0, 2.0])
+    write_cache(tmp_path / "c", {"train": rows}, run, None, {**HEADER, "signals": "top_k", "top_k": 6}, shard_examples=9,
+                batch_tokens=99)
+    stored = TeacherCache(tmp_path / "c")["row1"]
+    with torch.no_grad():
+        logits = model(torch.from_numpy(rows[1].tokens).long()[None]).logits[0]
+    torch.testing.assert_close(torch.from_numpy(stored.top_logits.copy()), logits.topk(6).values, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.from_numpy(stored.log_mass.copy()),
+                               torch.stack([logits.logsumexp(-1), (logits / 2).logsumexp(-1)], -1), atol=1e-4, rtol=1e-4)
+    assert stored.hidden is None and TeacherCache(tmp_path / "c").lm_head() is None
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_content(tmp_path):
+    model = tiny_llama()
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    manifest = write(whole, model)
+    run, calls = signal_function(model, signals="white_box", top_k=1, temperatures=[]), []
+
+    def dies_at_third(batch):
+        calls.append(len(batch))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return run(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(killed, model, run=dies_at_third)
+    assert not (killed / "manifest.json").exists() and not list(killed.glob("*.partial*"))
+    finished = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.parquet")}
+    assert finished
+    assert write(killed, model)["content_hash"] == manifest["content_hash"]
+    assert {name: (killed / name).stat().st_mtime_ns for name in finished} == finished
+
+
+def test_a_whole_cache_is_not_computed_again_and_a_damaged_shard_is(cache):
+    cache, model = cache
+
+    def never(batch):
+        raise AssertionError("the teacher ran again")
+
+    before = write(cache.folder, model, run=never)
+    shard = cache.folder / "train-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-9] + b"x" * 9)
+    with pytest.raises(CacheError, match="train-00001.parquet is damaged"):
+        check_files(cache.folder)
+    assert write(cache.folder, model)["content_hash"] == before["content_hash"]
+    check_files(cache.folder)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: (f / "manifest.json").unlink(), "caching did not finish"),
+    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('"heads": 4', '"heads": 5')),
+     "was changed after"),
+    (lambda f: (f / "lm_head.safetensors").unlink(), "lm_head.safetensors is missing"),
+    (lambda f: (f / "train-00000.parquet").write_bytes(b""), "train-00000.parquet is damaged"),
+])
+def test_damage_is_found_and_named(cache, damage, message):
+    damage(cache[0].folder)
+    with pytest.raises(CacheError, match=message):
+        check_files(cache[0].folder)
+
+
+def test_every_flipped_byte_is_found(cache):
+    folder, rng = cache[0].folder, np.random.default_rng(0)
+    files = [folder / "train-00000.parquet", folder / "lm_head.safetensors", folder / "manifest.json"]
+    for number in range(60):
+        file = files[number % 3]
+        data = bytearray(file.read_bytes())
+        place = rng.integers(len(data))
+        data[place] ^= 1 << rng.integers(8)
+        original = file.read_bytes()
+        file.write_bytes(data)
+        with pytest.raises(CacheError):
+            check_files(folder)
+        file.write_bytes(original)
+    check_files(folder)
+
+
+def test_find_cache_takes_the_newest_finished_one_of_that_name(tmp_path):
+    model, home = tiny_llama(), tmp_path / "cache"
+    for name in ("toy-2026-01-01-00000000", "toy-2026-01-02-11111111", "toy-big-2026-01-03-22222222"):
+        write(home / name, model)
+    (home / "toy-2026-01-04-33333333").mkdir()
+    assert find_cache(tmp_path, "toy").name == "toy-2026-01-02-11111111"
+    with pytest.raises(CacheError, match="run notebook 02"):
+        find_cache(tmp_path, "other")
+
+
+def test_the_folder_is_that_of_an_earlier_run_of_the_same_key(tmp_path):
+    first = cache_folder(tmp_path, "toy", {"data": "a"})
+    earlier = first.with_name(f"toy-2020-01-01-{first.name[-8:]}")
+    earlier.mkdir(parents=True)
+    assert cache_folder(tmp_path, "toy", {"data": "a"}) == earlier
+    assert cache_folder(tmp_path, "toy", {"data": "b"}) != earlier
+
+
+def test_token_batches_keep_the_budget_and_the_order():
+    rows = example_rows([3, 4, 4, 8, 30])
+    batches = list(token_batches(rows, 12))
+    assert [len(batch) for batch in batches] == [3, 1, 1]
+    assert [row.example_id for batch in batches for row in batch] == [row.example_id for row in rows]
+
+
+def test_one_row_is_one_row_group(cache):
+    shard = cache[0].folder / "train-00000.parquet"
+    assert pq.ParquetFile(shard).num_row_groups == 3
+
+
+def test_memory_budget_bounds_what_is_kept(cache):
+    small = TeacherCache(cache[0].folder, memory_bytes=3000)
+    for example_id in small.lengths:
+        small[example_id]
+    assert 0 < len(small._kept) < len(small)
+    np.testing.assert_array_equal(small["row3"].hidden, cache[0]["row3"].hidden)
+
+
+def test_manifest_says_where_it_comes_from(cache):
+    manifest = json.loads((cache[0].folder / "manifest.json").read_text())
+    assert manifest["rows"] == {"train": 8, "validation": 2} and manifest["format"] == 1
+    assert {"file", "split", "rows", "tokens", "bytes", "sha256"} == set(manifest["shards"][0])
+    shutil.rmtree(cache[0].folder)

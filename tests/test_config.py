@@ -1,0 +1,148 @@
+"""Parameters: what is accepted, what is refused and in which words, and that every file and notebook agrees."""
+
+import ast
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from kd_utils.config import (METHODS, NOTEBOOKS, ROOT, AnalysisConfig, TrialConfig, load_parameters, notebook_config,
+                             notebook_defaults, notebook_path, resolve, short_path)
+
+DEFAULTS = notebook_defaults("03_train_student")
+FILES = sorted((ROOT / "papermill_params").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_each_notebook_declares_what_its_config_has(stem):
+    assert set(notebook_defaults(stem)) == set(NOTEBOOKS[stem].model_fields)
+    notebook_config(stem, {})
+
+
+def test_a_key_of_two_notebooks_has_one_default():
+    seen = {}
+    for stem in NOTEBOOKS:
+        for key, value in notebook_defaults(stem).items():
+            if key not in ("run_dir",):
+                assert seen.setdefault(key, value) == value, f"{key} has two defaults"
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_parameters_are_flat_scalars_with_a_comment_or_a_plain_name(stem):
+    cells = json.loads(notebook_path(stem).read_text())["cells"]
+    [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    for node in ast.parse("".join(cell["source"])).body:
+        assert isinstance(node, ast.Assign) and isinstance(ast.literal_eval(node.value), (str, int, float, bool))
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if f.name != "grid.yaml"], ids=lambda p: p.name)
+def test_every_parameter_file_builds_all_four_configs(path):
+    parameters = load_parameters(path)
+    for stem in NOTEBOOKS:
+        notebook_config(stem, parameters)
+    assert parameters.get("name", "toy") == path.stem
+    for key, value in parameters.items():
+        assert any(notebook_defaults(stem).get(key, value) != value for stem in NOTEBOOKS) or key == "name", \
+            f"{path.name}: {key} is the default already: a file holds only what differs"
+
+
+@pytest.mark.parametrize("key, value, words", [
+    ("distill_type", "atention", "distill_type = 'atention': Input should be 'black_box'"),
+    ("beta", -0.5, "beta = -0.5: Input should be greater than or equal to 0"),
+    ("temperature", 0, "temperature = 0: Input should be greater than 0"),
+    ("epochs", 0, "epochs = 0"),
+    ("epochs", 1.5, "epochs = 1.5"),
+    ("learning_rate", "fast", "learning_rate = 'fast': Input should be a valid number"),
+    ("learning_rate", float("nan"), "learning_rate = nan"),
+    ("seed", -1, "seed = -1"),
+    ("name", "../outside", "name = '../outside'"),
+    ("trial", "../outside", "trial = '../outside'"),
+    ("distill_tokens", "some", "'all' or 'answer'"),
+])
+def test_bad_values_are_one_line_that_names_them(key, value, words):
+    with pytest.raises(ValueError) as caught:
+        TrialConfig(**{**DEFAULTS, key: value})
+    assert words in str(caught.value) and "\n" not in str(caught.value) and "errors.pydantic" not in str(caught.value)
+
+
+def test_several_bad_values_are_all_named_and_unknown_keys_too():
+    with pytest.raises(ValueError, match=r"TrialConfig: .*alpha = -1.*temprature = 2.0: no such parameter, did you mean "
+                                         "'temperature'"):
+        TrialConfig(**{**DEFAULTS, "alpha": -1, "temprature": 2.0})
+    with pytest.raises(ValueError, match="every weight of the loss is 0"):
+        TrialConfig(**{**DEFAULTS, "alpha": 0, "beta": 0})
+
+
+def test_yaml_exponents_are_numbers():
+    assert yaml.safe_load("1e-4") == "1e-4"  # YAML 1.1 reads it as text; the config must not
+    assert TrialConfig(**{**DEFAULTS, "learning_rate": "1e-4"}).learning_rate == 1e-4
+
+
+def test_a_config_is_frozen_and_shows_every_value():
+    config = TrialConfig(**DEFAULTS)
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 3
+    assert len(str(config).splitlines()) == len(DEFAULTS) and "temperature" in str(config)
+
+
+def test_fingerprint_changes_with_what_matters_only():
+    base = TrialConfig(**DEFAULTS)
+    for key in ("name", "run_dir", "artifacts_dir", "device", "save_student", "trial"):
+        other = {"save_student": False, "device": "cpu"}.get(key, "elsewhere")
+        assert TrialConfig(**{**DEFAULTS, key: other}).fingerprint() == base.fingerprint()
+    for key, value in {"seed": 1, "distill_type": "combined", "gamma_hidden": 0.2, "precision": "bfloat16"}.items():
+        assert TrialConfig(**{**DEFAULTS, key: value}).fingerprint() != base.fingerprint()
+
+
+def test_methods_have_the_terms_of_the_design():
+    terms = {m: set(TrialConfig(**{**DEFAULTS, "distill_type": m}).weights) for m in METHODS}
+    assert terms == {"black_box": {"task", "kd"}, "hidden_state": {"task", "kd", "hidden"},
+                     "attention": {"task", "kd", "attention"}, "combined": {"task", "kd", "hidden", "attention"}}
+
+
+def test_from_notebook_takes_declared_names_and_refuses_injected_strangers():
+    namespace = {"name": "toy", "artifacts_dir": "a", "run_dir": "", "epoch": 3, "In": ["", "# Parameters\nname = 'toy'\n"]}
+    assert AnalysisConfig.from_notebook(namespace).name == "toy"
+    namespace["In"] = ["# Parameters\ntemprature = 4.0\n"]
+    with pytest.raises(ValueError, match="no notebook has a parameter 'temprature'; did you mean 'temperature'"):
+        AnalysisConfig.from_notebook(namespace)
+    with pytest.raises(ValueError, match="does not define run_dir"):
+        AnalysisConfig.from_notebook({"name": "toy", "artifacts_dir": "a"})
+
+
+@pytest.mark.parametrize("text, message", [
+    ("temprature: 2", "no notebook has a parameter 'temprature'; did you mean 'temperature'"),
+    ("qqq: 2", "known keys: "),
+    ("- a\n- b", "must be flat"),
+    ("seed: [1, 2]", r"seed must be one scalar, got \[1, 2\]: lists belong in a grid file"),
+    ("seed:", "seed must be one scalar, got None"),
+    ("a: b: c", "is not YAML"),
+    ("!!python/object/apply:os.system ['true']", "is not YAML"),
+])
+def test_bad_parameter_files(tmp_path, text, message):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_parameters(tmp_path / "p.yaml")
+
+
+def test_a_missing_parameter_file_names_its_neighbours(tmp_path):
+    (tmp_path / "toy.yaml").write_text("")
+    assert load_parameters(tmp_path / "toy.yaml") == {}
+    with pytest.raises(FileNotFoundError, match="files there: toy.yaml"):
+        load_parameters(tmp_path / "tay.yaml")
+
+
+def test_paths_start_at_the_root(tmp_path):
+    assert resolve("runs/x") == ROOT / "runs" / "x" and resolve(tmp_path) == tmp_path
+    assert short_path(ROOT / "runs" / "x") == "runs/x" and short_path(tmp_path) == str(tmp_path)
+
+
+def test_importing_the_package_is_cheap():
+    code = "import kd_utils, sys; heavy = {'torch', 'transformers', 'ray', 'pandas', 'papermill'} & set(sys.modules); " \
+           "assert not heavy, heavy"
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert time.perf_counter() - start < 3  # a guard on a busy machine; alone it is well under 0.3 s

@@ -1,0 +1,173 @@
+import json
+
+import pandas as pd
+import pytest
+from tiny import tiny_tokenizer, write_task_files
+
+from kd_utils.config import DataConfig
+from kd_utils.data import load_prepared, prepare, save_prepared
+from kd_utils.tasks import COLUMNS, content_key
+from kd_utils.tokens import encode_example, tokenizer_fingerprint
+
+TOKENIZER = tiny_tokenizer(begin=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_task_files(tmp_path / "data")
+
+
+def config(folder, **changes):
+    values = dict(name="test", artifacts_dir="artifacts", build="none", data_dir=str(folder), tokenizer="",
+                  max_length=512, data_seed=0, sst2_train=2, sst2_validation=3, mmlu_train=2, mmlu_validation=3,
+                  gsm8k_train=2, gsm8k_validation=1)
+    return DataConfig(**{**values, **changes})
+
+
+def contents(table):
+    return [content_key(task, prompt) for task, prompt in zip(table["task"], table["prompt"])]
+
+
+def test_rows_are_as_many_as_asked_for_and_disjoint(folder):
+    prepared = prepare(config(folder), TOKENIZER)
+    assert prepared.train["task"].value_counts().to_dict() == {"sst2": 2, "mmlu": 2, "gsm8k": 2}
+    assert prepared.validation["task"].value_counts().to_dict() == {"sst2": 3, "mmlu": 3, "gsm8k": 1}
+    assert set(prepared.train.columns) == set(COLUMNS) - {"row"}
+    assert not set(contents(prepared.train)) & set(contents(prepared.validation))
+    both = pd.concat([prepared.train, prepared.validation])
+    assert both["example_id"].is_unique
+
+
+def test_content_of_validation_is_dropped_from_training_and_counted(folder):
+    # "not dull" stands in train, "NOT  dull" in validation: one content.
+    counts = prepare(config(folder, sst2_train=3), TOKENIZER).counts.set_index(["task", "split"])
+    assert counts.loc[("sst2", "train"), ["available", "duplicates", "taken"]].tolist() == [4, 1, 3]
+    assert counts.loc[("mmlu", "train"), "duplicates"] == 0
+    with pytest.raises(ValueError, match=r"sst2_train = 4, but there are 3 \(train has 4 rows, of which 1 are dupl"):
+        prepare(config(folder, sst2_train=4), TOKENIZER)
+    with pytest.raises(ValueError, match="mmlu_train = 3, but there are 2 .*lower mmlu_train"):
+        prepare(config(folder, mmlu_train=3), TOKENIZER)
+
+
+def test_duplicates_within_a_split_are_dropped(folder):
+    path = folder / "gsm8k/train.parquet"
+    table = pd.read_parquet(path)
+    pd.concat([table, table.iloc[:2]]).to_parquet(path)
+    counts = prepare(config(folder, gsm8k_train=3), TOKENIZER).counts.set_index(["task", "split"])
+    assert counts.loc[("gsm8k", "train"), ["available", "duplicates", "taken"]].tolist() == [5, 2, 3]
+
+
+def test_the_draw_follows_the_seed_and_not_the_counts(folder):
+    drawn = {seed: prepare(config(folder, data_seed=seed), TOKENIZER) for seed in range(8)}
+    assert len({prepared.data_hash for prepared in drawn.values()}) > 4
+    assert prepare(config(folder), TOKENIZER).data_hash == drawn[0].data_hash
+    fewer = prepare(config(folder, sst2_train=1, sst2_validation=1, mmlu_train=1, mmlu_validation=1), TOKENIZER)
+    for split in ("train", "validation"):
+        for task in ("sst2", "mmlu"):
+            [first, *_] = getattr(drawn[0], split).query("task == @task")["example_id"]
+            [only] = getattr(fewer, split).query("task == @task")["example_id"]
+            assert only == first
+
+
+def test_counts_of_tokens(folder):
+    prepared = prepare(config(folder), TOKENIZER)
+    lengths = [tuple(map(len, encode_example(TOKENIZER, row.prompt, row.answer)))
+               for row in prepared.train.itertuples() if row.task == "gsm8k"]
+    line = prepared.counts.set_index(["task", "split"]).loc[("gsm8k", "train")]
+    assert line["max_tokens"] == max(map(sum, lengths))
+    assert line["mean_tokens"] == pytest.approx(sum(map(sum, lengths)) / 2, abs=0.06)
+    assert line["mean_answer_tokens"] == pytest.approx(sum(answer for _, answer in lengths) / 2, abs=0.06)
+
+
+def test_too_long_is_dropped_and_counted_never_cut(folder):
+    whole = prepare(config(folder, gsm8k_train=3), TOKENIZER).train.query("task == 'gsm8k'")
+    lengths = sorted(sum(map(len, encode_example(TOKENIZER, row.prompt, row.answer))) for row in whole.itertuples())
+    only_gsm8k = dict(sst2_train=0, sst2_validation=1, mmlu_train=0, mmlu_validation=0, gsm8k_validation=0)
+    shorter = prepare(config(folder, max_length=lengths[1], **only_gsm8k), TOKENIZER)
+    assert shorter.counts.query("task == 'gsm8k'")["max_tokens"].item() == lengths[1]
+    assert all(row.answer.endswith(row.gold) for row in shorter.train.itertuples())
+    all_but_one = prepare(config(folder, max_length=lengths[2] - 1, **only_gsm8k), TOKENIZER)
+    assert len(all_but_one.train) == 2
+    with pytest.raises(ValueError, match="gsm8k_train = 3, but there are 2 .* 1 longer than max_length"):
+        prepare(config(folder, max_length=lengths[2] - 1, **{**only_gsm8k, "gsm8k_train": 3}), TOKENIZER)
+    write_task_files(folder)
+    pd.DataFrame({"question": ["1?"], "answer": ["#### 1"]}).to_parquet(folder / "gsm8k/test.parquet")
+    only_gsm8k |= {"sst2_validation": 0, "gsm8k_validation": 1}
+    with pytest.raises(ValueError, match=f"none of its 3 train rows fits max_length = 20 .*longest has {lengths[2]}.*, "
+                                         f"the shortest {lengths[0]}.: set max_length to at least {lengths[0]}"):
+        prepare(config(folder, max_length=20, **only_gsm8k), TOKENIZER)
+
+
+def test_round_trip(folder, tmp_path):
+    prepared = prepare(config(folder), TOKENIZER)
+    place = tmp_path / "artifacts" / "data" / "test"
+    save_prepared(prepared, place)
+    save_prepared(prepared, place)  # over an earlier one
+    assert sorted(path.name for path in place.parent.iterdir()) == ["test"]
+    loaded = load_prepared(place)
+    pd.testing.assert_frame_equal(loaded.train, prepared.train, check_dtype=False)
+    pd.testing.assert_frame_equal(loaded.counts, prepared.counts, check_dtype=False)
+    assert loaded.data_hash == prepared.data_hash
+    assert loaded.tokenizer_fingerprint == tokenizer_fingerprint(TOKENIZER)
+    assert loaded.config_fingerprint == config(folder).fingerprint()
+
+
+def test_the_hash_is_of_the_content_and_not_of_the_file(folder, tmp_path):
+    place = save_prepared(prepare(config(folder), TOKENIZER), tmp_path / "prepared")
+    before = load_prepared(place).data_hash
+    table = pd.read_parquet(place / "train.parquet")
+    table.to_parquet(place / "train.parquet", compression="zstd", index=True)
+    assert load_prepared(place).data_hash == before
+    table.iloc[::-1].to_parquet(place / "train.parquet", index=False)
+    with pytest.raises(ValueError, match="they were changed, run 01_prepare_data again"):
+        load_prepared(place)
+
+
+def test_damage_is_found(folder, tmp_path):
+    prepared = prepare(config(folder), TOKENIZER)
+
+    def damaged(name, change):
+        place = save_prepared(prepared, tmp_path / "prepared")
+        change(place / name)
+        return place
+
+    def edit(change):
+        return lambda path: change(pd.read_parquet(path)).to_parquet(path, index=False)
+
+    with pytest.raises(FileNotFoundError, match="manifest.json is missing.*run 01_prepare_data first"):
+        load_prepared(tmp_path / "nowhere")
+    for name, change, message in [
+        ("train.parquet", edit(lambda table: table.drop(columns="gold")), "train.parquet has no column gold"),
+        ("validation.parquet", edit(lambda table: table.iloc[:0]), "validation.parquet has no rows"),
+        ("train.parquet", edit(lambda table: table.assign(answer=" A")), "they were changed"),
+        ("train.parquet", edit(lambda table: pd.concat([table, prepared.validation])), "7 contents are in train and"),
+        ("train.parquet", lambda path: path.write_bytes(b"PAR1 no"), "no whole parquet file"),
+        ("manifest.json", lambda path: path.write_text("{"), "is not JSON"),
+        ("manifest.json", lambda path: path.write_text(json.dumps({"format": 0})), "not a manifest of format 1"),
+        ("manifest.json", lambda path: path.write_text(json.dumps({"format": 1, "counts": []})), "lacks config_finger"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_prepared(damaged(name, change))
+
+
+def test_a_failed_save_leaves_the_old_data(folder, tmp_path, monkeypatch):
+    place = save_prepared(prepare(config(folder), TOKENIZER), tmp_path / "prepared")
+    before = load_prepared(place).data_hash
+    other = prepare(config(folder, data_seed=1), TOKENIZER)
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_prepared(other, place)
+    assert load_prepared(place).data_hash == before
+
+
+def test_real_data(shared):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama2")
+    prepared = prepare(config(shared / "data", sst2_train=300, sst2_validation=100, mmlu_train=100, mmlu_validation=100,
+                              gsm8k_train=100, gsm8k_validation=50, max_length=256), tokenizer)
+    assert len(prepared.train) == 500 and len(prepared.validation) == 250
+    counts = prepared.counts.set_index(["task", "split"])
+    # The file's 14,042 questions hold 105 contents twice, in one subject or two.
+    assert counts.loc[("mmlu", "validation"), ["available", "duplicates"]].tolist() == [14042, 105]
+    assert (counts["max_tokens"] <= 256).all() and counts["too_long"].sum() > 0

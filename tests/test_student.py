@@ -1,0 +1,103 @@
+"""Where models come from, which layers a student keeps, and what is refused before training."""
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from kd_utils.signals import forward_signals
+from kd_utils.student import (autocast, build_student, choose_device, evenly_spaced, keep_layers, load_causal_lm,
+                              load_tokenizer, model_source, require_same_shapes, save_model)
+
+SHAPE = {"signals": "white_box", "temperatures": [], "shape": {"vocab_size": 97, "num_attention_heads": 4}}
+
+
+def test_layers_are_first_last_and_evenly_spaced():
+    assert evenly_spaced(30, 6) == [0, 6, 12, 17, 23, 29]
+    assert evenly_spaced(4, 4) == [0, 1, 2, 3] and evenly_spaced(9, 2) == [0, 8]
+    with pytest.raises(ValueError, match="student_layers = 5: choose 2 to 4"):
+        evenly_spaced(4, 5)
+
+
+def test_a_student_of_chosen_layers_computes_what_those_layers_compute(tmp_path):
+    teacher = tiny_llama(layers=4)
+    save_model(teacher, tiny_tokenizer(begin=False), tmp_path / "teacher")
+    student = build_student(str(tmp_path / "teacher"), "layers", 2)
+    assert student.config.num_hidden_layers == 2 and student.model.layers[1].self_attn.layer_idx == 1
+    for kept, original in ((0, 0), (1, 3)):
+        torch.testing.assert_close(student.model.layers[kept].state_dict(), teacher.model.layers[original].state_dict())
+    ids = torch.randint(3, 97, (2, 6))
+    assert forward_signals(student, ids).attention_map.shape == (2, 4, 6, 6)
+    assert student.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 9)  # the key-value cache has two layers
+
+
+def test_saved_student_loads_without_this_code(tmp_path):
+    student = keep_layers(tiny_llama(layers=3), [0, 2])
+    ids = torch.randint(3, 97, (1, 5))
+    logits = student(ids).logits  # before capture: plain attention
+    forward_signals(student, ids)
+    save_model(student, tiny_tokenizer(begin=True), tmp_path / "s")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "s")
+    torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-5, rtol=1e-5)
+    assert (tmp_path / "s" / "model.safetensors").is_file()
+    assert "sdpa_with_map" not in (tmp_path / "s" / "config.json").read_text()
+    assert load_tokenizer(str(tmp_path / "s")).encode("Tom")[0] == 0  # the begin token is still added
+
+
+def test_random_students_are_alike(tmp_path):
+    save_model(tiny_llama(seed=9), tiny_tokenizer(begin=False), tmp_path / "m")
+    one = build_student(str(tmp_path / "m"), "random", 1)
+    torch.rand(5)
+    two = build_student(str(tmp_path / "m"), "random", 1)
+    assert torch.equal(one.lm_head.weight, two.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, tiny_llama(seed=9).lm_head.weight)
+    assert torch.equal(build_student(str(tmp_path / "m"), "pretrained", 1).lm_head.weight, tiny_llama(seed=9).lm_head.weight)
+
+
+def test_missing_folders_and_unreachable_hubs_are_one_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no model folder artifacts/nothing: run notebook 01"):
+        model_source("artifacts/nothing")
+    with pytest.raises(ValueError, match="cannot load meta-llama/Llama-2-7b-hf from the hub") as caught:
+        load_causal_lm("meta-llama/Llama-2-7b-hf")
+    assert "\n" not in str(caught.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="cannot load"):
+        load_causal_lm(str(tmp_path / "empty"))
+
+
+def test_a_gated_model_says_how_to_log_in(monkeypatch):
+    class Gated:
+        @staticmethod
+        def from_pretrained(*args, **kwargs):
+            raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    from kd_utils import student
+
+    with pytest.raises(ValueError, match="Llama-2-7b-hf is a gated model: accept its licence.*hf auth login"):
+        student._load(Gated, "meta-llama/Llama-2-7b-hf", "")
+
+
+@pytest.mark.parametrize("changes, weights, temperature, message", [
+    ({"shape": {"vocab_size": 98, "num_attention_heads": 4}}, {}, 2.0, "98 output rows, student 97"),
+    ({"shape": {"vocab_size": 97, "num_attention_heads": 8}}, {"attention": 0.1}, 2.0, "teacher has 8 heads, student 4"),
+    ({"signals": "top_k", "temperatures": [1.0, 2.0]}, {"hidden": 0.1}, 2.0, "no hidden: set signals to 'white_box'"),
+    ({"signals": "top_k", "temperatures": [1.0, 2.0]}, {"kd": 0.5}, 3.0, "exact at temperature .1.0, 2.0. only, not 3.0"),
+])
+def test_a_student_that_cannot_be_compared_is_refused(changes, weights, temperature, message):
+    require_same_shapes(tiny_llama(), SHAPE, {"kd": 0.5, "attention": 0.1}, 2.0)
+    with pytest.raises(ValueError, match=message):
+        require_same_shapes(tiny_llama(), {**SHAPE, **changes}, weights, temperature)
+
+
+def test_devices_and_precision():
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="'gpu0'"):
+        choose_device("gpu0")
+    if not torch.cuda.is_available():
+        assert choose_device("auto").type == "cpu"
+        with pytest.raises(ValueError, match="sees no GPU here"):
+            choose_device("cuda")
+    with autocast(torch.device("cpu"), "bfloat16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(torch.device("cpu"), "auto"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32

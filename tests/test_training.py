@@ -1,0 +1,209 @@
+"""Batches, terms, splitting, pairing: what the loop in notebook 03 relies on."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tiny import example_rows, tiny_llama
+
+from kd_utils.losses import weighted_sum
+from kd_utils.signals import forward_signals, lm_head_weight
+from kd_utils.student import make_projector
+from kd_utils.teacher import signal_function
+from kd_utils.training import (Mean, collate, epoch_batches, fine_tune, gradient_shares, loss_terms, prefetched,
+                               seed_step, split_batch, validation_losses)
+
+TEACHER = tiny_llama(width=48, layers=3)
+HEAD = lm_head_weight(TEACHER).detach()
+ALL = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
+
+
+def cached(lengths, seed=0, signals="white_box"):
+    run = signal_function(TEACHER, signals=signals, top_k=20, temperatures=[1.0, 2.0])
+    return run(example_rows(lengths, seed=seed))
+
+
+def terms_for(student, batch, projector=None, terms=tuple(ALL), **kwargs):
+    signals = forward_signals(student, batch.input_ids)
+    return loss_terms(signals, lm_head_weight(student), batch=batch, terms=terms, teacher_head=HEAD,
+                      projector=projector or make_projector(32, 48, 0), temperature=2.0, **kwargs)
+
+
+def test_collate_puts_answers_and_signals_where_they_belong():
+    rows = cached([5, 8])
+    batch = collate(rows)
+    assert batch.input_ids.shape == (2, 8) and batch.counts == {"task": 3, "kd": 13, "hidden": 13, "attention": 4 * (15 + 36)}
+    # row 0: 5 tokens, answer from 4 on; row 1: 8 tokens, answer from 6 on
+    assert batch.predicting.tolist() == [3, 8 + 5, 8 + 6]
+    assert batch.targets.tolist() == [rows[0].tokens[4], rows[1].tokens[6], rows[1].tokens[7]]
+    assert batch.distilled.tolist() == [*range(5), *range(8, 16)]
+    np.testing.assert_array_equal(batch.teacher["hidden"], np.concatenate([r.hidden for r in rows]))
+
+
+def test_answer_mode_looks_at_the_same_positions_with_all_signals():
+    rows = cached([5, 8])
+    batch = collate(rows, distill_tokens="answer")
+    assert batch.distilled.tolist() == batch.predicting.tolist()
+    np.testing.assert_array_equal(batch.teacher["hidden"], np.concatenate([rows[0].hidden[3:4], rows[1].hidden[5:7]]))
+    assert [m.shape for m in batch.teacher_maps] == [(4, 4), (4, 6 + 7)]  # query rows 3 and 5, 6
+    np.testing.assert_array_equal(batch.teacher_maps[1], rows[1].attention[:, 15:28])
+
+
+def test_terms_are_zero_for_the_teacher_itself():
+    """At student = teacher only the task term is left: every signal is compared at its own position."""
+    identity = torch.nn.Linear(48, 48, bias=False)
+    torch.nn.init.eye_(identity.weight)
+    for mode in ("all", "answer"):
+        terms = terms_for(TEACHER, collate(cached([5, 9, 4]), distill_tokens=mode), identity)
+        assert terms["kd"] < 1e-4 and terms["hidden"] < 1e-5 and terms["attention"] < 1e-6 and terms["task"] > 0.5
+
+
+def test_padding_and_neighbours_are_inert():
+    student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
+    rows = cached([6, 12])
+    alone = terms_for(student, collate(rows[:1]), projector)
+    together = collate(rows)
+    together.normalisers = collate(rows[:1]).counts
+    other = collate(rows[1:])
+    other.normalisers = together.normalisers
+    both, second = terms_for(student, together, projector), terms_for(student, other, projector)
+    for name in ALL:
+        torch.testing.assert_close(both[name], alone[name] + second[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_gradients_do_not_depend_on_the_micro_batch_size(size):
+    rows, gradients = cached([5, 9, 4, 12, 7]), []
+    for micro in (5, size):
+        student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
+        for batch in split_batch(rows, micro):
+            weighted_sum(terms_for(student, batch, projector), ALL).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in [*student.parameters(), *projector.parameters()]]))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_top_k_cache_trains_at_its_temperatures_only():
+    batch = collate(cached([5, 9], signals="top_k"))
+    student = tiny_llama(seed=1)
+    top = terms_for(student, batch, terms=("task", "kd"), temperatures=[1.0, 2.0])
+    full = terms_for(student, collate(cached([5, 9])), terms=("task", "kd"))
+    assert 0 < top["kd"] <= full["kd"] + 1e-4 and top["kd"] > 0.3 * full["kd"]
+    with pytest.raises(ValueError):
+        terms_for(student, batch, terms=("kd",), temperatures=[1.0])
+
+
+def test_epochs_are_permutations_fixed_by_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(5, 60, 203).tolist()
+    one, again = epoch_batches(lengths, 8, 3, 1), epoch_batches(lengths, 8, 3, 1)
+    assert one == again and one != epoch_batches(lengths, 8, 4, 1) and one != epoch_batches(lengths, 8, 3, 2)
+    assert sorted(i for batch in one for i in batch) == list(range(203)) and max(map(len, one)) == 8
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in one)
+    assert padded < 1.15 * sum(lengths)  # buckets: little padding
+
+
+def test_dropout_is_the_same_whatever_was_drawn_before():
+    student = tiny_llama(attention_dropout=0.5).train()
+    ids, outputs = torch.randint(3, 97, (2, 9)), []
+    for extra in (0, 7):
+        torch.rand(extra)
+        seed_step(3, 11)
+        outputs.append(forward_signals(student, ids).hidden)
+    assert torch.equal(*outputs)
+    seed_step(3, 12)
+    assert not torch.equal(outputs[0], forward_signals(student, ids).hidden)
+
+
+def test_projector_is_fixed_by_its_seed_and_leaves_the_generator_alone():
+    torch.manual_seed(5)
+    first = make_projector(4, 6, seed=1).weight
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3)) and torch.equal(first, make_projector(4, 6, seed=1).weight)
+    assert not torch.equal(first, make_projector(4, 6, seed=2).weight)
+
+
+def test_gradient_shares_sum_to_one_and_follow_the_weights():
+    student, batch = tiny_llama(seed=1), collate(cached([5, 9]))
+    terms = terms_for(student, batch)
+    shares = gradient_shares(terms, ALL, student)
+    assert set(shares) == {f"grad_share/{name}" for name in ALL} and sum(shares.values()) == pytest.approx(1)
+    without = gradient_shares(terms, {**ALL, "kd": 0.0}, student)
+    assert without["grad_share/kd"] == 0
+    weighted_sum(terms, ALL).backward()  # the graph is kept
+    assert student.lm_head.weight.grad is not None
+
+
+def test_validation_losses_do_not_depend_on_batches():
+    student, rows = tiny_llama(seed=1), cached([5, 9, 4, 12, 7])
+    terms_of = partial(loss_terms, teacher_head=HEAD, projector=make_projector(32, 48, 0), terms=tuple(ALL), temperature=2.0)
+    results = []
+    for size in (1, 2, 5):
+        chunks = [(collate(rows[i:i + size]), ["sst2", "mmlu", "sst2", "mmlu", "sst2"][i:i + size])
+                  for i in range(0, 5, size)]
+        results.append(validation_losses(student, chunks, terms_of, want_map=True))
+    assert set(results[0]) == {"validation_loss", *(f"validation_loss/{t}" for t in ALL), "token_accuracy/sst2",
+                               "token_accuracy/mmlu"}
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-4)
+    assert results[0]["validation_loss"] == results[0]["validation_loss/task"]
+
+
+def test_mean_weighs_by_counts_and_adds_up_parts():
+    mean = Mean()
+    mean.add({"a": 6.0}, {"a": 2})
+    mean.add({"a": torch.tensor(2.0)}, {"a": 2})
+    assert mean.result("x/") == {"x/a": 2.0}
+    steps = Mean()
+    for value in (1.0, 2.0):
+        steps.add_part({"loss": torch.tensor(value)}, parts=2)
+    steps.add_part({"loss": torch.tensor(5.0)}, parts=1)
+    assert steps.result()["loss"] == pytest.approx(4.0)
+
+
+def test_fine_tuning_learns_and_repeats_itself():
+    rows = example_rows([6, 7, 8, 6], vocab=12)
+    runs = []
+    for _ in range(2):
+        model = tiny_llama(seed=2)
+        history = fine_tune(model, rows, epochs=12, learning_rate=1e-2, batch_size=2, seed=0,
+                            autocast=torch.enable_grad, device=torch.device("cpu"))
+        runs.append((history, model.lm_head.weight.detach()))
+    assert runs[0][0][-1]["train_loss"] < 0.2 * runs[0][0][0]["train_loss"]
+    assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1])
+
+
+def test_a_student_learns_the_teacher_from_the_cache():
+    student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
+    batch, losses = collate(cached([5, 9, 4, 12])), []
+    optimizer = torch.optim.AdamW([*student.parameters(), *projector.parameters()], lr=3e-3)
+    for _ in range(40):
+        terms = terms_for(student, batch, projector)
+        weighted_sum(terms, {**ALL, "attention": 20.0}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append({name: term.item() for name, term in terms.items()})
+    assert all(losses[-1][name] < 0.7 * losses[0][name] for name in ALL)
+
+
+def test_prefetched_keeps_order_and_raises_in_place():
+    assert list(prefetched(lambda i: i * i, range(20), depth=3)) == [i * i for i in range(20)]
+
+    def fails(i):
+        if i == 3:
+            raise ValueError("row 3")
+        return i
+
+    seen = []
+    with pytest.raises(ValueError, match="row 3"):
+        for value in prefetched(fails, range(9)):
+            seen.append(value)
+    assert seen == [0, 1, 2]
+
+
+def test_examples_without_signals_give_the_task_loss_alone():
+    batch = collate([replace(row, hidden=None, attention=None) for row in cached([5, 9])])
+    assert batch.teacher == {} and batch.teacher_maps == []
+    student = tiny_llama(seed=1)
+    assert set(terms_for(student, batch, terms=("task",))) == {"task"}
