@@ -8,7 +8,7 @@ A cache is a folder `NAME-DATE-KEY`: Parquet shards of one row group per example
 | `example_id`, `tokens`, `answer_start` | key, int32 (n,), index of the answer's first token |
 | `hidden` | float16 (n, d) final hidden state, after the last norm: times `lm_head` it is the logits |
 | `attention` | float16 (H, n (n + 1) / 2) last layer's map, causal entries only, row by row |
-| `top_logits`, `top_ids`, `log_mass` | instead of the two above: float32 (n, k), int32 (n, k), float32 (n, temperatures) |
+| `top_logits`, `top_ids`, `log_mass` | instead of these two: float32 (n, k), int32 (n, k), float32 (n, temperatures) |
 """
 
 from __future__ import annotations
@@ -178,7 +178,8 @@ def find_cache(artifacts: Path, name: str) -> Path:
         CacheError: there is none.
     """
     pattern = re.compile(re.escape(name) + r"-\d{4}-\d\d-\d\d-[0-9a-f]{8}")
-    folders = [path.parent for path in (artifacts / "cache").glob("*/manifest.json") if pattern.fullmatch(path.parent.name)]
+    folders = [path.parent for path in (artifacts / "cache").glob("*/manifest.json")
+               if pattern.fullmatch(path.parent.name)]
     if not folders:
         raise CacheError(f"no finished teacher cache of experiment {name!r}: run notebook 02_cache_teacher first")
     return max(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)
@@ -190,13 +191,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         stated = manifest.pop("content_hash")
     except FileNotFoundError:
-        raise CacheError(f"{folder.name} has no manifest.json: caching did not finish; run 02 again, it resumes") from None
+        raise CacheError(f"{folder.name} has no manifest.json: caching did not finish; run 02 again, "
+                         "it resumes") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
         raise CacheError(f"{folder.name}/manifest.json is damaged: delete the folder and run 02 again") from None
     if sha256_json(manifest) != stated:
-        raise CacheError(f"{folder.name}/manifest.json was changed after it was written: delete the folder, run 02 again")
+        raise CacheError(f"{folder.name}/manifest.json was changed after it was written: delete the folder and run 02 "
+                         "again")
     if manifest["format"] != FORMAT_VERSION:
-        raise CacheError(f"{folder.name} has format {manifest['format']}, this code reads {FORMAT_VERSION}: run 02 again")
+        raise CacheError(f"{folder.name} has format {manifest['format']}, this code reads {FORMAT_VERSION}: run 02 "
+                         "again")
     return {**manifest, "content_hash": stated}
 
 
@@ -247,7 +251,8 @@ class TeacherCache:
             try:
                 self._files[name] = pq.ParquetFile(self.folder / name, memory_map=True)
             except (OSError, pa.ArrowInvalid) as error:
-                raise CacheError(f"{self.folder.name}/{name} cannot be read ({error}): delete it and run 02 again") from None
+                raise CacheError(f"{self.folder.name}/{name} cannot be read ({error}): delete it and run 02 "
+                                 "again") from None
         return self._files[name]
 
     def __len__(self) -> int:
@@ -276,7 +281,8 @@ class TeacherCache:
 
     def _shape(self, table: pa.Table) -> CachedExample:
         flat = {name: table[name].chunk(0) for name in table.column_names}
-        row = CachedExample(flat["example_id"][0].as_py(), flat["tokens"].values.to_numpy(), flat["answer_start"][0].as_py())
+        row = CachedExample(flat["example_id"][0].as_py(), flat["tokens"].values.to_numpy(),
+                            flat["answer_start"][0].as_py())
         rows_of = {"hidden": len(row.tokens), "attention": self.manifest.get("heads"), "top_logits": len(row.tokens),
                    "top_ids": len(row.tokens), "log_mass": len(row.tokens)}
         for column, rows in rows_of.items():

@@ -131,6 +131,7 @@ class CacheConfig(Config):
     teacher_epochs: Count
     teacher_learning_rate: PositiveFloat
     teacher_batch_size: PositiveInt
+    teacher_prompt_weight: Weight
     teacher_seed: Seed
     signals: Literal["white_box", "top_k"]
     top_k: PositiveInt

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 
 def task_cross_entropy(student_logits: Tensor, targets: Tensor, normaliser: int | None = None) -> Tensor:
@@ -80,29 +79,48 @@ def kd_loss(student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor
             temperature: float, normaliser: int | None = None, *, chunk_tokens: int = 2048) -> Tensor:
     """L_KD from hidden states: `forward_kl` of h_s W_s^T against h_t W_t^T, summed over tokens / normaliser.
 
-    Both sides' logits exist for `chunk_tokens` tokens at a time; with more than one chunk they are computed again
-    in the backward pass, so that no (N, V) tensor outlives its chunk.
+    Both sides' logits exist for `chunk_tokens` tokens at a time. The gradient is worked out beside the value, in the
+    forward pass (Liger Kernel's way, Hsu et al. 2024), so no (N, V) tensor is kept and none is computed twice.
 
     Args:
         student_hidden: (N, d_s); student_head: (V, d_s).
-        teacher_hidden: (N, d_t), any float dtype; teacher_head: (V, d_t).
+        teacher_hidden: (N, d_t), any float dtype; teacher_head: (V, d_t). No gradient goes to the teacher.
         temperature: T > 0.
         normaliser: number of distilled tokens in the whole batch.
 
     Returns:
         Scalar, nats per token times T^2.
     """
-    def one_chunk(student: Tensor, teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = teacher.to(teacher_head.dtype) @ teacher_head.T
-        return forward_kl(student @ student_head.T, teacher_logits, temperature).sum()
+    total = _SummedKL.apply(student_hidden, student_head, teacher_hidden, teacher_head, temperature, chunk_tokens,
+                            torch.is_grad_enabled())
+    return total / (normaliser or max(len(student_hidden), 1))
 
-    tokens = len(student_hidden)
-    if tokens <= chunk_tokens:
-        return one_chunk(student_hidden, teacher_hidden) / (normaliser or max(tokens, 1))
-    total = sum(checkpoint(one_chunk, student, teacher, use_reentrant=False)
-                for student, teacher in zip(student_hidden.split(chunk_tokens), teacher_hidden.split(chunk_tokens)))
-    return total / (normaliser or tokens)
+
+class _SummedKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, teacher: Tensor, teacher_head: Tensor, temperature: float,
+                chunk_tokens: int, wants_gradient: bool) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        gradients = (torch.empty_like(hidden), torch.zeros_like(head)) if wants_gradient else None
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            student_log = F.log_softmax((hidden[rows] @ head.T).float().div_(temperature), dim=-1)
+            logits = teacher[rows].to(teacher_head.dtype) @ teacher_head.T
+            teacher_log = F.log_softmax(logits.float().div_(temperature), dim=-1)
+            teacher_probs = teacher_log.exp()
+            total += temperature**2 * teacher_log.sub_(student_log).mul_(teacher_probs).sum()
+            if gradients:  # of T^2 KL with respect to the student's logits: T (q - p)
+                slope = student_log.exp_().sub_(teacher_probs).mul_(temperature).to(hidden.dtype)
+                gradients[0][rows] = slope @ head
+                gradients[1].add_(slope.T @ hidden[rows])
+        if gradients:
+            ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        hidden, head = ctx.saved_tensors
+        return slope * hidden, slope * head, None, None, None, None, None
 
 
 def hidden_mse(projected_student: Tensor, teacher_hidden: Tensor, normaliser: int | None = None) -> Tensor:

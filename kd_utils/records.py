@@ -12,7 +12,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .environment import environment, git_commit
 from .files import sha256_file
 from .sealed import RecordError, label, plain, read_sealed, write_sealed
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import config, records
 from .display import Progress
+from .environment import git_commit
 from .execution import code_root, execute_trial, keep_failure
 
 #: What Ray would say on its own account; the sweep has its own display.
@@ -68,7 +69,7 @@ def _start_ray(address: str | None, sockets: str) -> None:
         ray.init(include_dashboard=False, object_store_memory=128 * 2**20, _temp_dir=sockets, **quiet)
         return
     excluded = ["/.git", "/.venv", "/artifacts", "/runs", "__pycache__"]
-    variables = {"KD_ROOT": str(config.ROOT), "KD_COMMIT": records.git_commit()}
+    variables = {"KD_ROOT": str(config.ROOT), "KD_COMMIT": git_commit()}
     try:
         ray.init(address=address, **quiet,
                  runtime_env={"working_dir": str(code_root()), "excludes": excluded, "env_vars": variables})

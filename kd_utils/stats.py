@@ -24,7 +24,8 @@ KEYS = ["setting", "distill_type"]
 
 
 def find_run(name: str, run_dir: str = "", runs: Path = ROOT / "runs") -> Path:
-    """The run folder to read: `run_dir` if given, else `runs/NAME` (what a sweep writes), else its latest dated record.
+    """The run folder to read: `run_dir` if given, else `runs/NAME` (what a sweep writes), else its latest dated record,
+    else `runs/explore` (what 03 leaves when it is run by hand).
 
     Without `run_dir`, a folder counts when it has at least one trial's `metrics.json`. Records are `YYYY-MM-DD-NAME`;
     the date in the name decides, because a clone gives every file a new time.
@@ -39,6 +40,8 @@ def find_run(name: str, run_dir: str = "", runs: Path = ROOT / "runs") -> Path:
             raise FileNotFoundError(f"no run folder {run_dir} {hint}")
         return resolve(run_dir)
     own = [run for run in having if re.fullmatch(rf"(\d{{4}}-\d\d-\d\d-)?{re.escape(name)}", run)]
+    if not own and "explore" in having:
+        return runs / "explore"
     if not own:
         raise FileNotFoundError(f"no run of {name!r} with trials under {runs} {hint}")
     return runs / (name if name in own else own[-1])

@@ -43,6 +43,7 @@ def load_causal_lm(name: str, revision: str = "", dtype: torch.dtype = torch.flo
 
 
 def _load(auto_class: Any, name: str, revision: str, **kwargs: Any) -> Any:
+    _no_weight_bars()
     source = model_source(name)
     try:
         return auto_class.from_pretrained(source, revision=revision or "main", trust_remote_code=False, **kwargs)
@@ -53,8 +54,8 @@ def _load(auto_class: Any, name: str, revision: str, **kwargs: Any) -> Any:
         if "gated" in text.lower() or "401" in text or "403" in text:
             raise ValueError(f"{name} is a gated model: accept its licence on its hub page, then log in with "
                              "`hf auth login` or set HF_TOKEN, and run again") from None
-        raise ValueError(f"cannot load {name} from the hub: no such model, or no network ({text.splitlines()[0]}). Check "
-                         "the name and the connection, or pass a folder that holds the model") from None
+        raise ValueError(f"cannot load {name} from the hub: no such model, or no network ({text.splitlines()[0]}). "
+                         "Check the name and the connection, or pass a folder that holds the model") from None
 
 
 def build_student(name: str, init: str, layers: int) -> nn.Module:
@@ -104,7 +105,8 @@ def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
     return model
 
 
-def require_same_shapes(model: nn.Module, manifest: dict[str, Any], weights: dict[str, float], temperature: float) -> None:
+def require_same_shapes(model: nn.Module, manifest: dict[str, Any], weights: dict[str, float],
+                        temperature: float) -> None:
     """Check that the student's signals can be compared with those that the cache holds.
 
     Raises:
@@ -116,14 +118,14 @@ def require_same_shapes(model: nn.Module, manifest: dict[str, Any], weights: dic
                          "compared id by id, so choose a student with the teacher's vocabulary")
     missing = {"hidden", "attention"} & weights.keys()
     if manifest["signals"] == "top_k" and missing:
-        raise ValueError(f"the cache holds top-k logits and no {' or '.join(sorted(missing))}: set signals to 'white_box' "
-                         "and run 02 again, or distill_type to 'black_box'")
+        raise ValueError(f"the cache holds top-k logits and no {' or '.join(sorted(missing))}: set signals to "
+                         "'white_box' and run 02 again, or distill_type to 'black_box'")
     if manifest["signals"] == "top_k" and temperature not in manifest["temperatures"]:
-        raise ValueError(f"the top-k cache is exact at temperature {manifest['temperatures']} only, not {temperature}: run "
-                         "02 again with this temperature")
+        raise ValueError(f"the top-k cache is exact at temperature {manifest['temperatures']} only, not {temperature}: "
+                         "run 02 again with this temperature")
     if "attention" in weights and config.num_attention_heads != shape["num_attention_heads"]:
-        raise ValueError(f"teacher has {shape['num_attention_heads']} heads, student {config.num_attention_heads}: maps are "
-                         "compared head by head, so choose a student with the teacher's number of heads")
+        raise ValueError(f"teacher has {shape['num_attention_heads']} heads, student {config.num_attention_heads}: "
+                         "maps are compared head by head, so choose a student with the teacher's number of heads")
 
 
 def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Linear:
@@ -135,8 +137,16 @@ def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Line
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     """A plain `transformers` folder (safetensors) that loads without this code."""
+    _no_weight_bars()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _no_weight_bars() -> None:
+    """A bar over the tensors of a file says nothing in a record; downloads keep theirs."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
 
 
 def choose_device(name: str) -> torch.device:

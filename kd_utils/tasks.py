@@ -58,7 +58,7 @@ def load_task(name: str, split: str, *, data_dir: str | Path | None = None, num_
         FileNotFoundError, ConnectionError: the folder, the split's file or the hub cannot be read, with the remedy.
         ValueError: an unknown task, a missing column, an empty split, a value out of range, too few rows for the shots.
     """
-    task = find_task(name)
+    find_task(name)
     if num_fewshot < 0 or (limit is not None and limit < 1):
         raise ValueError(f"num_fewshot = {num_fewshot} must be at least 0 and limit = {limit} at least 1")
     rows = _read(name, split, data_dir)

@@ -21,7 +21,7 @@ from .files import sha256_file, sha256_json, write_json
 from .signals import forward_signals, lm_head_weight, pack_causal
 from .student import autocast, choose_device, load_causal_lm, load_tokenizer, model_source, save_model
 from .tokens import encode_example
-from .training import fine_tune
+from .training import fine_tune, right_padded
 
 
 def encode_table(tokenizer: Any, table: pd.DataFrame) -> list[CachedExample]:
@@ -57,12 +57,13 @@ def prepare_teacher(config: CacheConfig, train: pd.DataFrame, data_hash: str,
     changes.
 
     Returns:
-        Its name, relative to the project's root where it is a folder, and a table `epoch`, `train_loss`.
+        Its name, relative to the project's root where it is a folder, and `fine_tune`'s table, a row per epoch.
     """
     history = pd.DataFrame({"epoch": [], "train_loss": []})
     if config.teacher_epochs == 0:
         return config.teacher, history
-    tuning = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size", "teacher_seed", "precision")
+    tuning = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size", "teacher_prompt_weight", "teacher_seed",
+              "precision")
     key = sha256_json({"base": model_fingerprint(config.teacher, config.teacher_revision), "data": data_hash,
                        **{name: getattr(config, name) for name in tuning}})[:8]
     name = f"{config.artifacts_dir}/teachers/{config.name}-{key}"
@@ -79,8 +80,8 @@ def _fine_tuned(config: CacheConfig, train: pd.DataFrame, folder: Path, progress
     model = load_causal_lm(config.teacher, config.teacher_revision).to(device)
     rows = fine_tune(model, encode_table(tokenizer, train), epochs=config.teacher_epochs,
                      learning_rate=config.teacher_learning_rate, batch_size=config.teacher_batch_size,
-                     seed=config.teacher_seed, autocast=lambda: autocast(device, config.precision), device=device,
-                     progress=progress)
+                     prompt_weight=config.teacher_prompt_weight, seed=config.teacher_seed,
+                     autocast=lambda: autocast(device, config.precision), device=device, progress=progress)
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     save_model(model, tokenizer, aside)
     write_json(aside / "fine_tuning.json", rows)
@@ -135,11 +136,8 @@ def signal_function(model: nn.Module, *, signals: str, top_k: int,
 
     @torch.inference_mode()
     def run(batch: list[CachedExample]) -> list[CachedExample]:
-        lengths = [len(row.tokens) for row in batch]
-        input_ids = torch.zeros(len(batch), max(lengths), dtype=torch.int64)
-        for b, row in enumerate(batch):
-            input_ids[b, :lengths[b]] = torch.from_numpy(row.tokens)
-        input_ids = input_ids.to(device)
+        padded, lengths = right_padded(batch)
+        input_ids = torch.from_numpy(padded).to(device)
         if signals == "top_k":
             logits = model(input_ids=input_ids, use_cache=False).logits
             return [replace(row, **_top_k(logits[b, :lengths[b]], top_k, temperatures)) for b, row in enumerate(batch)]

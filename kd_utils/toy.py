@@ -232,7 +232,7 @@ def build_model(tokenizer: Any, sizes: dict[str, int], seed: int) -> Any:
         return LlamaForCausalLM(config)
 
 
-def build(folder: Path, seed: int = 0) -> None:
+def build(folder: Path, seed: int = 1) -> None:
     """Write the toy benchmark to `folder`: data/{sst2,mmlu,gsm8k}/SPLIT.parquet, tokenizer, teacher, student.
 
     Nothing is done where `folder` already holds what this code writes for `seed`. Otherwise it is built aside and

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import CachedExample
@@ -52,11 +53,8 @@ def collate(examples: list[CachedExample], *, distill_tokens: str = "all", devic
         distill_tokens: "all" real tokens, or those that predict the "answer".
         device: where the tensors go.
     """
-    lengths = [len(row.tokens) for row in examples]
-    width = max(lengths)
-    input_ids = np.zeros((len(examples), width), np.int64)
-    for b, row in enumerate(examples):
-        input_ids[b, :lengths[b]] = row.tokens
+    input_ids, lengths = right_padded(examples)
+    width = input_ids.shape[1]
     answers = [(row.answer_start - 1, n - 1) for row, n in zip(examples, lengths)]
     queries = [(0, n) for n in lengths] if distill_tokens == "all" else answers
 
@@ -68,8 +66,9 @@ def collate(examples: list[CachedExample], *, distill_tokens: str = "all", devic
         return torch.from_numpy(np.require(array, requirements=("C", "W"))).to(device, non_blocking=True)
 
     predicting = flat(answers)
+    held = [c for c in ("hidden", "top_logits", "top_ids", "log_mass") if getattr(examples[0], c) is not None]
     teacher = {column: tensor(np.concatenate([getattr(row, column)[slice(*q)] for row, q in zip(examples, queries)]))
-               for column in ("hidden", "top_logits", "top_ids", "log_mass") if getattr(examples[0], column) is not None}
+               for column in held}
     maps = [] if examples[0].attention is None else [
         tensor(row.attention[:, slice(*causal_slice(n, *q))]) for row, n, q in zip(examples, lengths, queries)]
     distilled = flat(queries)
@@ -77,6 +76,15 @@ def collate(examples: list[CachedExample], *, distill_tokens: str = "all", devic
               "attention": sum(m.numel() for m in maps)}
     return Batch(tensor(input_ids), lengths, queries, tensor(predicting), tensor(input_ids.reshape(-1)[predicting + 1]),
                  tensor(distilled), teacher, maps, counts, counts)
+
+
+def right_padded(examples: list[CachedExample]) -> tuple[np.ndarray, list[int]]:
+    """(B, T) int64 token ids, 0 behind each example's end, and the real lengths."""
+    lengths = [len(row.tokens) for row in examples]
+    input_ids = np.zeros((len(examples), max(lengths)), np.int64)
+    for b, row in enumerate(examples):
+        input_ids[b, :lengths[b]] = row.tokens
+    return input_ids, lengths
 
 
 def split_batch(examples: list[CachedExample], micro_batch_size: int, **options) -> list[Batch]:
@@ -107,8 +115,8 @@ def seed_step(seed: int, global_step: int) -> None:
     torch.manual_seed((seed << 32) + global_step)
 
 
-def loss_terms(signals: Signals, head: Tensor, *, batch: Batch, terms: Iterable[str], teacher_head: Tensor | None = None,
-               projector: nn.Linear | None = None, temperature: float = 1.0,
+def loss_terms(signals: Signals, head: Tensor, *, batch: Batch, terms: Iterable[str],
+               teacher_head: Tensor | None = None, projector: nn.Linear | None = None, temperature: float = 1.0,
                temperatures: Sequence[float] = ()) -> dict[str, Tensor]:
     """The terms that a method has, each divided by the whole batch's normaliser. DESIGN section 4.
 
@@ -211,13 +219,28 @@ def validation_losses(student: nn.Module, batches: Iterable[tuple[Batch, list[st
     return {"validation_loss": values["validation_loss/task"], **values, **hits.result("token_accuracy/")}
 
 
+def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy of every real token but the first, given those before it: nats per token of prompt and answer.
+
+    Args:
+        logits: (B, T, V) for `batch.input_ids`.
+    """
+    places = torch.arange(batch.input_ids.shape[1], device=logits.device)
+    padding = places[None] >= torch.tensor(batch.lengths, device=logits.device)[:, None]
+    labels = batch.input_ids.masked_fill(padding, -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
+
+
 def fine_tune(model: nn.Module, examples: list[CachedExample], *, epochs: int, learning_rate: float, batch_size: int,
-              seed: int, autocast: Callable, device: torch.device,
+              prompt_weight: float, seed: int, autocast: Callable, device: torch.device,
               progress: Callable[[Iterable], Iterable] = iter) -> list[dict[str, float]]:
-    """Train `model` on the answers alone: AdamW, 5 % linear warm-up, then linearly to 0, clipping at 1.0.
+    """Train a teacher on text: AdamW, 5 % linear warm-up, then linearly to 0, clipping at 1.0.
+
+    The loss is the task loss on the answers, plus `prompt_weight` times the next-token loss over prompt and answer: a
+    model that starts from random weights must learn to read the prompts as well.
 
     Returns:
-        A row per epoch: `epoch`, `train_loss` in nats per answer token.
+        A row per epoch: `epoch`, `train_loss` (the task loss, nats per answer token), `next_token_loss`.
     """
     plan = [(epoch, batch) for epoch in range(epochs)
             for batch in epoch_batches([len(row.tokens) for row in examples], batch_size, seed, epoch)]
@@ -233,14 +256,19 @@ def fine_tune(model: nn.Module, examples: list[CachedExample], *, epochs: int, l
         with autocast():
             signals = forward_signals(model, batch.input_ids, want_map=False)
             terms = loss_terms(signals, lm_head_weight(model), batch=batch, terms=("task",))
-        weighted_sum(terms, {"task": 1.0}).backward()
+            if prompt_weight:
+                terms["next_token"] = next_token_loss(signals.hidden @ lm_head_weight(model).T, batch)
+        weighted_sum(terms, {"task": 1.0, "next_token": prompt_weight}).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         means[epoch].add_part(terms, parts=1)
     model.eval()
-    return [{"epoch": epoch + 1, "train_loss": mean.result()["task"]} for epoch, mean in enumerate(means)]
+    results = [mean.result() for mean in means]
+    names = {"task": "train_loss", "next_token": "next_token_loss"}
+    return [{"epoch": epoch, **{names[key]: value for key, value in result.items()}}
+            for epoch, result in enumerate(results, 1)]
 
 
 def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:

@@ -16,7 +16,7 @@ from .files import write_json
 
 def verify(folder: Path, data: dict[str, pd.DataFrame] | None = None,
            recompute: Callable[[list[CachedExample]], Iterable[CachedExample]] | None = None, *,
-           samples: int = 4, tolerance: float = 0.02) -> pd.DataFrame:
+           samples: int = 4, tolerance: float = 0.05) -> pd.DataFrame:
     """Look at everything: checksums, shapes, finite values, attention rows that sum to 1, rows that cover the data.
 
     Args:
@@ -24,7 +24,7 @@ def verify(folder: Path, data: dict[str, pd.DataFrame] | None = None,
         data: split -> prepared table; its `example_id`s and the cache's must be the same.
         recompute: runs the teacher again over sampled rows (they are compared by relative norm).
         samples: rows to recompute, evenly spaced.
-        tolerance: largest ||stored - recomputed|| / ||recomputed||; a lower-precision pass in another batch moves both.
+        tolerance: largest ||stored - recomputed|| / ||recomputed||; bfloat16 in other batches gives up to 0.02.
 
     Returns:
         One row per check: `check`, `result`. It is also written to `verified.json`, which training asks for.

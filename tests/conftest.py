@@ -16,7 +16,7 @@ torch.set_num_threads(1)  # tiny models: a second thread costs more than it give
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder `shared` beside the checkout (or KD_SHARED): real data and tokenizers, which are not in the project."""
+    """The folder `shared` beside the checkout (or KD_SHARED): real data and tokenizers, not part of the project."""
     folder = Path(os.environ.get("KD_SHARED") or ROOT.parent / "shared")
     if not (folder / "data").is_dir():
         message = "needs the real data and tokenizers in ../shared (or KD_SHARED), which are not part of the project"

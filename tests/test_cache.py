@@ -23,7 +23,8 @@ def write(folder, model, *, shard_examples=3, run=None):
     examples = {"train": example_rows(LENGTHS), "validation": example_rows([6, 8], seed=1)}
     for row in examples["validation"]:
         row.example_id = "v" + row.example_id
-    return write_cache(folder, examples, run, stored_lm_head(model), HEADER, shard_examples=shard_examples, batch_tokens=24)
+    return write_cache(folder, examples, run, stored_lm_head(model), HEADER, shard_examples=shard_examples,
+                       batch_tokens=24)
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_logits_come_back_from_hidden_state_and_head(cache):
     cache, model = cache
     stored = cache["row3"]
     with torch.no_grad():
-        logits = model(torch.from_numpy(stored.tokens).long()[None]).logits[0]
+        logits = model(torch.tensor(stored.tokens).long()[None]).logits[0]
     rebuilt = torch.from_numpy(stored.hidden.astype(np.float32)) @ cache.lm_head().T
     assert torch.equal(cache.lm_head(), lm_head_weight(model))
     torch.testing.assert_close(rebuilt, logits, atol=5e-3, rtol=5e-3)
@@ -68,14 +69,14 @@ def test_rows_are_keyed_and_ragged(cache):
 def test_top_k_cache_holds_the_exact_rest(tmp_path):
     model, rows = tiny_llama(), example_rows([5, 8])
     run = signal_function(model, signals="top_k", top_k=6, temperatures=[1.0, 2.0])
-    write_cache(tmp_path / "c", {"train": rows}, run, None, {**HEADER, "signals": "top_k", "top_k": 6}, shard_examples=9,
-                batch_tokens=99)
+    header = {**HEADER, "signals": "top_k", "top_k": 6}
+    write_cache(tmp_path / "c", {"train": rows}, run, None, header, shard_examples=9, batch_tokens=99)
     stored = TeacherCache(tmp_path / "c")["row1"]
     with torch.no_grad():
         logits = model(torch.from_numpy(rows[1].tokens).long()[None]).logits[0]
     torch.testing.assert_close(torch.from_numpy(stored.top_logits.copy()), logits.topk(6).values, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(torch.from_numpy(stored.log_mass.copy()),
-                               torch.stack([logits.logsumexp(-1), (logits / 2).logsumexp(-1)], -1), atol=1e-4, rtol=1e-4)
+    mass = torch.stack([logits.logsumexp(-1), (logits / 2).logsumexp(-1)], -1)
+    torch.testing.assert_close(torch.from_numpy(stored.log_mass.copy()), mass, atol=1e-4, rtol=1e-4)
     assert stored.hidden is None and TeacherCache(tmp_path / "c").lm_head() is None
 
 

@@ -1,9 +1,6 @@
 """Records: whole or not there, found when damaged, and read back as tables."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +8,7 @@ import pandas as pd
 import pytest
 
 from kd_utils import records
+from kd_utils.environment import environment
 from kd_utils.records import RecordError
 from kd_utils.sealed import write_sealed
 
@@ -22,7 +20,7 @@ def metrics_of(method="attention", seed=3, accuracy=0.5, config_hash="c" * 16, c
     epochs = [{"epoch": e, "train_loss": 1 / e, "validation_accuracy": accuracy, "validation_loss": 2.0, "seconds": 9.0}
               for e in (1, 2)]
     return {"config": {"distill_type": method, "seed": seed}, "config_hash": config_hash, "epochs": epochs,
-            "cache": {"name": "toy-2026-01-01-00000000", "content_hash": cache}, **records.environment(),
+            "cache": {"name": "toy-2026-01-01-00000000", "content_hash": cache}, **environment(),
             "started": "2026-01-01T00:00:00+00:00", "seconds": {"total": 21.5}, "peak_memory_mb": 300.0,
             "final": epochs[-1]}
 
@@ -77,33 +75,6 @@ def test_report_epoch_writes_lines_only_when_asked(tmp_path, monkeypatch):
     lines = (tmp_path / "p.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": None}]
     assert "NaN" not in lines[1]
-
-
-def test_environment_says_nothing_of_the_machine_but_its_kind():
-    about = records.environment()
-    assert set(about) == {"git_commit", "versions", "device"}
-    assert about["versions"]["python"] == sys.version.split()[0] and about["versions"]["pandas"] == pd.__version__
-    text = json.dumps(about)
-    assert os.uname().nodename not in text and str(Path.home()) not in text and "/" not in text.replace("//", "")
-
-
-def test_git_commit_of_a_checkout(tmp_path, monkeypatch):
-    (tmp_path / "kd_utils").mkdir()
-    (tmp_path / "kd_utils" / "records.py").write_text("1")
-    monkeypatch.delenv("KD_COMMIT", raising=False)
-    monkeypatch.setattr("kd_utils.environment.__file__", str(tmp_path / "kd_utils" / "records.py"))
-    assert records.git_commit() == "unknown"
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
-    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "m"]):
-        subprocess.run([*git, *arguments], check=True)
-    commit = records.git_commit()
-    assert len(commit) == 40
-    (tmp_path / "other").write_text("not code")
-    assert records.git_commit() == commit
-    (tmp_path / "kd_utils" / "new.py").write_text("2")
-    assert records.git_commit() == f"{commit}-dirty"
-    monkeypatch.setenv("KD_COMMIT", "travelled")
-    assert records.git_commit() == "travelled"
 
 
 def test_a_record_reads_back_as_written(tmp_path):

@@ -10,7 +10,8 @@ from kd_utils.signals import (attention_map, capture_layer, causal_slice, forwar
 
 def eager_map(model, input_ids, attention_mask=None):
     model.set_attn_implementation("eager")
-    output = model(input_ids=input_ids, attention_mask=attention_mask, output_attentions=True, output_hidden_states=True)
+    output = model(input_ids=input_ids, attention_mask=attention_mask, output_attentions=True,
+                   output_hidden_states=True)
     return output.attentions[-1], output.hidden_states[-1]
 
 

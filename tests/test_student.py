@@ -25,10 +25,11 @@ def test_a_student_of_chosen_layers_computes_what_those_layers_compute(tmp_path)
     student = build_student(str(tmp_path / "teacher"), "layers", 2)
     assert student.config.num_hidden_layers == 2 and student.model.layers[1].self_attn.layer_idx == 1
     for kept, original in ((0, 0), (1, 3)):
-        torch.testing.assert_close(student.model.layers[kept].state_dict(), teacher.model.layers[original].state_dict())
+        torch.testing.assert_close(student.model.layers[kept].state_dict(),
+                                   teacher.model.layers[original].state_dict())
     ids = torch.randint(3, 97, (2, 6))
     assert forward_signals(student, ids).attention_map.shape == (2, 4, 6, 6)
-    assert student.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 9)  # the key-value cache has two layers
+    assert student.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 9)  # its cache has two layers
 
 
 def test_saved_student_loads_without_this_code(tmp_path):
@@ -51,7 +52,8 @@ def test_random_students_are_alike(tmp_path):
     two = build_student(str(tmp_path / "m"), "random", 1)
     assert torch.equal(one.lm_head.weight, two.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, tiny_llama(seed=9).lm_head.weight)
-    assert torch.equal(build_student(str(tmp_path / "m"), "pretrained", 1).lm_head.weight, tiny_llama(seed=9).lm_head.weight)
+    loaded = build_student(str(tmp_path / "m"), "pretrained", 1)
+    assert torch.equal(loaded.lm_head.weight, tiny_llama(seed=9).lm_head.weight)
 
 
 def test_missing_folders_and_unreachable_hubs_are_one_line(tmp_path):
@@ -79,9 +81,11 @@ def test_a_gated_model_says_how_to_log_in(monkeypatch):
 
 @pytest.mark.parametrize("changes, weights, temperature, message", [
     ({"shape": {"vocab_size": 98, "num_attention_heads": 4}}, {}, 2.0, "98 output rows, student 97"),
-    ({"shape": {"vocab_size": 97, "num_attention_heads": 8}}, {"attention": 0.1}, 2.0, "teacher has 8 heads, student 4"),
+    ({"shape": {"vocab_size": 97, "num_attention_heads": 8}}, {"attention": 0.1}, 2.0,
+     "teacher has 8 heads, student 4"),
     ({"signals": "top_k", "temperatures": [1.0, 2.0]}, {"hidden": 0.1}, 2.0, "no hidden: set signals to 'white_box'"),
-    ({"signals": "top_k", "temperatures": [1.0, 2.0]}, {"kd": 0.5}, 3.0, "exact at temperature .1.0, 2.0. only, not 3.0"),
+    ({"signals": "top_k", "temperatures": [1.0, 2.0]}, {"kd": 0.5}, 3.0,
+     "exact at temperature .1.0, 2.0. only, not 3.0"),
 ])
 def test_a_student_that_cannot_be_compared_is_refused(changes, weights, temperature, message):
     require_same_shapes(tiny_llama(), SHAPE, {"kd": 0.5, "attention": 0.1}, 2.0)

@@ -44,6 +44,7 @@ import os, time
 import pandas as pd
 from kd_utils import cache, records
 from kd_utils.config import TrialConfig, resolve
+from kd_utils.environment import environment
 config = TrialConfig.from_notebook(globals())
 trial = config.trial
 with open(config.artifacts / "executed.txt", "a") as file:
@@ -57,7 +58,7 @@ for epoch in range(1, config.epochs + 1):
 if (config.artifacts / f"fail-{trial}").exists():
     raise FloatingPointError("the loss is not finite")
 folder = cache.find_cache(config.artifacts, config.name)
-metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **records.environment(),
+metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(),
            "cache": {"name": folder.name, "content_hash": cache.read_manifest(folder)["content_hash"]},
            "started": "2026-01-01T00:00:00Z", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": rows,
            "final": rows[-1]}

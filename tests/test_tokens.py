@@ -17,6 +17,13 @@ def test_encode_pair_splits_the_whole(begin):
     assert tokenizer.bos_token_id not in answer_ids and tokenizer.decode(answer_ids) == " positive"
 
 
+def test_encode_pair_follows_the_whole_where_pieces_cross_the_border():
+    tokenizer = tiny_tokenizer(begin=False)
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("12+30=<<12")) == ["12", "+", "30", "=<<", "12"]
+    prompt_ids, answer_ids = encode_pair(tokenizer, "12+30=", "<<12")
+    assert prompt_ids == tokenizer.encode("12+30=") and answer_ids == tokenizer.encode("12")
+
+
 def test_encode_pair_gives_the_prompts_last_spaces_to_the_answer():
     tokenizer = tiny_tokenizer(begin=True)
     assert encode_pair(tokenizer, "Answer: ", "positive") == encode_pair(tokenizer, "Answer:", " positive")
@@ -87,11 +94,13 @@ def test_one_other_piece_is_another_tokenizer():
 
 @pytest.mark.parametrize("begin", [True, False])
 def test_a_word_after_the_prompt_is_one_piece_in_llama2(shared, begin):
-    # Encoded alone, " B" would have a piece for its space: only the whole has the ids that a model was trained on.
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama2", add_bos_token=begin)
     prompt_ids, answer_ids = encode_pair(tokenizer, "D. 4\nAnswer:", " B")
     assert tokenizer.convert_ids_to_tokens(answer_ids) == ["▁B"]
     assert (prompt_ids[0] == tokenizer.bos_token_id) is begin
+    # Encoded alone, an answer without its space would get one.
+    _, answer_ids = encode_pair(tokenizer, "Answer: (", "positive")
+    assert tokenizer.convert_ids_to_tokens(answer_ids) == ["pos", "itive"]
 
 
 def test_real_tokenizers(shared):

@@ -12,8 +12,8 @@ from kd_utils.losses import weighted_sum
 from kd_utils.signals import forward_signals, lm_head_weight
 from kd_utils.student import make_projector
 from kd_utils.teacher import signal_function
-from kd_utils.training import (Mean, collate, epoch_batches, fine_tune, gradient_shares, loss_terms, prefetched,
-                               seed_step, split_batch, validation_losses)
+from kd_utils.training import (Mean, collate, epoch_batches, fine_tune, gradient_shares, loss_terms, next_token_loss,
+                               prefetched, seed_step, split_batch, validation_losses)
 
 TEACHER = tiny_llama(width=48, layers=3)
 HEAD = lm_head_weight(TEACHER).detach()
@@ -34,7 +34,8 @@ def terms_for(student, batch, projector=None, terms=tuple(ALL), **kwargs):
 def test_collate_puts_answers_and_signals_where_they_belong():
     rows = cached([5, 8])
     batch = collate(rows)
-    assert batch.input_ids.shape == (2, 8) and batch.counts == {"task": 3, "kd": 13, "hidden": 13, "attention": 4 * (15 + 36)}
+    assert batch.input_ids.shape == (2, 8)
+    assert batch.counts == {"task": 3, "kd": 13, "hidden": 13, "attention": 4 * (15 + 36)}
     # row 0: 5 tokens, answer from 4 on; row 1: 8 tokens, answer from 6 on
     assert batch.predicting.tolist() == [3, 8 + 5, 8 + 6]
     assert batch.targets.tolist() == [rows[0].tokens[4], rows[1].tokens[6], rows[1].tokens[7]]
@@ -137,7 +138,8 @@ def test_gradient_shares_sum_to_one_and_follow_the_weights():
 
 def test_validation_losses_do_not_depend_on_batches():
     student, rows = tiny_llama(seed=1), cached([5, 9, 4, 12, 7])
-    terms_of = partial(loss_terms, teacher_head=HEAD, projector=make_projector(32, 48, 0), terms=tuple(ALL), temperature=2.0)
+    terms_of = partial(loss_terms, teacher_head=HEAD, projector=make_projector(32, 48, 0), terms=tuple(ALL),
+                       temperature=2.0)
     results = []
     for size in (1, 2, 5):
         chunks = [(collate(rows[i:i + size]), ["sst2", "mmlu", "sst2", "mmlu", "sst2"][i:i + size])
@@ -167,11 +169,21 @@ def test_fine_tuning_learns_and_repeats_itself():
     runs = []
     for _ in range(2):
         model = tiny_llama(seed=2)
-        history = fine_tune(model, rows, epochs=12, learning_rate=1e-2, batch_size=2, seed=0,
-                            autocast=torch.enable_grad, device=torch.device("cpu"))
+        history = fine_tune(model, rows, epochs=12, learning_rate=1e-2, batch_size=2, prompt_weight=0.5,
+                            seed=0, autocast=torch.enable_grad, device=torch.device("cpu"))
         runs.append((history, model.lm_head.weight.detach()))
     assert runs[0][0][-1]["train_loss"] < 0.2 * runs[0][0][0]["train_loss"]
     assert runs[0][0] == runs[1][0] and torch.equal(runs[0][1], runs[1][1])
+
+
+def test_next_token_loss_equals_the_models_own():
+    model, rows = tiny_llama(seed=2), example_rows([6, 9])
+    batch = collate(rows)
+    labels = batch.input_ids.clone()
+    labels[0, 6:] = -100
+    with torch.no_grad():
+        output = model(batch.input_ids, labels=labels)
+        torch.testing.assert_close(next_token_loss(output.logits, batch), output.loss)
 
 
 def test_a_student_learns_the_teacher_from_the_cache():

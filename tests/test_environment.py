@@ -1,0 +1,38 @@
+"""What a record says of where it was made."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from kd_utils.environment import environment, git_commit
+
+
+def test_environment_says_nothing_of_the_machine_but_its_kind():
+    about = environment()
+    assert set(about) == {"git_commit", "versions", "device"}
+    assert about["versions"]["python"] == sys.version.split()[0] and about["versions"]["pandas"] == pd.__version__
+    text = json.dumps(about)
+    assert os.uname().nodename not in text and str(Path.home()) not in text and "/" not in text.replace("//", "")
+
+
+def test_git_commit_of_a_checkout(tmp_path, monkeypatch):
+    (tmp_path / "kd_utils").mkdir()
+    (tmp_path / "kd_utils" / "records.py").write_text("1")
+    monkeypatch.delenv("KD_COMMIT", raising=False)
+    monkeypatch.setattr("kd_utils.environment.__file__", str(tmp_path / "kd_utils" / "records.py"))
+    assert git_commit() == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "m"]):
+        subprocess.run([*git, *arguments], check=True)
+    commit = git_commit()
+    assert len(commit) == 40
+    (tmp_path / "other").write_text("not code")
+    assert git_commit() == commit
+    (tmp_path / "kd_utils" / "new.py").write_text("2")
+    assert git_commit() == f"{commit}-dirty"
+    monkeypatch.setenv("KD_COMMIT", "travelled")
+    assert git_commit() == "travelled"

@@ -1,0 +1,155 @@
+"""The four notebooks, really executed: a small sweep through Ray and papermill, and 03 by papermill alone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+
+from kd_utils.config import NOTEBOOKS, ROOT, notebook_path
+
+SMALL = {"sst2_train": 24, "sst2_validation": 9, "mmlu_train": 16, "mmlu_validation": 8, "gsm8k_train": 16,
+         "gsm8k_validation": 7, "teacher_epochs": 1, "shard_examples": 20, "epochs": 2, "batch_size": 8,
+         "micro_batch_size": 3, "max_new_tokens": 8}
+TRIALS = ["attention_seed0", "black_box_seed0"]
+
+
+def run(home, *command, **env):
+    return subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": "1", **env})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A project root of its own (KD_ROOT), with one finished sweep of two trials."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
+    (home / "grid.yaml").write_text("distill_type: [black_box, attention]\nseed: [0]\n")
+    done = run(home, "kd_utils", "sweep", home / "small.yaml", "--grid", home / "grid.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (home / "stdout").write_text(done.stdout)
+    return home
+
+
+def test_the_sweep_leaves_whole_records_and_a_results_table(home):
+    toy = home / "runs" / "toy"
+    assert {"01_prepare_data.ipynb", "02_cache_teacher.ipynb", "04_analyse_results.ipynb", "results_summary.csv",
+            "analysis.csv", "sweep.json", "trials"} <= {path.name for path in toy.iterdir()}
+    assert sorted(path.stem for path in (toy / "trials").glob("*.ipynb")) == TRIALS
+    table = pd.read_csv(toy / "results_summary.csv")
+    assert table["status"].tolist() == ["done", "done"]
+    means = table.groupby("config/distill_type")["validation_accuracy"].agg(["mean", "std"])
+    assert means["mean"].between(0, 1).all() and sorted(means.index) == ["attention", "black_box"]
+    assert {"validation_loss", "validation_loss/kd", "validation_accuracy/gsm8k", "config/seed"} <= set(table.columns)
+    check = run(home, "kd_utils", "check", toy)
+    assert (check.returncode, check.stdout.strip()) == (0, "2 of 2 trials whole")
+    assert "validation_accuracy" in (home / "stdout").read_text() and "runs/toy" in (home / "stdout").read_text()
+
+
+def test_run_again_it_does_only_what_is_missing(home):
+    toy = home / "runs" / "toy"
+    dry = run(home, "kd_utils", "sweep", home / "small.yaml", "--grid", home / "grid.yaml", "--dry-run")
+    assert "2 of 2 trials are done, 0 to run" in dry.stdout
+    (home / "changed.yaml").write_text((home / "small.yaml").read_text() + "\nbeta: 0.25\n")
+    changed = run(home, "kd_utils", "sweep", home / "changed.yaml", "--grid", home / "grid.yaml", "--dry-run",
+                  "--run-dir", toy)
+    assert changed.stdout.count("stale") == 2 and "0 of 2 trials are done" in changed.stdout
+
+
+def test_executed_notebooks_hold_figures_and_no_path_of_the_machine(home):
+    for path in (home / "runs" / "toy").rglob("*.ipynb"):
+        text = path.read_text()
+        assert str(home) not in text and str(ROOT) not in text, path.name
+        assert len(text) < 700_000, f"{path.name} is {len(text):,} bytes"
+    analysis = (home / "runs" / "toy" / "04_analyse_results.ipynb").read_text()
+    assert analysis.count('"image/png"') >= 4
+
+
+def test_trials_of_one_seed_are_paired(home):
+    """Same batches in the same order: before the first step both methods have the same losses on the same batch."""
+    records = [json.loads((home / "runs/toy/trials" / trial / "metrics.json").read_text()) for trial in TRIALS]
+    predictions = [pd.read_parquet(home / "runs/toy/trials" / trial / "predictions.parquet") for trial in TRIALS]
+    assert predictions[0]["example_id"].tolist() == predictions[1]["example_id"].tolist()
+    assert records[0]["cache"] == records[1]["cache"] and records[0]["config"]["seed"] == records[1]["config"]["seed"]
+    assert set(records[0]["epochs"][0]) - set(records[1]["epochs"][0]) == {
+        "train_loss/attention", "validation_loss/attention", "grad_share/attention"}
+    # The attention term moves the student by a little, so the task losses stay close and yet differ.
+    one, other = (record["epochs"][0]["train_loss/task"] for record in records)
+    assert one == pytest.approx(other, rel=0.05) and one != other
+
+
+@pytest.fixture(scope="module")
+def by_hand(home):
+    """03 by papermill alone, with the parameter file that serves all notebooks."""
+    out = home / "out.ipynb"
+    done = run(home, "papermill", notebook_path("03_train_student"), out, "-f", home / "small.yaml",
+               "-p", "distill_type", "attention", "-p", "seed", "0", "--no-progress-bar")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home / "runs" / "explore" / "trials" / "attention_seed0"
+
+
+def test_papermill_alone_repeats_the_sweeps_trial_to_the_last_digit(home, by_hand):
+    sweep = home / "runs" / "toy" / "trials" / "attention_seed0"
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (by_hand, sweep))
+    timing = ("seconds", "tok_per_sec")
+    for mine, theirs in zip(one["epochs"], other["epochs"], strict=True):
+        mine, theirs = ({k: v for k, v in row.items() if k not in timing} for row in (mine, theirs))
+        assert mine == theirs
+    pd.testing.assert_frame_equal(*(pd.read_parquet(folder / "predictions.parquet") for folder in (by_hand, sweep)))
+
+
+def test_the_saved_student_is_evaluated_as_it_was_in_its_trial(home):
+    student = home / "artifacts" / "students" / "toy" / "attention_seed0"
+    predictions = pd.read_parquet(home / "runs/toy/trials/attention_seed0/predictions.parquet")
+    for task, split in (("sst2", "validation"), ("mmlu", "test"), ("gsm8k", "test")):
+        out = home / f"{task}.parquet"
+        done = run(home, "kd_utils", "evaluate", student, "--data-dir", home / "artifacts/embedded/toy/data",
+                   "--task", task, "--split", split, "--out", out)
+        assert done.returncode == 0, done.stderr
+        table = pd.read_parquet(out)
+        assert {"row", "prompt", "gold", "prediction", "correct"} <= set(table.columns)
+        both = predictions[predictions["task"] == task].merge(table, on="prompt", suffixes=("", "_folder"))
+        assert len(both) == (predictions["task"] == task).sum()
+        if task != "gsm8k":  # generation length differs there: a trial stops at max_new_tokens
+            assert both["correct"].tolist() == both["correct_folder"].tolist()
+            for mine, theirs in zip(both["loglikelihoods"], both["loglikelihoods_folder"]):
+                assert list(mine) == pytest.approx(list(theirs), abs=1e-4)
+
+
+def test_verify_looks_at_the_cache(home):
+    [cache] = (home / "artifacts" / "cache").glob("toy-*")
+    assert run(home, "kd_utils", "verify", cache).returncode == 0
+    shard = next(cache.glob("train-*.parquet"))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-1])
+    broken = run(home, "kd_utils", "verify", cache)
+    shard.write_bytes(original)
+    assert broken.returncode == 1 and shard.name in broken.stderr and "Traceback" not in broken.stderr
+
+
+@pytest.mark.parametrize("parameter, message", [
+    (("-p", "temprature", "3.0"), "no notebook has a parameter 'temprature'; did you mean 'temperature'?"),
+    (("-p", "beta", "-1"), "beta = -1: Input should be greater than or equal to 0"),
+    (("-p", "name", "nothing"), "run 01_prepare_data first"),
+])
+def test_03_refuses_bad_parameters_before_any_model_is_loaded(home, tmp_path, parameter, message):
+    out = tmp_path / "out.ipynb"
+    done = run(home, "papermill", notebook_path("03_train_student"), out, *parameter, "--no-progress-bar")
+    assert done.returncode != 0 and message in done.stderr
+    executed = [cell for cell in nbformat.read(out, 4).cells if cell.cell_type == "code" and cell.execution_count]
+    assert not any("build_student(" in cell.source and "import" not in cell.source for cell in executed)
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_source_notebooks_are_clean(stem):
+    notebook = nbformat.read(notebook_path(stem), 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert notebook.cells[0].source.startswith(f"# {stem[:2]} ")
+    assert not re.search(r"/(home|root|tmp|Users)/", notebook_path(stem).read_text())

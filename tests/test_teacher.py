@@ -1,0 +1,86 @@
+"""The teacher: fingerprints by content, fine-tuned once, signals the same in any batch."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
+
+from kd_utils.config import notebook_config
+from kd_utils.student import save_model
+from kd_utils.teacher import encode_table, model_fingerprint, prepare_teacher, signal_function, teacher_dtype
+
+TABLE = pd.DataFrame({"example_id": ["a", "b"], "prompt": ["Tom has 12 apples.\nAnswer:", "buys 30\nAnswer:"],
+                      "answer": [" 42", " positive"]})
+
+
+@pytest.fixture
+def base(tmp_path):
+    tokenizer = tiny_tokenizer(begin=False)
+    save_model(tiny_model(tokenizer), tokenizer, tmp_path / "base")
+    return tmp_path / "base"
+
+
+def config_for(base, **changes):
+    values = {"name": "t", "artifacts_dir": str(base.parent / "artifacts"), "teacher": str(base), "teacher_epochs": 2,
+              "teacher_batch_size": 2, **changes}
+    return notebook_config("02_cache_teacher", values)
+
+
+def test_rows_end_with_the_end_token_and_know_where_the_answer_starts():
+    tokenizer = tiny_tokenizer(begin=True)
+    first, second = encode_table(tokenizer, TABLE)
+    assert first.tokens[-1] == tokenizer.eos_token_id and first.tokens[0] == tokenizer.bos_token_id
+    assert tokenizer.decode(first.tokens[first.answer_start:-1]) == " 42"
+    assert tokenizer.decode(second.tokens[second.answer_start:-1]) == " positive"
+
+
+@pytest.mark.parametrize("signals", ["white_box", "top_k"])
+def test_signals_do_not_depend_on_the_batch(signals):
+    run = signal_function(tiny_llama(), signals=signals, top_k=5, temperatures=[1.0, 2.0])
+    rows = example_rows([4, 9, 6])
+    for together, row in zip(run(rows), rows):
+        [alone] = run([row])
+        for field in dataclasses.fields(row):
+            one, other = getattr(together, field.name), getattr(alone, field.name)
+            if isinstance(one, np.ndarray) and field.name != "top_ids":
+                np.testing.assert_allclose(one, other, atol=2e-3)
+
+
+def test_fingerprint_follows_the_weights_and_the_config(base, tmp_path):
+    before = model_fingerprint(str(base))
+    assert model_fingerprint(str(base)) == before
+    save_model(tiny_model(tiny_tokenizer(begin=False), seed=1), tiny_tokenizer(begin=False), base)
+    assert model_fingerprint(str(base)) != before
+    (tmp_path / "none").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no .*safetensors"):
+        model_fingerprint(str(tmp_path / "none"))
+
+
+def test_a_teacher_is_fine_tuned_once_and_again_when_something_changes(base):
+    name, history = prepare_teacher(config_for(base), TABLE, "data")
+    assert history["epoch"].tolist() == [1, 2] and history["train_loss"].is_monotonic_decreasing
+    tuned = model_fingerprint(name)
+    assert tuned != model_fingerprint(str(base))
+
+    def never(steps):
+        raise AssertionError("trained again")
+
+    again, same = prepare_teacher(config_for(base), TABLE, "data", progress=never)
+    assert again == name and same["train_loss"].tolist() == pytest.approx(history["train_loss"].tolist())
+    for changed in ({"teacher_seed": 1}, {"teacher_prompt_weight": 0.3}):
+        assert prepare_teacher(config_for(base, **changed), TABLE, "data")[0] != name
+    assert prepare_teacher(config_for(base), TABLE, "other data")[0] != name
+
+
+def test_without_epochs_the_teacher_is_taken_as_it_comes(base):
+    name, history = prepare_teacher(config_for(base, teacher_epochs=0), TABLE, "data")
+    assert name == str(base) and history.empty
+
+
+def test_the_caching_pass_runs_in_the_precision_asked_for():
+    assert teacher_dtype("auto", torch.device("cpu")) == torch.float32
+    assert teacher_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert teacher_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
