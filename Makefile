@@ -23,8 +23,10 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml; default: toy)
 	$(RUN) -m kd_utils sweep $(PARAMS)
 
+# The second line is Run All: each notebook, in order, with its own defaults, in a project root of its own.
 test: setup smol-weights ## every test, notebooks included
 	$(RUN) -m pytest
+	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" $(RUN) -m pytest --nbval-lax notebooks
 
 lab: setup ## JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks

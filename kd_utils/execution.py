@@ -17,8 +17,8 @@ from . import config, records
 from .sealed import write_sealed
 
 POLL_SECONDS = 0.2
-#: glibc gives large blocks back to the system at once, and on a CPU every (tokens, vocabulary) tensor then costs its page
-#: faults again; kept, `kd_loss` over 49,152 tokens took about half the time.
+#: glibc gives large blocks back to the system at once, and on a CPU every (tokens, vocabulary) tensor then costs its
+#: page faults again; kept, `kd_loss` over 49,152 tokens took about half the time.
 KEEP_FREED_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(32 * 2**30))
 
 

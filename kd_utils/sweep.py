@@ -73,7 +73,7 @@ def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | 
     Raises:
         ValueError: a value that a notebook refuses, or two combinations that are the same trial.
     """
-    for stem in (PREPARE, CACHE, ANALYSE):
+    for stem in config.NOTEBOOKS:  # 03 too: a value that the grid overrides may not be wrong either
         config.notebook_config(stem, parameters)
     trials: dict[str, Trial] = {}
     place = {"run_dir": config.short_path(run_dir)}

@@ -16,18 +16,9 @@ from kd_utils import config, execution, records, scheduling, sweep
 from kd_utils.__main__ import main
 from kd_utils.display import Progress
 
-VALUES = {
-    "name": "stub", "artifacts_dir": "artifacts", "build": "none", "data_dir": "", "tokenizer": "t", "max_length": 8,
-    "data_seed": 0, "sst2_train": 1, "sst2_validation": 1, "mmlu_train": 0, "mmlu_validation": 0, "gsm8k_train": 0,
-    "gsm8k_validation": 0, "teacher": "t", "teacher_revision": "", "teacher_epochs": 0, "teacher_learning_rate": 1e-4,
-    "teacher_batch_size": 1, "teacher_seed": 0, "signals": "white_box", "top_k": 1, "temperature": 2.0,
-    "shard_examples": 1, "batch_tokens": 1, "eval_batch_size": 1, "max_new_tokens": 1, "precision": "auto",
-    "device": "cpu", "distill_type": "black_box", "seed": 0, "student": "s", "student_init": "layers",
-    "student_layers": 1, "alpha": 1.0, "beta": 0.5, "gamma_hidden": 0.1, "gamma_attention": 0.1,
-    "distill_tokens": "all", "epochs": 2, "batch_size": 1, "micro_batch_size": 1, "learning_rate": 1e-4,
-    "weight_decay": 0.0, "max_grad_norm": 1.0, "save_student": False, "run_dir": "runs/stub",
-    "trial": "",
-}
+#: The real notebooks' own parameters, under another name and on one CPU.
+VALUES = {key: value for stem in config.NOTEBOOKS for key, value in config.notebook_defaults(stem).items()}
+VALUES |= {"name": "stub", "build": "none", "device": "cpu", "epochs": 2, "teacher_epochs": 0, "run_dir": "runs/stub"}
 SOURCES = {
     "01_prepare_data": """
 from kd_utils import config, files
@@ -147,6 +138,11 @@ def test_a_bad_grid_file_is_one_clear_error(tmp_path, grid, message):
 def test_bad_values_in_a_grid_are_refused_before_anything_runs(stub_notebooks, grid, message):
     with pytest.raises(ValueError, match=message):
         sweep.plan({}, grid, stub_notebooks / "runs" / "x")
+
+
+def test_a_bad_value_that_the_grid_overrides_is_refused_all_the_same(stub_notebooks):
+    with pytest.raises(ValueError, match="distill_type = 'atention'"):
+        sweep.plan({"distill_type": "atention"}, {"distill_type": ["attention"]}, "runs/x")
 
 
 def test_bad_values_of_another_stage_are_refused_too(stub_notebooks):
