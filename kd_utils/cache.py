@@ -14,6 +14,7 @@ A cache is a folder `NAME-DATE-KEY`: Parquet shards of one row group per example
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -88,7 +89,9 @@ def write_cache(folder: Path, examples: dict[str, list[CachedExample]],
         The manifest.
     """
     try:
-        return check_files(folder)
+        manifest = check_files(folder)
+        os.utime(folder / "manifest.json")  # `find_cache` takes the newest: this is the one asked for last
+        return manifest
     except CacheError:  # not finished, or damaged: what is whole is kept, the rest is written again
         earlier = _earlier_checksums(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +175,7 @@ def _write_lm_head(path: Path, weight: Tensor) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------- reading
 
 def find_cache(artifacts: Path, name: str) -> Path:
-    """The newest finished cache of experiment `name`.
+    """The finished cache of experiment `name` that 02 wrote, or was asked for, last.
 
     Raises:
         CacheError: there is none.

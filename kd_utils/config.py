@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 #: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the
 #: shared folder that holds `artifacts/` and `runs/`.
-ROOT = Path(os.environ.get("KD_ROOT") or Path(__file__).resolve().parents[1])
+ROOT = Path(os.environ.get("KD_ROOT") or Path(__file__).parents[1]).expanduser().resolve()
 
 METHODS = ("black_box", "hidden_state", "attention", "combined")
 TASK_NAMES = ("sst2", "mmlu", "gsm8k")
@@ -152,6 +152,7 @@ class TrialConfig(Config):
     student: str
     student_init: Literal["pretrained", "layers", "random"]
     student_layers: PositiveInt
+    teacher: str
     tokenizer: str
     alpha: Weight
     beta: Weight

@@ -44,6 +44,11 @@ class PreparedData:
     config_fingerprint: str
     tokenizer_fingerprint: str
 
+    def require_tokenizer(self, tokenizer: Any) -> None:
+        """Raise a ValueError if lengths were counted, and rows dropped, with another tokenizer than this one."""
+        if tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
+            raise ValueError("the data was prepared with another tokenizer: run 01_prepare_data again with this one")
+
     @property
     def data_hash(self) -> str:
         """SHA-256 over the content of both tables, row by row: it does not depend on how parquet stores them."""

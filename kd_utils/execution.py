@@ -54,13 +54,14 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
     failed = target.with_name(f"{target.stem}.failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     failed.unlink(missing_ok=True)
-    for leftover in target.parent.glob(f".{target.stem}.*partial-*"):  # of an execution that was killed
+    for leftover in target.parent.glob(f".{target.stem}.partial-*"):  # of an execution that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     aside = target.with_name(f".{target.stem}.partial-{os.getpid()}.ipynb")
     try:
         # The kernel starts beside the code, so that on a cluster it imports what travelled, not the shared folder's.
         papermill.execute_notebook(config.notebook_path(stem), aside, parameters, cwd=code_root(),
                                    kernel_name="python3", progress_bar=progress_bar,
+                                   coalesce_streams=True,  # of a progress bar the last state is kept
                                    extra_arguments=["--log-level=CRITICAL"])
         _finish(aside, target, stem, about())
     except Exception as error:
@@ -76,7 +77,10 @@ def keep_failure(target: Path, stem: str, cause: str) -> None:
         return
     # Nothing aside: it failed before papermill wrote anything, so the source stands for it.
     aside = next(target.parent.glob(f".{target.stem}.partial-*.ipynb"), None) or config.notebook_path(stem)
-    _finish(aside, failed, stem, {"failure": cause})
+    try:
+        _finish(aside, failed, stem, {"failure": cause})
+    except ValueError:  # killed while papermill wrote it
+        _finish(config.notebook_path(stem), failed, stem, {"failure": cause})
     if aside.name.startswith("."):
         aside.unlink(missing_ok=True)
 

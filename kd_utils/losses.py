@@ -76,7 +76,7 @@ def _log_rest(log_probs: Tensor) -> Tensor:
 
 
 def kd_loss(student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
-            temperature: float, normaliser: int | None = None, *, chunk_tokens: int = 2048) -> Tensor:
+            temperature: float, normaliser: int | None = None, *, chunk_tokens: int = 512) -> Tensor:
     """L_KD from hidden states: `forward_kl` of h_s W_s^T against h_t W_t^T, summed over tokens / normaliser.
 
     Both sides' logits exist for `chunk_tokens` tokens at a time. The gradient is worked out beside the value, in the

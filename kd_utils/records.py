@@ -234,7 +234,7 @@ def check_run(run_dir: str | Path) -> list[str]:
             problems.append(f"trials/{path.name} is left over from an execution that was stopped")
         elif path.name.removesuffix(".ipynb").removesuffix(".failed") not in names:
             problems.append(f"trials/{path.name} belongs to no planned trial")
-    return problems + _check_summary(run_dir)
+    return problems + _check_alike(run_dir) + _check_summary(run_dir)
 
 
 def count_done(run_dir: str | Path) -> tuple[int, int]:
@@ -275,6 +275,13 @@ def _trials(run_dir: str | Path) -> list[tuple[dict[str, Any], Status]]:
         except RecordError as error:
             found.append((planned, Status("broken", str(error))))
     return found
+
+
+def _check_alike(run_dir: Path) -> list[str]:
+    """Paired trials start from the same weights and round alike: whether all that are done did."""
+    done = done_records(run_dir)
+    kinds = {key: {json.dumps(metrics.get(key)) for metrics in done} for key in ("student", "precision")}
+    return [f"trials differ in {key}: {', '.join(sorted(values))}" for key, values in kinds.items() if len(values) > 1]
 
 
 def _check_summary(run_dir: Path) -> list[str]:

@@ -16,7 +16,7 @@ from .execution import code_root, execute_trial, keep_failure
 
 #: What Ray would say on its own account; the sweep has its own display.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0",
-         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
 
 
 def run_trials(trials: dict[str, dict[str, Any]], run_dir: Path, progress: Progress, address: str | None, cpus: float,
@@ -66,7 +66,7 @@ def _start_ray(address: str | None, sockets: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         # Trials hand over a few numbers, so the object store needs no third of the memory, which is Ray's default.
-        ray.init(include_dashboard=False, object_store_memory=128 * 2**20, _temp_dir=sockets, **quiet)
+        ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, _temp_dir=sockets, **quiet)
         return
     excluded = ["/.git", "/.venv", "/artifacts", "/runs", "__pycache__"]
     variables = {"KD_ROOT": str(config.ROOT), "KD_COMMIT": git_commit()}

@@ -58,7 +58,7 @@ def _load(auto_class: Any, name: str, revision: str, **kwargs: Any) -> Any:
                          "Check the name and the connection, or pass a folder that holds the model") from None
 
 
-def build_student(name: str, init: str, layers: int) -> nn.Module:
+def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.Module:
     """The student's initial weights, the same in every trial.
 
     Args:
@@ -75,8 +75,8 @@ def build_student(name: str, init: str, layers: int) -> nn.Module:
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(_load(AutoConfig, name, ""), dtype=torch.float32)
-    model = load_causal_lm(name)
+            return AutoModelForCausalLM.from_config(_load(AutoConfig, name, revision), dtype=torch.float32)
+    model = load_causal_lm(name, revision)
     return model if init == "pretrained" else keep_layers(model, evenly_spaced(model.config.num_hidden_layers, layers))
 
 
@@ -166,11 +166,16 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def amp_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What matrix products are computed in: `auto` means bfloat16 on a GPU and float32 on a CPU."""
+    half = precision == "bfloat16" or (precision == "auto" and device.type != "cpu")
+    return torch.bfloat16 if half else torch.float32
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bfloat16 autocast over float32 weights, or nothing; `auto` means bfloat16 on a GPU only."""
-    if precision == "float32" or (precision == "auto" and device.type == "cpu"):
-        return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    """bfloat16 autocast over float32 weights where `amp_dtype` says so, or nothing."""
+    dtype = amp_dtype(device, precision)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def peak_memory_mb(device: torch.device) -> float:

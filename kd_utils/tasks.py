@@ -225,7 +225,8 @@ def _read_folder(name: str, split: str, data_dir: Path) -> tuple[Any, str]:
         raise FileNotFoundError(f"no data folder {data_dir}: give the one that holds {name}/{split}.parquet")
     if not path.is_file():
         there = ", ".join(sorted(file.name for file in path.parent.glob("*.parquet"))) or "none"
-        raise FileNotFoundError(f"no file {path} (parquet files there: {there}): {name} needs its {split} split")
+        raise FileNotFoundError(f"no file {path} (parquet files there: {there}): {name} needs its {split} "
+                                "split. Set data_dir to a folder with the hub's schema, or to '' for the hub")
     try:
         return pyarrow.parquet.read_table(path), str(path)
     except pyarrow.lib.ArrowException as error:

@@ -18,7 +18,7 @@ from .cache import CachedExample
 from .config import CacheConfig, resolve
 from .data import PreparedData
 from .files import sha256_file, sha256_json, write_json
-from .signals import forward_signals, lm_head_weight, pack_causal
+from .signals import forward_signals, lm_head_weight, pack_causal, require_linear_head
 from .student import autocast, choose_device, load_causal_lm, load_tokenizer, model_source, save_model
 from .tokens import encode_example
 from .training import fine_tune, right_padded
@@ -39,22 +39,28 @@ def model_fingerprint(name: str, revision: str = "") -> str:
     """
     source = model_source(name)
     if source == name and not Path(source).is_dir():
-        from transformers import AutoConfig
+        from transformers.utils import cached_file
 
-        config = AutoConfig.from_pretrained(name, revision=revision or "main")
-        return f"{name}@{getattr(config, '_commit_hash', None) or revision or 'main'}"
+        # The hub's local copy is .../snapshots/COMMIT/config.json
+        return f"{name}@{Path(cached_file(name, 'config.json', revision=revision or 'main')).parent.name}"
     files = sorted([*Path(source).glob("*.safetensors"), Path(source) / "config.json"])
     if len(files) < 2:
         raise FileNotFoundError(f"{name} holds no *.safetensors: save the model with `save_pretrained`")
     return sha256_json({path.name: sha256_file(path) for path in files})
 
 
-def prepare_teacher(config: CacheConfig, train: pd.DataFrame, data_hash: str,
+def prepare_teacher(config: CacheConfig, train: list[CachedExample], data_hash: str,
                     progress: Callable[[Iterable], Iterable] = iter) -> tuple[str, pd.DataFrame]:
     """The teacher's folder or hub name, fine-tuned on the training rows first if `teacher_epochs` is above 0.
 
     A fine-tuned teacher is kept in `artifacts/teachers/NAME-KEY` and used again while nothing that it was made from
     changes.
+
+    Args:
+        config: parameters of 02.
+        train: the training rows as tokens, just as they will be cached.
+        data_hash: of the prepared data.
+        progress: wraps the list of steps, e.g. `tqdm`.
 
     Returns:
         Its name, relative to the project's root where it is a folder, and `fine_tune`'s table, a row per epoch.
@@ -74,11 +80,13 @@ def prepare_teacher(config: CacheConfig, train: pd.DataFrame, data_hash: str,
     return name, pd.DataFrame(rows)
 
 
-def _fine_tuned(config: CacheConfig, train: pd.DataFrame, folder: Path, progress: Callable) -> list[dict[str, float]]:
+def _fine_tuned(config: CacheConfig, train: list[CachedExample], folder: Path,
+                progress: Callable) -> list[dict[str, float]]:
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.teacher, config.teacher_revision)
     model = load_causal_lm(config.teacher, config.teacher_revision).to(device)
-    rows = fine_tune(model, encode_table(tokenizer, train), epochs=config.teacher_epochs,
+    require_linear_head(model, torch.from_numpy(right_padded(train[:8])[0]).to(device))
+    rows = fine_tune(model, train, epochs=config.teacher_epochs,
                      learning_rate=config.teacher_learning_rate, batch_size=config.teacher_batch_size,
                      prompt_weight=config.teacher_prompt_weight, seed=config.teacher_seed,
                      autocast=lambda: autocast(device, config.precision), device=device, progress=progress)
@@ -88,12 +96,6 @@ def _fine_tuned(config: CacheConfig, train: pd.DataFrame, folder: Path, progress
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
     return rows
-
-
-def teacher_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of the teacher's weights for the caching pass: bfloat16 where training would autocast to it."""
-    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if half else torch.float32
 
 
 def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, model: nn.Module,
@@ -117,7 +119,8 @@ def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, mode
            "shard_examples": config.shard_examples}
     specific = ({"hidden_size": shape["hidden_size"], "heads": shape["num_attention_heads"], "dtype": "float16"}
                 if white_box else {"top_k": config.top_k, "dtype": "float32"})
-    return {"name": config.name, "key": key, "teacher": teacher, "teacher_revision": config.teacher_revision,
+    return {"name": config.name, "key": key, "base_teacher": config.teacher,
+            "teacher": teacher, "teacher_revision": config.teacher_revision,
             "teacher_accuracy": accuracy, "data_hash": prepared.data_hash, "signals": config.signals, "shape": shape,
             "tokenizer_fingerprint": prepared.tokenizer_fingerprint, "temperatures": temperatures, **specific}
 

@@ -27,11 +27,15 @@ def verify(folder: Path, data: dict[str, pd.DataFrame] | None = None,
         tolerance: largest ||stored - recomputed|| / ||recomputed||; bfloat16 in other batches gives up to 0.02.
 
     Returns:
-        One row per check: `check`, `result`. It is also written to `verified.json`, which training asks for.
+        One row per check: `check`, `result`. Given `data` and `recompute`, it is also written to `verified.json`, which
+        training asks for; a look without them vouches for less and leaves that file as it is.
 
     Raises:
         CacheError: the first check that fails.
     """
+    sealed = data is not None and recompute is not None
+    if sealed:  # a failure below must not leave an earlier word behind
+        (folder / "verified.json").unlink(missing_ok=True)
     manifest = check_files(folder)
     cache = TeacherCache(folder, memory_bytes=0)
     checks = {"files": f"{len(manifest['shards'])} shards, checksums equal"}
@@ -48,7 +52,8 @@ def verify(folder: Path, data: dict[str, pd.DataFrame] | None = None,
     if recompute is not None:
         checks["recomputed"] = _check_recomputed(cache, recompute, samples, tolerance)
     report = pd.DataFrame({"check": list(checks), "result": list(checks.values())})
-    write_json(folder / "verified.json", {"content_hash": manifest["content_hash"], "checks": checks})
+    if sealed:
+        write_json(folder / "verified.json", {"content_hash": manifest["content_hash"], "checks": checks})
     return report
 
 
@@ -64,8 +69,8 @@ def _check_row(manifest: dict[str, Any], row: CachedExample) -> float:
             raise CacheError(f"row {row.example_id}: {column} has shape {getattr(array, 'shape', None)}, "
                              f"expected {shapes[column]}")
         if not np.isfinite(array).all():
-            raise CacheError(f"row {row.example_id}: {column} has values that are not finite: the teacher overflowed; "
-                             "cache it again with precision float32")
+            raise CacheError(f"row {row.example_id}: {column} has values that are not finite: the teacher overflowed "
+                             "float16; set signals to 'top_k' and run 02 again")
     if not 0 < row.answer_start < n:
         raise CacheError(f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens")
     if row.attention is None:
@@ -94,8 +99,8 @@ def _check_recomputed(cache: TeacherCache, recompute: Callable, samples: int, to
     return f"{len(chosen)} rows, equal within {worst:.1e}"
 
 
-def open_verified(folder: Path, *, data_hash: str, tokenizer_fingerprint: str) -> TeacherCache:
-    """The gate in front of training: a cache that is verified, unchanged since, and made for this data and tokenizer.
+def open_verified(folder: Path, *, data_hash: str, tokenizer_fingerprint: str, teacher: str) -> TeacherCache:
+    """The gate in front of training: verified, unchanged since, and made for this data, tokenizer and teacher.
 
     Raises:
         CacheError: what is wrong, and the remedy.
@@ -106,11 +111,13 @@ def open_verified(folder: Path, *, data_hash: str, tokenizer_fingerprint: str) -
     except (OSError, ValueError, KeyError):
         verified = None
     if verified != manifest["content_hash"]:
-        raise CacheError(f"{folder.name} has not been verified: run `python -m kd_utils verify` on it, or 02 again")
+        raise CacheError(f"{folder.name} has not been verified: run 02 again, it verifies what it wrote")
     if manifest["data_hash"] != data_hash:
         raise CacheError(f"{folder.name} was made for other data ({manifest['data_hash'][:8]}, prepared is "
                          f"{data_hash[:8]}): run 02 again")
     if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
         raise CacheError(f"{folder.name} was made with another tokenizer than the student's: a teacher whose tokenizer "
                          "differs is not supported yet; run 02 again with the student's tokenizer")
+    if manifest["base_teacher"] != teacher:
+        raise CacheError(f"{folder.name} was made from teacher {manifest['base_teacher']}, not {teacher}: run 02 again")
     return TeacherCache(folder)

@@ -15,7 +15,7 @@ from kd_utils.teacher import signal_function, stored_lm_head
 
 LENGTHS = [5, 9, 3, 12, 7, 7, 4, 10]
 HEADER = {"signals": "white_box", "heads": 4, "hidden_size": 32, "data_hash": "d", "tokenizer_fingerprint": "t",
-          "temperatures": []}
+          "base_teacher": "m", "temperatures": []}
 
 
 def write(folder, model, *, shard_examples=3, run=None):
@@ -154,6 +154,14 @@ def test_find_cache_takes_the_newest_finished_one_of_that_name(tmp_path):
     assert find_cache(tmp_path, "toy").name == "toy-2026-01-02-11111111"
     with pytest.raises(CacheError, match="run notebook 02"):
         find_cache(tmp_path, "other")
+
+
+def test_a_cache_asked_for_again_is_the_newest(tmp_path):
+    first, second = (tmp_path / "cache" / f"toy-2026-01-01-{digit * 8}" for digit in "ab")
+    model = tiny_llama()
+    for folder in (first, second, first):
+        write(folder, model)
+        assert find_cache(tmp_path, "toy") == folder
 
 
 def test_the_folder_is_that_of_an_earlier_run_of_the_same_key(tmp_path):

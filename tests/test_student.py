@@ -6,8 +6,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from kd_utils.signals import forward_signals
-from kd_utils.student import (autocast, build_student, choose_device, evenly_spaced, keep_layers, load_causal_lm,
-                              load_tokenizer, model_source, require_same_shapes, save_model)
+from kd_utils.student import (amp_dtype, autocast, build_student, choose_device, evenly_spaced, keep_layers,
+                              load_causal_lm, load_tokenizer, model_source, require_same_shapes, save_model)
 
 SHAPE = {"signals": "white_box", "temperatures": [], "shape": {"vocab_size": 97, "num_attention_heads": 4}}
 
@@ -94,6 +94,8 @@ def test_a_student_that_cannot_be_compared_is_refused(changes, weights, temperat
 
 
 def test_devices_and_precision():
+    assert amp_dtype(torch.device("cuda"), "auto") == amp_dtype(torch.device("cpu"), "bfloat16") == torch.bfloat16
+    assert amp_dtype(torch.device("cuda"), "float32") == amp_dtype(torch.device("cpu"), "auto") == torch.float32
     assert choose_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="'gpu0'"):
         choose_device("gpu0")

@@ -5,15 +5,17 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
 
 from kd_utils.config import notebook_config
 from kd_utils.student import save_model
-from kd_utils.teacher import encode_table, model_fingerprint, prepare_teacher, signal_function, teacher_dtype
+from kd_utils.teacher import encode_table, model_fingerprint, prepare_teacher, signal_function
 
 TABLE = pd.DataFrame({"example_id": ["a", "b"], "prompt": ["Tom has 12 apples.\nAnswer:", "buys 30\nAnswer:"],
                       "answer": [" 42", " positive"]})
+
+
+ROWS = encode_table(tiny_tokenizer(begin=False), TABLE)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_fingerprint_follows_the_weights_and_the_config(base, tmp_path):
 
 
 def test_a_teacher_is_fine_tuned_once_and_again_when_something_changes(base):
-    name, history = prepare_teacher(config_for(base), TABLE, "data")
+    name, history = prepare_teacher(config_for(base), ROWS, "data")
     assert history["epoch"].tolist() == [1, 2] and history["train_loss"].is_monotonic_decreasing
     tuned = model_fingerprint(name)
     assert tuned != model_fingerprint(str(base))
@@ -68,19 +70,13 @@ def test_a_teacher_is_fine_tuned_once_and_again_when_something_changes(base):
     def never(steps):
         raise AssertionError("trained again")
 
-    again, same = prepare_teacher(config_for(base), TABLE, "data", progress=never)
+    again, same = prepare_teacher(config_for(base), ROWS, "data", progress=never)
     assert again == name and same["train_loss"].tolist() == pytest.approx(history["train_loss"].tolist())
     for changed in ({"teacher_seed": 1}, {"teacher_prompt_weight": 0.3}):
-        assert prepare_teacher(config_for(base, **changed), TABLE, "data")[0] != name
-    assert prepare_teacher(config_for(base), TABLE, "other data")[0] != name
+        assert prepare_teacher(config_for(base, **changed), ROWS, "data")[0] != name
+    assert prepare_teacher(config_for(base), ROWS, "other data")[0] != name
 
 
 def test_without_epochs_the_teacher_is_taken_as_it_comes(base):
-    name, history = prepare_teacher(config_for(base, teacher_epochs=0), TABLE, "data")
+    name, history = prepare_teacher(config_for(base, teacher_epochs=0), ROWS, "data")
     assert name == str(base) and history.empty
-
-
-def test_the_caching_pass_runs_in_the_precision_asked_for():
-    assert teacher_dtype("auto", torch.device("cpu")) == torch.float32
-    assert teacher_dtype("auto", torch.device("cuda")) == torch.bfloat16
-    assert teacher_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16

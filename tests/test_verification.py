@@ -29,34 +29,38 @@ def table(*ids):
     return {"train": pd.DataFrame({"example_id": ids})}
 
 
+ALL = table("row0", "row1", "row2")
+
+
 def test_a_good_cache_passes_and_opens(tmp_path):
     report = verify(make(tmp_path / "c"), table("row0", "row1", "row2"), RUN).set_index("check")["result"]
     assert report["rows, train"] == "3 of 3" and "shapes right, all finite" in report["values"]
     assert report["recomputed"].startswith("3 rows, equal within")
-    cache = open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t")
+    cache = open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
     assert len(cache) == 3
 
 
 def test_what_is_not_verified_does_not_open(tmp_path):
-    make(tmp_path / "c")
-    with pytest.raises(CacheError, match="has not been verified.*kd_utils verify"):
-        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t")
+    verify(make(tmp_path / "c"))  # a look without the data and the teacher vouches for too little
+    with pytest.raises(CacheError, match="has not been verified"):
+        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
 
 
 @pytest.mark.parametrize("given, message", [({"data_hash": "other"}, "made for other data"),
-                                            ({"tokenizer_fingerprint": "other"}, "another tokenizer")])
+                                            ({"tokenizer_fingerprint": "other"}, "another tokenizer"),
+                                            ({"teacher": "other"}, "made from teacher m, not other")])
 def test_other_data_or_tokenizer_is_refused(tmp_path, given, message):
-    verify(make(tmp_path / "c"))
+    verify(make(tmp_path / "c"), ALL, RUN)
     with pytest.raises(CacheError, match=message):
-        open_verified(tmp_path / "c", **{"data_hash": "d", "tokenizer_fingerprint": "t", **given})
+        open_verified(tmp_path / "c", **{"data_hash": "d", "tokenizer_fingerprint": "t", "teacher": "m", **given})
 
 
 def test_damage_after_verifying_is_refused(tmp_path):
-    verify(make(tmp_path / "c"))
+    verify(make(tmp_path / "c"), ALL, RUN)
     shard = tmp_path / "c" / "train-00000.parquet"
     shard.write_bytes(shard.read_bytes() + b"\0")
     with pytest.raises(CacheError, match="damaged"):
-        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t")
+        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
 
 
 def spoiled_attention(row):
@@ -86,5 +90,8 @@ def test_rows_must_cover_the_data(tmp_path):
 
 def test_another_teacher_is_found_by_recomputing(tmp_path):
     other = signal_function(tiny_llama(seed=1), signals="white_box", top_k=1, temperatures=[])
+    verify(make(tmp_path / "c"), ALL, RUN)
     with pytest.raises(CacheError, match="the teacher is not the one that was cached"):
-        verify(make(tmp_path / "c"), recompute=other)
+        verify(tmp_path / "c", ALL, other)
+    with pytest.raises(CacheError, match="has not been verified"):  # what failed is not vouched for any more
+        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
