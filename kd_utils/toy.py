@@ -1,40 +1,21 @@
-"""The toy benchmark: three generated task families, their tokenizer, a teacher and a student, from one seed.
+"""The toy benchmark's rows: three generated task families in the hub's schemas, from one seed.
 
-Rows have the hub's schemas (SST-2, MMLU, GSM8K) and ask for what the real ones ask for: sentiment under negation
-and contrast, facts recalled among distractors, arithmetic worked step by step. What is written are ordinary Parquet
-files and ordinary `transformers` folders, so no other code knows that it is a toy.
+They ask for what the real ones (SST-2, MMLU, GSM8K) ask for: sentiment under negation and contrast, facts recalled
+among distractors, arithmetic worked step by step.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-import os
 import random
-import re
-import shutil
-from pathlib import Path
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 Row = dict[str, Any]
 
 #: Rows of each file. As with the real data, MMLU's training and validation rows both come from `test`.
-ROWS = {"sst2/train": 900, "sst2/validation": 200, "mmlu/test": 1400, "gsm8k/train": 800, "gsm8k/test": 200}
+ROWS = {"sst2/train": 900, "sst2/validation": 200, "mmlu/test": 870, "gsm8k/train": 800, "gsm8k/test": 200}
 DEV_ROWS_PER_SUBJECT = 5
-SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
-
-#: Teacher and student differ in width, depth and head size (the projector is needed) and share the head count, so
-#: that attention maps compare head by head.
-TEACHER = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
-STUDENT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-
-#: The fixed wording of the three prompts, which `tasks` forms. Each phrase is one token: it does not differ between the
-#: examples of a task, and a third of all tokens is saved.
-PHRASES = ("The following are multiple choice questions (with answers) about",
-           "\nQuestion: Is this sentence positive or negative?\nAnswer:", "Question:",
-           "\nA.", "\nB.", "\nC.", "\nD.", "\nAnswer:")
-ANSWER_WORDS = " A B C D positive negative"
 
 # --- sentiment -------------------------------------------------------------------------------------------------
 
@@ -85,19 +66,20 @@ def _clause(rng: random.Random, aspect: str, value: int) -> str:
 #: subject -> (things, values, ways to ask). Which value belongs to which thing is drawn from the seed.
 WORLD = {
     "world_capitals": (
-        ("Norland", "Vestria", "Oromar", "Kaldia", "Sulmira", "Tarvos", "Belnia"),
-        ("Ardun", "Bresk", "Corvin", "Delmar", "Estok", "Fenwick", "Galdor"),
+        ("Norland", "Vestria", "Oromar", "Kaldia", "Sulmira", "Tarvos"),
+        ("Ardun", "Bresk", "Corvin", "Delmar", "Estok", "Fenwick"),
         ("What is the capital of {}?", "Which city is the capital of {}?", "The capital of {} is which city?",
-         "From which city is {} ruled?")),
+         "From which city is {} ruled?", "In which city do the rulers of {} live?")),
     "animal_diets": (
-        ("lork", "mimble", "zarn", "pogget", "tiffin", "grell", "snorv"),
-        ("berries", "moss", "beetles", "clams", "acorns", "reeds", "honey"),
-        ("What does a {} eat?", "Which food does a {} live on?", "A {} eats which food?", "What is the food of a {}?")),
+        ("lork", "mimble", "zarn", "pogget", "tiffin", "grell"),
+        ("berries", "moss", "beetles", "clams", "acorns", "reeds"),
+        ("What does a {} eat?", "Which food does a {} live on?", "A {} eats which food?", "What is the food of a {}?",
+         "On which food is a {} raised?")),
     "famous_inventors": (
-        ("Abner", "Brisa", "Cosmo", "Dorit", "Elvar", "Fabia", "Gustav"),
-        ("clock", "kite", "lamp", "plough", "compass", "loom", "telescope"),
+        ("Abner", "Brisa", "Cosmo", "Dorit", "Elvar", "Fabia"),
+        ("clock", "kite", "lamp", "plough", "compass", "loom"),
         ("What did {} invent?", "Which thing did {} invent?", "The inventor {} made which thing?",
-         "For which thing is {} known?")),
+         "For which thing is {} known?", "To {} we owe which thing?")),
 }
 
 
@@ -190,116 +172,6 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     for split in ("sst2/train", "sst2/validation"):
         tables[split] = [{**row, "idx": idx} for idx, row in enumerate(tables[split])]
     return tables
-
-
-def build_tokenizer(texts: Iterable[str]) -> Any:
-    """A lossless word-level tokenizer: one token for each word of `texts`, bytes for whatever else may come.
-
-    A word takes the space before it, as in GPT-2, so a prompt's tokens stay a prefix once " answer" is appended.
-
-    Returns:
-        A `PreTrainedTokenizerFast` with bos, eos and pad tokens; it adds none of them by itself.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    phrases = "|".join(re.escape(phrase) for phrase in PHRASES)
-    split = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(phrases + r"| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\n+|\s"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
-    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = [*SPECIAL_TOKENS, *alphabet, *sorted(words - set(alphabet))]
-    # With no merges and `ignore_merges`, BPE takes a word whole where the vocabulary has it, and else byte by byte.
-    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = split
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-                                   clean_up_tokenization_spaces=False, padding_side="right")
-
-
-def build_model(tokenizer: Any, sizes: dict[str, int], seed: int) -> Any:
-    """A `LlamaForCausalLM` of `sizes` with random weights; the caller's random state is left as it was."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**sizes, vocab_size=len(tokenizer), max_position_embeddings=512, initializer_range=0.06,
-                         tie_word_embeddings=False, pad_token_id=tokenizer.pad_token_id,
-                         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
-
-
-def build(folder: Path, seed: int = 1) -> None:
-    """Write the toy benchmark to `folder`: data/{sst2,mmlu,gsm8k}/SPLIT.parquet, tokenizer, teacher, student.
-
-    Nothing is done where `folder` already holds what this code writes for `seed`. Otherwise it is built aside and
-    renamed into place, so that a build that is killed leaves nothing half done.
-
-    Raises:
-        FileExistsError: `folder` holds something that no build wrote.
-    """
-    folder = Path(folder)
-    stamp = {"seed": seed, "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]}
-    found = _stamp(folder)
-    if found == stamp:
-        return
-    if found is None and folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds files that no toy build wrote: move them, or name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    _write(aside, seed)
-    (aside / "toy.json").write_text(json.dumps(stamp) + "\n")
-    _move_into_place(aside, folder, stamp)
-
-
-def _write(folder: Path, seed: int) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    tables = generate(seed)
-    for name, rows in tables.items():
-        path = folder / "data" / f"{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    tokenizer = build_tokenizer([*PHRASES, ANSWER_WORDS, *_texts(tables)])
-    tokenizer.save_pretrained(folder / "tokenizer")
-    for name, sizes in (("teacher", TEACHER), ("student", STUDENT)):
-        build_model(tokenizer, sizes, seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-
-
-def _texts(tables: dict[str, list[Row]]) -> Iterable[str]:
-    for row in itertools.chain.from_iterable(tables.values()):
-        if "sentence" in row:
-            yield row["sentence"]
-        elif "choices" in row:
-            subject = row["subject"].replace("_", " ")
-            yield "\n".join([f" {subject}.\n\n{row['question']}", *(f"A. {choice}" for choice in row["choices"])])
-        else:
-            yield f"Question: {row['question']}\nAnswer: {row['answer']}"
-
-
-def _stamp(folder: Path) -> dict[str, Any] | None:
-    path = folder / "toy.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _move_into_place(aside: Path, folder: Path, stamp: dict[str, Any]) -> None:
-    if _stamp(folder) is not None:
-        old = folder.parent / f".{folder.name}.old-{os.getpid()}"
-        folder.rename(old)
-        shutil.rmtree(old)
-    try:
-        aside.rename(folder)
-    except OSError:
-        # Another process was faster: its build is as good as this one if it has the same stamp.
-        if _stamp(folder) != stamp:
-            raise
-        shutil.rmtree(aside)
 
 
 def _shuffled(rng: random.Random, rows: Iterable[Row]) -> list[Row]:
