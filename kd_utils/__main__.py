@@ -57,7 +57,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
     table = evaluate_folder(options.model_dir, options.task, options.split, options.out, data_dir=options.data_dir,
                             limit=options.limit, num_fewshot=options.num_fewshot, batch_size=options.batch_size,
-                            progress=True)
+                            max_new_tokens=options.max_new_tokens, precision=options.precision, progress=True)
     print(f"{options.task} {options.split}: accuracy {100 * table['correct'].mean():.2f} % of {len(table)} rows; "
           f"written to {options.out}")
     return 0
@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
                      help="fractions too (default: 1 where there is a GPU)")
     add.add_argument("--dry-run", action="store_true", help="show the trials, and which are already done")
 
-    add = commands.add_parser("evaluate", help="score a causal LM folder as the trials are scored")
+    add = commands.add_parser("evaluate", help="score a causal LM folder, with prompts and scoring of the trials")
     add.set_defaults(run=evaluate)
     add.add_argument("model_dir", metavar="MODEL_DIR", type=Path)
     add.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the hub's schema (default: the hub)")
@@ -129,6 +129,9 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--limit", type=int, metavar="N", help="the first N rows (MMLU: of each subject)")
     add.add_argument("--num-fewshot", type=int, default=0, metavar="K", help="solved examples before each prompt")
     add.add_argument("--batch-size", type=int, default=8, metavar="N")
+    add.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="GSM8K's longest answer (as lm-eval)")
+    add.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"],
+                     help="auto: bfloat16 autocast on a GPU, as trials use")
     add.add_argument("--out", required=True, type=Path, metavar="FILE.parquet")
 
     add = commands.add_parser("verify", help="look at everything in a teacher cache")

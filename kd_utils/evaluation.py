@@ -14,6 +14,7 @@ import torch
 from kd_utils.config import TASK_NAMES
 from kd_utils.files import written_aside
 from kd_utils.generation import batches, context_length, generate_answers, score_generated
+from kd_utils.student import autocast
 from kd_utils.tasks import load_task
 from kd_utils.tokens import encode_pair
 
@@ -142,12 +143,15 @@ def _continuation_log_probs(model: Any, batch: list[tuple[int, ...]], counts: li
 
 def evaluate_folder(model_dir: str | Path, task: str, split: str, out: str | Path, *,
                     data_dir: str | Path | None = None, limit: int | None = None, num_fewshot: int = 0,
-                    batch_size: int = 8, max_new_tokens: int = 256, progress: bool = False) -> pd.DataFrame:
-    """Evaluate a saved causal model in float32 and write one row per example, as `python -m kd_utils evaluate` does.
+                    batch_size: int = 8, max_new_tokens: int = 256, precision: str = "float32",
+                    progress: bool = False) -> pd.DataFrame:
+    """Evaluate a saved causal model and write one row per example, as `python -m kd_utils evaluate` does.
 
     Args:
         model_dir: folder with a `transformers` model and its tokenizer.
-        out: parquet file to write, written aside and moved into place; the rest is as in `load_task` and `evaluate`.
+        out: parquet file to write, written aside and moved into place.
+        precision: "float32", "bfloat16" autocast, or "auto" (bfloat16 on a GPU).
+        The rest is as in `load_task` and `evaluate`.
 
     Returns:
         The table of the file: `row` (int), `prompt`, `gold`, `prediction`, `correct`; for choice tasks gold and
@@ -166,8 +170,9 @@ def evaluate_folder(model_dir: str | Path, task: str, split: str, out: str | Pat
         raise FileNotFoundError(f"cannot write {out}: it must be a file in a folder that exists")
     table = load_task(task, split, data_dir=data_dir, num_fewshot=num_fewshot, limit=limit)
     model, tokenizer = _load_model(model_dir)
-    predictions = evaluate(model, tokenizer, table, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                           progress=progress)
+    with autocast(model.device, precision):
+        predictions = evaluate(model, tokenizer, table, batch_size=batch_size, max_new_tokens=max_new_tokens,
+                               progress=progress)
     result = pd.DataFrame({"row": table["row"]}).join(predictions.drop(columns=["example_id", "task"]))
     if task == "gsm8k":
         result = result.drop(columns="loglikelihoods").astype({"correct_flexible": bool})

@@ -108,14 +108,17 @@ def test_the_saved_student_is_evaluated_as_it_was_in_its_trial(home):
     for task, split in (("sst2", "validation"), ("mmlu", "test"), ("gsm8k", "test")):
         out = home / f"{task}.parquet"
         done = run(home, "kd_utils", "evaluate", student, "--data-dir", home / "artifacts/embedded/toy/data",
-                   "--task", task, "--split", split, "--out", out)
+                   "--task", task, "--split", split, "--out", out, "--max-new-tokens", SMALL["max_new_tokens"],
+                   "--precision", "auto")
         assert done.returncode == 0, done.stderr
         table = pd.read_parquet(out)
         assert {"row", "prompt", "gold", "prediction", "correct"} <= set(table.columns)
         both = predictions[predictions["task"] == task].merge(table, on="prompt", suffixes=("", "_folder"))
         assert len(both) == (predictions["task"] == task).sum()
-        if task != "gsm8k":  # generation length differs there: a trial stops at max_new_tokens
-            assert both["correct"].tolist() == both["correct_folder"].tolist()
+        assert both["correct"].tolist() == both["correct_folder"].tolist()
+        if task == "gsm8k":
+            assert both["generated"].tolist() == both["generated_folder"].tolist()
+        else:
             for mine, theirs in zip(both["loglikelihoods"], both["loglikelihoods_folder"]):
                 assert list(mine) == pytest.approx(list(theirs), abs=1e-4)
 
