@@ -17,9 +17,6 @@ from . import config, records
 from .sealed import write_sealed
 
 POLL_SECONDS = 0.2
-#: glibc gives large blocks back to the system at once, and on a CPU every (tokens, vocabulary) tensor then costs its
-#: page faults again; kept, `kd_loss` over 49,152 tokens took about half the time.
-KEEP_FREED_MEMORY = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), str(32 * 2**30))
 
 
 class NotebookFailed(RuntimeError):
@@ -132,7 +129,7 @@ def execute_trial(trial: dict[str, Any], run_dir: Path, threads: int, report: Ca
     progress = scratch / f"{trial['trial']}.epochs.jsonl"
     progress.unlink(missing_ok=True)
     os.environ.update(KD_PROGRESS=str(progress), KD_ROOT=str(config.ROOT), TOKENIZERS_PARALLELISM="false",
-                      OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads), **KEEP_FREED_MEMORY)
+                      OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     rows = _new_rows(progress)
     in_thread(lambda: execute(stem, folder.with_name(f"{trial['trial']}.ipynb"), trial["parameters"], about),
               while_waiting=lambda: [report(row) for row in next(rows)])
