@@ -23,10 +23,12 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml; default: toy)
 	$(RUN) -m kd_utils sweep $(PARAMS)
 
-# The second line is Run All: each notebook, in order, with its own defaults, in a project root of its own.
+# The second line is Run All: each notebook, in order, with its own defaults, in a project root of its own. One thread:
+# on a busy machine two that wait for each other take many times as long.
 test: setup smol-weights ## every test, notebooks included
 	$(RUN) -m pytest
-	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" $(RUN) -m pytest --nbval-lax notebooks
+	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" OMP_NUM_THREADS=1 \
+		$(RUN) -m pytest --nbval-lax notebooks
 
 lab: setup ## JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
