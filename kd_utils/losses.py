@@ -26,30 +26,12 @@ def task_cross_entropy(student_logits: Tensor, targets: Tensor, normaliser: int 
     return total / (normaliser or max(len(targets), 1))
 
 
-def forward_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(p || q) per token over the whole vocabulary, p = softmax(teacher / T), q = softmax(student / T).
-
-    Hinton et al. 2015, section 2: T^2 keeps the gradient's size independent of T. The teacher's entropy is in,
-    so the value is 0 when the two agree, at every T.
-
-    Args:
-        student_logits, teacher_logits: (N, V).
-        temperature: T > 0.
-
-    Returns:
-        (N,) nats, times T^2.
-    """
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
-
-
 def forward_kl_top_k(student_logits: Tensor, top_logits: Tensor, top_ids: Tensor, log_mass: Tensor,
                      temperature: float) -> Tensor:
     """T^2 KL per token over the teacher's top k tokens and one bucket for all the rest.
 
     The rest's mass is exact: `log_mass` is the log-sum-exp of ALL the teacher's logits / T. Merging tokens into a
-    bucket can only lower a KL (data processing inequality), so this is a lower bound of `forward_kl`, equal to it
+    bucket can only lower a KL (data processing inequality), so this is a lower bound of `kd_loss`, equal to it
     where the student is proportional to the teacher within the rest; 0 when the two agree.
 
     Args:
@@ -77,7 +59,10 @@ def _log_rest(log_probs: Tensor) -> Tensor:
 
 def kd_loss(student_hidden: Tensor, student_head: Tensor, teacher_hidden: Tensor, teacher_head: Tensor,
             temperature: float, normaliser: int | None = None, *, chunk_tokens: int = 512) -> Tensor:
-    """L_KD from hidden states: `forward_kl` of h_s W_s^T against h_t W_t^T, summed over tokens / normaliser.
+    """L_KD = sum over tokens of T^2 KL(p || q) / normaliser, p = softmax(h_t W_t^T / T), q = softmax(h_s W_s^T / T).
+
+    The KL runs over the whole vocabulary. Hinton et al. 2015, section 2: T^2 keeps the gradient's size independent of
+    T. The teacher's entropy is in, so the value is 0 when the two agree, at every T.
 
     Both sides' logits exist for `chunk_tokens` tokens at a time. The gradient is worked out beside the value, in the
     forward pass (Liger Kernel's way, Hsu et al. 2024), so no (N, V) tensor is kept and none is computed twice.

@@ -113,7 +113,8 @@ def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, mode
     wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     shape = {key: getattr(model.config, key) for key in wanted if hasattr(model.config, key)}
     temperatures = [] if white_box else sorted({1.0, config.temperature})
-    key = {"data": prepared.data_hash, "teacher": model_fingerprint(teacher, config.teacher_revision),
+    key = {"data": prepared.data_hash, "base_teacher": config.teacher,
+           "teacher": model_fingerprint(teacher, config.teacher_revision),
            "tokenizer": prepared.tokenizer_fingerprint, "signals": config.signals, "temperatures": temperatures,
            "top_k": None if white_box else config.top_k, "teacher_dtype": str(model.dtype),
            "shard_examples": config.shard_examples}

@@ -77,6 +77,16 @@ def test_report_epoch_writes_lines_only_when_asked(tmp_path, monkeypatch):
     assert "NaN" not in lines[1]
 
 
+def test_trials_that_started_or_rounded_otherwise_are_named(tmp_path, monkeypatch):
+    alike = [{"student": {"fingerprint": "a"}, "precision": "torch.float32"}] * 2
+    monkeypatch.setattr(records, "done_records", lambda run_dir: alike)
+    assert records._check_alike(tmp_path) == []
+    other = [*alike, {"student": {"fingerprint": "b"}, "precision": "torch.bfloat16"}]
+    monkeypatch.setattr(records, "done_records", lambda run_dir: other)
+    assert [problem.split(":")[0] for problem in records._check_alike(tmp_path)] == [
+        "trials differ in student", "trials differ in precision"]
+
+
 def test_a_record_reads_back_as_written(tmp_path):
     records.write_record(tmp_path / "t", metrics_of(accuracy=np.float32(0.75)), PREDICTIONS)
     metrics = records.read_record(tmp_path / "t")
