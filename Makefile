@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 PARAMS ?= papermill_params/toy.yaml
+BENCH ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test lab smol-weights clean
+.PHONY: help setup sweep test bench lab smol-weights clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -23,12 +24,15 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml; default: toy)
 	$(RUN) -m kd_utils sweep $(PARAMS)
 
-# The second line is Run All: each notebook, in order, with its own defaults, in a project root of its own. One thread:
-# on a busy machine two that wait for each other take many times as long.
+# The second line is Run All: notebooks 01 to 04, in order, with their own defaults, in a project root of its own (05 is
+# executed by a test, in small). One thread: on a busy machine two that wait for each other take many times as long.
 test: setup smol-weights ## every test, notebooks included
 	$(RUN) -m pytest
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" OMP_NUM_THREADS=1 \
-		$(RUN) -m pytest --nbval-lax notebooks
+		$(RUN) -m pytest --nbval-lax notebooks/0[1-4]*.ipynb
+
+bench: setup ## how fast each part is, beside its limit: notebook 05 (BENCH=papermill_params/bench-llama2.yaml on a GPU)
+	$(RUN) -m kd_utils bench $(BENCH)
 
 lab: setup ## JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
@@ -39,4 +43,4 @@ smol-weights: setup ## SmolLM2-135M's weights, for papermill_params/smol.yaml (9
 			"$$($(RUN) -c 'from kd_utils.smol import PACKAGE; print(PACKAGE)')"
 
 clean: ## remove the environment and everything that a sweep made
-	rm -rf $(VENV) artifacts runs/toy runs/explore
+	rm -rf $(VENV) artifacts runs/toy runs/explore runs/bench

@@ -1,10 +1,13 @@
-"""`python -m kd_utils`: sweep, evaluate, verify, check. Exit status: 0 well, 1 something failed, 2 wrong input."""
+"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit status: 0 well, 1 something failed, 2 wrong input."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
+
+SPEED = "05_measure_speed"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +53,23 @@ def sweep(options: argparse.Namespace) -> int:
           "04_analyse_results.ipynb)")
     of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
     return 0 if (of_chosen["status"] == "done").all() else 1
+
+
+def bench(options: argparse.Namespace) -> int:
+    from . import config
+    from .execution import execute, in_thread, injected
+
+    parameters = config.load_parameters(options.parameters) if options.parameters else {}
+    run_dir = Path(options.run_dir or config.resolve(config.notebook_config(SPEED, parameters).run_dir)).absolute()
+    values = injected(SPEED, parameters | {"run_dir": config.short_path(run_dir)})
+    config.notebook_config(SPEED, values)
+    in_thread(lambda: execute(SPEED, run_dir / f"{SPEED}.ipynb", values, dict, progress_bar=sys.stderr.isatty()))
+    record = json.loads((run_dir / "speed.json").read_text(encoding="utf-8"))
+    for key, value in record.items():
+        if isinstance(value, float):
+            print(f"{key:<32} {value:.4g}")
+    print(f"Record: {config.short_path(run_dir)}/ (speed.json and {SPEED}.ipynb, with its charts)")
+    return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -119,6 +139,11 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--gpus-per-trial", type=float, metavar="N",
                      help="fractions too (default: 1 where there is a GPU)")
     add.add_argument("--dry-run", action="store_true", help="show the trials, and which are already done")
+
+    add = commands.add_parser("bench", help="measure the speed: execute notebook 05")
+    add.set_defaults(run=bench)
+    add.add_argument("parameters", metavar="PARAMS.yaml", nargs="?", help="default: small shapes, 2 CPU cores, 5 minutes")
+    add.add_argument("--run-dir", metavar="DIR", help="where the record goes (default: runs/bench)")
 
     add = commands.add_parser("evaluate", help="score a causal LM folder, with prompts and scoring of the trials")
     add.set_defaults(run=evaluate)

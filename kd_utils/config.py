@@ -89,7 +89,7 @@ class Config(BaseModel):
 
     def fingerprint(self) -> str:
         """Sixteen hex digits over all values but those that cannot change a result (names, places, devices)."""
-        skip = {"name", "artifacts_dir", "run_dir", "device", "save_student", "trial"}
+        skip = {"name", "artifacts_dir", "run_dir", "device", "workers", "save_student", "trial"}
         values = {key: value for key, value in self.model_dump().items() if key not in skip}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -134,6 +134,7 @@ class CacheConfig(Config):
     teacher_prompt_weight: Weight
     teacher_seed: Seed
     signals: Literal["white_box", "top_k"]
+    attention_dtype: Literal["float16", "uint8"]
     top_k: PositiveInt
     temperature: PositiveFloat
     shard_examples: PositiveInt
@@ -142,6 +143,7 @@ class CacheConfig(Config):
     max_new_tokens: PositiveInt
     precision: Literal["auto", "float32", "bfloat16"]
     device: str
+    workers: Count
 
 
 class TrialConfig(Config):
@@ -197,11 +199,31 @@ class AnalysisConfig(Config):
     run_dir: str
 
 
+class SpeedConfig(Config):
+    """Parameters of `05_measure_speed`."""
+
+    shapes: Literal["tiny", "small", "llama2"]
+    bench_rows: Annotated[int, Field(ge=8)]
+    size_rows: Count
+    growth_rows: PositiveInt
+    naive_length: Annotated[int, Field(ge=496)]
+    repeats: PositiveInt
+    sweep_trials: Count
+    batch_size: PositiveInt
+    batch_tokens: PositiveInt
+    temperature: PositiveFloat
+    seed: Seed
+    precision: Literal["auto", "float32", "bfloat16"]
+    device: str
+    run_dir: str
+
+
 NOTEBOOKS: dict[str, type[Config]] = {
     "01_prepare_data": DataConfig,
     "02_cache_teacher": CacheConfig,
     "03_train_student": TrialConfig,
     "04_analyse_results": AnalysisConfig,
+    "05_measure_speed": SpeedConfig,
 }
 
 

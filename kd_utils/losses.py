@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .signals import Attention, decode_map
+
 
 def task_cross_entropy(student_logits: Tensor, targets: Tensor, normaliser: int | None = None) -> Tensor:
     """L_task = - sum_t log q(target_t) / normaliser.
@@ -123,14 +125,17 @@ def hidden_mse(projected_student: Tensor, teacher_hidden: Tensor, normaliser: in
     return total / ((normaliser or max(len(teacher_hidden), 1)) * teacher_hidden.shape[-1])
 
 
-def attention_mse(student_maps: list[Tensor], teacher_maps: list[Tensor], normaliser: int | None = None) -> Tensor:
-    """L_attention: mean squared error between packed causal maps, head by head (after TinyBERT, Jiao et al. 2020).
+def attention_mse(student: Attention, teacher_maps: list[Tensor], queries: list[tuple[int, int]],
+                  normaliser: int | None = None) -> Tensor:
+    """L_attention: mean squared error between causal maps, head by head (after TinyBERT, Jiao et al. 2020).
 
-    TinyBERT compares scores; these are probabilities. Padding and the upper triangle are not in the packed maps,
-    so they do not dilute the mean.
+    TinyBERT compares scores; these are probabilities. Padding and the upper triangle do not count in the mean. Maps
+    exist for one example at a time: as in `kd_loss`, the gradient is worked out in the forward pass.
 
     Args:
-        student_maps, teacher_maps: one (H, P) tensor per example, the causal entries that count.
+        student: the last layer's queries and keys.
+        teacher_maps: per example, the causal entries of the query rows that count, as `signals.encode_map` stores them.
+        queries: per example, those rows as a slice of positions.
         normaliser: number of entries in the whole batch, over examples and heads.
 
     Returns:
@@ -139,12 +144,39 @@ def attention_mse(student_maps: list[Tensor], teacher_maps: list[Tensor], normal
     Raises:
         ValueError: the head counts differ.
     """
-    if student_maps and student_maps[0].shape[0] != teacher_maps[0].shape[0]:
-        raise ValueError(f"teacher has {teacher_maps[0].shape[0]} heads, student {student_maps[0].shape[0]}: maps are "
+    if teacher_maps and student.query.shape[1] != len(teacher_maps[0]):
+        raise ValueError(f"teacher has {len(teacher_maps[0])} heads, student {student.query.shape[1]}: maps are "
                          "compared head by head, so choose a student with the teacher's number of heads")
-    total = sum(F.mse_loss(student.float(), teacher.float(), reduction="sum")
-                for student, teacher in zip(student_maps, teacher_maps))
+    total = _SummedMapError.apply(student.query, student.key, student, teacher_maps, queries, torch.is_grad_enabled())
     return total / (normaliser or max(sum(teacher.numel() for teacher in teacher_maps), 1))
+
+
+class _SummedMapError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, student: Attention, teacher_maps: list[Tensor],
+                queries: list[tuple[int, int]], wants_gradient: bool) -> Tensor:
+        total = torch.zeros((), device=query.device)
+        slopes = (torch.zeros_like(query), torch.zeros_like(key)) if wants_gradient else None
+        for b, (teacher, (first, last)) in enumerate(zip(teacher_maps, queries)):
+            part = student.example(b, first, last)
+            probs = part.map()[0]  # (H, Q, K)
+            error = decode_map(teacher, first, last).sub_(probs).neg_()
+            total += error.square().sum()
+            if slopes:  # through the softmax: P * (G - sum_k G P) with G = 2 error, then through q k^T
+                slope = error.mul_(2).sub_((error * probs).sum(-1, keepdim=True)).mul_(probs).mul_(part.scaling)
+                slope = slope.to(query.dtype)
+                groups = query.shape[1] // key.shape[1]
+                slopes[0][b, :, first:last] = slope @ part.key[0].repeat_interleave(groups, dim=0)
+                per_head = slope.transpose(-1, -2) @ part.query[0]  # (H, K, head_dim)
+                slopes[1][b, :, :last] = per_head.unflatten(0, (-1, groups)).sum(1)
+        if slopes:
+            ctx.save_for_backward(*slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx, slope: Tensor):
+        query, key = ctx.saved_tensors
+        return slope * query, slope * key, None, None, None, None
 
 
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Trials through Ray Tune: on this machine or a cluster, one papermill execution of 03 per trial."""
+"""Ray, on this machine or a cluster; trials through Ray Tune, one papermill execution of 03 per trial."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,36 @@ from .display import Progress
 from .environment import git_commit
 from .execution import code_root, execute_trial, keep_failure
 
-#: What Ray would say on its own account; the sweep has its own display.
+#: What Ray would say on its own account; the sweep has its own display, and so has 02.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0",
-         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1"}
+         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1",
+         "RAY_DATA_LOG_LEVEL": "CRITICAL"}
+
+
+@contextmanager
+def ray_running(address: str | None) -> Iterator[None]:
+    """Ray for as long as the block runs; a Ray that this process has started already is used and goes on.
+
+    Args:
+        address: of a Ray cluster; None or "local" starts Ray on this machine and stops it afterwards.
+
+    Raises:
+        ValueError: no cluster answers.
+    """
+    os.environ.update(QUIET)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    # Ray's sockets on this machine need a path well under 107 characters, hence /tmp.
+    sockets = tempfile.mkdtemp(prefix="kd-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    try:
+        _start_ray(address, sockets)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def run_trials(trials: dict[str, dict[str, Any]], run_dir: Path, progress: Progress, address: str | None, cpus: float,
@@ -37,35 +66,32 @@ def run_trials(trials: dict[str, dict[str, Any]], run_dir: Path, progress: Progr
     from ray import tune
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    # Tune's own state is not needed after the run. On a cluster every node must see it, hence the shared root; Ray's
-    # sockets on this machine need a path well under 107 characters, hence /tmp.
+    # Tune's own state is not needed after the run. On a cluster every node must see it, hence the shared root.
     config.resolve("artifacts").mkdir(parents=True, exist_ok=True)
     storage = tempfile.mkdtemp(prefix="tune-", dir=config.resolve("artifacts"))
-    sockets = tempfile.mkdtemp(prefix="kd-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
 
     def train(chosen: dict[str, Any]) -> None:
         execute_trial(trials[chosen["trial"]], run_dir, max(1, int(cpus)), tune.report, scratch=Path.cwd())
 
     progress.say(f"{len(trials)} trials to run; Ray is starting")
     try:
-        _start_ray(address, sockets)
-        gpus = fitting_gpus(ray.nodes(), cpus, gpus)
-        names = tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name)
-        run = tune.RunConfig(name="trials", storage_path=storage, verbose=0, callbacks=[watch(progress, run_dir)])
-        tune.Tuner(tune.with_resources(train, {"cpu": cpus, "gpu": gpus}), tune_config=names, run_config=run,
-                   param_space={"trial": tune.grid_search(list(trials))}).fit()
+        with ray_running(address):
+            gpus = fitting_gpus(ray.nodes(), cpus, gpus)
+            names = tune.TuneConfig(reuse_actors=True, trial_name_creator=_name, trial_dirname_creator=_name)
+            run = tune.RunConfig(name="trials", storage_path=storage, verbose=0, callbacks=[watch(progress, run_dir)])
+            tune.Tuner(tune.with_resources(train, {"cpu": cpus, "gpu": gpus}), tune_config=names, run_config=run,
+                       param_space={"trial": tune.grid_search(list(trials))}).fit()
     finally:
-        ray.shutdown()
-        for folder in (storage, sockets):
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(storage, ignore_errors=True)
 
 
 def _start_ray(address: str | None, sockets: str) -> None:
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address is None:
-        # Trials hand over a few numbers, so the object store needs no third of the memory, which is Ray's default.
+    if address in (None, "local"):
+        # Trials hand over a few numbers and a teacher pool is handed tokens, so the object store needs no third of the
+        # memory, which is Ray's default.
         ray.init(address="local", include_dashboard=False, object_store_memory=128 * 2**20, _temp_dir=sockets, **quiet)
         return
     excluded = ["/.git", "/.venv", "/artifacts", "/runs", "__pycache__"]

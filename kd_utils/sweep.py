@@ -24,7 +24,7 @@ from .sealed import write_sealed
 if TYPE_CHECKING:
     import pandas as pd
 
-PREPARE, CACHE, TRAIN, ANALYSE = config.NOTEBOOKS
+PREPARE, CACHE, TRAIN, ANALYSE, _ = config.NOTEBOOKS
 NOT_SWEPT = ("name", "artifacts_dir", "run_dir", "trial", "device", "save_student")
 
 
@@ -157,7 +157,7 @@ def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: s
     trials = plan(parameters, grid, run_dir)
     chosen = select(trials, only, grid)
     _write_plan(run_dir, parameters, grid, trials, None)
-    _prepare(run_dir, parameters)
+    _prepare(run_dir, parameters, address)
     _write_plan(run_dir, parameters, grid, trials, _artifact(CACHE, parameters))
     states = status(trials, run_dir, parameters)
     todo = [trial for trial in chosen if states[trial.trial].state != "done"]
@@ -220,7 +220,7 @@ def _stage_key(stem: str, parameters: dict[str, Any], artifact: dict[str, Any]) 
             "parameters": sha256_json(config.notebook_config(stem, parameters).model_dump()), "artifact": artifact}
 
 
-def _prepare(run_dir: Path, parameters: dict[str, Any]) -> None:
+def _prepare(run_dir: Path, parameters: dict[str, Any], address: str | None) -> None:
     """Execute 01 and 02 unless they are done."""
     progress = Progress({})
     for stem in (PREPARE, CACHE):
@@ -235,10 +235,18 @@ def _prepare(run_dir: Path, parameters: dict[str, Any]) -> None:
             return _stage_key(stem, parameters, artifact)
 
         progress.say(f"{stem}: running")
-        _execute_stage(stem, run_dir, parameters, about)
+        _execute_stage(stem, run_dir, parameters, about, address)
 
 
-def _execute_stage(stem: str, run_dir: Path, parameters: dict[str, Any], about: Any) -> None:
+def _execute_stage(stem: str, run_dir: Path, parameters: dict[str, Any], about: Any,
+                   address: str | None = None) -> None:
     os.environ["KD_ROOT"] = str(config.ROOT)
-    values = injected(stem, parameters)
-    in_thread(lambda: execute(stem, run_dir / f"{stem}.ipynb", values, about, progress_bar=os.isatty(2)))
+    values, before = injected(stem, parameters), os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = address or "local"  # 02 runs its teacher where the trials will run
+    try:
+        in_thread(lambda: execute(stem, run_dir / f"{stem}.ipynb", values, about, progress_bar=os.isatty(2)))
+    finally:
+        if before is None:
+            del os.environ["RAY_ADDRESS"]
+        else:
+            os.environ["RAY_ADDRESS"] = before

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .cache import CachedExample
+from .cache_writer import SignalsOf
 from .config import CacheConfig, resolve
 from .data import PreparedData
 from .files import sha256_file, sha256_json, write_json
-from .signals import forward_signals, lm_head_weight, pack_causal, require_linear_head
+from .signals import encode_map, forward_signals, lm_head_weight, require_linear_head
 from .student import autocast, choose_device, load_causal_lm, load_tokenizer, model_source, save_model
 from .tokens import encode_example
 from .training import fine_tune, right_padded
@@ -116,56 +117,82 @@ def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, mode
     key = {"data": prepared.data_hash, "base_teacher": config.teacher,
            "teacher": model_fingerprint(teacher, config.teacher_revision),
            "tokenizer": prepared.tokenizer_fingerprint, "signals": config.signals, "temperatures": temperatures,
+           "attention_dtype": config.attention_dtype if white_box else None,
            "top_k": None if white_box else config.top_k, "teacher_dtype": str(model.dtype),
            "shard_examples": config.shard_examples}
-    specific = ({"hidden_size": shape["hidden_size"], "heads": shape["num_attention_heads"], "dtype": "float16"}
-                if white_box else {"top_k": config.top_k, "dtype": "float32"})
+    dtypes = ({"hidden": "float16", "attention": config.attention_dtype} if white_box else
+              {"top_logits": "float32", "top_ids": "int32", "log_mass": "float32"})
+    specific = ({"hidden_size": shape["hidden_size"], "heads": shape["num_attention_heads"]} if white_box else
+                {"top_k": config.top_k})
     return {"name": config.name, "key": key, "base_teacher": config.teacher,
             "teacher": teacher, "teacher_revision": config.teacher_revision,
             "teacher_accuracy": accuracy, "data_hash": prepared.data_hash, "signals": config.signals, "shape": shape,
-            "tokenizer_fingerprint": prepared.tokenizer_fingerprint, "temperatures": temperatures, **specific}
+            "tokenizer_fingerprint": prepared.tokenizer_fingerprint, "temperatures": temperatures,
+            "dtypes": dtypes, **specific}
 
 
-def signal_function(model: nn.Module, *, signals: str, top_k: int,
-                    temperatures: list[float]) -> Callable[[list[CachedExample]], list[CachedExample]]:
+def signal_function(model: nn.Module, *, signals: str, top_k: int = 64, temperatures: Sequence[float] = (),
+                    attention_dtype: str = "float16") -> SignalsOf:
     """A function that runs the teacher over one batch of examples and fills in what the cache holds of each.
+
+    It returns as soon as the device has its work; the rows that it returns wait for the device.
 
     Args:
         model: the teacher, in eval mode, on its device.
         signals: "white_box" for hidden states and maps, "top_k" for its largest logits and the exact rest.
         top_k: k of "top_k".
         temperatures: each T for which "top_k" keeps log sum_v exp(z_v / T): the rest's mass is exact for these only.
+        attention_dtype: of "white_box" maps, "float16" or "uint8" (`signals.encode_map`).
     """
-    device = next(model.parameters()).device
+    device, map_dtype = next(model.parameters()).device, getattr(torch, attention_dtype)
 
     @torch.inference_mode()
-    def run(batch: list[CachedExample]) -> list[CachedExample]:
+    def run(batch: list[CachedExample]) -> Iterator[CachedExample]:
         padded, lengths = right_padded(batch)
         input_ids = torch.from_numpy(padded).to(device)
         if signals == "top_k":
             logits = model(input_ids=input_ids, use_cache=False).logits
-            return [replace(row, **_top_k(logits[b, :lengths[b]], top_k, temperatures)) for b, row in enumerate(batch)]
+            return _rows(batch, [_top_k(logits[b, :n], top_k, temperatures) for b, n in enumerate(lengths)])
         output = forward_signals(model, input_ids)
-        return [replace(row, hidden=_half(output.hidden[b, :n]), attention=_packed(output.attention_map[b], n))
-                for b, (row, n) in enumerate(zip(batch, lengths))]
+        maps = (output.attention.example(b, 0, n).map()[0] for b, n in enumerate(lengths))
+        return _rows(batch, [{"hidden": output.hidden[b, :n].half(), "attention": encode_map(rows, map_dtype)}
+                             for b, (n, rows) in enumerate(zip(lengths, maps))])
 
     return run
 
 
-def _half(tensor: Tensor) -> np.ndarray:
-    return tensor.to(torch.float16).cpu().numpy()
+def _rows(batch: list[CachedExample], signals: list[dict[str, Tensor]]) -> Iterator[CachedExample]:
+    """Start copying to the host at once, one copy a column; the rows come when it is done."""
+    columns = {name: _on_host(torch.cat([row[name].flatten() for row in signals])) for name in signals[0]}
+    sizes = {name: [row[name].shape for row in signals] for name in signals[0]}
+    copied = torch.cuda.Event() if signals[0][next(iter(columns))].is_cuda else None
+    if copied:
+        copied.record()
+
+    def rows() -> Iterator[CachedExample]:
+        if copied:
+            copied.synchronize()
+        parts = {name: [part.view(shape).numpy() for part, shape in
+                        zip(column.split([shape.numel() for shape in sizes[name]]), sizes[name])]
+                 for name, column in columns.items()}
+        for b, row in enumerate(batch):
+            yield replace(row, **{name: arrays[b] for name, arrays in parts.items()})
+
+    return rows()
 
 
-def _packed(maps: Tensor, length: int) -> np.ndarray:
-    return _half(pack_causal(maps, length))
+def _on_host(tensor: Tensor) -> Tensor:
+    """The tensor, or its copy in page-locked memory, on its way."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
-def _top_k(logits: Tensor, k: int, temperatures: list[float]) -> dict[str, np.ndarray]:
+def _top_k(logits: Tensor, k: int, temperatures: Sequence[float]) -> dict[str, Tensor]:
     logits = logits.float()
     top = logits.topk(k, dim=-1)
     mass = torch.stack([(logits / t).logsumexp(-1) for t in temperatures], dim=-1)
-    return {"top_logits": top.values.cpu().numpy(), "top_ids": top.indices.to(torch.int32).cpu().numpy(),
-            "log_mass": mass.cpu().numpy()}
+    return {"top_logits": top.values, "top_ids": top.indices.to(torch.int32), "log_mass": mass}
 
 
 def stored_lm_head(model: nn.Module) -> Tensor:

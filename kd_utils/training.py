@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .cache import CachedExample
 from .losses import attention_mse, forward_kl_top_k, hidden_mse, kd_loss, task_cross_entropy, weighted_sum
-from .signals import Signals, causal_slice, forward_signals, lm_head_weight, pack_causal
+from .signals import Signals, causal_slice, forward_signals, lm_head_weight
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Batch:
         predicting: (A,) flat positions (b T + t) that predict an answer token; targets: (A,) those tokens.
         distilled: (N,) flat positions whose signals are compared.
         teacher: the cache's signals at those positions: `hidden` (N, d), `top_logits`, `top_ids`, `log_mass` (N, .).
-        teacher_maps: per example (H, P), the query rows that are distilled.
+        teacher_maps: per example (H, P), the query rows that are distilled, in the cache's dtype.
         counts: this batch's normaliser for each term.
         normalisers: the whole batch's, when this is a part of it.
     """
@@ -53,6 +53,7 @@ def collate(examples: list[CachedExample], *, distill_tokens: str = "all", devic
         distill_tokens: "all" real tokens, or those that predict the "answer".
         device: where the tensors go.
     """
+    device = torch.device(device)
     input_ids, lengths = right_padded(examples)
     width = input_ids.shape[1]
     answers = [(row.answer_start - 1, n - 1) for row, n in zip(examples, lengths)]
@@ -63,14 +64,18 @@ def collate(examples: list[CachedExample], *, distill_tokens: str = "all", devic
 
     def tensor(array: np.ndarray) -> Tensor:
         # A copy where needed: rows read from Parquet are read-only, and torch wants memory that it may write to.
-        return torch.from_numpy(np.require(array, requirements=("C", "W"))).to(device, non_blocking=True)
+        host = torch.from_numpy(np.require(array, requirements=("C", "W")))
+        return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
 
     predicting = flat(answers)
     held = [c for c in ("hidden", "top_logits", "top_ids", "log_mass") if getattr(examples[0], c) is not None]
     teacher = {column: tensor(np.concatenate([getattr(row, column)[slice(*q)] for row, q in zip(examples, queries)]))
                for column in held}
     maps = [] if examples[0].attention is None else [
-        tensor(row.attention[:, slice(*causal_slice(n, *q))]) for row, n, q in zip(examples, lengths, queries)]
+        row.attention[:, slice(*causal_slice(*q))] for row, q in zip(examples, queries)]
+    if maps:  # one transfer for all
+        packed = tensor(np.concatenate([part.reshape(-1) for part in maps]))
+        maps = [part.view(shape) for part, shape in zip(packed.split([m.size for m in maps]), [m.shape for m in maps])]
     distilled = flat(queries)
     counts = {"task": len(predicting), "kd": len(distilled), "hidden": len(distilled),
               "attention": sum(m.numel() for m in maps)}
@@ -147,8 +152,7 @@ def loss_terms(signals: Signals, head: Tensor, *, batch: Batch, terms: Iterable[
     if "hidden" in terms:
         values["hidden"] = hidden_mse(projector(distilled), teacher["hidden"], whole["hidden"])
     if "attention" in terms:
-        maps = [pack_causal(signals.attention_map[b], n, *batch.queries[b]) for b, n in enumerate(batch.lengths)]
-        values["attention"] = attention_mse(maps, batch.teacher_maps, whole["attention"])
+        values["attention"] = attention_mse(signals.attention, batch.teacher_maps, batch.queries, whole["attention"])
     return values
 
 
@@ -244,7 +248,7 @@ def fine_tune(model: nn.Module, examples: list[CachedExample], *, epochs: int, l
     """
     plan = [(epoch, batch) for epoch in range(epochs)
             for batch in epoch_batches([len(row.tokens) for row in examples], batch_size, seed, epoch)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
     warmup = max(len(plan) // 20, 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (len(plan) - step) / max(len(plan) - warmup, 1)))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from kd_utils.losses import (attention_mse, forward_kl_top_k, hidden_mse, kd_loss, task_cross_entropy,
                              weighted_sum)
+from kd_utils.signals import Attention, causal_places, causal_slice, decode_map, encode_map
 
 
 def forward_kl(student, teacher, temperature):
@@ -109,27 +110,72 @@ def test_hidden_mse_equals_torch():
     assert hidden_mse(a, a) == 0
 
 
-def test_attention_mse_by_hand_and_refusal_of_unequal_heads():
-    student, teacher = [torch.tensor([[1.0, 0.5, 0.5]])], [torch.tensor([[1.0, 0.9, 0.1]])]
-    assert attention_mse(student, teacher).item() == pytest.approx(2 * 0.16 / 3)
-    with pytest.raises(ValueError, match="teacher has 2 heads, student 1"):
-        attention_mse(student, [torch.ones(2, 3)])
+def attention(batch=2, heads=4, kv_heads=2, tokens=6):
+    return Attention(logits(batch, heads, tokens, 8), logits(batch, kv_heads, tokens, 8, seed=1), None, 0.35)
+
+
+def teacher_maps(queries, heads=4, tokens=6, dtype=torch.float16):
+    """Packed rows of random causal maps, one per example."""
+    shown = torch.ones(tokens, tokens).tril().bool()
+    maps = logits(len(queries), heads, tokens, tokens, seed=2).masked_fill(~shown, -torch.inf).softmax(-1)
+    return [encode_map(rows[:, :last, :last], dtype)[:, slice(*causal_slice(first, last))]
+            for rows, (first, last) in zip(maps, queries)]
+
+
+def test_attention_mse_by_hand():
+    flat = Attention(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), None, 0.5)  # rows 1 | 1/2 1/2
+    teacher = [torch.tensor([[1.0, 0.9, 0.1]])]
+    assert attention_mse(flat, teacher, [(0, 2)]).item() == pytest.approx(2 * 0.16 / 3)
+    assert attention_mse(flat, [teacher[0][:, 1:]], [(1, 2)]).item() == pytest.approx(2 * 0.16 / 2)
+    assert attention_mse(flat, [torch.tensor([[1.0, 0.5, 0.5]])], [(0, 2)]) == 0
+
+
+@pytest.mark.parametrize("queries", [[(0, 6), (0, 4)], [(3, 6), (1, 2)]])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed):
+    maps, results = teacher_maps(queries, dtype=dtype), []
+    mask = torch.ones(6, 6).tril().triu(-2).bool()[None, None] if windowed else None
+    for by_torch in (True, False):
+        student = attention()
+        student.mask = mask
+        student.query.requires_grad_(), student.key.requires_grad_()
+        if by_torch:
+            pairs = [(student.map()[b, :, first:last, :last].flatten(1)[:, causal_places(first, last)],
+                      decode_map(maps[b], first, last).flatten(1)[:, causal_places(first, last)])
+                     for b, (first, last) in enumerate(queries)]
+            loss = F.mse_loss(*(torch.cat(side, dim=1) for side in zip(*pairs)))
+        else:
+            loss = attention_mse(student, maps, queries)
+        (3 * loss).backward()
+        results.append((loss.detach(), student.query.grad, student.key.grad))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
+
+
+def test_attention_mse_refuses_unequal_heads():
+    with pytest.raises(ValueError, match="teacher has 2 heads, student 4"):
+        attention_mse(attention(), teacher_maps([(0, 6)], heads=2), [(0, 6)])
 
 
 @pytest.mark.parametrize("parts", [[4, 5], [1, 8], [3, 3, 3]])
 def test_splitting_a_batch_changes_nothing(parts):
     student, teacher, targets = logits(9, 11), logits(9, 11, seed=1), torch.arange(9)
+    maps, spans = attention(batch=9), [(0, 3 + b % 4) for b in range(9)]
+    packed = teacher_maps(spans)
 
     def terms(rows, normaliser=None):
         n = normaliser or {}
         return [task_cross_entropy(student[rows], targets[rows], n.get("tokens")),
                 hidden_mse(student[rows], teacher[rows], n.get("tokens")),
-                attention_mse([student[rows].T], [teacher[rows].T], n.get("entries")),
+                attention_mse(Attention(maps.query[rows], maps.key[rows], None, 0.35), packed[rows], spans[rows],
+                              n.get("entries")),
                 kd_loss(student[rows], torch.eye(11), teacher[rows], torch.eye(11), 2.0, n.get("tokens"))]
 
     whole = torch.stack(terms(slice(0, 9)))
-    rows = torch.arange(9).split(parts)
-    split = torch.stack([torch.stack(terms(r, {"tokens": 9, "entries": 99})) for r in rows]).sum(0)
+    ends = torch.tensor(parts).cumsum(0).tolist()
+    entries = sum(part.numel() for part in packed)
+    split = torch.stack([torch.stack(terms(slice(end - size, end), {"tokens": 9, "entries": entries}))
+                         for end, size in zip(ends, parts)]).sum(0)
     torch.testing.assert_close(split, whole)
 
 

@@ -1,4 +1,4 @@
-"""The four notebooks, really executed: a small sweep through Ray and papermill, and 03 by papermill alone."""
+"""The notebooks, really executed: a small sweep through Ray and papermill, and 03 by papermill alone."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from kd_utils.config import NOTEBOOKS, ROOT, notebook_path
+from kd_utils.speed import FLOORS
 
 SMALL = {"sst2_train": 24, "sst2_validation": 9, "mmlu_train": 16, "mmlu_validation": 8, "gsm8k_train": 16,
          "gsm8k_validation": 7, "teacher_epochs": 1, "shard_examples": 20, "epochs": 2, "batch_size": 8,
@@ -145,6 +146,22 @@ def test_03_refuses_bad_parameters_before_any_model_is_loaded(home, tmp_path, pa
     assert done.returncode != 0 and message in done.stderr
     executed = [cell for cell in nbformat.read(out, 4).cells if cell.cell_type == "code" and cell.execution_count]
     assert not any("build_student(" in cell.source and "import" not in cell.source for cell in executed)
+
+
+def test_05_measures_and_leaves_a_record(tmp_path):
+    (tmp_path / "small.yaml").write_text("shapes: tiny\nbench_rows: 16\nsize_rows: 7\ngrowth_rows: 20\nrepeats: 1\n"
+                                         "sweep_trials: 0\n")
+    done = run(tmp_path, "kd_utils", "bench", tmp_path / "small.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "runs/bench/speed.json").read_text())
+    assert set(FLOORS) - {"sweep_overhead_s"} <= {key for key, value in record.items() if isinstance(value, float)}
+    assert {"device", "shapes", "commit", "limits"} <= set(record) and set(record["limits"]) <= set(record)
+    assert record["cache_bytes_vs_naive/exact"] <= 0.018 and record["cache_bytes_vs_naive/compact"] <= 0.013
+    assert record["cache_grad_cosine"] >= 0.999
+    text = (tmp_path / "runs/bench/05_measure_speed.ipynb").read_text()
+    assert text.count('"image/png"') >= 3 and str(tmp_path) not in text
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bench"]
+    assert "speedup_vs_naive" in done.stdout
 
 
 @pytest.mark.parametrize("stem", NOTEBOOKS)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from kd_utils.signals import (attention_map, capture_layer, causal_slice, forward_signals, lm_head_weight, pack_causal,
-                              require_linear_head)
+from kd_utils.signals import (Attention, attention_map, capture_layer, causal_slice, decode_map, encode_map,
+                              forward_signals, lm_head_weight, require_linear_head)
 
 
 def eager_map(model, input_ids, attention_mask=None):
@@ -21,7 +21,7 @@ def test_map_and_hidden_equal_eager(kv_heads):
     with torch.no_grad():
         signals = forward_signals(model, ids)
         maps, hidden = eager_map(model, ids)
-    torch.testing.assert_close(signals.attention_map, maps, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(signals.attention.map(), maps, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(signals.hidden, hidden, atol=1e-5, rtol=1e-5)
 
 
@@ -37,7 +37,7 @@ def test_padding_with_a_mask_equals_eager(side):
     real = mask.bool()
     torch.testing.assert_close(signals.hidden[real], hidden[real], atol=1e-5, rtol=1e-5)
     for b in range(2):  # rows of padded queries mean nothing, in either implementation
-        torch.testing.assert_close(signals.attention_map[b][:, real[b]], maps[b][:, real[b]], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(signals.attention.map()[b][:, real[b]], maps[b][:, real[b]], atol=1e-6, rtol=1e-5)
 
 
 def test_right_padding_needs_no_mask():
@@ -45,7 +45,7 @@ def test_right_padding_needs_no_mask():
     with torch.no_grad():
         padded, alone = forward_signals(model, ids), forward_signals(model, ids[1:, :5])
     torch.testing.assert_close(padded.hidden[1, :5], alone.hidden[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(padded.attention_map[1, :, :5, :5], alone.attention_map[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(padded.attention.map()[1, :, :5, :5], alone.attention.map()[0], atol=1e-6, rtol=1e-5)
 
 
 def test_sliding_window_is_in_the_map():
@@ -58,15 +58,15 @@ def test_sliding_window_is_in_the_map():
     with torch.no_grad():
         signals = forward_signals(model, ids)
         maps, _ = eager_map(model, ids)
-    assert signals.attention_map[0, 0, 9, 2] == 0
-    torch.testing.assert_close(signals.attention_map, maps, atol=1e-6, rtol=1e-5)
+    assert signals.attention.map()[0, 0, 9, 2] == 0
+    torch.testing.assert_close(signals.attention.map(), maps, atol=1e-6, rtol=1e-5)
 
 
 def test_gradient_through_the_map_equals_eager():
     ids, gradients = torch.randint(3, 97, (2, 7)), []
     for capture in (True, False):
         model = tiny_llama()
-        maps = forward_signals(model, ids).attention_map if capture else eager_map(model, ids)[0]
+        maps = forward_signals(model, ids).attention.map() if capture else eager_map(model, ids)[0]
         maps.square().sum().backward()
         gradients.append(model.model.layers[-1].self_attn.q_proj.weight.grad)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
@@ -74,10 +74,10 @@ def test_gradient_through_the_map_equals_eager():
 
 def test_no_map_is_kept_or_computed_when_not_asked_for():
     model = tiny_llama()
-    assert forward_signals(model, torch.tensor([[3, 4]]), want_map=False).attention_map is None
+    assert forward_signals(model, torch.tensor([[3, 4]]), want_map=False).attention is None
     forward_signals(model, torch.tensor([[3, 4]]))
     layer = capture_layer(model)
-    assert layer.captured_map is None and layer.layer_idx == 1
+    assert layer.kept is None and layer.layer_idx == 1
     assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
 
 
@@ -108,8 +108,31 @@ def test_a_head_that_scales_its_logits_is_refused():
         require_linear_head(model, ids)
 
 
-def test_pack_causal_by_hand():
-    maps = torch.arange(32.0).reshape(2, 4, 4)
-    assert pack_causal(maps, 3).tolist() == [[0, 4, 5, 8, 9, 10], [16, 20, 21, 24, 25, 26]]
-    assert pack_causal(maps, 3, 1, 3).tolist() == [[4, 5, 8, 9, 10], [20, 21, 24, 25, 26]]
-    assert causal_slice(4) == (0, 10) and causal_slice(4, 2, 3) == (3, 6)
+@pytest.mark.parametrize("window", [None, 3])
+def test_one_examples_rows_are_those_of_the_whole_map(window):
+    query, key = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8)
+    mask = None if window is None else torch.ones(7, 7, dtype=torch.bool).tril().triu(1 - window)[None, None]
+    attention = Attention(query, key, mask, 0.3)
+    for b, first, last in ((0, 0, 7), (1, 0, 5), (1, 3, 6)):
+        whole = attention.map()[b, :, first:last, :last]
+        torch.testing.assert_close(attention.example(b, first, last).map()[0], whole)
+
+
+def test_encoded_map_by_hand():
+    rows = torch.tensor([[[1.0, 0, 0], [0.75, 0.25, 0], [0.04, 0.36, 0.6]]])
+    assert encode_map(rows, torch.float16).tolist() == [pytest.approx([1, 0.75, 0.25, 0.04, 0.36, 0.6], abs=1e-3)]
+    assert encode_map(rows, torch.uint8).tolist() == [[255, 221, 128, 51, 153, 198]]  # 255 sqrt(p)
+    packed = encode_map(rows, torch.float16)
+    assert causal_slice(0, 3) == (0, 6) and causal_slice(1, 2) == (1, 3)
+    assert decode_map(packed[:, 1:3], 1, 2).tolist() == [[[0.75, 0.25]]]
+    assert decode_map(packed[:, 1:6], 1, 3).shape == (1, 2, 3) and decode_map(packed[:, 1:6], 1, 3)[0, 0, 2] == 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 5e-4), (torch.uint8, 8e-3)])
+def test_a_map_comes_back_from_its_code(dtype, tolerance):
+    torch.manual_seed(0)
+    for scale in (0.0, 1.0, 5.0):  # flat rows too: each entry is rounded the same way, and their sum is mended
+        rows = (scale * torch.randn(4, 60, 60)).masked_fill(torch.ones(60, 60).triu(1).bool(), -torch.inf).softmax(-1)
+        back = decode_map(encode_map(rows, dtype), 0, 60)
+        assert (back - rows).norm() / rows.norm() < tolerance
+        torch.testing.assert_close(back.sum(-1), torch.ones(4, 60), atol=2e-3, rtol=0)

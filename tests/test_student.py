@@ -28,7 +28,7 @@ def test_a_student_of_chosen_layers_computes_what_those_layers_compute(tmp_path)
         torch.testing.assert_close(student.model.layers[kept].state_dict(),
                                    teacher.model.layers[original].state_dict())
     ids = torch.randint(3, 97, (2, 6))
-    assert forward_signals(student, ids).attention_map.shape == (2, 4, 6, 6)
+    assert forward_signals(student, ids).attention.map().shape == (2, 4, 6, 6)
     assert student.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 9)  # its cache has two layers
 
 

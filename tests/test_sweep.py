@@ -25,9 +25,9 @@ from kd_utils import config, files
 config = config.DataConfig.from_notebook(globals())
 files.write_json(config.data_path / "manifest.json", {"data_hash": config.data_seed})""",
     "02_cache_teacher": """
-from kd_utils import config, files
+from kd_utils import cache, config, files
 config = config.CacheConfig.from_notebook(globals())
-manifest = {"format": 1, "teacher": config.teacher}
+manifest = {"format": cache.FORMAT_VERSION, "teacher": config.teacher}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
 files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
     "03_train_student": """
@@ -59,11 +59,12 @@ records.write_record(resolve(config.run_dir) / "trials" / trial, metrics, predic
 from kd_utils import records
 from kd_utils.config import AnalysisConfig, resolve
 records.collect(resolve(AnalysisConfig.from_notebook(globals()).run_dir))""",
+    "05_measure_speed": "",
 }
 
 
 def write_notebooks(folder: Path) -> None:
-    """The four notebooks' stubs: all parameters, then a few lines that leave what the real ones leave."""
+    """The notebooks' stubs: all parameters, then a few lines that leave what the real ones leave."""
     folder.mkdir(parents=True)
     for stem, source in SOURCES.items():
         keys = config.NOTEBOOKS[stem].model_fields

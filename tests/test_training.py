@@ -10,6 +10,7 @@ from tiny import example_rows, tiny_llama
 
 from kd_utils.losses import weighted_sum
 from kd_utils.signals import forward_signals, lm_head_weight
+from kd_utils.speed import exact_rows
 from kd_utils.student import make_projector
 from kd_utils.teacher import signal_function
 from kd_utils.training import (Mean, collate, epoch_batches, fine_tune, gradient_shares, loss_terms, next_token_loss,
@@ -22,7 +23,7 @@ ALL = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
 
 def cached(lengths, seed=0, signals="white_box"):
     run = signal_function(TEACHER, signals=signals, top_k=20, temperatures=[1.0, 2.0])
-    return run(example_rows(lengths, seed=seed))
+    return list(run(example_rows(lengths, seed=seed)))
 
 
 def terms_for(student, batch, projector=None, terms=tuple(ALL), **kwargs):
@@ -219,3 +220,24 @@ def test_examples_without_signals_give_the_task_loss_alone():
     assert batch.teacher == {} and batch.teacher_maps == []
     student = tiny_llama(seed=1)
     assert set(terms_for(student, batch, terms=("task",))) == {"task"}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("attention_dtype", ["float16", "uint8"])
+def test_the_caches_gradient_is_that_of_a_float32_teacher(temperature, attention_dtype):
+    """Over the whole student, and over what the attention term alone moves, which the sum might hide."""
+    rows, gradients = example_rows([20, 31, 12]), {}
+    sides = {"cache": signal_function(TEACHER, signals="white_box", attention_dtype=attention_dtype)(rows),
+             "exact": exact_rows(TEACHER, rows)}
+    for side, examples in sides.items():
+        student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
+        batch = collate(list(examples))
+        terms = loss_terms(forward_signals(student, batch.input_ids), lm_head_weight(student), batch=batch, terms=tuple(ALL),
+                           teacher_head=HEAD, projector=projector, temperature=temperature)
+        for loss in ("all", "attention"):
+            total = terms["attention"] if loss == "attention" else weighted_sum(terms, ALL)
+            grads = torch.autograd.grad(total, list(student.parameters()), retain_graph=True, allow_unused=True)
+            gradients[side, loss] = torch.cat([g.flatten() for g in grads if g is not None]).double()
+    for loss, floor in (("all", 0.99999), ("attention", 0.999)):
+        cosine = torch.nn.functional.cosine_similarity(gradients["cache", loss], gradients["exact", loss], dim=0)
+        assert cosine > floor, f"{loss}: {cosine}"

@@ -8,12 +8,13 @@ import pytest
 from test_cache import HEADER
 from tiny import example_rows, tiny_llama
 
-from kd_utils.cache import CacheError, write_cache
+from kd_utils.cache import CacheError
+from kd_utils.cache_writer import write_cache
 from kd_utils.teacher import signal_function, stored_lm_head
 from kd_utils.verification import open_verified, verify
 
 MODEL = tiny_llama()
-RUN = signal_function(MODEL, signals="white_box", top_k=1, temperatures=[])
+RUN = signal_function(MODEL, signals="white_box")
 
 
 def make(folder, spoil=lambda row: {}):
@@ -89,7 +90,7 @@ def test_rows_must_cover_the_data(tmp_path):
 
 
 def test_another_teacher_is_found_by_recomputing(tmp_path):
-    other = signal_function(tiny_llama(seed=1), signals="white_box", top_k=1, temperatures=[])
+    other = signal_function(tiny_llama(seed=1), signals="white_box")
     verify(make(tmp_path / "c"), ALL, RUN)
     with pytest.raises(CacheError, match="the teacher is not the one that was cached"):
         verify(tmp_path / "c", ALL, other)

@@ -1,0 +1,219 @@
+"""Writing a teacher cache: shards aside and renamed, the manifest last, a killed run goes on.
+
+The teacher runs in the calling thread; packing, compression and disk are the writers' work, so that a device does not
+wait for them. At most a few batches are in memory at any time, however much there is to write.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from queue import Full, Queue
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .cache import (FORMAT_VERSION, SIGNAL_COLUMNS, CachedExample, CacheError, byte_planes, check_files, read_manifest)
+from .files import sha256_file, sha256_json, write_json, written_aside
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Starts the teacher on one batch; what it returns waits for the device and gives the rows with their signals.
+SignalsOf = Callable[[list[CachedExample]], Iterable[CachedExample]]
+
+WRITERS = 2  # shards that are packed and compressed side by side
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a cache, and the examples (with tokens, without signals) that go into it."""
+
+    file: str
+    split: str
+    rows: list[CachedExample]
+
+
+def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
+    """The folder for a cache of these ingredients: an earlier one of the same key, or a new one dated today.
+
+    Args:
+        artifacts: the project's artifacts folder.
+        name: the experiment's name.
+        key: everything that decides the content (data hash, teacher, tokenizer, signals, ...), JSON values.
+    """
+    digest = sha256_json({"format": FORMAT_VERSION, **key})[:8]
+    earlier = sorted((artifacts / "cache").glob(f"{name}-????-??-??-{digest}"))
+    return earlier[-1] if earlier else artifacts / "cache" / f"{name}-{date.today():%Y-%m-%d}-{digest}"
+
+
+def write_cache(folder: Path, examples: dict[str, list[CachedExample]], signals_of: SignalsOf, lm_head: Tensor | None,
+                header: dict[str, Any], *, shard_examples: int, batch_tokens: int,
+                progress: Callable[[Iterable], Iterable] = iter) -> dict[str, Any]:
+    """Write the shards that are missing, then `lm_head`, then the manifest; nothing if the cache is whole already.
+
+    Args:
+        folder: from `cache_folder`. Shards that an earlier, killed run finished there are kept.
+        examples: split -> examples with tokens and no signals.
+        signals_of: runs the teacher over one batch and fills in the signals.
+        lm_head: (V, d) or None for top-k caches.
+        header: what the manifest says besides files and counts.
+        shard_examples: examples in one shard; the unit that a killed run redoes.
+        batch_tokens: most tokens, padding included, in one batch of `signals_of`.
+        progress: wraps the list of shards, e.g. `tqdm`.
+
+    Returns:
+        The manifest.
+    """
+    def here(shards: list[Shard]) -> None:
+        write_shards(folder, shards, signals_of, batch_tokens=batch_tokens, progress=progress)
+
+    return assemble_cache(folder, examples, here, lm_head, header, shard_examples=shard_examples)
+
+
+def assemble_cache(folder: Path, examples: dict[str, list[CachedExample]], write: Callable[[list[Shard]], None],
+                   lm_head: Tensor | None, header: dict[str, Any], *, shard_examples: int) -> dict[str, Any]:
+    """As `write_cache`, with `write` to make the missing shards: here, or on other machines that see `folder`."""
+    try:
+        manifest = check_files(folder)
+        os.utime(folder / "manifest.json")  # `find_cache` takes the newest: this is the one asked for last
+        return manifest
+    except CacheError:  # not finished, or damaged: what is whole is kept, the rest is written again
+        earlier = _earlier_checksums(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shards = plan_shards(examples, shard_examples)
+    missing = [shard for shard in shards if not _is_finished(folder, shard, earlier.get(shard.file))]
+    if missing:
+        write(missing)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        checksums = pool.map(sha256_file, [folder / shard.file for shard in shards])
+    entries = [{"file": shard.file, "split": shard.split, "rows": len(shard.rows),
+                "tokens": sum(len(row.tokens) for row in shard.rows),
+                "bytes": (folder / shard.file).stat().st_size, "sha256": checksum}
+               for shard, checksum in zip(shards, checksums)]
+    manifest = {**header, "format": FORMAT_VERSION, "shards": entries,
+                "rows": {split: len(rows) for split, rows in examples.items()}}
+    if lm_head is not None:
+        manifest["lm_head"] = _write_lm_head(folder / "lm_head.safetensors", lm_head)
+    manifest["content_hash"] = sha256_json(manifest)
+    write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def plan_shards(examples: dict[str, list[CachedExample]], shard_examples: int) -> list[Shard]:
+    """Each split's examples by length, in shards of `shard_examples`."""
+    return [Shard(f"{split}-{start // shard_examples:05d}.parquet", split, ordered[start:start + shard_examples])
+            for split, rows in examples.items()
+            for ordered in [sorted(rows, key=lambda row: (len(row.tokens), row.example_id))]
+            for start in range(0, len(ordered), shard_examples)]
+
+
+def write_shards(folder: Path, shards: list[Shard], signals_of: SignalsOf, *, batch_tokens: int,
+                 progress: Callable[[Iterable], Iterable] = iter) -> None:
+    """Write each shard aside and rename it, while the teacher already runs over what comes next.
+
+    Raises:
+        Exception: whatever the teacher or a writer met; shards that are whole stay.
+    """
+    jobs: deque[Future] = deque()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for shard in progress(shards):
+            while len(jobs) >= WRITERS:
+                jobs.popleft().result()
+            batches: Queue = Queue(maxsize=2)
+            jobs.append(pool.submit(_write_shard, folder / shard.file, batches))
+            try:
+                for batch in token_batches(shard.rows, batch_tokens):
+                    _hand_over(batches, signals_of(batch), jobs[-1])
+                _hand_over(batches, None, jobs[-1])
+            except BaseException as error:  # the writer must not wait for rows that will never come
+                _hand_over(batches, error, jobs[-1])
+                raise
+        while jobs:
+            jobs.popleft().result()
+
+
+def _hand_over(batches: Queue, item: Any, job: Future) -> None:
+    """Put `item`, unless the writer is gone: then raise what it met."""
+    while True:
+        try:
+            return batches.put(item, timeout=0.2)
+        except Full:
+            if job.done():
+                return job.result()
+
+
+def token_batches(rows: list[CachedExample], batch_tokens: int) -> Iterator[list[CachedExample]]:
+    """Neighbours in batches whose padded size, rows x longest, is at most `batch_tokens` (one row at the least).
+
+    A batch that has an eighth of them closes before a row that would leave a fifth of it padding.
+    """
+    batch: list[CachedExample] = []
+    longest = real = 0
+    for row in rows:
+        widest, padded = max(longest, len(row.tokens)), longest * len(batch)
+        grown = widest * (len(batch) + 1)
+        if batch and (grown > batch_tokens or padded > batch_tokens / 8 and real + len(row.tokens) < 0.8 * grown):
+            yield batch
+            batch, widest, real = [], len(row.tokens), 0
+        batch.append(row)
+        longest, real = widest, real + len(row.tokens)
+    if batch:
+        yield batch
+
+
+def _earlier_checksums(folder: Path) -> dict[str, str]:
+    """Checksums by file that a manifest states, whatever else is wrong with the folder."""
+    try:
+        return {shard["file"]: shard["sha256"] for shard in read_manifest(folder)["shards"]}
+    except CacheError:
+        return {}
+
+
+def _is_finished(folder: Path, shard: Shard, checksum: str | None) -> bool:
+    path = folder / shard.file
+    if checksum is not None and path.is_file() and sha256_file(path) != checksum:
+        return False
+    try:
+        held = pq.read_table(path, columns=["example_id"])["example_id"].to_pylist()
+        return held == [row.example_id for row in shard.rows]
+    except (OSError, pa.ArrowInvalid, KeyError):
+        return False
+
+
+def _write_shard(path: Path, batches: Queue) -> None:
+    writer = None
+    with written_aside(path) as aside:
+        while (batch := batches.get()) is not None:
+            if isinstance(batch, BaseException):
+                raise RuntimeError("the teacher stopped") from batch
+            for row in batch:
+                table = _table(row)
+                writer = writer or pq.ParquetWriter(aside, table.schema, compression="zstd", compression_level=1,
+                                                    use_dictionary=False, write_statistics=False)
+                writer.write_table(table)
+        writer.close()
+
+
+def _table(row: CachedExample) -> pa.Table:
+    values = {"example_id": pa.array([row.example_id]), "answer_start": pa.array([row.answer_start], pa.int32()),
+              "tokens": pa.array([row.tokens], pa.large_list(pa.int32()))}
+    for column in (*SIGNAL_COLUMNS["white_box"], *SIGNAL_COLUMNS["top_k"]):
+        if (array := getattr(row, column)) is not None:
+            values |= byte_planes(column, array)
+    return pa.table(values)
+
+
+def _write_lm_head(path: Path, weight: Tensor) -> dict[str, Any]:
+    from safetensors.torch import save_file
+
+    with written_aside(path) as aside:
+        save_file({"lm_head": weight}, aside)
+    return {"file": path.name, "shape": list(weight.shape), "dtype": str(weight.dtype), "sha256": sha256_file(path)}

@@ -1,0 +1,120 @@
+"""What the measurements rest on: real lengths, counted work, honest clocks. No time is tested."""
+
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tiny import example_rows, tiny_llama
+
+from kd_utils import speed
+from kd_utils.cache import TeacherCache
+from kd_utils.cache_writer import write_cache
+from kd_utils.config import load_parameters, notebook_config
+from kd_utils.teacher import signal_function, stored_lm_head
+
+
+def test_the_length_mix_is_that_of_the_real_rows(shared):
+    from kd_utils.data import prepare
+    from kd_utils.student import load_tokenizer
+    from kd_utils.tokens import encode_example
+
+    tokenizer = load_tokenizer(str(shared / "tokenizers/llama2"))
+    few = {"sst2_train": 1000, "mmlu_train": 200, "gsm8k_train": 200, "sst2_validation": 1, "mmlu_validation": 1,
+           "gsm8k_validation": 1, "max_length": 512, "data_dir": str(shared / "data"), "build": "none"}
+    train = prepare(notebook_config("01_prepare_data", few), tokenizer).train
+    ours = speed.random_rows(1400, 100)
+    for task, rows in train.groupby("task"):
+        real = [tuple(map(len, encode_example(tokenizer, *pair))) for pair in zip(rows["prompt"], rows["answer"])]
+        mine = [row for row in ours if row.example_id.startswith(task)]
+        assert len(mine) == len(real)
+        assert np.mean([len(row.tokens) for row in mine]) == pytest.approx(np.mean([p + a for p, a in real]), rel=0.08)
+        answers = [len(row.tokens) - row.answer_start for row in mine]
+        assert np.mean(answers) == pytest.approx(np.mean([a for _, a in real]), rel=0.08)
+
+
+def test_random_rows_are_of_one_mix_at_every_size():
+    few, many = (speed.random_rows(count, 50, seed=seed) for count, seed in ((70, 0), (700, 1)))
+    assert len(few) == 70 and len(many) == 700 and len({row.example_id for row in many}) == 700
+    assert sum(len(row.tokens) for row in many) == pytest.approx(10 * sum(len(row.tokens) for row in few), rel=0.02)
+    assert all(0 < row.answer_start < len(row.tokens) and row.tokens.max() < 50 for row in few)
+
+
+def test_small_has_tinyllamas_proportions():
+    for pair in (speed.SHAPES["small"], speed.SHAPES["llama2"]):
+        student, teacher = pair["student"], pair["teacher"]
+        assert teacher["hidden_size"] == 2 * student["hidden_size"] and student["num_attention_heads"] == 32
+        whole = speed.forward_multiply_adds(student, [1]) + student["hidden_size"] * student["vocab_size"]
+        assert student["hidden_size"] * student["vocab_size"] / whole == pytest.approx(0.06, abs=0.005)
+
+
+def test_multiply_adds_by_hand():
+    shape = dict(hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                 vocab_size=10)
+    layer = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6  # queries; keys and values of one head; output; feed-forward
+    assert speed.forward_multiply_adds(shape, [3]) == 2 * (3 * layer + 2 * 4 * 6)
+    task = speed.multiply_adds(shape, shape, [(3, 1)], ("task",))
+    assert task == 3 * (2 * (3 * layer + 2 * 4 * 6) + 40)
+    assert speed.multiply_adds(shape, shape, [(3, 1)], ("task", "kd")) - task == 3 * (3 * 40 + 40)
+    assert speed.multiply_adds(shape, shape, [(3, 1)], ("task", "hidden", "attention")) - task == 3 * 16 * 3 + 3 * 4 * 6
+    padded = speed.multiply_adds(shape, shape, [(3, 1)], ("task", "kd"), padded_to=8)
+    assert padded == 3 * (2 * (8 * layer + 2 * 4 * 64) + 40 * 8)
+
+
+def test_alternate_takes_turns_and_warms_up():
+    order = []
+    table = speed.alternate({"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.01))}, 3)
+    assert order == ["a", "b"] * 4 and list(table.columns) == ["a", "b"] and len(table) == 3
+    assert (table["b"] >= 0.01).all()
+
+
+def test_entropy_is_that_of_the_byte_planes():
+    assert speed.entropy_bits([np.zeros(8, np.float16)]) == 0
+    assert speed.entropy_bits([np.arange(256, dtype=np.uint8)]) == pytest.approx(8)
+    assert speed.entropy_bits([np.arange(4, dtype=np.uint16), np.arange(4, dtype=np.uint16) + 256]) == pytest.approx(3)
+
+
+def test_cache_bytes_of_the_sample_itself_are_its_files(tmp_path):
+    teacher, rows = tiny_llama(vocab=50), speed.random_rows(28, 50)
+    teacher.config.max_position_embeddings = 512
+    write_cache(tmp_path, {"train": rows}, signal_function(teacher, signals="white_box"), stored_lm_head(teacher),
+                speed.header(teacher, "float16"), shard_examples=9, batch_tokens=2000)
+    sizes = speed.cache_bytes(tmp_path, 28, 512)
+    on_disk = sum(path.stat().st_size for path in tmp_path.iterdir() if path.name != "manifest.json")
+    assert sizes["bytes"] * 1e9 == pytest.approx(on_disk, rel=1e-6)
+    assert sizes["naive"] * 1e9 == 2 * 28 * 512 * (50 + 32 + 4 * 512)
+    assert sizes["entropy"] < sizes["bytes"]
+
+
+def test_exact_rows_are_the_teachers_own_values():
+    teacher, rows = tiny_llama(), example_rows([6, 9])
+    for exact, stored in zip(speed.exact_rows(teacher, rows), signal_function(teacher, signals="white_box")(rows)):
+        assert exact.hidden.dtype == exact.attention.dtype == np.float32
+        np.testing.assert_allclose(stored.hidden, exact.hidden, atol=2e-3)
+        np.testing.assert_allclose(stored.attention, exact.attention, atol=1e-3)
+
+
+def test_peak_memory_sees_what_was_freed_again():
+    assert 90 < speed.peak_mb(lambda: torch.ones(25 * 2**20)) < 130
+    assert speed.peak_mb(lambda: None) < 20
+
+
+def test_floors_say_what_is_missed():
+    table = speed.against_floors({"data_wait_share": 0.06, "speedup_vs_naive": 16.0, "other": 1.0},
+                                 {"data_wait_share": 0.0, "speedup_vs_naive": 40.0})
+    assert table["met"].tolist() == [False, True] and table["margin"].tolist() == [pytest.approx(0.5), 2.0]
+    assert isinstance(table, pd.DataFrame) and table["limit"].tolist() == [0.0, 40.0]
+
+
+def test_the_bench_file_is_for_a_gpu_and_builds():
+    config = notebook_config("05_measure_speed", load_parameters("papermill_params/bench-llama2.yaml"))
+    assert config.shapes == "llama2" and config.sweep_trials == 0
+
+
+def test_a_cache_reads_only_what_is_wanted(tmp_path):
+    teacher, rows = tiny_llama(), example_rows([5, 8])
+    write_cache(tmp_path, {"train": rows}, signal_function(teacher, signals="white_box"), None,
+                speed.header(teacher, "float16"), shard_examples=9, batch_tokens=99)
+    row = TeacherCache(tmp_path, skip=("attention",))["row1"]
+    assert row.attention is None and row.hidden.shape == (8, 32)
