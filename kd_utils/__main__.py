@@ -1,4 +1,4 @@
-"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit status: 0 well, 1 something failed, 2 wrong input."""
+"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit status: 0 well, 1 failed, 2 wrong input."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("bench", help="measure the speed: execute notebook 05")
     add.set_defaults(run=bench)
-    add.add_argument("parameters", metavar="PARAMS.yaml", nargs="?", help="default: small shapes, 2 CPU cores, 5 minutes")
+    add.add_argument("parameters", metavar="PARAMS.yaml", nargs="?", help="default: small shapes, for 2 CPU cores")
     add.add_argument("--run-dir", metavar="DIR", help="where the record goes (default: runs/bench)")
 
     add = commands.add_parser("evaluate", help="score a causal LM folder, with prompts and scoring of the trials")

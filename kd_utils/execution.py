@@ -59,6 +59,8 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
         papermill.execute_notebook(config.notebook_path(stem), aside, parameters, cwd=code_root(),
                                    kernel_name="python3", progress_bar=progress_bar,
                                    coalesce_streams=True,  # of a progress bar the last state is kept
+                                   # All is on disk by then, and torch takes a second to leave by itself.
+                                   shutdown_kernel="immediate",
                                    extra_arguments=["--log-level=CRITICAL"])
         _finish(aside, target, stem, about())
     except Exception as error:

@@ -31,9 +31,9 @@ class Attention:
 
     def example(self, b: int, first_query: int, last_query: int) -> Attention:
         """Example b's query rows [first_query, last_query) and the keys that they can see, as a batch of one."""
-        mask = None if self.mask is None else self.mask[b % len(self.mask), None, :, first_query:last_query, :last_query]
-        return Attention(self.query[b, None, :, first_query:last_query], self.key[b, None, :, :last_query], mask,
-                         self.scaling)
+        rows = slice(first_query, last_query)
+        mask = None if self.mask is None else self.mask[b % len(self.mask), None, :, rows, :last_query]
+        return Attention(self.query[b, None, :, rows], self.key[b, None, :, :last_query], mask, self.scaling)
 
     def map(self) -> Tensor:
         """(B, H, T, T) float32 probabilities, head by head."""

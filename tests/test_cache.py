@@ -211,3 +211,9 @@ def test_a_row_that_was_written_is_let_go():
             byte_planes("hidden", values)
 
     assert speed.peak_mb(make_many) < 50
+
+
+def test_only_what_is_wanted_is_read(cache):
+    row = TeacherCache(cache[0].folder, skip=("attention",))["row3"]
+    assert row.attention is None
+    np.testing.assert_array_equal(row.hidden, cache[0]["row3"].hidden)

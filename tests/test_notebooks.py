@@ -10,8 +10,8 @@ import nbformat
 import pandas as pd
 import pytest
 
+from kd_utils.bench import FLOORS
 from kd_utils.config import NOTEBOOKS, ROOT, notebook_path
-from kd_utils.speed import FLOORS
 
 SMALL = {"sst2_train": 24, "sst2_validation": 9, "mmlu_train": 16, "mmlu_validation": 8, "gsm8k_train": 16,
          "gsm8k_validation": 7, "teacher_epochs": 1, "shard_examples": 20, "epochs": 2, "batch_size": 8,

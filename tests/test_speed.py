@@ -3,16 +3,13 @@
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from tiny import example_rows, tiny_llama
 
 from kd_utils import speed
-from kd_utils.cache import TeacherCache
-from kd_utils.cache_writer import write_cache
-from kd_utils.config import load_parameters, notebook_config
-from kd_utils.teacher import signal_function, stored_lm_head
+from kd_utils.config import notebook_config
+from kd_utils.teacher import signal_function
 
 
 def test_the_length_mix_is_that_of_the_real_rows(shared):
@@ -69,24 +66,6 @@ def test_alternate_takes_turns_and_warms_up():
     assert (table["b"] >= 0.01).all()
 
 
-def test_entropy_is_that_of_the_byte_planes():
-    assert speed.entropy_bits([np.zeros(8, np.float16)]) == 0
-    assert speed.entropy_bits([np.arange(256, dtype=np.uint8)]) == pytest.approx(8)
-    assert speed.entropy_bits([np.arange(4, dtype=np.uint16), np.arange(4, dtype=np.uint16) + 256]) == pytest.approx(3)
-
-
-def test_cache_bytes_of_the_sample_itself_are_its_files(tmp_path):
-    teacher, rows = tiny_llama(vocab=50), speed.random_rows(28, 50)
-    teacher.config.max_position_embeddings = 512
-    write_cache(tmp_path, {"train": rows}, signal_function(teacher, signals="white_box"), stored_lm_head(teacher),
-                speed.header(teacher, "float16"), shard_examples=9, batch_tokens=2000)
-    sizes = speed.cache_bytes(tmp_path, 28, 512)
-    on_disk = sum(path.stat().st_size for path in tmp_path.iterdir() if path.name != "manifest.json")
-    assert sizes["bytes"] * 1e9 == pytest.approx(on_disk, rel=1e-6)
-    assert sizes["naive"] * 1e9 == 2 * 28 * 512 * (50 + 32 + 4 * 512)
-    assert sizes["entropy"] < sizes["bytes"]
-
-
 def test_exact_rows_are_the_teachers_own_values():
     teacher, rows = tiny_llama(), example_rows([6, 9])
     for exact, stored in zip(speed.exact_rows(teacher, rows), signal_function(teacher, signals="white_box")(rows)):
@@ -98,23 +77,3 @@ def test_exact_rows_are_the_teachers_own_values():
 def test_peak_memory_sees_what_was_freed_again():
     assert 90 < speed.peak_mb(lambda: torch.ones(25 * 2**20)) < 130
     assert speed.peak_mb(lambda: None) < 20
-
-
-def test_floors_say_what_is_missed():
-    table = speed.against_floors({"data_wait_share": 0.06, "speedup_vs_naive": 16.0, "other": 1.0},
-                                 {"data_wait_share": 0.0, "speedup_vs_naive": 40.0})
-    assert table["met"].tolist() == [False, True] and table["margin"].tolist() == [pytest.approx(0.5), 2.0]
-    assert isinstance(table, pd.DataFrame) and table["limit"].tolist() == [0.0, 40.0]
-
-
-def test_the_bench_file_is_for_a_gpu_and_builds():
-    config = notebook_config("05_measure_speed", load_parameters("papermill_params/bench-llama2.yaml"))
-    assert config.shapes == "llama2" and config.sweep_trials == 0
-
-
-def test_a_cache_reads_only_what_is_wanted(tmp_path):
-    teacher, rows = tiny_llama(), example_rows([5, 8])
-    write_cache(tmp_path, {"train": rows}, signal_function(teacher, signals="white_box"), None,
-                speed.header(teacher, "float16"), shard_examples=9, batch_tokens=99)
-    row = TeacherCache(tmp_path, skip=("attention",))["row1"]
-    assert row.attention is None and row.hidden.shape == (8, 32)

@@ -232,8 +232,8 @@ def test_the_caches_gradient_is_that_of_a_float32_teacher(temperature, attention
     for side, examples in sides.items():
         student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
         batch = collate(list(examples))
-        terms = loss_terms(forward_signals(student, batch.input_ids), lm_head_weight(student), batch=batch, terms=tuple(ALL),
-                           teacher_head=HEAD, projector=projector, temperature=temperature)
+        terms = loss_terms(forward_signals(student, batch.input_ids), lm_head_weight(student), batch=batch,
+                           terms=tuple(ALL), teacher_head=HEAD, projector=projector, temperature=temperature)
         for loss in ("all", "attention"):
             total = terms["attention"] if loss == "attention" else weighted_sum(terms, ALL)
             grads = torch.autograd.grad(total, list(student.parameters()), retain_graph=True, allow_unused=True)
