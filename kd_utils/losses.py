@@ -160,22 +160,23 @@ class _SummedMapError(torch.autograd.Function):
         for b, (teacher, (first, last)) in enumerate(zip(teacher_maps, queries)):
             part = student.example(b, first, last)
             probs = part.map()[0]  # (H, Q, K)
-            error = decode_map(teacher, first, last).sub_(probs).neg_()
-            total += error.square().sum()
-            if slopes:  # through the softmax: P * (G - sum_k G P) with G = 2 error, then through q k^T
-                slope = error.mul_(2).sub_((error * probs).sum(-1, keepdim=True)).mul_(probs).mul_(part.scaling)
-                slope = slope.to(query.dtype)
+            error = decode_map(teacher, first, last).sub_(probs)  # its sign changes nothing before `backward`
+            total += torch.dot(error.view(-1), error.view(-1))
+            if slopes:  # through the softmax: P * (E - sum_k E P), then through q k^T
+                slope = error.sub_((error * probs).sum(-1, keepdim=True)).mul_(probs).to(query.dtype)
                 groups = query.shape[1] // key.shape[1]
                 slopes[0][b, :, first:last] = slope @ part.key[0].repeat_interleave(groups, dim=0)
                 per_head = slope.transpose(-1, -2) @ part.query[0]  # (H, K, head_dim)
                 slopes[1][b, :, :last] = per_head.unflatten(0, (-1, groups)).sum(1)
         if slopes:
             ctx.save_for_backward(*slopes)
+            ctx.factor = -2 * student.scaling  # d error^2 = 2 error; error here is teacher minus student
         return total
 
     @staticmethod
     def backward(ctx, slope: Tensor):
         query, key = ctx.saved_tensors
+        slope = ctx.factor * slope
         return slope * query, slope * key, None, None, None, None
 
 

@@ -66,14 +66,13 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: floa
         (B, H, Q, K) float32; rows sum to 1. A row whose mask hides every key (left padding) is all zeros.
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    scores = (query @ key.transpose(-1, -2)).float().mul_(scaling)
-    if mask is None:
+    scores = (query @ key.transpose(-1, -2)).float()
+    if mask is None:  # added and scaled in one pass: filling by a boolean mask takes three times as long
         rows, columns = scores.shape[-2:]
-        hidden = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).triu_(columns - rows + 1)
-        return scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        mask = torch.full((rows, columns), -torch.inf, device=scores.device).triu_(columns - rows + 1)
     if mask.dtype == torch.bool:
-        return torch.nan_to_num(scores.masked_fill_(~mask, -torch.inf).softmax(-1))
-    return (scores + mask).softmax(-1)
+        return torch.nan_to_num(scores.mul_(scaling).masked_fill_(~mask, -torch.inf).softmax(-1))
+    return torch.add(mask, scores, alpha=scaling).softmax(-1)
 
 
 def _sdpa_keeps_queries(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
