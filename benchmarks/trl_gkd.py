@@ -105,6 +105,7 @@ def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
+    from kd_utils.bench import header
     from kd_utils.cache import CachedExample
     from kd_utils.cache_writer import write_cache
     from kd_utils.student import amp_dtype, load_causal_lm
@@ -114,11 +115,9 @@ def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
     teacher = load_causal_lm(str(args.work / "teacher"), dtype=amp_dtype(device, "auto")).to(device).eval()
     rows = [CachedExample(example_id, np.asarray(tokens, np.int32), start) for example_id, (start, tokens)
             in json.loads((args.work / "rows.json").read_text())["rows"].items()]
-    header = {"signals": "white_box", "heads": teacher.config.num_attention_heads, "temperatures": [],
-              "dtypes": {"hidden": "float16", "attention": "float16"}}
     start = clocks()
     run = signal_function(teacher, signals="white_box", attention_dtype="float16")
-    manifest = write_cache(args.cache, {"train": rows}, run, stored_lm_head(teacher), header,
+    manifest = write_cache(args.cache, {"train": rows}, run, stored_lm_head(teacher), header(teacher, "float16"),
                            shard_examples=256, batch_tokens=TEACHER_BATCH_TOKENS)
     return measured(args.device, start, examples=len(rows), tokens=sum(len(row.tokens) for row in rows),
                     cache_mb=sum(shard["bytes"] for shard in manifest["shards"]) / 2**20)

@@ -62,7 +62,6 @@ def bench(options: argparse.Namespace) -> int:
     parameters = config.load_parameters(options.parameters) if options.parameters else {}
     run_dir = Path(options.run_dir or config.resolve(config.notebook_config(SPEED, parameters).run_dir)).absolute()
     values = injected(SPEED, parameters | {"run_dir": config.short_path(run_dir)})
-    config.notebook_config(SPEED, values)
     in_thread(lambda: execute(SPEED, run_dir / f"{SPEED}.ipynb", values, dict, progress_bar=sys.stderr.isatty()))
     record = json.loads((run_dir / "speed.json").read_text(encoding="utf-8"))
     for key, value in record.items():

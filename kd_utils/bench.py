@@ -23,8 +23,9 @@ from .records import read_record
 from .speed import random_rows
 
 #: What the project asks of each measurement: at most ("<=") or at least (">=") this much.
-FLOORS = {"cache_bytes_vs_naive/exact": ("<=", 0.018), "cache_bytes_vs_naive/compact": ("<=", 0.013),
-          "cache_grad_cosine": (">=", 0.999), "cache_write_vs_forward": (">=", 0.90), "data_wait_share": ("<=", 0.03),
+FLOORS = {"cache_bytes_vs_naive": ("<=", 0.018), "cache_bytes_vs_naive/compact": ("<=", 0.013),
+          "cache_grad_cosine": (">=", 0.999),
+          "cache_write_vs_forward": (">=", 0.90), "data_wait_share": ("<=", 0.03),
           "black_box_vs_finetune": ("<=", 1.25), "combined_vs_black_box": ("<=", 1.15),
           "peak_memory_vs_finetune": ("<=", 1.25), "speedup_vs_naive": (">=", 8.0), "sweep_overhead_s": ("<=", 8.0)}
 
@@ -51,14 +52,12 @@ def cache_bytes(folder: Path, examples: int, naive_length: int) -> dict[str, flo
     stored = {"hidden": 0, "attention": 0, "other": 0}
     for shard in cache.manifest["shards"]:
         metadata = pq.read_metadata(folder / shard["file"])
-        for group in range(metadata.num_row_groups):
-            for place in range(metadata.num_columns):
-                column = metadata.row_group(group).column(place)
-                name = column.path_in_schema.split(".")[0]
-                stored[name if name in stored else "other"] += column.total_compressed_size
-        stored["other"] += shard["bytes"] - sum(metadata.row_group(g).column(c).total_compressed_size
-                                                for g in range(metadata.num_row_groups)
-                                                for c in range(metadata.num_columns))
+        columns = [metadata.row_group(group).column(place) for group in range(metadata.num_row_groups)
+                   for place in range(metadata.num_columns)]
+        for column in columns:
+            name = column.path_in_schema.split(".")[0]
+            stored[name if name in stored else "other"] += column.total_compressed_size
+        stored["other"] += shard["bytes"] - sum(column.total_compressed_size for column in columns)  # the footer
     lengths = np.array([len(row.tokens) for row in random_rows(examples, 10)])
     tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
     sampled = sum(len(row.tokens) for row in rows)
@@ -85,19 +84,21 @@ def entropy_bits(arrays: Iterable[np.ndarray]) -> float:
 
 
 def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str, float]:
-    """What a trial of the toy sweep costs beyond its own training and evaluation; one epoch a trial.
+    """What a trial of a toy sweep costs beyond its own training and evaluation; two slots, one epoch a trial.
 
-    The first command makes data, cache and one trial and is not counted; the second runs the others.
+    It is an experiment of its own, "bench": data and cache of "toy" stay as they are. The first command makes data, cache
+    and one trial and is not counted; the second runs the others.
 
     Returns:
         `wall_s` of the second command, `inside_s` that its trials trained and evaluated for, `trials`, `overhead_s` =
-        (slots x wall_s - inside_s) / trials, and `import_s`, what a process needs for the imports alone.
+        (2 x wall_s - inside_s) / trials, and `import_s`, what a process needs for the imports alone.
     """
     seeds = max(round(trials / len(METHODS)), 1)
-    (folder / "toy.yaml").write_text(f"epochs: 1\nsave_student: false\nartifacts_dir: {json.dumps(artifacts_dir)}\n")
+    (folder / "toy.yaml").write_text("name: bench\nteacher_epochs: 2\nepochs: 1\nsave_student: false\n"
+                                      f"artifacts_dir: {json.dumps(artifacts_dir)}\n")
     (folder / "grid.yaml").write_text(f"distill_type: [{', '.join(METHODS)}]\nseed: {list(range(seeds))}\n")
     command = [sys.executable, "-m", "kd_utils", "sweep", str(folder / "toy.yaml"), "--grid", str(folder / "grid.yaml"),
-               "--run-dir", str(folder / "sweep")]
+               "--run-dir", str(folder / "sweep"), "--cpus-per-trial", str(os.cpu_count() / 2)]
 
     def wall(*further: str) -> float:
         start = time.perf_counter()
@@ -115,7 +116,7 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import pandas, transformers.models.llama.modeling_llama"], check=True)
     return {"trials": len(names), "wall_s": seconds, "inside_s": inside,
-            "overhead_s": (os.cpu_count() * seconds - inside) / len(names), "import_s": time.perf_counter() - start}
+            "overhead_s": (2 * seconds - inside) / len(names), "import_s": time.perf_counter() - start}
 
 
 def against_floors(measured: dict[str, float], limits: dict[str, float]) -> pd.DataFrame:

@@ -90,8 +90,13 @@ def assemble_cache(folder: Path, examples: dict[str, list[CachedExample]], write
     (folder / "manifest.json").unlink(missing_ok=True)
     shards = plan_shards(examples, shard_examples)
     missing = [shard for shard in shards if not _is_finished(folder, shard, earlier.get(shard.file))]
-    if missing:
-        write(missing)
+    try:
+        if missing:
+            write(missing)
+    finally:
+        for shard in missing:  # half files of writers that were killed, in this run or an earlier one
+            for aside in folder.glob(f".{shard.file}.partial-*"):
+                aside.unlink(missing_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checksums = pool.map(sha256_file, [folder / shard.file for shard in shards])
     entries = [{"file": shard.file, "split": shard.split, "rows": len(shard.rows),
@@ -128,13 +133,15 @@ def write_shards(folder: Path, shards: list[Shard], signals_of: SignalsOf, *, ba
             while len(jobs) >= WRITERS:
                 jobs.popleft().result()
             batches: Queue = Queue(maxsize=2)
-            jobs.append(pool.submit(_write_shard, folder / shard.file, batches))
             try:
+                jobs.append(pool.submit(_write_shard, folder / shard.file, batches))
                 for batch in token_batches(shard.rows, batch_tokens):
                     _hand_over(batches, signals_of(batch), jobs[-1])
                 _hand_over(batches, None, jobs[-1])
             except BaseException as error:  # the writer must not wait for rows that will never come
-                _hand_over(batches, error, jobs[-1])
+                while not batches.empty():
+                    batches.get_nowait()
+                batches.put(error)
                 raise
         while jobs:
             jobs.popleft().result()

@@ -89,7 +89,7 @@ class Config(BaseModel):
 
     def fingerprint(self) -> str:
         """Sixteen hex digits over all values but those that cannot change a result (names, places, devices)."""
-        skip = {"name", "artifacts_dir", "run_dir", "device", "workers", "save_student", "trial"}
+        skip = {"name", "artifacts_dir", "run_dir", "device", "save_student", "trial"}
         values = {key: value for key, value in self.model_dump().items() if key not in skip}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -157,7 +157,7 @@ class _SummedMapError(torch.autograd.Function):
                 queries: list[tuple[int, int]], wants_gradient: bool) -> Tensor:
         total = torch.zeros((), device=query.device)
         slopes = (torch.zeros_like(query), torch.zeros_like(key)) if wants_gradient else None
-        for b, (teacher, (first, last)) in enumerate(zip(teacher_maps, queries)):
+        for b, (teacher, (first, last)) in enumerate(zip(teacher_maps, queries, strict=True)):
             part = student.example(b, first, last)
             probs = part.map()[0]  # (H, Q, K)
             error = decode_map(teacher, first, last).sub_(probs)  # its sign changes nothing before `backward`

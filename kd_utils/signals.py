@@ -63,7 +63,7 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: floa
         scaling: usually head_dim ** -0.5.
 
     Returns:
-        (B, H, Q, K) float32; rows sum to 1. A row whose mask hides every key (left padding) is all zeros.
+        (B, H, Q, K) float32; rows sum to 1. A row whose bool mask hides every key (left padding) is all zeros.
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (query @ key.transpose(-1, -2)).float()

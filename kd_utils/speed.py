@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .cache import CachedExample
 from .config import TASK_NAMES
@@ -104,7 +104,7 @@ def alternate(sides: dict[str, Callable[[], Any]], repeats: int, *, device: torc
         start = time.perf_counter()
         side()
         if torch.device(device).type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
     for side in sides.values() if warm_up else ():
@@ -118,10 +118,10 @@ def peak_mb(work: Callable[[], Any], *, device: torch.device | str = "cpu") -> f
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         work()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator still keeps would hide what is new
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = _resident_kb("VmRSS")
@@ -144,6 +144,12 @@ def exact_rows(teacher: nn.Module, rows: list[CachedExample]) -> list[CachedExam
         full.append(replace(row, hidden=signals.hidden[0].float().cpu().numpy(),
                             attention=encode_map(signals.attention.map()[0], torch.float32).cpu().numpy()))
     return full
+
+
+def cosine(left: Tensor, right: Tensor) -> float:
+    """Cosine of two flat gradients, summed in float64."""
+    left, right = left.double(), right.double()
+    return float(left @ right / (left.norm() * right.norm()))
 
 
 def multiply_adds(student: dict[str, int], teacher: dict[str, int], lengths: Sequence[tuple[int, int]],
@@ -197,7 +203,7 @@ class Laps:
 
     def lap(self, part: str) -> None:
         if self.device is not None and self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
         now = time.perf_counter()
         self.parts[part] += now - self._last
         self._last = now

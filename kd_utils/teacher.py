@@ -165,9 +165,10 @@ def _rows(batch: list[CachedExample], signals: list[dict[str, Tensor]]) -> Itera
     """Start copying to the host at once, one copy a column; the rows come when it is done."""
     columns = {name: _on_host(torch.cat([row[name].flatten() for row in signals])) for name in signals[0]}
     sizes = {name: [row[name].shape for row in signals] for name in signals[0]}
-    copied = torch.cuda.Event() if signals[0][next(iter(columns))].is_cuda else None
+    device = signals[0][next(iter(columns))].device
+    copied = torch.cuda.Event() if device.type == "cuda" else None
     if copied:
-        copied.record()
+        copied.record(torch.cuda.current_stream(device))
 
     def rows() -> Iterator[CachedExample]:
         if copied:

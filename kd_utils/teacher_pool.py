@@ -108,18 +108,12 @@ def write_shards_in_pool(folder: Path, shards: list[Shard], load: Callable[[], S
         ValueError: more workers than the machines have GPUs or cores, or no Ray cluster answers.
         RuntimeError: the first thing that went wrong in a worker, in one line; shards that are whole stay.
     """
-    try:
-        with _muted(), ray_running(os.environ.get("RAY_ADDRESS")):
-            resource = "GPU" if on_gpu else "CPU"
-            if workers > _available(resource):
-                raise ValueError(f"{workers} workers need a {resource} each, and Ray has {_available(resource)}: set "
-                                 "workers to that, or to 1 for no Ray at all")
-            failures = list(filter(None, _run_pool(folder, shards, load, workers, on_gpu, batch_tokens, progress)))
-    finally:
-        ours = {shard.file for shard in shards}
-        for aside in folder.glob(".*.partial-*"):  # of workers that were killed
-            if aside.name[1:].rpartition(".partial-")[0] in ours:
-                aside.unlink(missing_ok=True)
+    with _muted(), ray_running(os.environ.get("RAY_ADDRESS")):
+        resource = "GPU" if on_gpu else "CPU"
+        if workers > _available(resource):
+            raise ValueError(f"{workers} workers need a {resource} each, and Ray has {_available(resource)}: set "
+                             "workers to that, or to 1 for no Ray at all")
+        failures = list(filter(None, _run_pool(folder, shards, load, workers, on_gpu, batch_tokens, progress)))
     if failures:
         raise RuntimeError(f"{failures[0]} (shards that are whole are kept: run 02 again, it goes on)")
 

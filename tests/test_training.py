@@ -10,8 +10,8 @@ from tiny import example_rows, tiny_llama
 
 from kd_utils.losses import weighted_sum
 from kd_utils.signals import forward_signals, lm_head_weight
-from kd_utils.speed import exact_rows
-from kd_utils.student import make_projector
+from kd_utils.speed import cosine, exact_rows
+from kd_utils.student import autocast, make_projector
 from kd_utils.teacher import signal_function
 from kd_utils.training import (Mean, collate, epoch_batches, fine_tune, gradient_shares, loss_terms, next_token_loss,
                                prefetched, seed_step, split_batch, validation_losses)
@@ -224,20 +224,32 @@ def test_examples_without_signals_give_the_task_loss_alone():
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 @pytest.mark.parametrize("attention_dtype", ["float16", "uint8"])
-def test_the_caches_gradient_is_that_of_a_float32_teacher(temperature, attention_dtype):
-    """Over the whole student, and over what the attention term alone moves, which the sum might hide."""
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_caches_gradient_is_that_of_a_float32_teacher(temperature, attention_dtype, precision):
+    """Of each term alone: the task term reads no cache, and is most of the sum."""
     rows, gradients = example_rows([20, 31, 12]), {}
-    sides = {"cache": signal_function(TEACHER, signals="white_box", attention_dtype=attention_dtype)(rows),
-             "exact": exact_rows(TEACHER, rows)}
-    for side, examples in sides.items():
+    run = signal_function(TEACHER, signals="white_box", attention_dtype=attention_dtype)
+    for side, examples in (("cache", list(run(rows))), ("exact", exact_rows(TEACHER, rows))):
         student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
-        batch = collate(list(examples))
-        terms = loss_terms(forward_signals(student, batch.input_ids), lm_head_weight(student), batch=batch,
-                           terms=tuple(ALL), teacher_head=HEAD, projector=projector, temperature=temperature)
-        for loss in ("all", "attention"):
-            total = terms["attention"] if loss == "attention" else weighted_sum(terms, ALL)
-            grads = torch.autograd.grad(total, list(student.parameters()), retain_graph=True, allow_unused=True)
-            gradients[side, loss] = torch.cat([g.flatten() for g in grads if g is not None]).double()
-    for loss, floor in (("all", 0.99999), ("attention", 0.999)):
-        cosine = torch.nn.functional.cosine_similarity(gradients["cache", loss], gradients["exact", loss], dim=0)
-        assert cosine > floor, f"{loss}: {cosine}"
+        batch = collate(examples)
+        with autocast(torch.device("cpu"), precision):
+            terms = loss_terms(forward_signals(student, batch.input_ids), lm_head_weight(student), batch=batch,
+                               terms=tuple(ALL), teacher_head=HEAD, projector=projector, temperature=temperature)
+        for name, loss in {**terms, "all": weighted_sum(terms, ALL)}.items():
+            grads = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True, allow_unused=True)
+            gradients[side, name] = torch.cat([g.flatten() for g in grads if g is not None])
+    for name in ("all", "kd", "hidden", "attention"):
+        assert cosine(gradients["cache", name], gradients["exact", name]) > 0.999, name
+
+
+def test_bfloat16_products_give_nearly_the_float32_gradient():
+    batch, gradients = collate(cached([20, 31, 12])), {}
+    for precision in ("float32", "bfloat16"):
+        student = tiny_llama(seed=1)
+        with autocast(torch.device("cpu"), precision):
+            terms = terms_for(student, batch)
+        for name, loss in terms.items():
+            grads = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True, allow_unused=True)
+            gradients[precision, name] = torch.cat([g.flatten() for g in grads if g is not None])
+    for name in terms:
+        assert cosine(gradients["bfloat16", name], gradients["float32", name]) > 0.99, name
