@@ -86,8 +86,8 @@ def entropy_bits(arrays: Iterable[np.ndarray]) -> float:
 def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str, float]:
     """What a trial of a toy sweep costs beyond its own training and evaluation; two slots, one epoch a trial.
 
-    It is an experiment of its own, "bench": data and cache of "toy" stay as they are. The first command makes data, cache
-    and one trial and is not counted; the second runs the others.
+    It is an experiment of its own, "bench": data and cache of "toy" stay as they are. The first command makes data,
+    cache and one trial and is not counted; the second runs the others.
 
     Returns:
         `wall_s` of the second command, `inside_s` that its trials trained and evaluated for, `trials`, `overhead_s` =
