@@ -101,7 +101,9 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_content(tmp_path):
     assert not (killed / "manifest.json").exists() and not list(killed.glob("*.partial*"))
     finished = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.parquet")}
     assert finished
+    (killed / ".train-00002.parquet.partial-99999").write_bytes(b"half")  # of a process that had no time to clean up
     assert write(killed, model)["content_hash"] == manifest["content_hash"]
+    assert not list(killed.glob(".*partial*"))
     assert {name: (killed / name).stat().st_mtime_ns for name in finished} == finished
 
 

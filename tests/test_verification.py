@@ -5,13 +5,15 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from test_cache import HEADER
 from tiny import example_rows, tiny_llama
 
-from kd_utils.cache import CacheError
+from kd_utils.cache import CachedExample, CacheError
 from kd_utils.cache_writer import write_cache
+from kd_utils.signals import encode_map
 from kd_utils.teacher import signal_function, stored_lm_head
-from kd_utils.verification import open_verified, verify
+from kd_utils.verification import _check_row, open_verified, verify
 
 MODEL = tiny_llama()
 RUN = signal_function(MODEL, signals="white_box")
@@ -96,3 +98,16 @@ def test_another_teacher_is_found_by_recomputing(tmp_path):
         verify(tmp_path / "c", ALL, other)
     with pytest.raises(CacheError, match="has not been verified"):  # what failed is not vouched for any more
         open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+
+
+@pytest.mark.parametrize("length", [7, 1024])
+def test_a_flat_map_in_uint8_passes_at_any_length_and_a_wrong_one_does_not(length):
+    manifest = {"signals": "white_box", "hidden_size": 4, "heads": 2}
+    flat = torch.ones(length, length).tril()
+    packed = encode_map((flat / flat.sum(-1, keepdim=True)).expand(2, -1, -1), torch.uint8).numpy()
+    row = CachedExample("a", np.ones(length, np.int32), 1, np.zeros((length, 4), np.float16), packed)
+    _check_row(manifest, row)
+    row.attention = packed.copy()
+    row.attention[1, -length:] = 255
+    with pytest.raises(CacheError, match="an attention row sums to"):
+        _check_row(manifest, row)
