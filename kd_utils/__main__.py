@@ -34,7 +34,7 @@ def sweep(options: argparse.Namespace) -> int:
     from . import sweep as sweeps
 
     parameters, grid = config.load_parameters(options.parameters), sweeps.load_grid(options.grid)
-    run_dir = Path(options.run_dir or sweeps.default_run_dir(parameters)).absolute()
+    run_dir = Path(options.run_dir or sweeps.default_run_dir(parameters, options.grid)).absolute()
     chosen = sweeps.select(sweeps.plan(parameters, grid, run_dir), options.only, grid)
     if options.dry_run:
         for stem in (sweeps.PREPARE, sweeps.CACHE):
@@ -129,10 +129,10 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("sweep", help="run a parameter file times a grid; only what is missing")
     add.set_defaults(run=sweep)
     add.add_argument("parameters", metavar="PARAMS.yaml", help="what differs from the notebooks' defaults")
-    add.add_argument("--grid", metavar="FILE", help="lists of values (default: 4 methods x 7 seeds)")
+    add.add_argument("--grid", metavar="FILE", help="lists of values (default: all methods x 7 seeds)")
     add.add_argument("--only", default="", metavar="KEY=VALUES,...",
                      help="run a part: distill_type=attention,seed=0-2 (several values: seed=0-2+5)")
-    add.add_argument("--run-dir", metavar="DIR", help="where the records go (default: runs/NAME)")
+    add.add_argument("--run-dir", metavar="DIR", help="where the records go (default: runs/NAME, or runs/NAME-X with --grid grid-X.yaml)")
     add.add_argument("--address", help="a Ray cluster (auto, or HOST:PORT); default: this machine")
     add.add_argument("--cpus-per-trial", type=float, default=1, metavar="N")
     add.add_argument("--gpus-per-trial", type=float, metavar="N",

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from torch import nn
 
 from .cache import TeacherCache
-from .config import METHODS
+from .config import DISTILLATIONS
 from .execution import code_root
 from .records import read_record
 from .speed import random_rows
@@ -93,10 +93,10 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
         `wall_s` of the second command, `inside_s` that its trials trained and evaluated for, `trials`, `overhead_s` =
         (2 x wall_s - inside_s) / trials, and `import_s`, what a process needs for the imports alone.
     """
-    seeds = max(round(trials / len(METHODS)), 1)
+    seeds = max(round(trials / len(DISTILLATIONS)), 1)
     (folder / "toy.yaml").write_text("name: bench\nteacher_epochs: 2\nepochs: 1\nsave_student: false\n"
                                       f"artifacts_dir: {json.dumps(artifacts_dir)}\n")
-    (folder / "grid.yaml").write_text(f"distill_type: [{', '.join(METHODS)}]\nseed: {list(range(seeds))}\n")
+    (folder / "grid.yaml").write_text(f"distill_type: [{', '.join(DISTILLATIONS)}]\nseed: {list(range(seeds))}\n")
     command = [sys.executable, "-m", "kd_utils", "sweep", str(folder / "toy.yaml"), "--grid", str(folder / "grid.yaml"),
                "--run-dir", str(folder / "sweep"), "--cpus-per-trial", str(os.cpu_count() / 2)]
 
@@ -109,7 +109,7 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
 
     wall("--only", "distill_type=black_box,seed=0")
     seconds = wall()
-    names = [f"{method}_seed{seed}" for method in METHODS for seed in range(seeds)]
+    names = [f"{method}_seed{seed}" for method in DISTILLATIONS for seed in range(seeds)]
     names.remove("black_box_seed0")
     spent = [read_record(folder / "sweep" / "trials" / name)["seconds"] for name in names]
     inside = sum(trial["training"] + trial["evaluation"] for trial in spent)

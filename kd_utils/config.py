@@ -21,7 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 #: shared folder that holds `artifacts/` and `runs/`.
 ROOT = Path(os.environ.get("KD_ROOT") or Path(__file__).parents[1]).expanduser().resolve()
 
-METHODS = ("black_box", "hidden_state", "attention", "combined")
+#: Reference rows, which are no distillation: the student as it comes, and the student fine-tuned without the teacher.
+REFERENCES = ("untrained", "task_only")
+DISTILLATIONS = ("black_box", "hidden_state", "attention", "combined")
+METHODS = (*REFERENCES, *DISTILLATIONS)
 TASK_NAMES = ("sst2", "mmlu", "gsm8k")
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
@@ -87,9 +90,14 @@ class Config(BaseModel):
         """Folder of the prepared data, `artifacts/data/NAME`."""
         return self.artifacts / "data" / self.name
 
+    @property
+    def without_effect(self) -> set[str]:
+        """Parameters that cannot change a result because of what others say."""
+        return set()
+
     def fingerprint(self) -> str:
         """Sixteen hex digits over all values but those that cannot change a result (names, places, devices)."""
-        skip = {"name", "artifacts_dir", "run_dir", "device", "save_student", "trial"}
+        skip = {"name", "artifacts_dir", "run_dir", "device", "save_student", "trial", *self.without_effect}
         values = {key: value for key, value in self.model_dump().items() if key not in skip}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -149,7 +157,7 @@ class CacheConfig(Config):
 class TrialConfig(Config):
     """Parameters of `03_train_student`: one trial, one method and one seed."""
 
-    distill_type: Literal["black_box", "hidden_state", "attention", "combined"]
+    distill_type: Literal["untrained", "task_only", "black_box", "hidden_state", "attention", "combined"]
     seed: Seed
     student: str
     student_init: Literal["pretrained", "layers", "random"]
@@ -162,6 +170,7 @@ class TrialConfig(Config):
     gamma_attention: Weight
     temperature: PositiveFloat
     distill_tokens: Literal["all", "answer"]
+    attention_normaliser: Literal["entries", "queries"]
     epochs: PositiveInt
     batch_size: PositiveInt
     micro_batch_size: PositiveInt
@@ -185,12 +194,35 @@ class TrialConfig(Config):
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each loss term that the method has (DESIGN's table: which method has which term)."""
-        weights = {"task": self.alpha, "kd": self.beta}
+        weights = {"task": self.alpha}
+        if self.distill_type in DISTILLATIONS:
+            weights["kd"] = self.beta
         if self.distill_type in ("hidden_state", "combined"):
             weights["hidden"] = self.gamma_hidden
         if self.distill_type in ("attention", "combined"):
             weights["attention"] = self.gamma_attention
         return weights
+
+    @property
+    def epoch_numbers(self) -> range:
+        """Epochs that leave a row: 1 to `epochs`, or 0 alone for the untrained student."""
+        return range(1) if self.distill_type == "untrained" else range(1, self.epochs + 1)
+
+    @property
+    def unused_signals(self) -> tuple[str, ...]:
+        """Signals of a teacher cache that the method does not look at, so that they need not be read."""
+        unused = () if "attention" in self.weights else ("attention",)
+        return unused if "kd" in self.weights else (*unused, "hidden", "top_logits", "top_ids", "log_mass")
+
+    @property
+    def without_effect(self) -> set[str]:
+        """Parameters that this method does not use: trials that differ in nothing else are one trial."""
+        of_terms = {"kd": {"beta", "temperature", "distill_tokens"}, "hidden": {"gamma_hidden"},
+                    "attention": {"gamma_attention", "attention_normaliser"}}
+        unused = set().union(*(keys for term, keys in of_terms.items() if term not in self.weights))
+        if self.distill_type == "untrained":
+            unused |= {"seed", "alpha", "epochs", "micro_batch_size", "learning_rate", "weight_decay", "max_grad_norm"}
+        return unused
 
 
 class AnalysisConfig(Config):

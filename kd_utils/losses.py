@@ -136,10 +136,11 @@ def attention_mse(student: Attention, teacher_maps: list[Tensor], queries: list[
         student: the last layer's queries and keys.
         teacher_maps: per example, the causal entries of the query rows that count, as `signals.encode_map` stores them.
         queries: per example, those rows as a slice of positions.
-        normaliser: number of entries in the whole batch, over examples and heads.
+        normaliser: number of entries in the whole batch, over examples and heads; or of query rows over examples and
+            heads, which sums over a row's keys.
 
     Returns:
-        Scalar, mean over entries.
+        Scalar, mean over entries (or, with the other normaliser, over rows).
 
     Raises:
         ValueError: the head counts differ.

@@ -40,7 +40,7 @@ class Trial:
 
 
 def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
-    """A grid file: flat YAML, a list of values per key of 03. None: the project's own, 4 methods x 7 seeds.
+    """A grid file: flat YAML, a list of values per key of 03. None: the project's own, all methods x 7 seeds.
 
     Raises:
         ValueError: not `key: [values]`, or a key that 03 does not declare or that cannot change a result.
@@ -67,6 +67,9 @@ def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
 def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | Path) -> list[Trial]:
     """Every combination of the grid as a trial, first key slowest. All values are checked, nothing is loaded.
 
+    Combinations that differ only in what their method does not use (`TrialConfig.without_effect`) are one trial, which
+    has no value of those keys: in a sweep over gamma_hidden there is one black box per seed.
+
     Args:
         parameters: of the parameter file; a key of the grid goes before it.
 
@@ -76,18 +79,22 @@ def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | 
     for stem in config.NOTEBOOKS:  # 03 too: a value that the grid overrides may not be wrong either
         config.notebook_config(stem, parameters)
     trials: dict[str, Trial] = {}
+    seen: dict[str, dict[str, Any]] = {}
     place = {"run_dir": config.short_path(run_dir)}
     for values in itertools.product(*grid.values()):
         swept = dict(zip(grid, values))
         chosen = config.notebook_config(TRAIN, {**parameters, **swept})
-        swept = {"distill_type": chosen.distill_type, "seed": chosen.seed} | swept
+        used = {key: value for key, value in swept.items() if key not in chosen.without_effect}
+        if seen.get(chosen.fingerprint()) == used and used != swept:
+            continue  # what differs means nothing to this method: one trial serves for all of them
+        swept = {"distill_type": chosen.distill_type, "seed": chosen.seed} | used
         name = records.trial_name(**swept)
         inject = injected(TRAIN, {**parameters, **swept}) | swept | place | {"trial": name}
-        trial = Trial(name, swept, chosen.fingerprint(), chosen.epochs, inject)
+        trial = Trial(name, swept, chosen.fingerprint(), len(chosen.epoch_numbers), inject)
         same = next((t for t in trials.values() if t.config_hash == trial.config_hash or t.trial == name), None)
         if same:
             raise ValueError(f"the grid has the same trial twice: {same.trial} and {name}")
-        trials[name] = trial
+        trials[name], seen[trial.config_hash] = trial, used
     return list(trials.values())
 
 
@@ -109,12 +116,16 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
                 raise ValueError(f"--only {part}: {key}={word} is not in the grid, which has "
                                  + ", ".join(map(str, grid[key])))
             wanted[key] += found
-    return [trial for trial in trials if all(trial.swept[key] in values for key, values in wanted.items())]
+    # A trial without the key serves for all its values.
+    return [trial for trial in trials
+            if all(key not in trial.swept or trial.swept[key] in values for key, values in wanted.items())]
 
 
-def default_run_dir(parameters: dict[str, Any]) -> Path:
-    """`runs/NAME` under the project's root."""
-    return config.resolve("runs") / config.notebook_config(PREPARE, parameters).name
+def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:
+    """`runs/NAME` under the project's root; `runs/NAME-X` for a grid file `grid-X.yaml` or `X.yaml` of one's own."""
+    stem = "" if grid_file is None else Path(grid_file).stem.removeprefix("grid").strip("-")
+    name = config.notebook_config(PREPARE, parameters).name
+    return config.resolve("runs") / (f"{name}-{stem}" if stem else name)
 
 
 def status(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, records.Status]:

@@ -45,12 +45,15 @@ class Batch:
     normalisers: dict[str, int]
 
 
-def collate(examples: list[CachedExample], *, distill_tokens: str = "all", device: torch.device | str = "cpu") -> Batch:
+def collate(examples: list[CachedExample], *, distill_tokens: str = "all", attention_normaliser: str = "entries",
+            device: torch.device | str = "cpu") -> Batch:
     """Examples as tensors.
 
     Args:
         examples: rows of the cache; rows without signals give a batch for the task loss alone.
         distill_tokens: "all" real tokens, or those that predict the "answer".
+        attention_normaliser: what the maps' squared errors are divided by: their "entries" (a mean over all), or their
+            "queries" (summed over a row's keys, averaged over rows and heads).
         device: where the tensors go.
     """
     device = torch.device(device)
@@ -77,8 +80,10 @@ def collate(examples: list[CachedExample], *, distill_tokens: str = "all", devic
         packed = tensor(np.concatenate([part.reshape(-1) for part in maps]))
         maps = [part.view(shape) for part, shape in zip(packed.split([m.size for m in maps]), [m.shape for m in maps])]
     distilled = flat(queries)
+    entries = sum(m.numel() for m in maps)
+    rows = sum(m.shape[0] * (last - first) for m, (first, last) in zip(maps, queries))
     counts = {"task": len(predicting), "kd": len(distilled), "hidden": len(distilled),
-              "attention": sum(m.numel() for m in maps)}
+              "attention": entries if attention_normaliser == "entries" else rows}
     return Batch(tensor(input_ids), lengths, queries, tensor(predicting), tensor(input_ids.reshape(-1)[predicting + 1]),
                  tensor(distilled), teacher, maps, counts, counts)
 

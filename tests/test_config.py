@@ -38,7 +38,7 @@ def test_parameters_are_flat_scalars_with_a_comment_or_a_plain_name(stem):
         assert isinstance(node, ast.Assign) and isinstance(ast.literal_eval(node.value), (str, int, float, bool))
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.name != "grid.yaml"], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [f for f in FILES if not f.name.startswith("grid")], ids=lambda p: p.name)
 def test_every_parameter_file_builds_all_four_configs(path):
     parameters = load_parameters(path)
     for stem in NOTEBOOKS:
@@ -50,7 +50,7 @@ def test_every_parameter_file_builds_all_four_configs(path):
 
 
 @pytest.mark.parametrize("key, value, words", [
-    ("distill_type", "atention", "distill_type = 'atention': Input should be 'black_box'"),
+    ("distill_type", "atention", "distill_type = 'atention': Input should be 'untrained', 'task_only'"),
     ("beta", -0.5, "beta = -0.5: Input should be greater than or equal to 0"),
     ("temperature", 0, "temperature = 0: Input should be greater than 0"),
     ("epochs", 0, "epochs = 0"),
@@ -93,14 +93,41 @@ def test_fingerprint_changes_with_what_matters_only():
     for key in ("name", "run_dir", "artifacts_dir", "device", "save_student", "trial"):
         other = {"save_student": False, "device": "cpu"}.get(key, "elsewhere")
         assert TrialConfig(**{**DEFAULTS, key: other}).fingerprint() == base.fingerprint()
-    for key, value in {"seed": 1, "distill_type": "combined", "gamma_hidden": 0.2, "precision": "bfloat16"}.items():
+    for key, value in {"seed": 1, "distill_type": "combined", "temperature": 3.0, "precision": "bfloat16"}.items():
         assert TrialConfig(**{**DEFAULTS, key: value}).fingerprint() != base.fingerprint()
+
+
+@pytest.mark.parametrize("method, without_effect", [
+    ("combined", set()),
+    ("attention", {"gamma_hidden"}),
+    ("hidden_state", {"gamma_attention", "attention_normaliser"}),
+    ("black_box", {"gamma_hidden", "gamma_attention", "attention_normaliser"}),
+    ("task_only", {"gamma_hidden", "gamma_attention", "attention_normaliser", "beta", "temperature", "distill_tokens"}),
+    ("untrained", {"gamma_hidden", "gamma_attention", "attention_normaliser", "beta", "temperature", "distill_tokens",
+                   "seed", "alpha", "epochs", "micro_batch_size", "learning_rate", "weight_decay", "max_grad_norm"}),
+])
+def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_effect):
+    base = TrialConfig(**{**DEFAULTS, "distill_type": method})
+    changed = {"beta": 0.7, "temperature": 3.0, "distill_tokens": "answer", "gamma_hidden": 0.2, "gamma_attention": 0.2,
+               "attention_normaliser": "queries", "seed": 5, "alpha": 0.5, "epochs": 9, "micro_batch_size": 2,
+               "learning_rate": 0.5, "weight_decay": 0.5, "max_grad_norm": 0.5}
+    same = {key for key, value in changed.items()
+            if TrialConfig(**{**DEFAULTS, "distill_type": method, key: value}).fingerprint() == base.fingerprint()}
+    assert same == without_effect == base.without_effect
+
+
+def test_the_untrained_student_has_one_row_and_reads_no_signal():
+    untrained, task_only, attention = (TrialConfig(**{**DEFAULTS, "distill_type": method})
+                                       for method in ("untrained", "task_only", "attention"))
+    assert list(untrained.epoch_numbers) == [0] and list(attention.epoch_numbers) == [1, 2, 3]
+    assert set(task_only.unused_signals) == {"attention", "hidden", "top_logits", "top_ids", "log_mass"}
+    assert attention.unused_signals == ()
 
 
 def test_methods_have_the_terms_of_the_design():
     terms = {m: set(TrialConfig(**{**DEFAULTS, "distill_type": m}).weights) for m in METHODS}
-    assert terms == {"black_box": {"task", "kd"}, "hidden_state": {"task", "kd", "hidden"},
-                     "attention": {"task", "kd", "attention"}, "combined": {"task", "kd", "hidden", "attention"}}
+    assert terms == {"untrained": {"task"}, "task_only": {"task"}, "black_box": {"task", "kd"},
+                     "hidden_state": {"task", "kd", "hidden"}, "attention": {"task", "kd", "attention"}, "combined": {"task", "kd", "hidden", "attention"}}
 
 
 def test_from_notebook_takes_declared_names_and_refuses_injected_strangers():

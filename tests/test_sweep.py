@@ -88,12 +88,42 @@ def stub_notebooks(tmp_path, monkeypatch):
 GRID = {"distill_type": ["black_box", "attention"], "seed": [0, 1, 2, 3]}
 
 
-def test_the_projects_grid_is_4_methods_times_7_seeds(stub_notebooks):
+def test_the_projects_grid_is_28_trials_and_their_references(stub_notebooks):
     trials = sweep.plan({}, sweep.load_grid(), stub_notebooks / "runs" / "stub")
-    assert len(trials) == 28
-    assert {(t.swept["distill_type"], t.swept["seed"]) for t in trials} == {
-        (method, seed) for method in config.METHODS for seed in range(7)}
-    assert len({t.config_hash for t in trials}) == 28
+    of_method = {method: [t.swept["seed"] for t in trials if t.swept["distill_type"] == method]
+                 for method in config.METHODS}
+    assert of_method == {method: [0] if method == "untrained" else list(range(7)) for method in config.METHODS}
+    assert sum(len(of_method[method]) for method in config.DISTILLATIONS) == 28
+    assert len({t.config_hash for t in trials}) == len(trials) == 36
+    assert [t.epochs for t in trials if t.swept["distill_type"] == "untrained"] == [1]
+
+
+def test_a_method_that_does_not_use_a_swept_key_is_one_trial_for_all_its_values(stub_notebooks):
+    grid = {"distill_type": ["task_only", "black_box", "hidden_state"], "gamma_hidden": [0.1, 1.0], "seed": [0, 1]}
+    trials = sweep.plan({}, grid, stub_notebooks / "runs" / "x")
+    assert [t.trial for t in trials] == [
+        "task_only_seed0", "task_only_seed1", "black_box_seed0", "black_box_seed1",
+        *(f"hidden_state_seed{seed}_gamma_hidden={gamma}" for gamma in (0.1, 1.0) for seed in (0, 1))]
+    assert "gamma_hidden" not in trials[0].swept and "gamma_hidden" not in trials[0].parameters
+    chosen = sweep.select(trials, "gamma_hidden=1,seed=0", grid)
+    assert [t.trial for t in chosen] == ["task_only_seed0", "black_box_seed0", "hidden_state_seed0_gamma_hidden=1.0"]
+
+
+@pytest.mark.parametrize("path", sorted(Path(config.__file__).parents[1].glob("papermill_params/grid-*.yaml")),
+                         ids=lambda path: path.stem)
+def test_every_further_grid_is_planned_with_its_references_once(stub_notebooks, path):
+    grid = sweep.load_grid(path)
+    trials = sweep.plan({}, grid, sweep.default_run_dir({}, path))
+    assert sum(t.swept["distill_type"] == "task_only" for t in trials) == 7
+    [key] = set(grid) - {"distill_type", "seed"}
+    values = [t.swept[key] for t in trials if t.swept["distill_type"] == grid["distill_type"][-1]]
+    assert values == [value for value in grid[key] for _ in range(7)]
+    assert sweep.default_run_dir({}, path).name == f"stub-{path.stem.removeprefix('grid-')}"
+
+
+def test_the_projects_grid_has_the_plain_run_folder():
+    assert sweep.default_run_dir({}).name == sweep.default_run_dir({}, "elsewhere/grid.yaml").name == "toy"
+    assert sweep.default_run_dir({}, "my.yaml").name == "toy-my"
 
 
 def test_a_trial_is_injected_what_differs_and_what_names_it(stub_notebooks):
@@ -175,7 +205,7 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
     assert main(["sweep", str(stub_notebooks / "p.yaml"), "--only", "seed=6", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "combined_seed6                   missing" in shown
-    assert "0 of 4 trials are done, 4 to run; records: runs/stub" in shown
+    assert "0 of 5 trials are done, 5 to run; records: runs/stub" in shown
     assert sorted(stub_notebooks.rglob("*")) == before
 
 

@@ -53,6 +53,19 @@ def test_answer_mode_looks_at_the_same_positions_with_all_signals():
     np.testing.assert_array_equal(batch.teacher_maps[1], rows[1].attention[:, 15:28])
 
 
+def test_the_attention_term_is_a_mean_over_entries_or_a_mean_over_rows_of_sums():
+    rows, student = cached([5, 8]), tiny_llama()
+    values = {}
+    for normaliser in ("entries", "queries"):
+        batch = collate(rows, attention_normaliser=normaliser)
+        values[normaliser] = terms_for(student, batch)["attention"].item()
+        assert batch.counts["attention"] == 4 * (15 + 36 if normaliser == "entries" else 5 + 8)
+    assert values["queries"] == pytest.approx(values["entries"] * (15 + 36) / (5 + 8), rel=1e-5)
+    # Every row of every head counts once: of one example with one more token the sum per row grows, the mean shrinks.
+    answer = collate(rows, attention_normaliser="queries", distill_tokens="answer")
+    assert answer.counts["attention"] == 4 * (1 + 2)
+
+
 def test_terms_are_zero_for_the_teacher_itself():
     """At student = teacher only the task term is left: every signal is compared at its own position."""
     identity = torch.nn.Linear(48, 48, bias=False)

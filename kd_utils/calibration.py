@@ -1,0 +1,64 @@
+"""Whether a choice model is as often right as it is sure: confidence, reliability and expected calibration error."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+BINS = 15
+
+
+def confidences(predictions: pd.DataFrame) -> pd.DataFrame:
+    """How sure the model was of each choice that it made.
+
+    The confidence is the largest of the softmax over the choices' log-likelihoods, as Jiang et al. 2021 ("How can we know
+    when language models know?") take it: probability among the choices offered, not among all continuations.
+
+    Args:
+        predictions: `task`, `loglikelihoods` (nats, one per choice; None for generated answers), `correct`; columns
+            beside these are kept.
+
+    Returns:
+        The rows that have choices, without `loglikelihoods`, with `confidence` in [1 / choices, 1].
+    """
+    chosen = predictions[predictions["loglikelihoods"].notna()]
+    values = [np.asarray(each, dtype=float) for each in chosen["loglikelihoods"]]
+    sure = [float(1 / np.exp(each - each.max()).sum()) for each in values]
+    return chosen.drop(columns="loglikelihoods").assign(confidence=sure, correct=chosen["correct"].astype(bool))
+
+
+def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> pd.DataFrame:
+    """Accuracy and mean confidence in bins of equal width; a bin holds its upper edge (Guo et al. 2017, section 2).
+
+    Args:
+        confidence: (n,) in [0, 1]; correct: (n,) bool.
+
+    Returns:
+        low, high, n, confidence (mean), accuracy; a row per bin that has examples.
+    """
+    confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=bool)
+    if len(confidence) != len(correct) or not len(confidence):
+        raise ValueError(f"{len(confidence)} confidences and {len(correct)} outcomes: give one of each per example")
+    if not ((confidence >= 0) & (confidence <= 1)).all():
+        raise ValueError("a confidence is a probability: values must lie in [0, 1]")
+    edges = np.linspace(0, 1, bins + 1)
+    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    table = pd.DataFrame({"bin": place, "confidence": confidence, "correct": correct}).groupby("bin").agg(
+        n=("correct", "size"), confidence=("confidence", "mean"), accuracy=("correct", "mean")).reset_index()
+    return table.assign(low=edges[table["bin"]], high=edges[table["bin"] + 1])[
+        ["low", "high", "n", "confidence", "accuracy"]]
+
+
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float:
+    """ECE = sum over bins of n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, eq. 3); 0 is calibrated, at most 1.
+
+    With few examples it is biased upwards: a calibrated model's is above 0 too.
+    """
+    table = reliability(confidence, correct, bins)
+    return float(np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["n"]))
+
+
+def calibration_errors(predictions: pd.DataFrame) -> dict[str, float]:
+    """`calibration_error/TASK`: the expected calibration error of each choice task, a fraction."""
+    return {f"calibration_error/{task}": expected_calibration_error(rows["confidence"], rows["correct"])
+            for task, rows in confidences(predictions).groupby("task", sort=False)}
