@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from kd_utils.config import TASK_NAMES, DataConfig, resolve, short_path
+from kd_utils.leaks import few_shot_rows
 from kd_utils.tasks import COLUMNS, content_key, load_task
 from kd_utils.tokens import encode_example, tokenizer_fingerprint
 
@@ -33,9 +34,10 @@ class PreparedData:
     """What `01_prepare_data` makes: two tables with the columns of `tasks.COLUMNS` but `row`, and their record.
 
     `counts` has a row per task and split: `source` (the hub's split), `available` (rows there), `duplicates` (dropped
-    for content that stands elsewhere in the data), `too_long` (drawn, but dropped for more than max_length tokens;
-    another was drawn instead), `taken`, and of those `mean_tokens`, `max_tokens` (prompt, answer and end token) and
-    `mean_answer_tokens`.
+    for content that stands elsewhere in the data), `shots` (of the rest, dropped because few-shot evaluation shows that
+    content before every question, see `leaks.few_shot_rows`), `too_long` (drawn, but dropped for more than max_length
+    tokens; another was drawn instead), `taken`, and of those `mean_tokens`, `max_tokens` (prompt, answer and end token)
+    and `mean_answer_tokens`.
     """
 
     train: pd.DataFrame
@@ -68,7 +70,8 @@ def prepare(config: DataConfig, tokenizer: Any) -> PreparedData:
     Rows are taken in the order of a hash of `data_seed` and content, so an example's place depends neither on the
     counts nor on other rows: validation takes from the front; training from the front of its own split, or from
     the back where both come from one split. Examples with the content of an earlier one are dropped (between the
-    splits: from training), and so are those with more than `max_length` tokens, never cut.
+    splits: from training), and so are those with the content of a few-shot row and those with more than `max_length`
+    tokens, never cut.
 
     Raises:
         ValueError: fewer rows than asked for, no row that fits `max_length`, or a content in both splits.
@@ -143,10 +146,13 @@ def _draw(config: DataConfig, tokenizer: Any, task: str, split: str, asked: int,
     source = SOURCES[task][split]
     table = load_task(task, source, data_dir=resolve(config.data_dir) if config.data_dir else None)
     keys = pd.Series([content_key(task, prompt) for prompt in table["prompt"]], index=table.index)
-    free = ~keys.duplicated() & ~keys.isin(taken)
+    shown = {content_key(task, prompt) for prompt in few_shot_rows(config.data_dir, [task])["prompt"]}
+    duplicate = keys.duplicated() | keys.isin(taken)
+    shot = keys.isin(shown) & ~duplicate
+    free = ~duplicate & ~shot
     # Both splits from one source: rows of validation are no duplicates of themselves.
     shared_source = split == "train" and source == SOURCES[task]["validation"]
-    duplicates = int(keys.duplicated().sum() if shared_source else (~free).sum())
+    duplicates = int((keys.duplicated() if shared_source else duplicate).sum())
     order = keys[free].map(lambda key: hashlib.sha256(f"{config.data_seed}:{key}".encode()).hexdigest())
     chosen, lengths, long = [], [], []
     for index in order.sort_values(ascending=not shared_source).index:
@@ -159,13 +165,14 @@ def _draw(config: DataConfig, tokenizer: Any, task: str, split: str, asked: int,
         else:
             chosen.append(index)
             lengths.append((length, len(answer_ids)))
-    why = (f"{source} has {len(table)} rows, of which {int((~free).sum())} are duplicates or in validation and "
-           f"{len(long)} longer than max_length")
+    why = (f"{source} has {len(table)} rows, of which {int(duplicate.sum())} are duplicates or in validation, "
+           f"{int(shot.sum())} are few-shot rows and {len(long)} longer than max_length")
     _require_enough(task, split, asked, config.max_length, len(chosen), long, why)
     tokens = pd.DataFrame(lengths, columns=["tokens", "answer"])
     count = {"task": task, "split": split, "source": source, "available": len(table), "duplicates": duplicates,
-             "too_long": len(long), "taken": len(chosen), "mean_tokens": round(float(tokens["tokens"].mean()), 1),
-             "max_tokens": int(tokens["tokens"].max()), "mean_answer_tokens": round(float(tokens["answer"].mean()), 1)}
+             "shots": int(shot.sum()), "too_long": len(long), "taken": len(chosen),
+             "mean_tokens": round(float(tokens["tokens"].mean()), 1), "max_tokens": int(tokens["tokens"].max()),
+             "mean_answer_tokens": round(float(tokens["answer"].mean()), 1)}
     return table.loc[chosen].drop(columns="row").reset_index(drop=True), count
 
 

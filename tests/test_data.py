@@ -6,6 +6,7 @@ from tiny import tiny_tokenizer, write_task_files
 
 from kd_utils.config import DataConfig
 from kd_utils.data import load_prepared, prepare, save_prepared
+from kd_utils.leaks import SHOTS, few_shot_overlap, few_shot_rows, require_unseen_shots
 from kd_utils.tasks import COLUMNS, content_key
 from kd_utils.tokens import encode_example, tokenizer_fingerprint
 
@@ -14,7 +15,16 @@ TOKENIZER = tiny_tokenizer(begin=True)
 
 @pytest.fixture
 def folder(tmp_path):
-    return write_task_files(tmp_path / "data")
+    return with_shots(write_task_files(tmp_path / "data"))
+
+
+def with_shots(folder):
+    """Five rows in front of each `train`: the few-shot rows, which are never drawn."""
+    for task, shots in [("sst2", {"sentence": [f"shot {i}" for i in range(SHOTS)], "label": [0] * SHOTS}),
+                        ("gsm8k", {"question": [f"Shot {i}?" for i in range(SHOTS)], "answer": ["#### 1"] * SHOTS})]:
+        path = folder / task / "train.parquet"
+        pd.concat([pd.DataFrame(shots), pd.read_parquet(path)]).to_parquet(path, index=False)
+    return folder
 
 
 def config(folder, **changes):
@@ -41,9 +51,10 @@ def test_rows_are_as_many_as_asked_for_and_disjoint(folder):
 def test_content_of_validation_is_dropped_from_training_and_counted(folder):
     # "not dull" stands in train, "NOT  dull" in validation: one content.
     counts = prepare(config(folder, sst2_train=3), TOKENIZER).counts.set_index(["task", "split"])
-    assert counts.loc[("sst2", "train"), ["available", "duplicates", "taken"]].tolist() == [4, 1, 3]
+    assert counts.loc[("sst2", "train"), ["available", "duplicates", "shots", "taken"]].tolist() == [9, 1, 5, 3]
     assert counts.loc[("mmlu", "train"), "duplicates"] == 0
-    with pytest.raises(ValueError, match=r"sst2_train = 4, but there are 3 \(train has 4 rows, of which 1 are dupl"):
+    with pytest.raises(ValueError, match=r"sst2_train = 4, but there are 3 \(train has 9 rows, of which 1 are dup.*, 5 "
+                                         "are few-shot rows"):
         prepare(config(folder, sst2_train=4), TOKENIZER)
     with pytest.raises(ValueError, match="mmlu_train = 3, but there are 2 .*lower mmlu_train"):
         prepare(config(folder, mmlu_train=3), TOKENIZER)
@@ -54,7 +65,25 @@ def test_duplicates_within_a_split_are_dropped(folder):
     table = pd.read_parquet(path)
     pd.concat([table, table.iloc[:2]]).to_parquet(path)
     counts = prepare(config(folder, gsm8k_train=3), TOKENIZER).counts.set_index(["task", "split"])
-    assert counts.loc[("gsm8k", "train"), ["available", "duplicates", "taken"]].tolist() == [5, 2, 3]
+    assert counts.loc[("gsm8k", "train"), ["available", "duplicates", "taken"]].tolist() == [10, 2, 3]
+
+
+def test_few_shot_rows_are_never_drawn_wherever_their_content_stands(folder):
+    path = folder / "mmlu" / "dev.parquet"
+    dev = pd.read_parquet(path)
+    dev.loc[0, "question"] = "WHICH  is a star?"  # as in `test`
+    dev.to_parquet(path)
+    for seed in range(4):
+        prepared = prepare(config(folder, data_seed=seed, sst2_train=3, gsm8k_train=3, mmlu_train=2, mmlu_validation=2),
+                           TOKENIZER)
+        shots = few_shot_rows(str(folder), ["sst2", "mmlu", "gsm8k"])
+        require_unseen_shots(few_shot_overlap(shots, prepared.train, prepared.validation))
+    counts = prepared.counts.set_index(["task", "split"])
+    assert counts["shots"].to_dict() == {("sst2", "train"): 5, ("mmlu", "train"): 1, ("gsm8k", "train"): 5,
+                                         ("sst2", "validation"): 0, ("mmlu", "validation"): 1,
+                                         ("gsm8k", "validation"): 0}
+    with pytest.raises(ValueError, match="mmlu_train = 3, but there are 2 .*1 are few-shot rows"):
+        prepare(config(folder, mmlu_train=3, mmlu_validation=2), TOKENIZER)
 
 
 def test_the_draw_follows_the_seed_and_not_the_counts(folder):
@@ -90,7 +119,7 @@ def test_too_long_is_dropped_and_counted_never_cut(folder):
     assert len(all_but_one.train) == 2
     with pytest.raises(ValueError, match="gsm8k_train = 3, but there are 2 .* 1 longer than max_length"):
         prepare(config(folder, max_length=lengths[2] - 1, **{**only_gsm8k, "gsm8k_train": 3}), TOKENIZER)
-    write_task_files(folder)
+    with_shots(write_task_files(folder))
     pd.DataFrame({"question": ["1?"], "answer": ["#### 1"]}).to_parquet(folder / "gsm8k/test.parquet")
     only_gsm8k |= {"sst2_validation": 0, "gsm8k_validation": 1}
     with pytest.raises(ValueError, match=f"none of its 3 train rows fits max_length = 20 .*longest has {lengths[2]}.*, "
@@ -168,6 +197,9 @@ def test_real_data(shared):
                               gsm8k_train=100, gsm8k_validation=50, max_length=256), tokenizer)
     assert len(prepared.train) == 500 and len(prepared.validation) == 250
     counts = prepared.counts.set_index(["task", "split"])
+    shots = few_shot_rows(str(shared / "data"), ["sst2", "mmlu", "gsm8k"])
+    require_unseen_shots(few_shot_overlap(shots, prepared.train, prepared.validation))
+    assert counts.loc[("mmlu", "validation"), "shots"] > 0  # `dev` questions that stand in `test` too
     # The file's 14,042 questions hold 105 contents twice, in one subject or two.
     assert counts.loc[("mmlu", "validation"), ["available", "duplicates"]].tolist() == [14042, 105]
     assert (counts["max_tokens"] <= 256).all() and counts["too_long"].sum() > 0
