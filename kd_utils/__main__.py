@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from . import config, records
+    from . import config, records, tables
     from . import sweep as sweeps
 
     parameters, grid = config.load_parameters(options.parameters), sweeps.load_grid(options.grid)
@@ -48,7 +48,8 @@ def sweep(options: argparse.Namespace) -> int:
         return 0
     results = sweeps.run_sweep(parameters, grid, only=options.only, run_dir=run_dir, address=options.address,
                                cpus_per_trial=options.cpus_per_trial, gpus_per_trial=options.gpus_per_trial)
-    print(_results_text(results))
+    verdict = run_dir / records.VERDICT
+    print(verdict.read_text(encoding="utf-8") if verdict.exists() else tables.coverage(results))
     print(f"Records: {config.short_path(run_dir)}/ (one executed notebook per trial in trials/, {records.SUMMARY}, "
           "04_analyse_results.ipynb)")
     of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
@@ -108,20 +109,6 @@ def check(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _results_text(results: object) -> str:
-    """The results table as text: for every metric, mean and spread per method, and which trials are not done."""
-    from . import stats
-
-    parts = []
-    if (results["status"] == "done").any():
-        metrics = [stats.ACCURACY, *(f"{stats.ACCURACY}/{task}" for task in stats.tasks_of(results)), stats.LOSS]
-        for metric in metrics:
-            table = stats.display_table(stats.summary_table(results, metric))
-            unit = "per cent" if stats.is_accuracy(metric) else "nats per token"
-            parts.append(f"{metric} ({unit})\n{table.droplevel('metric').to_string()}\n")
-    return "\n".join([*parts, stats.coverage(results)])
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m kd_utils", description="White-box distillation benchmark.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -132,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--grid", metavar="FILE", help="lists of values (default: all methods x 7 seeds)")
     add.add_argument("--only", default="", metavar="KEY=VALUES,...",
                      help="run a part: distill_type=attention,seed=0-2 (several values: seed=0-2+5)")
-    add.add_argument("--run-dir", metavar="DIR", help="where the records go (default: runs/NAME, or runs/NAME-X with --grid grid-X.yaml)")
+    add.add_argument("--run-dir", metavar="DIR",
+                     help="where the records go (default: runs/NAME, or runs/NAME-X with --grid grid-X.yaml)")
     add.add_argument("--address", help="a Ray cluster (auto, or HOST:PORT); default: this machine")
     add.add_argument("--cpus-per-trial", type=float, default=1, metavar="N")
     add.add_argument("--gpus-per-trial", type=float, metavar="N",

@@ -62,3 +62,22 @@ def calibration_errors(predictions: pd.DataFrame) -> dict[str, float]:
     """`calibration_error/TASK`: the expected calibration error of each choice task, a fraction."""
     return {f"calibration_error/{task}": expected_calibration_error(rows["confidence"], rows["correct"])
             for task, rows in confidences(predictions).groupby("task", sort=False)}
+
+
+def reliability_by_method(predictions: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
+    """`reliability` of each method on each choice task, the answers of all its seeds together: for a figure.
+
+    Args:
+        predictions: `records.predictions`: `task`, `distill_type`, `loglikelihoods`, `correct`; `setting` too where
+            other keys were swept (from `tables.planned_trials`, by `trial`), else their answers would be mixed.
+
+    Returns:
+        task, setting (if it came), distill_type; low, high, n, confidence, accuracy of each bin that has answers;
+        error: the expected calibration error over these bins. No rows if no task has choices.
+    """
+    keys = [key for key in ("task", "setting", "distill_type") if key in predictions]
+    parts = [reliability(rows["confidence"], rows["correct"], bins).assign(
+        **dict(zip(keys, names)), error=expected_calibration_error(rows["confidence"], rows["correct"], bins))
+        for names, rows in confidences(predictions).groupby(keys, sort=False)]
+    columns = [*keys, "low", "high", "n", "confidence", "accuracy", "error"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)

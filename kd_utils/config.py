@@ -229,6 +229,7 @@ class AnalysisConfig(Config):
     """Parameters of `04_analyse_results`."""
 
     run_dir: str
+    margin_points: PositiveFloat
 
 
 class SpeedConfig(Config):

@@ -1,6 +1,7 @@
-"""Figures: each function takes a tidy table and returns an `alt.Chart`; `show` gives the picture that a record keeps.
+"""What all figures share, their look and `show`, and the figures of the data and of the teacher.
 
-Every method has one colour (Okabe and Ito's, told apart by colour-blind readers). A loss term has the colour of the
+A figure is a function that takes a tidy table and returns an `alt.Chart`; those over trials are in `result_plots`.
+Every method has one colour (Okabe and Ito's, told apart by colour-blind readers), and a loss term has the colour of the
 method that adds it. Axes say when they do not start at 0.
 """
 
@@ -15,17 +16,19 @@ import numpy as np
 import pandas as pd
 
 from .config import METHODS
-from .stats import BASELINE, KEYS, curve_spread, gradient_shares, interval, is_accuracy, method_order
 
 if TYPE_CHECKING:
     import altair as alt
 
-COLOURS = {"black_box": "#4d4d4d", "hidden_state": "#0072b2", "attention": "#e69f00", "combined": "#009e73"}
-FURTHER_COLOURS = ("#cc79a7", "#d55e00", "#56b4e9", "#8c6d1f")
+#: The references are quiet: no method of distilling, but what gives one its meaning.
+COLOURS = {"untrained": "#b3b3b3", "task_only": "#56b4e9", "black_box": "#4d4d4d", "hidden_state": "#0072b2",
+           "attention": "#e69f00", "combined": "#009e73"}
+FURTHER_COLOURS = ("#cc79a7", "#d55e00", "#8c6d1f", "#6a51a3")
 TERM_COLOURS = {"task": "#a6a6a6", "kd": COLOURS["black_box"], "hidden": COLOURS["hidden_state"],
                 "attention": COLOURS["attention"]}
-SMALLEST_SHARE = 1e-4
 LONGEST_MAP = 60
+#: Where methods stand that do not use the swept key.
+NOT_USED = "–"
 
 
 def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Any:
@@ -47,137 +50,6 @@ def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Any:
     png = _packed(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale))
     width = int.from_bytes(png[16:20], "big")
     return Image(png, format="png", width=round(width / scale))
-
-
-def accuracy_by_task(table: pd.DataFrame) -> alt.Chart:
-    """Accuracy by task and method: every seed a point, the mean a bar, its 95 % t interval over seeds behind.
-
-    Seeds stand in the same order within each method, so pairs can be followed. The dashed rule is the black box's mean.
-
-    Args:
-        table: `stats.per_task`: setting, distill_type, seed, task, accuracy (fraction).
-    """
-    import altair as alt
-
-    parts = [group.assign(percent=100 * group["accuracy"],
-                          **{key: value for key, value in interval(100 * group["accuracy"]).items() if key != "n"})
-             for _, group in table.groupby([*KEYS, "task"], sort=False)]
-    data = pd.concat(parts, ignore_index=True)
-    means = data[data["distill_type"] == BASELINE].groupby(["setting", "task"])["mean"].first().rename("baseline")
-    data = data.join(means, on=["setting", "task"]).drop(columns=["accuracy", "sd"])
-
-    methods = method_order(table["distill_type"])
-    base = alt.Chart().encode(x=alt.X("distill_type:N", title=None, axis=alt.Axis(labelAngle=-35),
-                                      scale=alt.Scale(domain=methods, paddingInner=0.25, paddingOuter=0.15)),
-                              color=_method_colour(methods))
-    y = alt.Y("percent:Q", title="validation accuracy (%)", scale=alt.Scale(zero=False, nice=True, padding=6))
-    rule = alt.Chart().mark_rule(strokeDash=[4, 3], color=COLOURS[BASELINE]).encode(y="mean(baseline):Q")
-    spread = base.mark_bar(size=40, opacity=0.22).encode(y=alt.Y("mean(low):Q"), y2="mean(high):Q")
-    mean = base.mark_tick(size=40, thickness=2.5).encode(y="mean(mean):Q")
-    points = base.mark_circle(size=32, opacity=0.9).encode(y=y, xOffset=_seed_offset(alt.XOffset))
-    panels = alt.layer(spread, rule, mean, points).properties(width=55 * len(methods), height=240)
-    tasks = list(dict.fromkeys(table["task"]))
-    return _finish(_facet(panels, data, alt.Column("task:N", title=None, sort=tasks)).resolve_scale(y="independent"),
-                   "Accuracy by task and method, one point per seed",
-                   f"tick: mean; bar: its 95 % t interval over seeds; dashed: mean of {BASELINE}. Scales differ and do "
-                   "not start at 0.")
-
-
-def differences_from_baseline(differences: pd.DataFrame) -> alt.Chart:
-    """Method minus black box within each seed: every pair a point, the mean and its 95 % t interval; the rule is 0.
-
-    Args:
-        differences: rows of `stats.paired_differences`, one or more accuracies: metric, setting, distill_type, seed,
-            difference (fraction).
-    """
-    import altair as alt
-
-    parts = [group.assign(points=100 * group["difference"],
-                          **{key: value for key, value in interval(100 * group["difference"]).items() if key != "n"})
-             for _, group in differences.groupby(["metric", *KEYS], sort=False)]
-    data = pd.concat(parts, ignore_index=True).drop(columns=["difference", "sd"]).assign(zero=0)
-    data["metric"] = data["metric"].map(_panel_name)
-    methods = method_order(differences["distill_type"])
-    base = alt.Chart().encode(y=alt.Y("distill_type:N", title=None, scale=alt.Scale(domain=methods)),
-                              color=_method_colour(methods))
-    x = alt.X("points:Q", title=f"minus {BASELINE} (points)")
-    rule = alt.Chart().mark_rule(strokeDash=[4, 3], color=COLOURS[BASELINE]).encode(x="mean(zero):Q")
-    spread = base.mark_bar(size=22, opacity=0.22).encode(x="mean(low):Q", x2="mean(high):Q")
-    mean = base.mark_tick(size=22, thickness=2.5).encode(x="mean(mean):Q")
-    points = base.mark_circle(size=28, opacity=0.9).encode(x=x, yOffset=_seed_offset(alt.YOffset))
-    panels = alt.layer(spread, rule, mean, points).properties(width=165, height=34 * len(methods))
-    order = list(dict.fromkeys(data["metric"]))
-    return _finish(_facet(panels, data, alt.Column("metric:N", title=None, sort=order)),
-                   f"Difference from {BASELINE} within each seed",
-                   "point: one seed; tick: mean; bar: its 95 % t interval, not corrected for the number of comparisons")
-
-
-def learning_curves(curves: pd.DataFrame, metric: str) -> alt.Chart:
-    """One metric by epoch, a panel per method: mean over seeds with one standard deviation, each seed a faint line.
-
-    The dashed line is the black box's mean, the same in every panel. Accuracies are drawn in per cent.
-
-    Args:
-        curves: `stats.learning_curves`: setting, distill_type, seed, epoch and metrics.
-        metric: the column to draw, e.g. "validation_accuracy" or "validation_loss".
-    """
-    import altair as alt
-
-    scale, title = (100, f"{_words(metric)} (%)") if is_accuracy(metric) else (1, f"{_words(metric)} (nats per token)")
-    lines = curves[[*KEYS, "seed", "epoch", metric]].dropna(subset=[metric]).rename(columns={metric: "value"})
-    lines["value"] *= scale
-    spread = curve_spread(lines, "value")
-    base = spread.loc[spread["distill_type"] == BASELINE].set_index(["setting", "epoch"])["mean"].rename("baseline")
-    spread = spread.join(base, on=["setting", "epoch"])
-    methods = method_order(lines["distill_type"])
-    # A facet has one table: rows of seeds and rows of means stand in it together, each layer draws its own columns.
-    data = pd.concat([lines.assign(row="seed"), spread.assign(row="mean")], ignore_index=True)
-
-    x = _epoch(curves["epoch"])
-    y = alt.Y("value:Q", title=title, scale=alt.Scale(zero=False))
-    of_seed, of_mean = (alt.Chart().transform_filter(alt.datum.row == row).encode(x=x, color=_method_colour(methods))
-                        for row in ("seed", "mean"))
-    faint = of_seed.mark_line(opacity=0.35, strokeWidth=1, point={"size": 10, "opacity": 0.35}).encode(
-        y=y, detail="seed:N")
-    band = of_mean.mark_area(opacity=0.22).encode(y=alt.Y("low:Q"), y2="high:Q")
-    line = of_mean.mark_line(strokeWidth=2.5, point={"size": 40}).encode(y="mean:Q")
-    dashed = of_mean.mark_line(strokeDash=[4, 3], strokeWidth=1.5).encode(y="baseline:Q",
-                                                                         color=alt.value(COLOURS[BASELINE]))
-    panels = alt.layer(band, faint, dashed, line).properties(width=170, height=220)
-    legend = []
-    if spread["n"].max() > 1:
-        legend.append("line: mean over seeds; band: one standard deviation; faint: each seed")
-    if len(methods) > 1 and BASELINE in methods:
-        legend.append(f"dashed: mean of {BASELINE}")
-    return _finish(_facet(panels, data, alt.Column("distill_type:N", title=None, sort=methods)),
-                   f"{_words(metric).capitalize()} by epoch", "; ".join([*legend, "scale not from 0"]))
-
-
-def gradient_share(curves: pd.DataFrame) -> alt.Chart:
-    """Each loss term's share of the gradient norm by epoch, a panel per method, mean over seeds, on a log scale.
-
-    Shares under 0.01 % are drawn at 0.01 %: such a term does next to nothing.
-
-    Args:
-        curves: `stats.learning_curves` with columns `grad_share/TERM` (fractions).
-    """
-    import altair as alt
-
-    data = gradient_shares(curves)
-    data["percent"] = 100 * data["share"].clip(lower=SMALLEST_SHARE)
-    methods = method_order(data["distill_type"])
-    terms = [term for term in TERM_COLOURS if term in set(data["term"])]
-    x = _epoch(data["epoch"])
-    y = alt.Y("percent:Q", title="share of the gradient norm (%, log)",
-              scale=alt.Scale(type="log", domain=[100 * SMALLEST_SHARE, 100]),
-              axis=alt.Axis(values=[0.01, 0.1, 1, 10, 100], format="~g"))
-    colour = alt.Color("term:N", title="loss term", sort=terms,
-                       scale=alt.Scale(domain=terms, range=[TERM_COLOURS[term] for term in terms]))
-    panels = alt.Chart().mark_line(point={"size": 40}, strokeWidth=2).encode(x=x, y=y, color=colour).properties(
-        width=150, height=200)
-    return _finish(_facet(panels, data, alt.Column("distill_type:N", title=None, sort=methods)),
-                   "Share of the gradient norm by loss term",
-                   "mean over seeds; under 0.01 % is drawn at 0.01 %")
 
 
 def token_lengths(lengths: pd.DataFrame, max_length: int, bins: int = 40) -> alt.Chart:
@@ -203,7 +75,7 @@ def token_lengths(lengths: pd.DataFrame, max_length: int, bins: int = 40) -> alt
     rule = alt.Chart().mark_rule(strokeDash=[4, 3], color="#d55e00").encode(x="mean(limit):Q")
     panels = alt.layer(bars, rule).properties(width=560, height=90)
     chart = panels.facet(data=data, row=alt.Row("task:N", title=None, sort=list(dict.fromkeys(lengths["task"]))))
-    return _finish(chart.resolve_scale(y="independent"), "Tokens per example by task",
+    return finish(chart.resolve_scale(y="independent"), "Tokens per example by task",
                    f"dashed: the longest sequence kept, {max_length} tokens. The count axes differ.")
 
 
@@ -230,46 +102,113 @@ def attention_heatmap(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
         y=alt.Y("query:O", title="query", axis=alt.Axis(**axis)),
         color=alt.Color("weight:Q", title="weight", scale=alt.Scale(type="sqrt", scheme="viridis", domain=[0, 1])))
     cell = max(11, min(24, 420 // size))
-    return _finish(cells.properties(width=cell * size, height=cell * size), "One head's attention map",
+    return finish(cells.properties(width=cell * size, height=cell * size), "One head's attention map",
                    "rows sum to 1" + (f"; the first {size} of {len(tokens)} tokens" if size < len(tokens) else ""))
 
 
-def _method_colour(methods: Iterable[str]) -> alt.Color:
-    """Colour by method, the same in every figure whichever methods it has; panels and axes name them, so no legend."""
+def method_colour(methods: Iterable[str], legend: Any = None) -> alt.Color:
+    """Colour by method, the same in every figure whichever methods it has.
+
+    Args:
+        methods: those of the figure.
+        legend: None where panels or axes name the methods, else `alt.Legend(values=methods)` or the like.
+    """
     import altair as alt
 
     further = [method for method in methods if method not in COLOURS]
     colours = COLOURS | {m: FURTHER_COLOURS[i % len(FURTHER_COLOURS)] for i, m in enumerate(further)}
-    return alt.Color("distill_type:N", legend=None,
+    return alt.Color("distill_type:N", legend=legend,
                      scale=alt.Scale(domain=[*METHODS, *further], range=[colours[m] for m in (*METHODS, *further)]))
 
 
-def _facet(panels: alt.LayerChart | alt.Chart, data: pd.DataFrame, column: alt.Column) -> alt.FacetChart:
+def facet(panels: alt.LayerChart | alt.Chart, data: pd.DataFrame, column: alt.Column) -> alt.FacetChart:
     """A panel per column; a row per setting too where the grid swept more than method and seed."""
     import altair as alt
 
     if data["setting"].nunique() < 2:
         return panels.facet(data=data, column=column)
-    return panels.facet(data=data, column=column, row=alt.Row("setting:N", title=None))
+    return panels.facet(data=data, column=column, row=alt.Row(
+        "setting:N", title=None, sort=list(dict.fromkeys(data["setting"])), header=side_header()))
 
 
-def _epoch(epochs: pd.Series) -> alt.X:
+def side_header() -> alt.Header:
+    """A row's name, lying, a line per swept key."""
+    import altair as alt
+
+    return alt.Header(labelAngle=0, labelAlign="left", labelExpr="split(datum.label, ', ')")
+
+
+def _items(setting: str) -> dict[str, str]:
+    return dict(part.split("=", 1) for part in setting.split(", ")) if setting else {}
+
+
+def beside_each_setting(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each whole setting, with those of methods that use fewer of its keys (or none) repeated there."""
+    items = {setting: _items(setting).items() for setting in dict.fromkeys(table["setting"])}
+    whole = [setting for setting in items if not any(items[setting] < other for other in items.values())]
+    return pd.concat([table[[items[other] <= items[setting] for other in table["setting"]]].assign(setting=setting)
+                      for setting in whole], ignore_index=True)
+
+
+def setting_axis(data: pd.DataFrame) -> tuple[pd.DataFrame, alt.X, str | None]:
+    """The rows with `at`, their place on an axis of settings; the axis; the key's name where one key was swept.
+
+    With one key a place is its value, numbers in their order; with several it is the setting as it is.
+    """
+    import altair as alt
+
+    settings = list(dict.fromkeys(data["setting"]))
+    [*keys] = {key for setting in settings for key in _items(setting)}
+    if len(keys) == 1:
+        name = {setting: next(iter(_items(setting).values()), NOT_USED) for setting in settings}
+        axis = alt.Axis(labelAngle=0)
+    else:
+        name = {setting: setting or NOT_USED for setting in settings}
+        axis = alt.Axis(labelAngle=-35, labelLimit=260, labelExpr="split(datum.label, ', ')")
+    order = sorted(settings, key=lambda setting: (setting != "", _number(name[setting])))
+    scale = alt.Scale(domain=[name[setting] for setting in order], paddingInner=0.15, paddingOuter=0.075)
+    return (data.assign(at=data["setting"].map(name)), alt.X("at:N", axis=axis, scale=scale),
+            keys[0] if len(keys) == 1 else None)
+
+
+def _number(value: str) -> float:
+    # Sorting is stable, so what is no number stays in the grid's order.
+    try:
+        return float(value)
+    except ValueError:
+        return 0.0
+
+
+def epoch_axis(epochs: pd.Series, title: str | None = "epoch") -> alt.X:
     """Whole epochs only, at most about ten of them labelled, with room beside the first and the last point."""
     import altair as alt
 
     values = sorted(int(epoch) for epoch in epochs.unique())
-    return alt.X("epoch:Q", title="epoch", scale=alt.Scale(zero=False, nice=False, padding=12),
+    return alt.X("epoch:Q", title=title, scale=alt.Scale(zero=False, nice=False, padding=12),
                  axis=alt.Axis(values=values[:: len(values) // 10 + 1], format="d", grid=False))
 
 
-def _seed_offset(channel: type) -> Any:
+def log_axis(low: float, high: float) -> dict[str, Any]:
+    """Scale and axis from low to high in logs, labelled at each power of 10, and between where there are few."""
     import altair as alt
 
-    # Some room at both ends keeps the first and last seed inside their method's bar.
-    return channel("seed:O", scale=alt.Scale(paddingOuter=0.8))
+    steps = (1,) if high / low > 100 else (1, 2, 5) if high / low > 10 else range(1, 10)
+    ticks = [float(f"{step}e{power}") for power in range(-12, 7) for step in steps]
+    return {"scale": alt.Scale(type="log", domain=[low, high], nice=False),
+            "axis": alt.Axis(values=[tick for tick in ticks if low <= tick <= high], format="~g")}
 
 
-def _finish(chart: Any, title: str, subtitle: str) -> Any:
+def panel_name(metric: str) -> str:
+    """What a panel is headed with, for "macro", "micro" and tasks."""
+    return {"macro": "mean of tasks", "micro": "all examples"}.get(metric, metric)
+
+
+def words(metric: str) -> str:
+    """A metric's key as words."""
+    return metric.replace("_", " ").replace("/", ", ")
+
+
+def finish(chart: Any, title: str, subtitle: str) -> Any:
     """Title, one font and quiet grid: the same for all figures."""
     import altair as alt
 
@@ -282,15 +221,6 @@ def _finish(chart: Any, title: str, subtitle: str) -> Any:
             .configure_legend(labelFontSize=11, titleFontSize=12, titleFontWeight="normal")
             .configure_title(fontSize=14, subtitleFontSize=11, subtitleColor="#555555", offset=10)
             .configure_view(stroke="#d9d9d9"))
-
-
-def _panel_name(metric: str) -> str:
-    return {"validation_accuracy": "all examples", "validation_accuracy/macro": "mean of tasks"}.get(
-        metric, metric.split("/", 1)[-1])
-
-
-def _words(metric: str) -> str:
-    return metric.replace("_", " ").replace("/", ", ")
 
 
 def _visible(token: str) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 PLAN = "sweep.json"
 SUMMARY = "results_summary.csv"
+VERDICT = "verdict.txt"
 STAGES = ("01_prepare_data", "02_cache_teacher", "04_analyse_results")
 REQUIRED = ("config", "config_hash", "cache", "git_commit", "versions", "device", "started", "seconds",
             "peak_memory_mb", "epochs", "final")
@@ -181,8 +182,8 @@ def collect(run_dir: str | Path) -> pd.DataFrame:
 
 
 def done_records(run_dir: str | Path) -> list[dict[str, Any]]:
-    """`metrics.json` of every done trial, in the plan's order."""
-    return [read_record(Path(run_dir) / "trials" / planned["trial"])
+    """`metrics.json` of every done trial, in the plan's order, with `swept`: its place in the grid."""
+    return [read_record(Path(run_dir) / "trials" / planned["trial"]) | {"swept": planned["swept"]}
             for planned, state in _trials(run_dir) if state.state == "done"]
 
 

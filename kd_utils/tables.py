@@ -1,7 +1,7 @@
-"""Tables over trials: means with intervals over seeds, differences paired by seed, curves. Tidy tables in and out.
+"""Tables over trials: what was planned and done, means with intervals over seeds, curves. Tidy in and out.
 
-The unit is the trial (one method, one seed): all intervals are over seeds, and say nothing about other validation
-examples, other data or another teacher. Accuracies are fractions (0 to 1) in every table but `display_table`.
+The unit is the trial (one method, one seed). Accuracies are fractions (0 to 1) in every table but `display_table` and
+`glance`. What the differences between methods are worth is for `comparisons`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from .config import METHODS, ROOT, resolve
+from .stats import interval
 
-BASELINE = "black_box"
 ACCURACY = "validation_accuracy"
 LOSS = "validation_loss"
 NOT_A_TASK = ("macro", "gsm8k_flexible")
@@ -73,32 +73,20 @@ def coverage(results: pd.DataFrame) -> str:
     return "; ".join(parts) + "."
 
 
-def trial_values(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One metric of every planned trial, NaN where the trial is not done or the value is not finite.
-
-    Args:
-        results: row per planned trial: `config/distill_type`, `config/seed`, further `config/KEY`, `status`, metrics.
-        metric: a column of `results`.
-
-    Returns:
-        setting (the other swept keys, "temperature=4"; "" if none), distill_type, seed, value.
+def planned_trials(results: pd.DataFrame) -> pd.DataFrame:
+    """What each row of the results is: trial, setting (the other swept keys), distill_type, seed, done (bool).
 
     Raises:
-        ValueError: no trial is done, the column is not there, or two rows are the same trial.
+        ValueError: no trial is done, a key is missing, or two rows are the same trial.
     """
     if not (results["status"] == "done").any():
         raise ValueError(f"no trial is done, so there is nothing to compare: {coverage(results)} Run the sweep first.")
-    for column in ("config/distill_type", "config/seed", metric):
-        if column not in results:
-            near = ", ".join(c for c in results.columns if c.startswith(column.split("/")[0])) or ", ".join(results)
-            raise ValueError(f"the results have no column {column!r} (there are: {near}): "
-                             "collect them again, or choose one of these")
-    value = pd.to_numeric(results[metric], errors="coerce").replace([np.inf, -np.inf], np.nan)
+    _require_columns(results, "config/distill_type", "config/seed")
     table = pd.DataFrame({
+        "trial": results["trial"].to_numpy(),
         "setting": [_setting(row, swept_keys(results), "config/") for row in results.to_dict("records")],
-        "distill_type": results["config/distill_type"].to_numpy(),
-        "seed": results["config/seed"].to_numpy(),
-        "value": value.where(results["status"] == "done").to_numpy(dtype=float)})
+        "distill_type": results["config/distill_type"].to_numpy(), "seed": results["config/seed"].to_numpy(),
+        "done": (results["status"] == "done").to_numpy()})
     twice = table[table.duplicated([*KEYS, "seed"])]
     if len(twice):
         first = twice.iloc[0]
@@ -107,70 +95,50 @@ def trial_values(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     return table
 
 
-def interval(values: Sequence[float] | pd.Series, level: float = 0.95) -> dict[str, float]:
-    """Mean, standard deviation and Student's t interval of the mean: mean +- t(n - 1) sd / sqrt(n).
+def trial_values(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One metric of every planned trial, NaN where the trial is not done or the value is not finite.
 
-    NaNs are left out, and n says how many values remain. sd has n - 1 in the denominator. With n = 1 the spread is
-    unknown: sd and the interval are NaN. With n = 0 the mean is NaN too.
-
-    Returns:
-        n, mean, sd, low, high.
-    """
-    values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
-    n = len(values)
-    mean = float(values.mean()) if n else np.nan
-    if n < 2:
-        return {"n": n, "mean": mean, "sd": np.nan, "low": np.nan, "high": np.nan}
-    from scipy.stats import t
-
-    sd = float(values.std(ddof=1))
-    half = float(t.ppf((1 + level) / 2, n - 1)) * sd / np.sqrt(n)
-    return {"n": n, "mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
-
-
-def paired_differences(results: pd.DataFrame, metric: str, baseline: str = BASELINE) -> pd.DataFrame:
-    """Method minus baseline within each seed (and setting), for every seed of which both trials have a value.
+    Args:
+        results: row per planned trial: `trial`, `config/distill_type`, `config/seed`, further `config/KEY`, `status`,
+            metrics.
+        metric: a column of `results`.
 
     Returns:
-        metric, setting, distill_type, seed, difference. Seeds without a partner are not in it; `summary_table`
-        counts them.
+        setting (the other swept keys that the trial uses, "temperature=4"; "" if none), distill_type, seed, value.
+
+    Raises:
+        ValueError: the column is not there; what `planned_trials` raises.
     """
-    values = trial_values(results, metric).dropna(subset=["value"])
-    base = values[values["distill_type"] == baseline].rename(columns={"value": "base"})
-    pairs = values[values["distill_type"] != baseline].merge(base[["setting", "seed", "base"]], on=["setting", "seed"])
-    pairs = pairs.assign(metric=metric, difference=pairs["value"] - pairs["base"])
-    return pairs[["metric", *KEYS, "seed", "difference"]]
+    table = planned_trials(results)
+    _require_columns(results, metric)
+    value = pd.to_numeric(results[metric], errors="coerce").replace([np.inf, -np.inf], np.nan)
+    return table.assign(value=np.where(table["done"], value, np.nan)).drop(columns=["trial", "done"])
 
 
-def summary_table(results: pd.DataFrame, metric: str, baseline: str = BASELINE) -> pd.DataFrame:
-    """One row per method: mean and spread over seeds, and the difference from the baseline paired by seed.
+def _require_columns(results: pd.DataFrame, *columns: str) -> None:
+    for column in columns:
+        if column not in results:
+            near = ", ".join(c for c in results.columns if c.startswith(column.split("/")[0])) or ", ".join(results)
+            raise ValueError(f"the results have no column {column!r} (there are: {near}): "
+                             "collect them again, or choose one of these")
+
+
+def summary_table(results: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """One row per method and setting: mean and spread over seeds.
 
     Args:
         results: row per planned trial, as `records.collect` gives it.
         metric: a column of `results`; its unit is the unit of all values here.
-        baseline: the method that the others are compared with, setting by setting.
 
     Returns:
         metric, setting, distill_type; planned (trials in the plan), n (done, with a finite value); mean, sd (n - 1),
-        low, high (95 % t interval of the mean); pairs (seeds of which method and baseline both have a value),
-        unpaired (seeds of which only one of the two has, left out of the difference); difference (mean over pairs),
-        difference_sd, difference_low, difference_high (95 % t interval of the mean difference; no correction for
-        the number of comparisons). NaN where n or pairs is too small to say, and in the baseline's own row.
+        low, high (95 % t interval of the mean over seeds). NaN where n is too small to say.
     """
-    values, differences = trial_values(results, metric), paired_differences(results, metric, baseline)
-    rows = []
-    for setting, of_setting in values.groupby("setting", sort=False):
-        have = {method: set(of_method.dropna(subset=["value"])["seed"])
-                for method, of_method in of_setting.groupby("distill_type")}
-        for method in method_order(of_setting["distill_type"]):
-            mine = of_setting.loc[of_setting["distill_type"] == method, "value"]
-            chosen = (differences["setting"] == setting) & (differences["distill_type"] == method)
-            paired = interval(differences.loc[chosen, "difference"])
-            unpaired = 0 if method == baseline else len(have[method] ^ have.get(baseline, set()))
-            rows.append({"metric": metric, "setting": setting, "distill_type": method, "planned": len(mine),
-                         **interval(mine), "pairs": paired["n"], "unpaired": unpaired, "difference": paired["mean"],
-                         **{f"difference_{key}": paired[key] for key in ("sd", "low", "high")}})
+    values = trial_values(results, metric)
+    rows = [{"metric": metric, "setting": setting, "distill_type": method, "planned": len(mine),
+             **interval(mine["value"])}
+            for method in method_order(values["distill_type"])
+            for setting, mine in values[values["distill_type"] == method].groupby("setting", sort=False)]
     return pd.DataFrame(rows)
 
 
@@ -187,22 +155,19 @@ def per_task(results: pd.DataFrame) -> pd.DataFrame:
     return table[[*KEYS, "seed", "task", "accuracy"]].reset_index(drop=True)
 
 
-def learning_curves(records: Iterable[Mapping[str, Any]], swept: Sequence[str] = ()) -> pd.DataFrame:
-    """The epoch rows of many trials as one table.
+def learning_curves(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
+    """The epoch rows of many trials as one table; an untrained student has no curve and is left out.
 
     Args:
-        records: `metrics.json` of each trial (`config`, `epochs`).
-        swept: keys of the config that the grid swept besides method and seed (`swept_keys`).
+        records: `records.done_records`: `metrics.json` of each trial (`config`, `epochs`) with `swept`.
 
     Returns:
         setting, distill_type, seed, epoch, then every metric of the epoch rows (NaN where a method has no such term).
     """
-    rows = [{"setting": _setting(record["config"], swept), "distill_type": record["config"]["distill_type"],
-             "seed": record["config"]["seed"], **epoch}
-            for record in records for epoch in record["epochs"]]
-    if not rows:
-        raise ValueError("no trial has an epoch: pass the records of at least one done trial")
-    table = pd.DataFrame(rows)
+    rows = [{"setting": _setting(record["swept"], [k for k in record["swept"] if k not in ("distill_type", "seed")]),
+             "distill_type": record["config"]["distill_type"], "seed": record["config"]["seed"], **epoch}
+            for record in records for epoch in record["epochs"] if epoch["epoch"] > 0]
+    table = pd.DataFrame(rows, columns=None if rows else [*KEYS, "seed", "epoch"])
     return table[[*KEYS, "seed", "epoch", *(c for c in table.columns if c not in (*KEYS, "seed", "epoch"))]]
 
 
@@ -217,86 +182,78 @@ def curve_spread(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
     return table.assign(low=table["mean"] - table["sd"], high=table["mean"] + table["sd"]).drop(columns="sd")
 
 
-def gradient_shares(curves: pd.DataFrame) -> pd.DataFrame:
-    """Each loss term's share of the gradient norm, mean over seeds.
+def loss_terms(curves: pd.DataFrame) -> pd.DataFrame:
+    """Each loss term by epoch, mean over seeds: its value, its value times its weight, its share of the gradient norm.
 
     Returns:
-        setting, distill_type, epoch, term, share (fraction); only the terms that a method has.
+        setting, distill_type, epoch, term, quantity ("value", "weighted value", "gradient share"), value; only the terms
+        that a method has. Records from before weights were kept have no weighted values.
     """
-    terms = [column for column in curves.columns if column.startswith("grad_share/")]
+    terms = [column.removeprefix("grad_share/") for column in curves.columns if column.startswith("grad_share/")]
     if not terms:
         raise ValueError("the curves have no column grad_share/TERM: take them from records of 03_train_student")
-    long = curves.melt([*KEYS, "seed", "epoch"], terms, "term", "share").dropna(subset=["share"])
-    long["term"] = long["term"].str.removeprefix("grad_share/")
-    return long.groupby([*KEYS, "epoch", "term"], sort=False)["share"].mean().reset_index()
+    parts = []
+    for term in terms:
+        absent = pd.Series(np.nan, index=curves.index)
+        value, weight = (curves.get(f"{prefix}/{term}", absent) for prefix in ("train_loss", "weight"))
+        for quantity, column in (("value", value), ("weighted value", value * weight),
+                                 ("gradient share", curves[f"grad_share/{term}"])):
+            parts.append(curves[[*KEYS, "epoch"]].assign(term=term, quantity=quantity, value=column))
+    long = pd.concat(parts, ignore_index=True).dropna(subset=["value"])
+    return long.groupby([*KEYS, "epoch", "term", "quantity"], sort=False)["value"].mean().reset_index()
 
 
 def is_accuracy(metric: str) -> bool:
     """Whether the metric is a fraction that tables show in per cent (and differences in points)."""
-    return "accuracy" in metric
+    return "accuracy" in metric or "calibration" in metric
 
 
 def display_table(summary: pd.DataFrame) -> pd.DataFrame:
-    """`summary_table`'s rows for the eye: accuracies in per cent and points, losses in nats per token, n of planned."""
-    def show(row: dict[str, Any], keys: Sequence[str], form: str) -> str:
-        accuracy = is_accuracy(row["metric"])
-        values = [row[key] * (100 if accuracy else 1) for key in keys]
-        digits = form.replace("#", ".1f" if accuracy else ".3f")
-        return "–" if np.isnan(values).any() else digits.format(*values)
-
+    """`summary_table`'s rows for the eye: accuracies in per cent, losses in nats per token, n of planned."""
     swept = summary["setting"].any()
     shown = [{"metric": row["metric"], **({"setting": row["setting"]} if swept else {}),
               "method": row["distill_type"], "n": f"{row['n']} of {row['planned']}",
-              "mean": show(row, ["mean"], "{:#}"), "sd": show(row, ["sd"], "{:#}"),
-              "95 % interval": show(row, ["low", "high"], "[{:#}, {:#}]"),
-              "minus black box": show(row, ["difference"], "{:+#}"),
-              "its 95 % interval": show(row, ["difference_low", "difference_high"], "[{:+#}, {:+#}]"),
-              "pairs": row["pairs"] or "–"}
+              "mean": _number(row, ["mean"], "{}"), "sd": _number(row, ["sd"], "{}"),
+              "95 % interval": _number(row, ["low", "high"], "[{}, {}]")}
              for row in summary.to_dict("records")]
     return pd.DataFrame(shown).set_index([key for key in ("metric", "setting", "method") if key in shown[0]])
 
 
-def reading(summary: pd.DataFrame) -> list[str]:
-    """Sentences that say each difference from the baseline with its interval, and which seeds were left out.
-
-    No verdict: an interval that holds 0 does not show equality, and these intervals are not corrected for how many
-    there are.
-    """
-    lines = []
-    for row in summary.to_dict("records"):
-        if row["distill_type"] == BASELINE:
-            continue
-        scale, unit, form = (100, "points", "+.1f") if is_accuracy(row["metric"]) else (1, "nats per token", "+.3f")
-        setting = f" ({row['setting']})" if row["setting"] else ""
-        what = f"{row['metric']}: {row['distill_type']} minus {BASELINE}{setting}"
-        left_out = f"; {row['unpaired']} unpaired left out" if row["unpaired"] else ""
-        if not row["pairs"]:
-            lines.append(f"{what}: no seed has both trials{left_out}.")
-            continue
-        low, high = row["difference_low"] * scale, row["difference_high"] * scale
-        over = f"[{low:{form}}, {high:{form}}] over {row['pairs']} paired seeds"
-        over = over if row["pairs"] > 1 else "over 1 paired seed, which gives no interval"
-        lines.append(f"{what}: {row['difference'] * scale:{form}} {unit} {over}{left_out}.")
-    return lines
-
-
-def against_teacher(summary: pd.DataFrame, teacher: Mapping[str, float]) -> pd.DataFrame:
-    """Each method's mean beside the teacher's value of the same metric, for the metrics that the teacher has.
+def glance(results: pd.DataFrame, teacher: Mapping[str, float]) -> pd.DataFrame:
+    """All rows at a glance, per cent: the teacher, the untrained student, and every method's mean +- sd over seeds.
 
     Args:
-        summary: rows of `summary_table`.
-        teacher: metric -> value, as `evaluation.accuracies` gives it.
+        results: as in `summary_table`.
+        teacher: metric -> fraction, as `evaluation.accuracies` gives it.
 
     Returns:
-        metric, setting, distill_type, mean, teacher, gap (mean - teacher), all fractions.
+        Index method (and setting where the grid swept more); n, mean of tasks, all examples, a column per task.
     """
-    table = summary[summary["metric"].isin(list(teacher))][["metric", *KEYS, "mean"]]
-    table = table.assign(teacher=table["metric"].map(dict(teacher)).astype(float))
-    return table.assign(gap=table["mean"] - table["teacher"]).reset_index(drop=True)
+    metrics = {"mean of tasks": f"{ACCURACY}/macro", "all examples": ACCURACY,
+               **{task: f"{ACCURACY}/{task}" for task in tasks_of(results)}}
+    columns = {}
+    for name, metric in metrics.items():
+        table = display_table(summary_table(results, metric)).droplevel("metric")
+        columns.setdefault("n", table["n"])
+        spread = table["sd"].map(lambda sd: "" if sd == "–" else f" ± {sd}")
+        columns[name] = table["mean"] + spread
+    shown = pd.DataFrame(columns)
+    last = ("teacher",) if shown.index.nlevels == 1 else ("", "teacher")
+    own = {name: f"{100 * teacher[metric]:.1f}" if metric in teacher else "–" for name, metric in metrics.items()}
+    shown.loc[last if len(last) > 1 else last[0], :] = pd.Series({"n": "1"} | own)
+    return shown
+
+
+def _number(row: Mapping[str, Any], keys: Sequence[str], form: str) -> str:
+    """Values for the eye, accuracies in per cent; a dash where there are none."""
+    accuracy = is_accuracy(row["metric"])
+    values = [row[key] * (100 if accuracy else 1) for key in keys]
+    return "–" if np.isnan(values).any() else form.format(*(f"{v:.1f}" if accuracy else f"{v:.3f}" for v in values))
 
 
 def _setting(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> str:
-    return ", ".join(f"{key}={_short(values[prefix + key])}" for key in keys)
+    # A method that does not use a swept key has no value of it.
+    return ", ".join(f"{key}={_short(values[prefix + key])}" for key in keys if not pd.isna(values[prefix + key]))
 
 
 def _short(value: Any) -> str:

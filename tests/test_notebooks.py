@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,7 +17,9 @@ from kd_utils.config import NOTEBOOKS, ROOT, notebook_path
 SMALL = {"sst2_train": 24, "sst2_validation": 9, "mmlu_train": 16, "mmlu_validation": 8, "gsm8k_train": 16,
          "gsm8k_validation": 7, "teacher_epochs": 1, "shard_examples": 20, "epochs": 2, "batch_size": 8,
          "micro_batch_size": 3, "max_new_tokens": 8}
-TRIALS = ["attention_seed0", "black_box_seed0"]
+ATTENTION = "attention_seed0_gamma_attention=0.1"  # the default weight, in a grid that sweeps it
+TRIALS = [ATTENTION, "attention_seed0_gamma_attention=10.0", "black_box_seed0", "task_only_seed0", "untrained_seed0"]
+GRID = "distill_type: [untrained, task_only, black_box, attention]\ngamma_attention: [0.1, 10.0]\nseed: [0]\n"
 
 
 def run(home, *command, **env):
@@ -26,10 +29,10 @@ def run(home, *command, **env):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A project root of its own (KD_ROOT), with one finished sweep of two trials."""
+    """A project root of its own (KD_ROOT), with one finished sweep of five trials."""
     home = tmp_path_factory.mktemp("home")
     (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
-    (home / "grid.yaml").write_text("distill_type: [black_box, attention]\nseed: [0]\n")
+    (home / "grid.yaml").write_text(GRID)
     done = run(home, "kd_utils", "sweep", home / "small.yaml", "--grid", home / "grid.yaml")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (home / "stdout").write_text(done.stdout)
@@ -39,26 +42,32 @@ def home(tmp_path_factory):
 def test_the_sweep_leaves_whole_records_and_a_results_table(home):
     toy = home / "runs" / "toy"
     assert {"01_prepare_data.ipynb", "02_cache_teacher.ipynb", "04_analyse_results.ipynb", "results_summary.csv",
-            "analysis.csv", "sweep.json", "trials"} <= {path.name for path in toy.iterdir()}
+            "analysis.csv", "comparisons.csv", "verdict.txt", "sweep.json", "trials"} <= {path.name for path in toy.iterdir()}
     assert sorted(path.stem for path in (toy / "trials").glob("*.ipynb")) == TRIALS
     table = pd.read_csv(toy / "results_summary.csv")
-    assert table["status"].tolist() == ["done", "done"]
+    assert table["status"].tolist() == ["done"] * 5
     means = table.groupby("config/distill_type")["validation_accuracy"].agg(["mean", "std"])
-    assert means["mean"].between(0, 1).all() and sorted(means.index) == ["attention", "black_box"]
-    assert {"validation_loss", "validation_loss/kd", "validation_accuracy/gsm8k", "config/seed"} <= set(table.columns)
+    assert means["mean"].between(0, 1).all() and sorted(means.index) == ["attention", "black_box", "task_only", "untrained"]
+    assert {"validation_loss", "validation_loss/kd", "validation_accuracy/gsm8k", "config/seed", "weight/attention",
+            "calibration_error/mmlu"} <= set(table.columns)
+    assert table.set_index("trial")["config/gamma_attention"].dropna().to_dict() == {TRIALS[0]: 0.1, TRIALS[1]: 10.0}
     check = run(home, "kd_utils", "check", toy)
-    assert (check.returncode, check.stdout.strip()) == (0, "2 of 2 trials whole")
-    assert "validation_accuracy" in (home / "stdout").read_text() and "runs/toy" in (home / "stdout").read_text()
+    assert (check.returncode, check.stdout.strip()) == (0, "5 of 5 trials whole")
+    shown = (home / "stdout").read_text()
+    assert (toy / "verdict.txt").read_text() in shown and "runs/toy" in shown
+    assert "Do white-box signals help beyond logits?\n  [gamma_attention=0.1] Not shown." in shown
+    assert "1 of 1 pairs are done and a test needs two" in shown and "5 of 5 trials are done." in shown
 
 
 def test_run_again_it_does_only_what_is_missing(home):
     toy = home / "runs" / "toy"
     dry = run(home, "kd_utils", "sweep", home / "small.yaml", "--grid", home / "grid.yaml", "--dry-run")
-    assert "2 of 2 trials are done, 0 to run" in dry.stdout
+    assert "5 of 5 trials are done, 0 to run" in dry.stdout
     (home / "changed.yaml").write_text((home / "small.yaml").read_text() + "\nbeta: 0.25\n")
     changed = run(home, "kd_utils", "sweep", home / "changed.yaml", "--grid", home / "grid.yaml", "--dry-run",
                   "--run-dir", toy)
-    assert changed.stdout.count("stale") == 2 and "0 of 2 trials are done" in changed.stdout
+    # Beta weighs the logits' term, which two of the five trials do not have.
+    assert changed.stdout.count("stale") == 3 and "2 of 5 trials are done" in changed.stdout
 
 
 def test_executed_notebooks_hold_figures_and_no_path_of_the_machine(home):
@@ -72,15 +81,48 @@ def test_executed_notebooks_hold_figures_and_no_path_of_the_machine(home):
 
 def test_trials_of_one_seed_are_paired(home):
     """Same batches in the same order: before the first step both methods have the same losses on the same batch."""
-    records = [json.loads((home / "runs/toy/trials" / trial / "metrics.json").read_text()) for trial in TRIALS]
-    predictions = [pd.read_parquet(home / "runs/toy/trials" / trial / "predictions.parquet") for trial in TRIALS]
+    pair = (ATTENTION, "black_box_seed0")
+    records = [json.loads((home / "runs/toy/trials" / trial / "metrics.json").read_text()) for trial in pair]
+    predictions = [pd.read_parquet(home / "runs/toy/trials" / trial / "predictions.parquet") for trial in pair]
     assert predictions[0]["example_id"].tolist() == predictions[1]["example_id"].tolist()
     assert records[0]["cache"] == records[1]["cache"] and records[0]["config"]["seed"] == records[1]["config"]["seed"]
     assert set(records[0]["epochs"][0]) - set(records[1]["epochs"][0]) == {
-        "train_loss/attention", "validation_loss/attention", "grad_share/attention"}
+        "train_loss/attention", "validation_loss/attention", "grad_share/attention", "weight/attention"}
     # The attention term moves the student by a little, so the task losses stay close and yet differ.
     one, other = (record["epochs"][0]["train_loss/task"] for record in records)
     assert one == pytest.approx(other, rel=0.05) and one != other
+
+
+def test_the_untrained_student_has_the_weights_that_every_trial_starts_from(home):
+    folder = home / "runs/toy/trials"
+    [row] = json.loads((folder / "untrained_seed0" / "metrics.json").read_text())["epochs"]
+    assert row["epoch"] == 0 and "train_loss" not in row
+    out = home / "untrained.parquet"
+    done = run(home, "kd_utils", "evaluate", home / "artifacts/embedded/toy/student", "--data-dir",
+               home / "artifacts/embedded/toy/data", "--task", "sst2", "--split", "validation", "--out", out)
+    assert done.returncode == 0, done.stderr
+    mine = pd.read_parquet(folder / "untrained_seed0" / "predictions.parquet").query("task == 'sst2'")
+    both = mine.merge(pd.read_parquet(out), on="prompt")
+    assert len(both) == len(mine) == SMALL["sst2_validation"]
+    for one, other in zip(both["loglikelihoods_x"], both["loglikelihoods_y"]):
+        assert list(one) == pytest.approx(list(other), abs=1e-4)
+
+
+def test_04_reads_a_kept_record_of_all_methods_and_writes_beside_it_only_when_told(tmp_path):
+    record = max(ROOT.glob("runs/*-toy*/sweep.json")).parent
+    before = {path: path.stat().st_mtime_ns for path in record.rglob("*")}
+    shutil.copytree(record, tmp_path / "runs" / record.name)
+    out = tmp_path / "04.ipynb"
+    done = run(tmp_path, "papermill", notebook_path("04_analyse_results"), out, "-p", "run_dir", f"runs/{record.name}",
+               "--no-progress-bar")
+    assert done.returncode == 0, done.stderr[-3000:]
+    compared = pd.read_csv(tmp_path / "runs" / record.name / "comparisons.csv")
+    white_box = compared[(compared["question"] == "white_box") & (compared["metric"] == "macro")]
+    assert len(white_box) == 3 and white_box["p_holm"].between(3 * 2 / 2**7, 1).all()
+    assert (white_box["low"] < white_box["difference"]).all() and (white_box["pairs"] == 7).all()
+    text = out.read_text()
+    assert text.count('"image/png"') >= 6 and "not supported" in text
+    assert {path: path.stat().st_mtime_ns for path in record.rglob("*")} == before
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +136,7 @@ def by_hand(home):
 
 
 def test_papermill_alone_repeats_the_sweeps_trial_to_the_last_digit(home, by_hand):
-    sweep = home / "runs" / "toy" / "trials" / "attention_seed0"
+    sweep = home / "runs" / "toy" / "trials" / ATTENTION
     one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (by_hand, sweep))
     timing = ("seconds", "tok_per_sec")
     for mine, theirs in zip(one["epochs"], other["epochs"], strict=True):
@@ -104,8 +146,8 @@ def test_papermill_alone_repeats_the_sweeps_trial_to_the_last_digit(home, by_han
 
 
 def test_the_saved_student_is_evaluated_as_it_was_in_its_trial(home):
-    student = home / "artifacts" / "students" / "toy" / "attention_seed0"
-    predictions = pd.read_parquet(home / "runs/toy/trials/attention_seed0/predictions.parquet")
+    student = home / "artifacts" / "students" / "toy" / ATTENTION
+    predictions = pd.read_parquet(home / "runs/toy/trials" / ATTENTION / "predictions.parquet")
     for task, split in (("sst2", "validation"), ("mmlu", "test"), ("gsm8k", "test")):
         out = home / f"{task}.parquet"
         done = run(home, "kd_utils", "evaluate", student, "--data-dir", home / "artifacts/embedded/toy/data",
