@@ -26,6 +26,9 @@ QUESTIONS = {
 }
 #: The metric that verdicts over all tasks rest on: how many rows of a task were drawn should not weigh the tasks.
 PRIMARY = "macro"
+COLUMNS = ["question", "metric", "setting", "method", "baseline", "planned", "pairs", "difference", "difference_sd", "low",
+           "high", "low_90", "high_90", "p", "p_holm", "p_equivalence", "p_equivalence_holm", "g", "sd", "baseline_sd",
+           "sd_ratio", "sd_ratio_low", "sd_ratio_high", "p_spread", "p_spread_holm", "smallest_p", "detectable", "outcome"]
 
 
 class Pairs(NamedTuple):
@@ -102,8 +105,8 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
         margin: what counts as equal in `p_equivalence`, a fraction (0.01: one point).
 
     Returns:
-        question, metric, setting, method, baseline; planned and pairs (seeds); difference (mean over pairs), low, high
-        (95 %, hierarchical bootstrap), low_90, high_90; p (exact sign flips), p_holm; p_equivalence (TOST),
+        question, metric, setting, method, baseline; planned and pairs (seeds); difference (mean over pairs), its sd, low,
+        high (95 %, hierarchical bootstrap), low_90, high_90; p (exact sign flips), p_holm; p_equivalence (TOST),
         p_equivalence_holm; g (Hedges); sd, baseline_sd, sd_ratio, sd_ratio_low, sd_ratio_high, p_spread
         (Brown-Forsythe), p_spread_holm; smallest_p (that the family's size and the pairs allow, after Holm);
         detectable (difference found with power 0.8 at Holm's first step). NaN where there are too few pairs.
@@ -116,7 +119,7 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
                     rows.append({"question": question, "metric": metric, "setting": pairs.setting, "method": method,
                                  "baseline": baseline} | _compare_pairs(pairs, answers.tasks, metric, margin))
     if not rows:
-        return pd.DataFrame(columns=["question", "metric", "setting", "method", "baseline", "outcome"])
+        return pd.DataFrame(columns=COLUMNS)
     table = pd.DataFrame(rows)
     family = table.groupby(["question", "metric"], sort=False)
     for column in ("p", "p_equivalence", "p_spread"):
@@ -125,7 +128,7 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
     table["smallest_p"] = [min(stats.smallest_p(n) * m, 1.0) for n, m in zip(table["pairs"], size)]
     table["detectable"] = [stats.smallest_detectable(sd, n, stats.ALPHA / m) if n > 1 else np.nan
                            for sd, n, m in zip(table["difference_sd"], table["pairs"], size)]
-    return table.assign(outcome=[outcome(row, margin) for row in table.to_dict("records")])
+    return table.assign(outcome=[outcome(row, margin) for row in table.to_dict("records")])[COLUMNS]
 
 
 def outcome(row: dict[str, Any], margin: float) -> str:

@@ -87,6 +87,7 @@ def test_too_few_pairs_are_not_tested(pairs):
 
 def test_without_any_pair_the_tables_are_empty():
     answers = Answers(*run({"black_box": 0.5}))
+    assert comparisons.compare(answers).columns.tolist() == comparisons.COLUMNS
     assert comparisons.compare(answers).empty and comparisons.interactions(answers).empty
     assert comparisons.differences(answers).empty and comparisons.display(comparisons.compare(answers)).empty
 

@@ -108,21 +108,23 @@ def test_the_untrained_student_has_the_weights_that_every_trial_starts_from(home
         assert list(one) == pytest.approx(list(other), abs=1e-4)
 
 
-def test_04_reads_a_kept_record_of_all_methods_and_writes_beside_it_only_when_told(tmp_path):
-    record = max(ROOT.glob("runs/*-toy*/sweep.json")).parent
-    before = {path: path.stat().st_mtime_ns for path in record.rglob("*")}
-    shutil.copytree(record, tmp_path / "runs" / record.name)
+@pytest.mark.parametrize("record, comparisons", [("2026-11-22-toy-2", 3), ("2026-11-22-toy-2-task-only", 0)])
+def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, record, comparisons):
+    """All methods at seven seeds; and a run of one method, which leaves nothing to compare."""
+    shutil.copytree(ROOT / "runs" / record, tmp_path / "runs" / record)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     out = tmp_path / "04.ipynb"
-    done = run(tmp_path, "papermill", notebook_path("04_analyse_results"), out, "-p", "run_dir", f"runs/{record.name}",
+    done = run(tmp_path, "papermill", notebook_path("04_analyse_results"), out, "-p", "name", record[11:],
                "--no-progress-bar")
     assert done.returncode == 0, done.stderr[-3000:]
-    compared = pd.read_csv(tmp_path / "runs" / record.name / "comparisons.csv")
+    compared = pd.read_csv(tmp_path / "artifacts" / "analysis" / record / "comparisons.csv")
     white_box = compared[(compared["question"] == "white_box") & (compared["metric"] == "macro")]
-    assert len(white_box) == 3 and white_box["p_holm"].between(3 * 2 / 2**7, 1).all()
+    assert len(white_box) == comparisons and white_box["p_holm"].between(3 * 2 / 2**7, 1).all()
     assert (white_box["low"] < white_box["difference"]).all() and (white_box["pairs"] == 7).all()
     text = out.read_text()
-    assert text.count('"image/png"') >= 6 and "not supported" in text
-    assert {path: path.stat().st_mtime_ns for path in record.rglob("*")} == before
+    assert text.count('"image/png"') >= 5 and "not supported" in text
+    assert ("There is no pair of trials to compare." in text) == (not comparisons)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.fixture(scope="module")
