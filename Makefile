@@ -2,10 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+LM_EVAL := .venv-lm-eval
 PARAMS ?= papermill_params/toy.yaml
+GRID ?=
 BENCH ?=
+MODEL ?=
+DATA ?=
+LIMIT ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep test bench lab smol-weights clean
+.PHONY: help setup lm-eval sweep test bench parity lab smol-weights clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -21,18 +26,35 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
-sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml; default: toy)
-	$(RUN) -m kd_utils sweep $(PARAMS)
+lm-eval: $(LM_EVAL)/.ready ## lm-evaluation-harness in .venv-lm-eval, on top of .venv
+
+# A .pth file lends it the packages of $(VENV), so that both sides of `make parity` run on one torch and transformers.
+# It has no pip of its own; --no-deps, for a dependency must not bring a second version of any of them.
+$(LM_EVAL)/.ready: $(VENV)/.ready benchmarks/lm_eval_requirements.txt
+	@rm -rf $(LM_EVAL)
+	$(RUN) -m venv --without-pip $(LM_EVAL)
+	@$(RUN) -c 'import sysconfig; print(*{sysconfig.get_path(lib) for lib in ("purelib", "platlib")}, sep="\n")' > \
+		"$$($(LM_EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	$(RUN) -m pip --python $(LM_EVAL)/bin/python install --quiet --disable-pip-version-check --no-deps \
+		-r benchmarks/lm_eval_requirements.txt
+	@touch $@
+
+sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml, default toy; GRID=papermill_params/grid-X.yaml)
+	$(RUN) -m kd_utils sweep $(PARAMS) $(if $(GRID),--grid $(GRID))
 
 # The second line is Run All: notebooks 01 to 04, in order, with their own defaults, in a project root of its own (05 is
 # executed by a test, in small). One thread: on a busy machine two that wait for each other take many times as long.
-test: setup smol-weights ## every test, notebooks included
+test: setup lm-eval smol-weights ## every test, notebooks included
 	$(RUN) -m pytest
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest --nbval-lax notebooks/0[1-4]*.ipynb
 
 bench: setup ## how fast each part is, beside its limit: notebook 05 (BENCH=papermill_params/bench-llama2.yaml on a GPU)
 	$(RUN) -m kd_utils bench $(BENCH)
+
+parity: lm-eval ## our predictions beside lm-evaluation-harness's (MODEL=folder DATA=folder LIMIT=rows to choose)
+	$(RUN) benchmarks/lm_eval_parity.py --lm-eval-python $(LM_EVAL)/bin/python \
+		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(LIMIT),--limit $(LIMIT))
 
 lab: setup ## JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
@@ -43,4 +65,4 @@ smol-weights: setup ## SmolLM2-135M's weights, for papermill_params/smol.yaml (9
 			"$$($(RUN) -c 'from kd_utils.smol import PACKAGE; print(PACKAGE)')"
 
 clean: ## remove the environment and everything that a sweep made
-	rm -rf $(VENV) artifacts runs/toy runs/explore runs/bench
+	rm -rf $(VENV) $(LM_EVAL) artifacts runs/toy runs/explore runs/bench

@@ -32,8 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
 def sweep(options: argparse.Namespace) -> int:
     from . import config, records, tables
     from . import sweep as sweeps
+    from .parameters import load_grid, load_parameters
 
-    parameters, grid = config.load_parameters(options.parameters), sweeps.load_grid(options.grid)
+    parameters, grid = load_parameters(options.parameters), load_grid(options.grid)
     run_dir = Path(options.run_dir or sweeps.default_run_dir(parameters, options.grid)).absolute()
     chosen = sweeps.select(sweeps.plan(parameters, grid, run_dir), options.only, grid)
     if options.dry_run:
@@ -59,9 +60,10 @@ def sweep(options: argparse.Namespace) -> int:
 def bench(options: argparse.Namespace) -> int:
     from . import config
     from .execution import execute, in_thread, injected
+    from .parameters import load_parameters, notebook_config
 
-    parameters = config.load_parameters(options.parameters) if options.parameters else {}
-    run_dir = Path(options.run_dir or config.resolve(config.notebook_config(SPEED, parameters).run_dir)).absolute()
+    parameters = load_parameters(options.parameters) if options.parameters else {}
+    run_dir = Path(options.run_dir or config.resolve(notebook_config(SPEED, parameters).run_dir)).absolute()
     values = injected(SPEED, parameters | {"run_dir": config.short_path(run_dir)})
     in_thread(lambda: execute(SPEED, run_dir / f"{SPEED}.ipynb", values, dict, progress_bar=sys.stderr.isatty()))
     record = json.loads((run_dir / "speed.json").read_text(encoding="utf-8"))

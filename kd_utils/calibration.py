@@ -11,8 +11,8 @@ BINS = 15
 def confidences(predictions: pd.DataFrame) -> pd.DataFrame:
     """How sure the model was of each choice that it made.
 
-    The confidence is the largest of the softmax over the choices' log-likelihoods, as Jiang et al. 2021 ("How can we know
-    when language models know?") take it: probability among the choices offered, not among all continuations.
+    The confidence is the largest of the softmax over the choices' log-likelihoods, as Jiang et al. 2021 ("How can
+    we know when language models know?") take it: probability among the choices offered, not among all continuations.
 
     Args:
         predictions: `task`, `loglikelihoods` (nats, one per choice; None for generated answers), `correct`; columns

@@ -26,9 +26,10 @@ QUESTIONS = {
 }
 #: The metric that verdicts over all tasks rest on: how many rows of a task were drawn should not weigh the tasks.
 PRIMARY = "macro"
-COLUMNS = ["question", "metric", "setting", "method", "baseline", "planned", "pairs", "difference", "difference_sd", "low",
-           "high", "low_90", "high_90", "p", "p_holm", "p_equivalence", "p_equivalence_holm", "g", "sd", "baseline_sd",
-           "sd_ratio", "sd_ratio_low", "sd_ratio_high", "p_spread", "p_spread_holm", "smallest_p", "detectable", "outcome"]
+COLUMNS = ["question", "metric", "setting", "method", "baseline", "planned", "pairs", "difference", "difference_sd",
+           "low", "high", "low_90", "high_90", "p", "p_holm", "p_equivalence", "p_equivalence_holm", "g", "sd",
+           "baseline_sd", "sd_ratio", "sd_ratio_low", "sd_ratio_high", "p_spread", "p_spread_holm", "smallest_p",
+           "detectable", "outcome"]
 
 
 class Pairs(NamedTuple):
@@ -105,8 +106,8 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
         margin: what counts as equal in `p_equivalence`, a fraction (0.01: one point).
 
     Returns:
-        question, metric, setting, method, baseline; planned and pairs (seeds); difference (mean over pairs), its sd, low,
-        high (95 %, hierarchical bootstrap), low_90, high_90; p (exact sign flips), p_holm; p_equivalence (TOST),
+        question, metric, setting, method, baseline; planned and pairs (seeds); difference (mean over pairs), its sd,
+        low, high (95 %, hierarchical bootstrap), low_90, high_90; p (exact sign flips), p_holm; p_equivalence (TOST),
         p_equivalence_holm; g (Hedges); sd, baseline_sd, sd_ratio, sd_ratio_low, sd_ratio_high, p_spread
         (Brown-Forsythe), p_spread_holm; smallest_p (that the family's size and the pairs allow, after Holm);
         detectable (difference found with power 0.8 at Holm's first step). NaN where there are too few pairs.

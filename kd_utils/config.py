@@ -14,7 +14,6 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 #: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the
@@ -258,51 +257,6 @@ NOTEBOOKS: dict[str, type[Config]] = {
     "04_analyse_results": AnalysisConfig,
     "05_measure_speed": SpeedConfig,
 }
-
-
-def notebook_path(stem: str) -> Path:
-    """Source of a notebook. It travels with the code, so it lies beside the package and not under KD_ROOT."""
-    return Path(__file__).resolve().parents[1] / "notebooks" / f"{stem}.ipynb"
-
-
-def notebook_defaults(stem: str) -> dict[str, Any]:
-    """The literals that a notebook's `parameters` cell assigns, as a dict."""
-    cells = json.loads(notebook_path(stem).read_text())["cells"]
-    [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    assigned = ast.parse("".join(cell["source"])).body
-    return {node.targets[0].id: ast.literal_eval(node.value) for node in assigned if isinstance(node, ast.Assign)}
-
-
-def notebook_config(stem: str, parameters: dict[str, Any]) -> Config:
-    """The config that notebook `stem` builds when it is passed those of `parameters` that it declares."""
-    config = NOTEBOOKS[stem]
-    known = {key: value for key, value in parameters.items() if key in config.model_fields}
-    return config(**{**notebook_defaults(stem), **known})
-
-
-def load_parameters(path: str | Path) -> dict[str, Any]:
-    """A parameter file: flat YAML, only keys that some notebook declares.
-
-    Raises:
-        ValueError: not a flat mapping, or a key that no notebook declares (with the nearest that one does).
-        FileNotFoundError: no such file, with those that there are.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else "none"
-        raise FileNotFoundError(f"no parameter file {path} (files there: {near})")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path} must be flat `key: value` lines, got a {type(values).__name__}")
-    for key, value in values.items():
-        if isinstance(value, (dict, list)) or value is None:
-            raise ValueError(f"{path}: {key} must be one scalar, got {value!r}: lists belong in a grid file")
-    unknown_keys_are_errors(values, str(path))
-    return values
 
 
 def unknown_keys_are_errors(keys: Any, where: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import config, records
+from . import parameters as parameter_files
 from .sealed import write_sealed
 
 POLL_SECONDS = 0.2
@@ -30,7 +31,7 @@ def code_root() -> Path:
 
 def injected(stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """Those of `parameters` that notebook `stem` declares and that differ from its defaults."""
-    defaults = config.notebook_defaults(stem)
+    defaults = parameter_files.notebook_defaults(stem)
     return {key: value for key, value in parameters.items() if key in defaults and value != defaults[key]}
 
 
@@ -56,7 +57,7 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
     aside = target.with_name(f".{target.stem}.partial-{os.getpid()}.ipynb")
     try:
         # The kernel starts beside the code, so that on a cluster it imports what travelled, not the shared folder's.
-        papermill.execute_notebook(config.notebook_path(stem), aside, parameters, cwd=code_root(),
+        papermill.execute_notebook(parameter_files.notebook_path(stem), aside, parameters, cwd=code_root(),
                                    kernel_name="python3", progress_bar=progress_bar,
                                    coalesce_streams=True,  # of a progress bar the last state is kept
                                    # All is on disk by then, and torch takes a second to leave by itself.
@@ -75,11 +76,11 @@ def keep_failure(target: Path, stem: str, cause: str) -> None:
     if failed.exists():
         return
     # Nothing aside: it failed before papermill wrote anything, so the source stands for it.
-    aside = next(target.parent.glob(f".{target.stem}.partial-*.ipynb"), None) or config.notebook_path(stem)
+    aside = next(target.parent.glob(f".{target.stem}.partial-*.ipynb"), None) or parameter_files.notebook_path(stem)
     try:
         _finish(aside, failed, stem, {"failure": cause})
     except ValueError:  # killed while papermill wrote it
-        _finish(config.notebook_path(stem), failed, stem, {"failure": cause})
+        _finish(parameter_files.notebook_path(stem), failed, stem, {"failure": cause})
     if aside.name.startswith("."):
         aside.unlink(missing_ok=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,9 +48,11 @@ def _generate(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_toke
     input_ids = torch.tensor([[0] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=model.device)
     mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device)
     stop = _stop_criterion(tokenizer, _end_ids(model, tokenizer), width, len(prompts))
-    with _plain_greedy(model):
-        output = model.generate(input_ids=input_ids, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                do_sample=False, use_cache=True, stopping_criteria=StoppingCriteriaList([stop]))
+    # As the harness calls it: greedy, of any length; what else the model's generation_config asks for (a repetition
+    # penalty, suppressed tokens) counts in both.
+    output = model.generate(input_ids=input_ids, attention_mask=mask, max_length=width + max_new_tokens,
+                            do_sample=False, use_cache=True, pad_token_id=0,
+                            stopping_criteria=StoppingCriteriaList([stop]))
     return [row[width:end] for row, end in zip(output.tolist(), stop.ends, strict=True)]
 
 
@@ -94,19 +95,6 @@ def _cut(text: str, stop_strings: tuple[str, ...]) -> str:
     for stop in stop_strings:
         text = text.split(stop, 1)[0]
     return text
-
-
-@contextmanager
-def _plain_greedy(model: Any) -> Iterator[None]:
-    """Hide the model's own generation settings, which `generate` would mix in (penalties, sampling, lengths)."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def extract_strict(text: str) -> str:

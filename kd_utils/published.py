@@ -67,7 +67,7 @@ def smallest_detectable(table: pd.DataFrame = TABLE, seeds: int = SEEDS, method:
 
 
 def chance_of_equal_means(sd: float, seeds: int = SEEDS, step: float = 0.01) -> float:
-    """Chance that the means of two sets of trials with one true mean and this spread differ by less than one last digit.
+    """Chance that two sets of trials with one true mean and this spread have means less than one last digit apart.
 
     The sets are taken as independent and normal.
     """
@@ -85,9 +85,10 @@ def readings() -> list[str]:
     [same] = identical_rows()
     sd = TABLE.set_index("method").loc[same[0], "sd"]
     return [
-        f"\"Attention is significantly better\" (t = {CLAIMED_T}, p < {CLAIMED_P}): its means, spreads and {SEEDS} seeds give "
-        f"Welch's t = {attention['t']:.2f}, p = {attention['p']:.2f} (Holm over three methods {attention['p_holm']:.2f}), "
-        f"{attention['difference']:+.2f} points [{attention['low']:+.2f}, {attention['high']:+.2f}]: not supported.",
+        f"\"Attention is significantly better\" (t = {CLAIMED_T}, p < {CLAIMED_P}): its means, spreads and {SEEDS} "
+        f"seeds give Welch's t = {attention['t']:.2f}, p = {attention['p']:.2f} (Holm over three methods "
+        f"{attention['p_holm']:.2f}), {attention['difference']:+.2f} points [{attention['low']:+.2f}, "
+        f"{attention['high']:+.2f}]: not supported.",
         f"With these spreads {SEEDS} seeds find a difference of {smallest_detectable():.1f} points with power "
         f"{stats.POWER}; the claimed one is {attention['difference']:.2f}.",
         f"\"Lower variance\": the ratio of standard deviations is {attention['sd_ratio']:.2f} "
@@ -97,13 +98,13 @@ def readings() -> list[str]:
         f"{found.loc['hidden_state', 'p_spread_holm']:.2f}): "
         + ("supported for " + ", ".join(found.index[found["p_spread_holm"] < stats.ALPHA])
            if (found["p_spread_holm"] < stats.ALPHA).any() else "not supported") + ".",
-        f"\"Combining adds nothing\": the rows of {' and '.join(same)} agree to the last digit in mean and spread. Two sets "
-        f"of {SEEDS} trials would have means this close with a chance of {chance_of_equal_means(sd):.3f}, and equal spreads "
-        "besides: the same trials may stand in both rows, and nothing follows about combining.",
+        f"\"Combining adds nothing\": the rows of {' and '.join(same)} agree to the last digit in mean and spread. Two "
+        f"sets of {SEEDS} trials would have means this close with a chance of {chance_of_equal_means(sd):.3f}, and "
+        "equal spreads besides: the same trials may stand in both rows, and nothing follows about combining.",
         "\"It helps language, not mathematics\" ("
         + ", ".join(f"{task} {value:+.2f}" for task, value in TASK_DIFFERENCES.items())
-        + "): no spread is given, so neither a difference nor an interaction can be tested; a task has fewer examples than "
-        f"all, so even {max(values):.2f} points is less than what {SEEDS} seeds find overall. The three average "
+        + "): no spread is given, so neither a difference nor an interaction can be tested; a task has fewer examples "
+        f"than all, so even {max(values):.2f} points is less than what {SEEDS} seeds find overall. The three average "
         f"{np.mean(values):.2f}, weighted by the data's examples {weighted:.2f}; the table's overall difference is "
         f"{attention['difference']:.2f}.",
     ]

@@ -55,7 +55,7 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
 
     A comparison that was planned and could not be made does not make the others easier.
     """
-    # statsmodels' multipletests gives the same (a test) but collects garbage at every call: 50 ms, 60 times an analysis.
+    # statsmodels' multipletests gives the same (a test) but collects garbage at each call: 50 ms, 60 times an analysis.
     p = np.asarray(p, dtype=float)
     order = np.argsort(np.where(np.isnan(p), 1.0, p))
     steps = np.maximum.accumulate(np.where(np.isnan(p), 1.0, p)[order] * np.arange(len(p), 0, -1))
@@ -107,10 +107,10 @@ def hierarchical_interval(difference: np.ndarray, tasks: Sequence[str], weights:
 
     A draw takes S seeds with replacement and, within each task, as many examples as it has; the same examples for all
     seeds, since all trials answer the same ones (the pigeonhole bootstrap of crossed factors, Owen 2007). The interval
-    is mean +- t(S - 1) times the draws' standard deviation, after two corrections: sqrt(S / (S - 1)), because draws from
-    7 seeds are too narrow (their own percentiles cover about 90 %); and an answer's own noise, which resampling both
-    ways counts three times, is taken off twice (its size is the residual of seeds x examples). It is never narrower
-    than Student's interval over seeds, and equals it where examples do not differ.
+    is mean +- t(S - 1) times the draws' standard deviation, after two corrections: sqrt(S / (S - 1)), because draws
+    from 7 seeds are too narrow (their own percentiles cover about 90 %); and an answer's own noise, which resampling
+    both ways counts three times, is taken off twice (its size is the residual of seeds x examples). It is never
+    narrower than Student's interval over seeds, and equals it where examples do not differ.
 
     Args:
         difference: (S, N) correct minus baseline's correct, of -1, 0, 1; row a seed, column an example.
@@ -250,7 +250,8 @@ def interaction_p(differences: np.ndarray) -> float:
                                   alternative="greater", n_resamples=SIGN_FLIPS, rng=np.random.default_rng(0)).pvalue)
 
 
-def welch(mean: float, sd: float, n: int, mean_0: float, sd_0: float, n_0: int, level: float = 0.95) -> dict[str, float]:
+def welch(mean: float, sd: float, n: int, mean_0: float, sd_0: float, n_0: int,
+          level: float = 0.95) -> dict[str, float]:
     """Welch's t test of two independent means from their summaries.
 
     Returns:

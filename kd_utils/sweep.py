@@ -12,11 +12,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from . import config, records
+from . import parameters as parameter_files
 from .display import Progress
-from .execution import code_root, execute, in_thread, injected
+from .execution import execute, in_thread, injected
 from .files import sha256_file, sha256_json, written_aside
 from .scheduling import run_trials
 from .sealed import write_sealed
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PREPARE, CACHE, TRAIN, ANALYSE, _ = config.NOTEBOOKS
-NOT_SWEPT = ("name", "artifacts_dir", "run_dir", "trial", "device", "save_student")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,31 +35,6 @@ class Trial:
     config_hash: str
     epochs: int
     parameters: dict[str, Any]
-
-
-def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
-    """A grid file: flat YAML, a list of values per key of 03. None: the project's own, all methods x 7 seeds.
-
-    Raises:
-        ValueError: not `key: [values]`, or a key that 03 does not declare or that cannot change a result.
-        FileNotFoundError: no such file.
-    """
-    path = Path(path or code_root() / "papermill_params" / "grid.yaml")
-    if not path.is_file():
-        raise FileNotFoundError(f"no grid file {path}")
-    try:
-        grid = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(grid, dict) or not grid:
-        raise ValueError(f"{path} must hold `key: [value, ...]` lines")
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values or any(isinstance(v, (list, dict)) or v is None for v in values):
-            raise ValueError(f"{path}: {key} must be a list of one or more scalars, got {values!r}")
-        if key not in config.TrialConfig.model_fields or key in NOT_SWEPT:
-            known = ", ".join(k for k in config.TrialConfig.model_fields if k not in NOT_SWEPT)
-            raise ValueError(f"{path}: {key} cannot be swept; a grid may have: {known}")
-    return grid
 
 
 def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | Path) -> list[Trial]:
@@ -77,13 +50,13 @@ def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | 
         ValueError: a value that a notebook refuses, or two combinations that are the same trial.
     """
     for stem in config.NOTEBOOKS:  # 03 too: a value that the grid overrides may not be wrong either
-        config.notebook_config(stem, parameters)
+        parameter_files.notebook_config(stem, parameters)
     trials: dict[str, Trial] = {}
     seen: dict[str, dict[str, Any]] = {}
     place = {"run_dir": config.short_path(run_dir)}
     for values in itertools.product(*grid.values()):
         swept = dict(zip(grid, values))
-        chosen = config.notebook_config(TRAIN, {**parameters, **swept})
+        chosen = parameter_files.notebook_config(TRAIN, {**parameters, **swept})
         used = {key: value for key, value in swept.items() if key not in chosen.without_effect}
         if seen.get(chosen.fingerprint()) == used and used != swept:
             continue  # what differs means nothing to this method: one trial serves for all of them
@@ -124,7 +97,7 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
 def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:
     """`runs/NAME` under the project's root; `runs/NAME-X` for a grid file `grid-X.yaml` or `X.yaml` of one's own."""
     stem = "" if grid_file is None else Path(grid_file).stem.removeprefix("grid").strip("-")
-    name = config.notebook_config(PREPARE, parameters).name
+    name = parameter_files.notebook_config(PREPARE, parameters).name
     return config.resolve("runs") / (f"{name}-{stem}" if stem else name)
 
 
@@ -151,7 +124,7 @@ def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: s
     """Run what is missing of a sweep, write `results_summary.csv`, execute 04.
 
     Args:
-        parameters, grid: as `config.load_parameters` and `load_grid` give them; the plan is always the whole grid.
+        parameters, grid: as `parameters.load_parameters` and `load_grid` give them; the plan is always the whole grid.
         only: which of its trials to run now (see `select`).
         run_dir: where the records go; None: `runs/NAME`.
         address: of a Ray cluster whose nodes see the project's root at the same path (or KD_ROOT); None: this machine.
@@ -202,7 +175,7 @@ def _spellings(value: Any) -> set[str]:
 
 def _write_plan(run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial],
                 made: dict[str, Any] | None) -> None:
-    document = {"format": records.FORMAT, "name": config.notebook_config(PREPARE, parameters).name,
+    document = {"format": records.FORMAT, "name": parameter_files.notebook_config(PREPARE, parameters).name,
                 "parameters": parameters, "grid": grid, "cache": made and made["cache"],
                 "trials": [dataclasses.asdict(trial) for trial in trials]}
     write_sealed(run_dir / records.PLAN, document, "checksums")
@@ -212,7 +185,7 @@ def _artifact(stem: str, parameters: dict[str, Any]) -> dict[str, Any] | None:
     """What identifies the data and, for 02, the teacher cache that are there now; None when they are not there."""
     from .cache import CacheError, find_cache, read_manifest
 
-    settings = config.notebook_config(stem, parameters)
+    settings = parameter_files.notebook_config(stem, parameters)
     manifest = settings.data_path / "manifest.json"
     if not manifest.is_file():
         return None
@@ -227,8 +200,9 @@ def _artifact(stem: str, parameters: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _stage_key(stem: str, parameters: dict[str, Any], artifact: dict[str, Any]) -> dict[str, Any]:
-    return {"source": sha256_file(config.notebook_path(stem)),
-            "parameters": sha256_json(config.notebook_config(stem, parameters).model_dump()), "artifact": artifact}
+    settings = parameter_files.notebook_config(stem, parameters).model_dump()
+    return {"source": sha256_file(parameter_files.notebook_path(stem)), "parameters": sha256_json(settings),
+            "artifact": artifact}
 
 
 def _prepare(run_dir: Path, parameters: dict[str, Any], address: str | None) -> None:

@@ -186,8 +186,8 @@ def loss_terms(curves: pd.DataFrame) -> pd.DataFrame:
     """Each loss term by epoch, mean over seeds: its value, its value times its weight, its share of the gradient norm.
 
     Returns:
-        setting, distill_type, epoch, term, quantity ("value", "weighted value", "gradient share"), value; only the terms
-        that a method has. Records from before weights were kept have no weighted values.
+        setting, distill_type, epoch, term, quantity ("value", "weighted value", "gradient share"), value; only the
+        terms that a method has. Records from before weights were kept have no weighted values.
     """
     terms = [column.removeprefix("grad_share/") for column in curves.columns if column.startswith("grad_share/")]
     if not terms:

@@ -26,8 +26,8 @@ QUESTION_TEXTS = {
 }
 SIMILAR_ON, BETTER_ON = ("sst2",), ("mmlu", "gsm8k")
 #: What a verdict about one teacher and one initial student does not speak of.
-SCOPE = ("Intervals and tests are over seeds (order of the data, dropout, projector) and validation examples. All trials "
-         "share one teacher and the student's initial weights, so another teacher or student is not spoken of.")
+SCOPE = ("Intervals and tests are over seeds (order of the data, dropout, projector) and validation examples. All "
+         "trials share one teacher and the student's initial weights, so another teacher or student is not spoken of.")
 
 
 def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.01) -> pd.DataFrame:

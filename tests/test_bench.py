@@ -6,7 +6,7 @@ from tiny import tiny_llama
 
 from kd_utils import bench, speed
 from kd_utils.cache_writer import write_cache
-from kd_utils.config import load_parameters, notebook_config
+from kd_utils.parameters import load_parameters, notebook_config
 from kd_utils.teacher import signal_function, stored_lm_head
 
 

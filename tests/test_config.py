@@ -9,8 +9,8 @@ import time
 import pytest
 import yaml
 
-from kd_utils.config import (METHODS, NOTEBOOKS, ROOT, AnalysisConfig, TrialConfig, load_parameters, notebook_config,
-                             notebook_defaults, notebook_path, resolve, short_path)
+from kd_utils.config import METHODS, NOTEBOOKS, ROOT, AnalysisConfig, TrialConfig, resolve, short_path
+from kd_utils.parameters import notebook_config, notebook_defaults, notebook_path
 
 DEFAULTS = notebook_defaults("03_train_student")
 FILES = sorted((ROOT / "papermill_params").glob("*.yaml"))
@@ -36,17 +36,6 @@ def test_parameters_are_flat_scalars_with_a_comment_or_a_plain_name(stem):
     [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     for node in ast.parse("".join(cell["source"])).body:
         assert isinstance(node, ast.Assign) and isinstance(ast.literal_eval(node.value), (str, int, float, bool))
-
-
-@pytest.mark.parametrize("path", [f for f in FILES if not f.name.startswith("grid")], ids=lambda p: p.name)
-def test_every_parameter_file_builds_all_four_configs(path):
-    parameters = load_parameters(path)
-    for stem in NOTEBOOKS:
-        notebook_config(stem, parameters)
-    assert parameters.get("name", "toy") == path.stem
-    for key, value in parameters.items():
-        assert any(notebook_defaults(stem).get(key, value) != value for stem in NOTEBOOKS) or key == "name", \
-            f"{path.name}: {key} is the default already: a file holds only what differs"
 
 
 @pytest.mark.parametrize("key, value, words", [
@@ -127,40 +116,19 @@ def test_the_untrained_student_has_one_row_and_reads_no_signal():
 def test_methods_have_the_terms_of_the_design():
     terms = {m: set(TrialConfig(**{**DEFAULTS, "distill_type": m}).weights) for m in METHODS}
     assert terms == {"untrained": {"task"}, "task_only": {"task"}, "black_box": {"task", "kd"},
-                     "hidden_state": {"task", "kd", "hidden"}, "attention": {"task", "kd", "attention"}, "combined": {"task", "kd", "hidden", "attention"}}
+                     "hidden_state": {"task", "kd", "hidden"}, "attention": {"task", "kd", "attention"},
+                     "combined": {"task", "kd", "hidden", "attention"}}
 
 
 def test_from_notebook_takes_declared_names_and_refuses_injected_strangers():
     cells = ["", "# Parameters\nname = 'toy'\n"]
-    namespace = {"name": "toy", "artifacts_dir": "a", "run_dir": "", "epoch": 3, "In": cells}
+    namespace = {"name": "toy", "artifacts_dir": "a", "run_dir": "", "margin_points": 1.0, "epoch": 3, "In": cells}
     assert AnalysisConfig.from_notebook(namespace).name == "toy"
     namespace["In"] = ["# Parameters\ntemprature = 4.0\n"]
     with pytest.raises(ValueError, match="no notebook has a parameter 'temprature'; did you mean 'temperature'"):
         AnalysisConfig.from_notebook(namespace)
-    with pytest.raises(ValueError, match="does not define run_dir"):
+    with pytest.raises(ValueError, match="does not define run_dir, margin_points"):
         AnalysisConfig.from_notebook({"name": "toy", "artifacts_dir": "a"})
-
-
-@pytest.mark.parametrize("text, message", [
-    ("temprature: 2", "no notebook has a parameter 'temprature'; did you mean 'temperature'"),
-    ("qqq: 2", "known keys: "),
-    ("- a\n- b", "must be flat"),
-    ("seed: [1, 2]", r"seed must be one scalar, got \[1, 2\]: lists belong in a grid file"),
-    ("seed:", "seed must be one scalar, got None"),
-    ("a: b: c", "is not YAML"),
-    ("!!python/object/apply:os.system ['true']", "is not YAML"),
-])
-def test_bad_parameter_files(tmp_path, text, message):
-    (tmp_path / "p.yaml").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_parameters(tmp_path / "p.yaml")
-
-
-def test_a_missing_parameter_file_names_its_neighbours(tmp_path):
-    (tmp_path / "toy.yaml").write_text("")
-    assert load_parameters(tmp_path / "toy.yaml") == {}
-    with pytest.raises(FileNotFoundError, match="files there: toy.yaml"):
-        load_parameters(tmp_path / "tay.yaml")
 
 
 def test_paths_start_at_the_root(tmp_path):

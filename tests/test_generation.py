@@ -24,8 +24,8 @@ class Scripted(torch.nn.Module):
         self.scripts, self.steps = scripts, 0
         self.config = type("Config", (), {"max_position_embeddings": 512})()
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, stopping_criteria, **kwargs):
-        for step in range(max_new_tokens):
+    def generate(self, input_ids, attention_mask, max_length, stopping_criteria, **kwargs):
+        for step in range(max_length - input_ids.shape[1]):
             column = [[script[step] if step < len(script) else 5] for script in self.scripts]
             input_ids = torch.cat([input_ids, torch.tensor(column)], dim=1)
             self.steps = step + 1
@@ -92,15 +92,17 @@ def test_padded_batches_with_cache_equal_plain_greedy(tokenizer, batch_size):
         assert tokenizer.padding_side == side
 
 
-def test_the_models_own_generation_settings_do_not_count(tokenizer):
+def test_the_models_own_sampling_and_length_do_not_count_and_its_penalties_do(tokenizer):
+    """As in the harness, which is greedy by its own arguments and leaves the rest of generation_config alone."""
     from transformers import GenerationConfig
 
     model = tiny_model(tokenizer)
     plain = generate_answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20)
-    model.generation_config = own = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.1, repetition_penalty=9.0,
-                                                     max_length=4, no_repeat_ngram_size=1)
+    model.generation_config = own = GenerationConfig(do_sample=True, temperature=5.0, top_p=0.1, max_length=4)
     assert generate_answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20) == plain
     assert model.generation_config is own
+    model.generation_config = GenerationConfig(repetition_penalty=9.0)
+    assert generate_answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20) != plain
 
 
 def test_the_models_own_end_tokens_count(tokenizer):

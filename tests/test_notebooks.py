@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 
 from kd_utils.bench import FLOORS
-from kd_utils.config import NOTEBOOKS, ROOT, notebook_path
+from kd_utils.config import NOTEBOOKS, ROOT
+from kd_utils.parameters import notebook_path
 
 SMALL = {"sst2_train": 24, "sst2_validation": 9, "mmlu_train": 16, "mmlu_validation": 8, "gsm8k_train": 16,
          "gsm8k_validation": 7, "teacher_epochs": 1, "shard_examples": 20, "epochs": 2, "batch_size": 8,
@@ -42,12 +43,14 @@ def home(tmp_path_factory):
 def test_the_sweep_leaves_whole_records_and_a_results_table(home):
     toy = home / "runs" / "toy"
     assert {"01_prepare_data.ipynb", "02_cache_teacher.ipynb", "04_analyse_results.ipynb", "results_summary.csv",
-            "analysis.csv", "comparisons.csv", "verdict.txt", "sweep.json", "trials"} <= {path.name for path in toy.iterdir()}
+            "analysis.csv", "comparisons.csv", "verdict.txt", "sweep.json",
+            "trials"} <= {path.name for path in toy.iterdir()}
     assert sorted(path.stem for path in (toy / "trials").glob("*.ipynb")) == TRIALS
     table = pd.read_csv(toy / "results_summary.csv")
     assert table["status"].tolist() == ["done"] * 5
     means = table.groupby("config/distill_type")["validation_accuracy"].agg(["mean", "std"])
-    assert means["mean"].between(0, 1).all() and sorted(means.index) == ["attention", "black_box", "task_only", "untrained"]
+    assert means["mean"].between(0, 1).all()
+    assert sorted(means.index) == ["attention", "black_box", "task_only", "untrained"]
     assert {"validation_loss", "validation_loss/kd", "validation_accuracy/gsm8k", "config/seed", "weight/attention",
             "calibration_error/mmlu"} <= set(table.columns)
     assert table.set_index("trial")["config/gamma_attention"].dropna().to_dict() == {TRIALS[0]: 0.1, TRIALS[1]: 10.0}

@@ -10,7 +10,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from kd_utils.config import ROOT, load_parameters, notebook_path
+from kd_utils.config import ROOT
+from kd_utils.parameters import load_parameters, notebook_path
 
 SMALL = {"sst2_train": 12, "sst2_validation": 4, "mmlu_train": 6, "mmlu_validation": 4, "gsm8k_train": 6,
          "gsm8k_validation": 3, "epochs": 1, "max_new_tokens": 4, "batch_tokens": 2048, "save_student": True}

@@ -8,7 +8,7 @@ import torch
 from tiny import example_rows, tiny_llama
 
 from kd_utils import speed
-from kd_utils.config import notebook_config
+from kd_utils.parameters import notebook_config
 from kd_utils.teacher import signal_function
 
 

@@ -134,7 +134,8 @@ def test_an_interaction_is_found_where_tasks_differ_and_not_where_all_gain_alike
     rng = np.random.default_rng(2)
     noise = rng.normal(0, 0.01, (7, 3))
     assert stats.interaction_p(noise + [0.0, 0.05, 0.1]) == stats.smallest_p(7)
-    assert stats.interaction_p(noise + 0.1) == pytest.approx(stats.interaction_p(noise))  # a common gain is no interaction
+    # A gain that is common to all tasks is no interaction.
+    assert stats.interaction_p(noise + 0.1) == pytest.approx(stats.interaction_p(noise))
     assert stats.interaction_p(np.zeros((7, 3))) == 1.0
     assert np.isnan(stats.interaction_p(noise[:1])) and np.isnan(stats.interaction_p(noise[:, :1]))
 

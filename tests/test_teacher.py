@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
 
-from kd_utils.config import notebook_config
+from kd_utils.parameters import notebook_config
 from kd_utils.student import save_model
 from kd_utils.teacher import encode_table, model_fingerprint, prepare_teacher, signal_function
 

@@ -15,7 +15,7 @@ from tiny import example_rows, tiny_model, tiny_tokenizer
 
 from kd_utils import teacher_pool
 from kd_utils.cache_writer import assemble_cache, write_shards
-from kd_utils.config import notebook_config
+from kd_utils.parameters import notebook_config
 from kd_utils.scheduling import QUIET
 from kd_utils.student import load_causal_lm, save_model
 from kd_utils.teacher_pool import load_signal_function, pool_size, shard_writer, write_shards_in_pool

@@ -21,8 +21,8 @@ def row(question: str, method: str, baseline: str, outcome: str, metric: str = "
 
 def answers(*rows: dict, interaction: list[float] = ()) -> dict[str, str]:
     table = pd.DataFrame(rows)
-    inter = pd.DataFrame([{"setting": "", "method": method, "baseline": baseline, "planned": 7, "pairs": 7, "sst2": 0.01,
-                           "mmlu": 0.0, "p": p / 3, "p_holm": p, "smallest_p": 0.047}
+    inter = pd.DataFrame([{"setting": "", "method": method, "baseline": baseline, "planned": 7, "pairs": 7,
+                           "sst2": 0.01, "mmlu": 0.0, "p": p / 3, "p_holm": p, "smallest_p": 0.047}
                           for (method, baseline), p in zip(WHITE_BOX, interaction)],
                          columns=["setting", "method", "baseline", "planned", "pairs", "sst2", "mmlu", "p", "p_holm",
                                   "smallest_p"])
@@ -104,7 +104,8 @@ def test_a_null_result_says_what_could_have_been_found_and_is_no_equality():
     assert "neither a difference nor equality is shown; 7 pairs find 5.0 points with power 0.8." in null
     assert "7 of 7 pairs" in null and "+0.2 points [-0.8, +1.2]" in null
     few = row("white_box", "attention", "black_box", "undecided", pairs=4, detectable=np.inf, smallest_p=3 / 8)
-    assert "no difference, however large, could be significant with 4 pairs: 7 are needed." in verdict.sentence(few, 0.01)
+    assert ("no difference, however large, could be significant with 4 pairs: 7 are needed."
+            in verdict.sentence(few, 0.01))
     two = row("white_box", "attention", "black_box", "undecided", pairs=2, detectable=np.inf, smallest_p=1.0)
     assert "could be significant with 2 pairs: 6 are needed" in verdict.sentence(two, 0.01)
     none = row("white_box", "attention", "black_box", "not tested", pairs=1)
