@@ -108,7 +108,7 @@ def hierarchical_interval(difference: np.ndarray, tasks: Sequence[str], weights:
     A draw takes S seeds with replacement and, within each task, as many examples as it has; the same examples for all
     seeds, since all trials answer the same ones (the pigeonhole bootstrap of crossed factors, Owen 2007). The interval
     is mean +- t(S - 1) times the draws' standard deviation, after two corrections: sqrt(S / (S - 1)), because draws
-    from 7 seeds are too narrow (their own percentiles cover about 90 %); and an answer's own noise, which resampling
+    from 7 seeds are too narrow (their own percentiles cover 87 %); and an answer's own noise, which resampling
     both ways counts three times, is taken off twice (its size is the residual of seeds x examples). It is never
     narrower than Student's interval over seeds, and equals it where examples do not differ.
 
