@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 SPEED = "05_measure_speed"
 
@@ -46,6 +47,7 @@ def sweep(options: argparse.Namespace) -> int:
         done = sum(state.state == "done" for state in states.values())
         print(f"{done} of {len(states)} trials are done, {len(states) - done} to run; "
               f"records: {config.short_path(run_dir)}")
+        _print_reach(chosen)
         return 0
     results = sweeps.run_sweep(parameters, grid, only=options.only, run_dir=run_dir, address=options.address,
                                cpus_per_trial=options.cpus_per_trial, gpus_per_trial=options.gpus_per_trial)
@@ -55,6 +57,21 @@ def sweep(options: argparse.Namespace) -> int:
           "04_analyse_results.ipynb)")
     of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
     return 0 if (of_chosen["status"] == "done").all() else 1
+
+
+def _print_reach(trials: list[Any]) -> None:
+    """What these trials could show at best: a family too large for its pairs finds nothing, however large it is."""
+    import pandas as pd
+
+    from . import comparisons, stats, tables
+
+    planned = pd.DataFrame([
+        {"trial": trial.trial, "status": "done", **{f"config/{key}": value for key, value in trial.swept.items()}}
+        for trial in trials])
+    for row in comparisons.reach(tables.planned_trials(planned)).itertuples():
+        verdict = "can be significant" if row.smallest_p < stats.ALPHA else "CANNOT be significant: give more seeds"
+        print(f"question {row.question}: {row.comparisons} comparisons of {row.pairs} pairs, smallest corrected p "
+              f"{row.smallest_p:.3f}, {verdict}")
 
 
 def bench(options: argparse.Namespace) -> int:

@@ -58,6 +58,13 @@ def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray, bins
     return float(np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["n"]))
 
 
+def calibrated_error(confidence: np.ndarray, bins: int = BINS, draws: int = 200) -> float:
+    """The expected calibration error that right confidences would have on average: the bias of few examples."""
+    confidence, rng = np.asarray(confidence, dtype=float), np.random.default_rng(0)
+    return float(np.mean([expected_calibration_error(confidence, rng.uniform(size=confidence.size) < confidence, bins)
+                          for _ in range(draws)]))
+
+
 def calibration_errors(predictions: pd.DataFrame) -> dict[str, float]:
     """`calibration_error/TASK`: the expected calibration error of each choice task, a fraction."""
     return {f"calibration_error/{task}": expected_calibration_error(rows["confidence"], rows["correct"])

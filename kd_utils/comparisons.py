@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 
 from . import stats
-from .tables import planned_trials
+from .bootstrap import (example_weights, hierarchical_errors, hierarchical_interval, hierarchical_p, interaction_p_rows,
+                        unseen_discordance)
+from .tables import planned_trials, trial_values
 
 BASELINE = "black_box"
 WHITE_BOX = ("hidden_state", "attention", "combined")
@@ -26,10 +28,10 @@ QUESTIONS = {
 }
 #: The metric that verdicts over all tasks rest on: how many rows of a task were drawn should not weigh the tasks.
 PRIMARY = "macro"
-COLUMNS = ["question", "metric", "setting", "method", "baseline", "planned", "pairs", "difference", "difference_sd",
-           "low", "high", "low_90", "high_90", "p", "p_holm", "p_equivalence", "p_equivalence_holm", "g", "sd",
-           "baseline_sd", "sd_ratio", "sd_ratio_low", "sd_ratio_high", "p_spread", "p_spread_holm", "smallest_p",
-           "detectable", "outcome"]
+COLUMNS = ["question", "metric", "setting", "method", "baseline", "planned", "pairs", "family", "difference",
+           "difference_sd", "low", "high", "low_90", "high_90", "p", "p_holm", "p_rows", "p_rows_holm", "p_equivalence",
+           "p_equivalence_holm", "g", "sd", "baseline_sd", "sd_ratio", "sd_ratio_low", "sd_ratio_high", "p_spread",
+           "p_spread_holm", "smallest_p", "detectable", "equal", "outcome"]
 
 
 class Pairs(NamedTuple):
@@ -47,6 +49,11 @@ class Pairs(NamedTuple):
     seeds: list[int]
     method: np.ndarray
     baseline: np.ndarray
+
+    @property
+    def difference(self) -> np.ndarray:
+        """(S, N) of -1, 0, 1."""
+        return self.method - self.baseline
 
 
 class Answers:
@@ -84,18 +91,44 @@ class Answers:
 
     def pairs(self, method: str, baseline: str) -> Iterator[Pairs]:
         """Method and baseline wherever their settings agree; a key that only one of them uses does not part them."""
-        of = {name: self.trials[self.trials["distill_type"] == name] for name in (method, baseline)}
-        for mine, of_mine in of[method].groupby("setting", sort=False):
-            for theirs, of_theirs in of[baseline].groupby("setting", sort=False):
-                a, b = _items(mine), _items(theirs)
-                if any(a[key] != b[key] for key in a.keys() & b.keys()):
-                    continue
-                both = of_mine.merge(of_theirs, on="seed", suffixes=("", "_baseline"))
-                done = both[both["done"] & both["done_baseline"]]
-                stack = [np.array([self.correct[trial] for trial in done[column]]).reshape(len(done), len(self.tasks))
-                         for column in ("trial", "trial_baseline")]
-                setting = ", ".join(f"{key}={value}" for key, value in (b | a).items())
-                yield Pairs(setting, len(both), done["seed"].tolist(), *stack)
+        for setting, both in matches(self.trials, method, baseline):
+            done = both[both["done"] & both["done_baseline"]]
+            stack = [np.array([self.correct[trial] for trial in done[column]]).reshape(len(done), len(self.tasks))
+                     for column in ("trial", "trial_baseline")]
+            yield Pairs(setting, len(both), done["seed"].tolist(), *stack)
+
+
+def matches(trials: pd.DataFrame, method: str, baseline: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each setting in which two methods meet, with their planned trials side by side, by seed (`trial_baseline`)."""
+    of = {name: trials[trials["distill_type"] == name] for name in (method, baseline)}
+    order = list(dict.fromkeys(key for setting in sorted(trials["setting"].unique(), key=len, reverse=True)
+                               for key in setting_items(setting)))
+    for mine, of_mine in of[method].groupby("setting", sort=False):
+        for theirs, of_theirs in of[baseline].groupby("setting", sort=False):
+            a, b = setting_items(mine), setting_items(theirs)
+            if all(a[key] == b[key] for key in a.keys() & b.keys()):
+                # Keys in the grid's order, whichever of the two has them: settings are told apart by their text.
+                both = {key: (a | b)[key] for key in order if key in a | b}
+                setting = ", ".join(f"{key}={value}" for key, value in both.items())
+                yield setting, of_mine.merge(of_theirs, on="seed", suffixes=("", "_baseline"))
+
+
+def reach(trials: pd.DataFrame) -> pd.DataFrame:
+    """What a plan could show at best: of every question the family's size, its pairs and the smallest corrected p.
+
+    Args:
+        trials: `tables.planned_trials`'s columns distill_type, setting, seed.
+
+    Returns:
+        question, comparisons, pairs (the fewest of the family), smallest_p (after Holm).
+    """
+    rows = []
+    for question, family in QUESTIONS.items():
+        counts = [len(both) for pair in family for _, both in matches(trials, *pair)]
+        if counts:
+            rows.append({"question": question, "comparisons": len(counts), "pairs": min(counts),
+                         "smallest_p": min(len(counts) * stats.smallest_p(min(counts)), 1.0)})
+    return pd.DataFrame(rows, columns=["question", "comparisons", "pairs", "smallest_p"])
 
 
 def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
@@ -106,67 +139,90 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
         margin: what counts as equal in `p_equivalence`, a fraction (0.01: one point).
 
     Returns:
-        question, metric, setting, method, baseline; planned and pairs (seeds); difference (mean over pairs), its sd,
-        low, high (95 %, hierarchical bootstrap), low_90, high_90; p (exact sign flips), p_holm; p_equivalence (TOST),
-        p_equivalence_holm; g (Hedges); sd, baseline_sd, sd_ratio, sd_ratio_low, sd_ratio_high, p_spread
-        (Brown-Forsythe), p_spread_holm; smallest_p (that the family's size and the pairs allow, after Holm);
-        detectable (difference found with power 0.8 at Holm's first step). NaN where there are too few pairs.
+        question, metric, setting, method, baseline; planned and pairs (seeds); family (comparisons in it); difference
+        (mean over pairs), its sd, low, high (95 %, hierarchical bootstrap), low_90, high_90; p (exact sign flips over
+        seeds, on these examples), p_rows (over seeds and examples, by the bootstrap's error); p_equivalence (TOST); g
+        (Hedges); sd, baseline_sd, sd_ratio, sd_ratio_low, sd_ratio_high, p_spread (Brown-Forsythe); of each p its Holm
+        correction, X_holm; smallest_p (that the family's size and the pairs allow, after Holm); detectable (the
+        difference that is found with power 0.8); equal (bool) and outcome, by `judge`. NaN where pairs are too few.
     """
     rows = []
     for question, family in QUESTIONS.items():
-        for method, baseline in family:
-            for pairs in answers.pairs(method, baseline):
-                for metric in answers.metrics:
-                    rows.append({"question": question, "metric": metric, "setting": pairs.setting, "method": method,
-                                 "baseline": baseline} | _compare_pairs(pairs, answers.tasks, metric, margin))
-    if not rows:
-        return pd.DataFrame(columns=COLUMNS)
-    table = pd.DataFrame(rows)
+        found = [(method, baseline, pairs) for method, baseline in family for pairs in answers.pairs(method, baseline)]
+        for method, baseline, pairs in found:
+            named = {"question": question, "setting": pairs.setting, "method": method, "baseline": baseline,
+                     "family": len(found)}
+            rows += [named | row for row in _compare_pairs(pairs, answers, margin, len(found))]
+    table = pd.DataFrame(rows, columns=COLUMNS)
     family = table.groupby(["question", "metric"], sort=False)
-    for column in ("p", "p_equivalence", "p_spread"):
+    for column in ("p", "p_rows", "p_equivalence", "p_spread"):
         table[f"{column}_holm"] = family[column].transform(lambda values: stats.holm(values.to_numpy()))
-    size = family["method"].transform("size")
-    table["smallest_p"] = [min(stats.smallest_p(n) * m, 1.0) for n, m in zip(table["pairs"], size)]
-    table["detectable"] = [stats.smallest_detectable(sd, n, stats.ALPHA / m) if n > 1 else np.nan
-                           for sd, n, m in zip(table["difference_sd"], table["pairs"], size)]
-    return table.assign(outcome=[outcome(row, margin) for row in table.to_dict("records")])[COLUMNS]
+    judged = [judge(row, margin) for row in table.to_dict("records")]
+    return table.assign(equal=[equal for equal, _ in judged], outcome=[outcome for _, outcome in judged])
 
 
-def outcome(row: dict[str, Any], margin: float) -> str:
-    """What a comparison shows, by rule: "better", "worse", "equivalent", "undecided" or "not tested".
+def judge(row: dict[str, Any], margin: float) -> tuple[bool, str]:
+    """What a comparison shows, by rule: whether the two are equal within the margin, and the outcome in a word.
 
-    better, worse: Holm's p under 0.05. equivalent: not those, Holm's p of TOST under 0.05, and the 90 % interval over
-    seeds and examples within the margin. undecided: neither was shown, which is no equality.
+    equal: Holm's p of TOST under 0.05, and the 90 % interval over seeds and examples within the margin.
+    better, worse: Holm's p under 0.05, both of the sign flips and over seeds and examples.
+    better (worse) on these rows: only of the sign flips, so other examples might show otherwise.
+    equivalent: equal, and none of those. undecided: nothing was shown, which is no equality. not tested: fewer than two
+    pairs.
     """
     if not row["pairs"] > 1:
-        return "not tested"
-    if row["p_holm"] < stats.ALPHA:
-        return "better" if row["difference"] > 0 else "worse"
+        return False, "not tested"
     inside = -margin < row["low_90"] and row["high_90"] < margin
-    return "equivalent" if row["p_equivalence_holm"] < stats.ALPHA and inside else "undecided"
+    equal = bool(row["p_equivalence_holm"] < stats.ALPHA and inside)
+    if row["p_holm"] < stats.ALPHA:
+        word = "better" if row["difference"] > 0 else "worse"
+        return equal, word if row["p_rows_holm"] < stats.ALPHA else f"{word} on these rows"
+    return equal, "equivalent" if equal else "undecided"
 
 
 def interactions(answers: Answers) -> pd.DataFrame:
     """Does a method's difference from black box depend on the task? One row per white-box method and setting.
 
     Returns:
-        setting, method, baseline, planned, pairs, a column of mean differences per task, p (`stats.interaction_p`),
-        p_holm over all rows, smallest_p.
+        setting, method, baseline, planned, pairs, a column of mean differences per task, p (`stats.interaction_p`: over
+        seeds, on these examples), p_rows (over seeds and examples), their Holm corrections over all rows, smallest_p.
     """
     rows = []
     tasks = answers.metrics[2:]
+    weights = np.stack([example_weights(answers.tasks, task) for task in tasks], axis=1)
     for method, baseline in QUESTIONS["white_box"]:
         for pairs in answers.pairs(method, baseline):
-            by_task = np.stack([(pairs.method - pairs.baseline) @ stats.example_weights(answers.tasks, task)
-                                for task in tasks], axis=1)
+            by_task = pairs.difference @ weights
             means = by_task.mean(axis=0) if len(by_task) else np.full(len(tasks), np.nan)
+            errors = hierarchical_errors(pairs.difference, answers.tasks, weights)
             rows.append({"setting": pairs.setting, "method": method, "baseline": baseline, "planned": pairs.planned,
-                         "pairs": len(pairs.seeds), **dict(zip(tasks, means)), "p": stats.interaction_p(by_task)})
-    if not rows:
-        return pd.DataFrame(columns=["setting", "method", "baseline", "planned", "pairs", *tasks, "p", "p_holm"])
-    table = pd.DataFrame(rows)
-    return table.assign(p_holm=stats.holm(table["p"].to_numpy()),
+                         "pairs": len(pairs.seeds), **dict(zip(tasks, means)), "p": stats.interaction_p(by_task),
+                         "p_rows": interaction_p_rows(by_task, errors)})
+    table = pd.DataFrame(rows, columns=["setting", "method", "baseline", "planned", "pairs", *tasks, "p", "p_rows"])
+    return table.assign(p_holm=stats.holm(table["p"]), p_rows_holm=stats.holm(table["p_rows"]),
                         smallest_p=[min(stats.smallest_p(n) * len(table), 1.0) for n in table["pairs"]])
+
+
+def compare_metric(results: pd.DataFrame, metric: str, question: str = "white_box") -> pd.DataFrame:
+    """A question's family on any metric of the results (a loss, a calibration error): over seeds alone.
+
+    Returns:
+        metric, setting, method, baseline, pairs, difference (mean), low, high (95 % t interval over seeds), p (exact
+        sign flips), p_holm; in the metric's unit.
+    """
+    trials = planned_trials(results)
+    value = dict(zip(trials["trial"], trial_values(results, metric)["value"]))
+    rows = []
+    for method, baseline in QUESTIONS[question]:
+        for setting, both in matches(trials, method, baseline):
+            each = (both["trial"].map(value) - both["trial_baseline"].map(value)).dropna().to_numpy()
+            found = stats.interval(each)
+            rows.append({"metric": metric, "setting": setting, "method": method, "baseline": baseline,
+                         "pairs": found["n"], "difference": found["mean"], "low": found["low"], "high": found["high"],
+                         "p": stats.sign_flip_p(each)})
+    table = pd.DataFrame(rows, columns=["metric", "setting", "method", "baseline", "pairs", "difference", "low", "high",
+                                        "p"])
+    return table.assign(p_holm=stats.holm(table["p"]))
 
 
 def differences(answers: Answers, question: str = "white_box") -> pd.DataFrame:
@@ -179,8 +235,7 @@ def differences(answers: Answers, question: str = "white_box") -> pd.DataFrame:
              "difference": value}
             for method, baseline in QUESTIONS[question] for pairs in answers.pairs(method, baseline)
             for metric in answers.metrics
-            for seed, value in zip(pairs.seeds, (pairs.method - pairs.baseline)
-                                   @ stats.example_weights(answers.tasks, metric))]
+            for seed, value in zip(pairs.seeds, pairs.difference @ example_weights(answers.tasks, metric))]
     return pd.DataFrame(rows, columns=["metric", "setting", "distill_type", "baseline", "seed", "difference"])
 
 
@@ -197,28 +252,45 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
              "method": row["method"], "minus": row["baseline"], "pairs": f"{row['pairs']} of {row['planned']}",
              "points": points(row, "{:+.1f}", "difference"),
              "95 % interval": points(row, "[{:+.1f}, {:+.1f}]", "low", "high"), "p": p(row["p"]),
-             "Holm": p(row["p_holm"]), "g": "–" if np.isnan(row["g"]) else f"{row['g']:.2f}",
-             "equal (TOST, Holm)": p(row["p_equivalence_holm"]),
-             "finds": points(row, "{:.1f}", "detectable").replace("inf", "nothing"), "outcome": row["outcome"]}
+             "Holm": p(row["p_holm"]), "Holm, over rows too": p(row["p_rows_holm"]),
+             "TOST, Holm": p(row["p_equivalence_holm"]), "g": "–" if np.isnan(row["g"]) else f"{row['g']:.2f}",
+             "detectable": points(row, "{:.1f}", "detectable").replace("inf", "none"), "outcome": row["outcome"]}
             for _, of_metric in table.groupby("metric", sort=False) for row in of_metric.to_dict("records")]
     return pd.DataFrame(rows).set_index(["metric", "method"]) if rows else pd.DataFrame()
 
 
-def _compare_pairs(pairs: Pairs, tasks: np.ndarray, metric: str, margin: float) -> dict[str, Any]:
-    weights = stats.example_weights(tasks, metric)
-    mine, theirs = pairs.method @ weights, pairs.baseline @ weights
-    values = mine - theirs
-    n = len(values)
-    intervals = stats.hierarchical_interval(pairs.method - pairs.baseline, tasks, weights, levels=(0.95, 0.9))
-    spread = stats.spread_comparison(mine, theirs)
-    return {"planned": pairs.planned, "pairs": n, "difference": values.mean() if n else np.nan,
-            "difference_sd": values.std(ddof=1) if n > 1 else np.nan,
-            **dict(zip(("low", "high", "low_90", "high_90"), intervals.ravel())),
-            "p": stats.sign_flip_p(values), "p_equivalence": stats.equivalence_p(mine, theirs, margin),
-            "g": stats.hedges_g(mine, theirs), "sd": spread["sd"], "baseline_sd": spread["baseline_sd"],
-            "sd_ratio": spread["ratio"], "sd_ratio_low": spread["low"], "sd_ratio_high": spread["high"],
-            "p_spread": spread["p"]}
+def _compare_pairs(pairs: Pairs, answers: Answers, margin: float, family: int) -> Iterator[dict[str, Any]]:
+    weights = np.stack([example_weights(answers.tasks, metric) for metric in answers.metrics], axis=1)
+    errors = hierarchical_errors(pairs.difference, answers.tasks, weights)
+    n = len(pairs.seeds)
+    for metric, weight, error in zip(answers.metrics, weights.T, errors):
+        mine, theirs = pairs.method @ weight, pairs.baseline @ weight
+        values = np.round(mine - theirs, 12)
+        centre = float(values.mean()) if n else np.nan
+        bounds = {level: hierarchical_interval(centre, error, n, level,
+                                               unseen_discordance(pairs.difference, answers.tasks, weight, level))
+                  for level in (0.95, 0.9)}
+        spread = stats.spread_comparison(mine, theirs)
+        sd = float(values.std(ddof=1)) if n > 1 else np.nan
+        yield {"metric": metric, "planned": pairs.planned, "pairs": n, "difference": centre, "difference_sd": sd,
+               "low": bounds[0.95][0], "high": bounds[0.95][1], "low_90": bounds[0.9][0], "high_90": bounds[0.9][1],
+               "p": stats.sign_flip_p(values), "p_rows": hierarchical_p(centre, error, n),
+               "p_equivalence": stats.equivalence_p(mine, theirs, margin), "g": stats.hedges_g(mine, theirs),
+               "sd": spread["sd"], "baseline_sd": spread["baseline_sd"], "sd_ratio": spread["ratio"],
+               "sd_ratio_low": spread["low"], "sd_ratio_high": spread["high"], "p_spread": spread["p"],
+               "smallest_p": min(stats.smallest_p(n) * family, 1.0), "detectable": _detectable(sd, error, n, family)}
 
 
-def _items(setting: str) -> dict[str, str]:
+def _detectable(sd: float, error: float, n: int, family: int) -> float:
+    """The difference that both tests find with power 0.8 at Holm's first step: the larger of what each needs."""
+    if n < 2:
+        return np.nan
+    from scipy.stats import norm, t
+
+    over_rows = error * (t.ppf(1 - stats.ALPHA / family / 2, n - 1) + norm.ppf(stats.POWER))
+    return max(stats.smallest_detectable(sd, n, stats.ALPHA / family), float(over_rows))
+
+
+def setting_items(setting: str) -> dict[str, str]:
+    """The swept keys of a setting's text: "temperature=4, gamma_hidden=1" -> their values, as text."""
     return dict(part.split("=", 1) for part in setting.split(", ")) if setting else {}

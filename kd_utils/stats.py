@@ -2,7 +2,8 @@
 
 A trial is one method at one seed; all trials of a seed share the order of the data, dropout and the student's initial
 weights, and all trials answer the same validation examples. What is tested is therefore the difference within a seed.
-The tests are scipy's and statsmodels'; what is ours is their arrangement.
+The tests are scipy's and statsmodels'; what is ours is their arrangement. Differences below 1e-12 are rounding:
+accuracies are ratios of small integers.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import pandas as pd
 
 ALPHA = 0.05
 POWER = 0.8
-DRAWS = 2000
 #: Up to this many pairs every assignment of signs is looked at; above, this many random ones (scipy's own rule).
 SIGN_FLIPS = 2**14
+#: With fewer pairs neither equality nor a spread is tested: Brown and Forsythe's test always rejects with two.
+FEWEST = 5
+ROUNDING = 1e-12
 
 
 def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
@@ -40,14 +43,17 @@ def _sign_flip_p(rows: np.ndarray) -> np.ndarray:
     """`sign_flip_p` of each row of (m, n)."""
     from scipy.stats import permutation_test
 
+    def mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+        return np.round(np.mean(values, axis=axis), 12)  # else rounding would break ties between assignments
+
     batch = max(2**22 // (len(rows) * rows.shape[1]), 1)
-    return permutation_test((rows,), np.mean, permutation_type="samples", axis=1, vectorized=True, batch=batch,
+    return permutation_test((rows,), mean, permutation_type="samples", axis=1, vectorized=True, batch=batch,
                             n_resamples=SIGN_FLIPS, rng=np.random.default_rng(0)).pvalue
 
 
 def smallest_p(n: int) -> float:
-    """The smallest two-sided p of the sign-flip test with n pairs: 2 / 2^n."""
-    return min(2.0 ** (1 - n), 1.0)
+    """The smallest two-sided p of the sign-flip test with n pairs: 2 / 2^n, or what so many random flips can give."""
+    return min(max(2.0 ** (1 - n), 2 / (SIGN_FLIPS + 1) if 2**n > SIGN_FLIPS else 0.0), 1.0)
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -79,88 +85,21 @@ def hedges_g_from_summary(mean: float, sd: float, n: int, mean_0: float, sd_0: f
     """`hedges_g` from means, standard deviations (n - 1) and counts."""
     from statsmodels.stats.meta_analysis import effectsize_smd
 
-    return float(effectsize_smd(mean, sd, n, mean_0, sd_0, n_0)[0]) if sd or sd_0 else np.nan
-
-
-def example_weights(tasks: Sequence[str], metric: str) -> np.ndarray:
-    """Each example's weight in a metric: accuracy is the sum of weight times correct.
-
-    Args:
-        tasks: task of each example.
-        metric: "micro" (over examples), "macro" (mean over tasks) or a task.
-    """
-    tasks = np.asarray(tasks)
-    names, counts = np.unique(tasks, return_counts=True)
-    if metric == "micro":
-        return np.full(len(tasks), 1 / len(tasks))
-    per_task = dict(zip(names, counts))
-    if metric == "macro":
-        return np.array([1 / (len(names) * per_task[task]) for task in tasks])
-    if metric not in per_task:
-        raise ValueError(f"no example of task {metric!r} (there are: {', '.join(names)}), micro and macro")
-    return np.where(tasks == metric, 1 / per_task[metric], 0.0)
-
-
-def hierarchical_interval(difference: np.ndarray, tasks: Sequence[str], weights: np.ndarray, *,
-                          levels: Sequence[float] = (0.95,), draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Interval of a mean paired difference over seeds and examples, by a hierarchical bootstrap.
-
-    A draw takes S seeds with replacement and, within each task, as many examples as it has; the same examples for all
-    seeds, since all trials answer the same ones (the pigeonhole bootstrap of crossed factors, Owen 2007). The interval
-    is mean +- t(S - 1) times the draws' standard deviation, after two corrections: sqrt(S / (S - 1)), because draws
-    from 7 seeds are too narrow (their own percentiles cover 87 %); and an answer's own noise, which resampling
-    both ways counts three times, is taken off twice (its size is the residual of seeds x examples). It is never
-    narrower than Student's interval over seeds, and equals it where examples do not differ.
-
-    Args:
-        difference: (S, N) correct minus baseline's correct, of -1, 0, 1; row a seed, column an example.
-        tasks: (N,) task of each example.
-        weights: (N,) of `example_weights`.
-        levels: of confidence.
-        draws: resamples.
-        seed: of the resampling.
-
-    Returns:
-        (len(levels), 2) low and high, in the unit of `difference`; NaN with fewer than two seeds.
-    """
-    from scipy.stats import t
-
-    seeds, tasks, used = len(difference), np.asarray(tasks), np.asarray(weights) != 0
-    if seeds < 2:
-        return np.full((len(levels), 2), np.nan)
-    difference, tasks, weights = difference[:, used], tasks[used], np.asarray(weights)[used]
-    rng = np.random.default_rng(seed)
-    of_seed = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds
-    means = of_seed @ difference  # (draws, N)
-    total, excess = np.zeros(draws), 0.0
-    for task in np.unique(tasks):
-        mine = tasks == task
-        count = mine.sum()
-        # Drawing N of N examples gives each a count; the sum over them is all that is needed.
-        total += (means[:, mine] * weights[mine] * rng.multinomial(count, np.full(count, 1 / count), draws)).sum(1)
-        # Of the variance due to noise, what the draws have beyond once (see above), by their weights' second moments.
-        centred = difference[:, mine] - difference[:, mine].mean(axis=0)
-        residual = centred - centred.mean(axis=1, keepdims=True)
-        noise = (residual**2).sum() / ((seeds - 1) * max(count - 1, 1)) * (weights[mine] ** 2).sum() / seeds
-        excess += noise * (seeds / (seeds - 1) * ((2 - 1 / seeds) * (2 - 1 / count) - 1) - 1)
-    of_seeds = (difference @ weights).var(ddof=1) / seeds
-    spread = np.sqrt(max(total.var(ddof=1) * seeds / (seeds - 1) - excess, of_seeds))
-    half = np.array([t.ppf((1 + level) / 2, seeds - 1) * spread for level in levels])
-    centre = float((difference @ weights).mean())
-    return np.stack([centre - half, centre + half], axis=1)
+    return float(effectsize_smd(mean, sd, n, mean_0, sd_0, n_0)[0]) if max(sd, sd_0) > ROUNDING else np.nan
 
 
 def equivalence_p(values: Sequence[float], baseline: Sequence[float], margin: float) -> float:
     """p of two one-sided paired t tests (TOST): small says that the mean difference lies within +- margin.
 
-    A large p of a difference test says nothing of the kind. NaN for fewer than two pairs.
+    A large p of a difference test says nothing of the kind. NaN for fewer than five pairs: two or three that happen to
+    agree would be called equal.
     """
     from statsmodels.stats.weightstats import ttost_paired
 
     values, baseline = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
-    if len(values) < 2:
+    if len(values) < FEWEST:
         return np.nan
-    if np.ptp(values - baseline) < 1e-12:  # every pair differs by the same: there is no spread to test with
+    if np.ptp(values - baseline) < ROUNDING:  # every pair differs by the same: there is no spread to test with
         return 0.0 if abs((values - baseline).mean()) < margin else 1.0
     return float(ttost_paired(values, baseline, -margin, margin)[0])
 
@@ -170,12 +109,12 @@ def spread_comparison(values: Sequence[float], baseline: Sequence[float]) -> dic
 
     Returns:
         sd, baseline_sd, ratio (sd / baseline's), low, high (95 %, from F, which assumes normal values and takes the two
-        sets as independent: pairing makes it conservative), p. NaN for fewer than two values or no spread.
+        sets as independent: pairing makes it conservative), p. NaN for fewer than five values or no spread.
     """
     from scipy.stats import levene
 
     values, baseline = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
-    if min(len(values), len(baseline)) < 2 or not (np.ptp(values) and np.ptp(baseline)):
+    if min(len(values), len(baseline)) < FEWEST or min(np.ptp(values), np.ptp(baseline)) < ROUNDING:
         return dict.fromkeys(("sd", "baseline_sd", "ratio", "low", "high", "p"), np.nan)
     sd, sd_0 = float(values.std(ddof=1)), float(baseline.std(ddof=1))
     low, high = ratio_interval(sd, len(values), sd_0, len(baseline))
@@ -199,7 +138,15 @@ def smallest_detectable(sd: float, n: int, alpha: float = ALPHA, power: float = 
         n: pairs.
         alpha: level of the test; for one comparison of a family of m, alpha / m, which is Holm's first step.
     """
-    return float(sd * _detectable_effect(n, alpha, power))
+    effect = _detectable_effect(n, alpha, power)
+    return float(sd * effect) if np.isfinite(effect) else np.inf
+
+
+def detectable_ratio(n: int, alpha: float = ALPHA, power: float = POWER) -> float:
+    """The ratio of two standard deviations over n seeds each that an F test finds with this power (normal values)."""
+    from scipy.stats import f
+
+    return float(np.sqrt(f.ppf(1 - alpha / 2, n - 1, n - 1) / f.ppf(1 - power, n - 1, n - 1))) if n > 1 else np.inf
 
 
 @lru_cache
@@ -207,13 +154,13 @@ def _detectable_effect(n: int, alpha: float, power: float) -> float:
     """`smallest_detectable` in standard deviations: for the sign-flip test by simulation, for many pairs from t."""
     if n < 2 or smallest_p(n) > alpha:
         return np.inf
-    if n > 10:
+    if n > 12:
         from statsmodels.stats.power import TTestPower
 
         return float(TTestPower().solve_power(nobs=n, alpha=alpha, power=power))
-    noise = np.random.default_rng(0).standard_normal((2000, n))
+    noise = np.random.default_rng(0).standard_normal((2000 if n <= 10 else 500, n))
     low, high = 0.0, 8.0
-    for _ in range(16):  # the same noise at each step, so the power rises with the effect
+    for _ in range(12):  # the same noise at each step, so the power rises with the effect
         middle = (low + high) / 2
         found = np.mean(_sign_flip_p(noise + middle) <= alpha)
         low, high = (middle, high) if found < power else (low, middle)
@@ -239,12 +186,12 @@ def interaction_p(differences: np.ndarray) -> float:
     differences = differences[~np.isnan(differences).any(axis=1)] if differences.ndim == 2 else differences
     if differences.ndim != 2 or min(differences.shape) < 2:
         return np.nan
-    contrasts = differences - differences.mean(axis=1, keepdims=True)
+    contrasts = np.round(differences - differences.mean(axis=1, keepdims=True), 12)
     inverse = np.linalg.pinv(contrasts.T @ contrasts, rcond=1e-9, hermitian=True)
 
     def hotelling(signs: np.ndarray, axis: int = -1) -> np.ndarray:
         total = np.moveaxis(signs, axis, -1) @ contrasts
-        return np.einsum("...i,ij,...j->...", total, inverse, total)
+        return np.round(np.einsum("...i,ij,...j->...", total, inverse, total), 9)
 
     return float(permutation_test((np.ones(len(contrasts)),), hotelling, permutation_type="samples", vectorized=True,
                                   alternative="greater", n_resamples=SIGN_FLIPS, rng=np.random.default_rng(0)).pvalue)

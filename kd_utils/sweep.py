@@ -56,7 +56,11 @@ def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | 
     place = {"run_dir": config.short_path(run_dir)}
     for values in itertools.product(*grid.values()):
         swept = dict(zip(grid, values))
-        chosen = parameter_files.notebook_config(TRAIN, {**parameters, **swept})
+        try:
+            chosen = parameter_files.notebook_config(TRAIN, {**parameters, **swept})
+        except ValueError as error:
+            raise ValueError(f"{error} (in the grid: {', '.join(f'{key}={value}' for key, value in swept.items())})") \
+                from None
         used = {key: value for key, value in swept.items() if key not in chosen.without_effect}
         if seen.get(chosen.fingerprint()) == used and used != swept:
             continue  # what differs means nothing to this method: one trial serves for all of them
@@ -89,9 +93,10 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
                 raise ValueError(f"--only {part}: {key}={word} is not in the grid, which has "
                                  + ", ".join(map(str, grid[key])))
             wanted[key] += found
-    # A trial without the key serves for all its values.
+    # A trial without the key serves for all its values, and so does the untrained student for all seeds.
     return [trial for trial in trials
-            if all(key not in trial.swept or trial.swept[key] in values for key, values in wanted.items())]
+            if all(key not in trial.swept or trial.swept[key] in values
+                   or (key == "seed" and trial.swept["distill_type"] == "untrained") for key, values in wanted.items())]
 
 
 def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:

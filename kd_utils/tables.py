@@ -27,8 +27,8 @@ def find_run(name: str, run_dir: str = "", runs: Path = ROOT / "runs") -> Path:
     """The run folder to read: `run_dir` if given, else `runs/NAME` (what a sweep writes), else its latest dated record,
     else `runs/explore` (what 03 leaves when it is run by hand).
 
-    Without `run_dir`, a folder counts when it has at least one trial's `metrics.json`. Records are `YYYY-MM-DD-NAME`;
-    the date in the name decides, because a clone gives every file a new time.
+    Without `run_dir`, a folder counts when it has at least one trial's `metrics.json`. Records are `YYYY-MM-DD-NAME`, a
+    day's second one `YYYY-MM-DD-NAME-2`; the name decides, because a clone gives every file a new time.
 
     Raises:
         FileNotFoundError: `run_dir` is no folder, or no run of that name has trials; names the runs that have.
@@ -39,7 +39,9 @@ def find_run(name: str, run_dir: str = "", runs: Path = ROOT / "runs") -> Path:
         if not resolve(run_dir).is_dir():
             raise FileNotFoundError(f"no run folder {run_dir} {hint}")
         return resolve(run_dir)
-    own = [run for run in having if re.fullmatch(rf"(\d{{4}}-\d\d-\d\d-)?{re.escape(name)}", run)]
+    dated = re.compile(rf"(\d{{4}}-\d\d-\d\d)-{re.escape(name)}(?:-(\d+))?")
+    own = [name] * (name in having) + sorted(filter(dated.fullmatch, having), key=lambda run: (
+        dated.fullmatch(run)[1], int(dated.fullmatch(run)[2] or 1)))
     if not own and "explore" in having:
         return runs / "explore"
     if not own:

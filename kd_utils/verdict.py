@@ -13,21 +13,24 @@ import numpy as np
 import pandas as pd
 
 from . import stats
-from .comparisons import BASELINE, PRIMARY, WHITE_BOX
+from .comparisons import BASELINE, PRIMARY, WHITE_BOX, setting_items
 
 QUESTION_TEXTS = {
     "teacher": "Do the teacher's logits help at all, beside the same training without a teacher?",
     "white_box": "Do white-box signals help beyond logits?",
     "which": "Which helps more, attention maps or hidden states?",
     "combining": "Does combining help, beyond the better of the two?",
-    "task": "Does the gain over logits depend on the task (an interaction)?",
+    "task": "Does the gain over logits, in points of accuracy, depend on the task (an interaction)?",
     "spread": "Do white-box signals lower the spread over seeds?",
     "hypothesis": "Hypothesis: similar on sentiment, better on reasoning (MMLU) and mathematics (GSM8K).",
 }
 SIMILAR_ON, BETTER_ON = ("sst2",), ("mmlu", "gsm8k")
-#: What a verdict about one teacher and one initial student does not speak of.
-SCOPE = ("Intervals and tests are over seeds (order of the data, dropout, projector) and validation examples. All "
+#: What the numbers are over, and what they do not speak of.
+SCOPE = ("A seed varies the order of the data, the projector's initial weights, and dropout where a model has any. p "
+         "flips the signs of the seeds' differences, on these validation rows; better and worse must also hold over "
+         "other rows (rows p); both are corrected by Holm, the 95 % intervals, over seeds and rows, are not. All "
          "trials share one teacher and the student's initial weights, so another teacher or student is not spoken of.")
+NOT_SHOWN, NOT_TESTED = "Not shown.", "Not tested."
 
 
 def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.01) -> pd.DataFrame:
@@ -41,21 +44,31 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
         question (key of `QUESTION_TEXTS`), setting, answer (a few words), evidence (sentences with the numbers).
     """
     rows: list[tuple[str, str, str, list[str]]] = []
-    for setting in dict.fromkeys([*table["setting"], *interaction["setting"]]):
-        mine, inter = table[table["setting"] == setting], interaction[interaction["setting"] == setting]
-        primary = mine[mine["metric"] == PRIMARY]
-        for question, answer in ANSWERS.items():
-            family = primary[primary["question"] == question].to_dict("records")
-            if family:
-                rows.append((question, setting, answer(family, margin), [sentence(row, margin) for row in family]))
-        if len(inter):
-            rows.append(("task", setting, *_answer_task(inter.to_dict("records"))))
-        family = primary[primary["question"] == "white_box"].to_dict("records")
-        if family:
-            rows.append(("spread", setting, *_answer_spread(family)))
-            by_task = mine[mine["question"] == "white_box"]
-            rows.append(("hypothesis", setting, *_answer_hypothesis(by_task)))
+    primary = table[table["metric"] == PRIMARY]
+    for question, answer in ANSWERS.items():
+        for setting, family in _by_setting(primary[primary["question"] == question]):
+            rows.append((question, setting, answer(family, margin) if _tested(family) else NOT_TESTED,
+                         [sentence(row, margin) for row in family]))
+    for setting, family in _by_setting(interaction):
+        rows.append(("task", setting, *_answer_task(family)))
+    white_box = table[table["question"] == "white_box"]
+    for setting, family in _by_setting(white_box[white_box["metric"] == PRIMARY]):
+        rows.append(("spread", setting, *_answer_spread(family)))
+    for setting, by_task in _by_setting(white_box[white_box["metric"].isin({*SIMILAR_ON, *BETTER_ON})]):
+        rows.append(("hypothesis", setting, *_answer_hypothesis(by_task, margin)))
     return pd.DataFrame(rows, columns=["question", "setting", "answer", "evidence"])
+
+
+def _by_setting(table: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Rows by setting; those with fewer swept keys stand beside every fuller setting that they go with."""
+    items = {setting: setting_items(setting).items() for setting in dict.fromkeys(table["setting"])}
+    full = [one for one in items if not any(items[one] < items[other] for other in items)]
+    rows = table.to_dict("records")
+    return [(setting, [row for row in rows if items[row["setting"]] <= items[setting]]) for setting in full]
+
+
+def _tested(family: list[dict[str, Any]]) -> bool:
+    return any(row["outcome"] != "not tested" for row in family)
 
 
 def verdict_text(found: pd.DataFrame, coverage: str) -> str:
@@ -87,23 +100,27 @@ def sentence(row: dict[str, Any], margin: float) -> str:
     pairs = f"{row['pairs']} of {row['planned']} pairs"
     if row["outcome"] == "not tested":
         return f"{what}: not tested, {pairs} are done and a test needs two."
+    size = "" if np.isnan(row["g"]) else f", g = {row['g']:.2f}"
     numbers = (f"{what}: {_points(row['difference'])} points [{_points(row['low'])}, {_points(row['high'])}], "
-               f"p = {_p(row['p'])}, Holm {_p(row['p_holm'])}, g = {row['g']:.2f}, {pairs}")
+               f"{_p(row['p'])}, Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}{size}, {pairs}")
+    within = f" (and equal within {_margin(margin)})" if row["equal"] else ""
     if row["outcome"] in ("better", "worse"):
-        over_examples = "" if row["low"] * row["high"] > 0 else (
-            "; on these validation examples, for the interval over examples holds 0")
-        return f"{numbers}: {row['outcome']}{over_examples}."
+        return f"{numbers}: {row['outcome']}{within}."
+    if row["outcome"].endswith("on these rows"):
+        return f"{numbers}: {row['outcome']}{within}; other validation rows might not show it."
     if row["outcome"] == "equivalent":
-        return f"{numbers}: equal within {100 * margin:g} points (TOST p = {_p(row['p_equivalence_holm'])})."
-    return f"{numbers}: neither a difference nor equality is shown{_could_have(row)}."
+        return f"{numbers}: equal within {_margin(margin)} (TOST {_p(row['p_equivalence_holm'])})."
+    return f"{numbers}: neither a difference nor equality is shown; {_could_have(row)}."
 
 
 def _could_have(row: dict[str, Any]) -> str:
-    if np.isfinite(row["detectable"]):
-        return f"; {row['pairs']} pairs find {100 * row['detectable']:.1f} points with power {stats.POWER}"
-    size = round(row["smallest_p"] / stats.smallest_p(row["pairs"])) if row["smallest_p"] < 1 else 1
-    needed = next(n for n in range(2, 99) if stats.smallest_p(n) * size <= stats.ALPHA)
-    return f"; no difference, however large, could be significant with {row['pairs']} pairs: {needed} are needed"
+    """Beside a null result: the difference found with power 0.8, or how many pairs a finding would take."""
+    if stats.smallest_p(row["pairs"]) * row["family"] > stats.ALPHA:
+        needed = next(n for n in range(2, 99) if stats.smallest_p(n) * row["family"] <= stats.ALPHA)
+        return f"no difference, however large, could be significant with {row['pairs']} pairs: {needed} are needed"
+    if not row["detectable"] > 0:
+        return "no pair differs"
+    return f"{row['pairs']} pairs find {100 * row['detectable']:.1f} points with power {stats.POWER}"
 
 
 def _names(family: list[dict[str, Any]], outcome: str) -> str:
@@ -111,23 +128,27 @@ def _names(family: list[dict[str, Any]], outcome: str) -> str:
 
 
 def _answer_teacher(family: list[dict[str, Any]], margin: float) -> str:
+    [row] = family
     return {"better": "Yes.", "worse": "No: they make it worse.", "equivalent": _no_benefit(margin)}.get(
-        family[0]["outcome"], "Not shown.")
+        row["outcome"], _only_here(family))
 
 
 def _answer_white_box(family: list[dict[str, Any]], margin: float) -> str:
     better, worse = _names(family, "better"), _names(family, "worse")
     if better:
-        return f"Yes: {better}." + (f" But {worse}: worse." if worse else "")
-    if worse:
-        return f"No: worse with {worse}."
-    everything = all(row["outcome"] == "equivalent" for row in family) and len(family) == len(WHITE_BOX)
-    return _no_benefit(margin) if everything else "Not shown."
+        return f"Yes: {better}." + (f" But worse: {worse}." if worse else "")
+    complete = {row["method"] for row in family} == set(WHITE_BOX)
+    if complete and all(row["outcome"] == "equivalent" for row in family):
+        return _no_benefit(margin)
+    if complete and worse and all(row["outcome"] in ("worse", "equivalent") for row in family):
+        return f"No: worse: {worse}" + (f"; equal: {_names(family, 'equivalent')}." if worse.count(",") < 2 else ".")
+    return _only_here(family) + (f" Worse: {worse}." if worse else "")
 
 
 def _answer_which(family: list[dict[str, Any]], margin: float) -> str:
+    [row] = family
     return {"better": "Attention maps.", "worse": "Hidden states.",
-            "equivalent": f"Neither: equal within {100 * margin:g} points."}.get(family[0]["outcome"], "Not shown.")
+            "equivalent": f"Neither: equal within {_margin(margin)}."}.get(row["outcome"], _only_here(family))
 
 
 def _answer_combining(family: list[dict[str, Any]], margin: float) -> str:
@@ -139,7 +160,14 @@ def _answer_combining(family: list[dict[str, Any]], margin: float) -> str:
     if len(family) == 2 and all(outcome == "equivalent" for outcome in outcomes):
         return _no_benefit(margin)
     only = [row["baseline"] for row in family if row["outcome"] == "better"]
-    return "Not shown" + (f": better than {only[0]}, but not than both." if only else ".")
+    return f"Not shown: better than {only[0]}, but not than both." if only else _only_here(family)
+
+
+def _only_here(family: list[dict[str, Any]]) -> str:
+    """Nothing is shown that would hold on other rows; what these rows show is named."""
+    here = [f"{row['method']} {row['outcome'].split()[0]} than {row['baseline']}" for row in family
+            if row["outcome"].endswith("on these rows")]
+    return f"Not shown beyond these validation rows, where {', '.join(here)}." if here else NOT_SHOWN
 
 
 ANSWERS = {"teacher": _answer_teacher, "white_box": _answer_white_box, "which": _answer_which,
@@ -147,49 +175,80 @@ ANSWERS = {"teacher": _answer_teacher, "white_box": _answer_white_box, "which": 
 
 
 def _answer_task(rows: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    found = [row["method"] for row in rows if row["p_holm"] < stats.ALPHA]
-    known = {"setting", "method", "baseline", "planned", "pairs", "p", "p_holm", "smallest_p"}
+    on_rows = [row["method"] for row in rows if row["p_holm"] < stats.ALPHA]
+    found = [row["method"] for row in rows if row["method"] in on_rows and row["p_rows_holm"] < stats.ALPHA]
+    known = {"setting", "method", "baseline", "planned", "pairs", "p", "p_rows", "p_holm", "p_rows_holm", "smallest_p"}
     lines = []
     for row in rows:
-        by_task = ", ".join(f"{key} {_points(value)}" for key, value in row.items() if key not in known)
-        lines.append(f"{row['method']} minus {row['baseline']}: {by_task} points; interaction p = {_p(row['p'])}, Holm "
-                     f"{_p(row['p_holm'])}, {row['pairs']} of {row['planned']} pairs.")
-    return (f"Yes: {', '.join(found)}." if found else "Not shown, which is not the same as independence."), lines
+        by_task = {key: value for key, value in row.items() if key not in known}
+        pairs = f"{row['pairs']} of {row['planned']} pairs"
+        if np.isnan(row["p"]):
+            lines.append(f"{row['method']} minus {row['baseline']}: not tested, {len(by_task)} tasks and {pairs}.")
+            continue
+        few = "" if row["smallest_p"] <= stats.ALPHA else "; so few pairs could show none"
+        lines.append(f"{row['method']} minus {row['baseline']}: "
+                     + ", ".join(f"{task} {_points(value)}" for task, value in by_task.items())
+                     + f" points; interaction {_p(row['p'])}, Holm {_p(row['p_holm'])}, rows "
+                     f"{_p(row['p_rows_holm'])}, {pairs}{few}.")
+    if all(np.isnan(row["p"]) for row in rows):
+        return NOT_TESTED, lines
+    if found:
+        return f"Yes: {', '.join(found)}.", lines
+    here = f"beyond these validation rows: {', '.join(on_rows)}" if on_rows else "which is not the same as independence"
+    return f"Not shown, {here}.", lines
 
 
 def _answer_spread(family: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    shown = [row for row in family if row["p_spread_holm"] < stats.ALPHA]
+    shown = [row for row in family if row["p_spread_holm"] < stats.ALPHA
+             and not row["sd_ratio_low"] <= 1 <= row["sd_ratio_high"]]
     lower = ", ".join(row["method"] for row in shown if row["sd_ratio"] < 1)
     higher = ", ".join(row["method"] for row in shown if row["sd_ratio"] > 1)
-    answer = " ".join(filter(None, [lower and f"Yes: {lower}.", higher and f"Higher: {higher}."])) or "Not shown."
-    lines = [f"{row['method']}: sd {100 * row['sd']:.1f} against {100 * row['baseline_sd']:.1f} points, ratio "
-             f"{row['sd_ratio']:.2f} [{row['sd_ratio_low']:.2f}, {row['sd_ratio_high']:.2f}], Brown-Forsythe "
-             f"p = {_p(row['p_spread'])}, Holm {_p(row['p_spread_holm'])}."
-             if np.isfinite(row["sd_ratio"]) else f"{row['method']}: not tested, {row['pairs']} pairs or no spread."
-             for row in family]
-    return answer, lines
+    lines = []
+    for row in family:
+        if np.isnan(row["p_spread"]):
+            lines.append(f"{row['method']}: not tested, {row['pairs']} of {row['planned']} pairs"
+                         + (", and a spread needs five." if row["pairs"] < stats.FEWEST else " and no spread."))
+            continue
+        ratio = stats.detectable_ratio(row["pairs"], stats.ALPHA / row["family"])
+        lines.append(f"{row['method']}: sd {100 * row['sd']:.1f} against {100 * row['baseline_sd']:.1f} points, ratio "
+                     f"{row['sd_ratio']:.2f} [{row['sd_ratio_low']:.2f}, {row['sd_ratio_high']:.2f}], Brown-Forsythe "
+                     f"{_p(row['p_spread'])}, Holm {_p(row['p_spread_holm'])}; {row['pairs']} seeds find a ratio of "
+                     f"{ratio:.1f} or 1/{ratio:.1f} with power {stats.POWER} (normal values).")
+    if all(np.isnan(row["p_spread"]) for row in family):
+        return NOT_TESTED, lines
+    return " ".join(filter(None, [lower and f"Yes: {lower}.", higher and f"Higher: {higher}."])) or NOT_SHOWN, lines
 
 
-def _answer_hypothesis(by_task: pd.DataFrame) -> tuple[str, list[str]]:
-    parts, lines, answers = {*SIMILAR_ON, *BETTER_ON}, [], {}
-    rows = by_task[by_task["metric"].isin(parts)]
-    for method, mine in rows.groupby("method", sort=False):
-        seen = dict(zip(mine["metric"], mine["outcome"]))
-        against = [f"{task} {seen[task]}" for task in SIMILAR_ON if seen.get(task) in ("better", "worse")]
-        against += [f"{task} {seen[task]}" for task in BETTER_ON if seen.get(task) in ("worse", "equivalent")]
-        holds = (all(seen.get(task) == "equivalent" for task in SIMILAR_ON)
-                 and all(seen.get(task) == "better" for task in BETTER_ON))
+def _answer_hypothesis(by_task: list[dict[str, Any]], margin: float) -> tuple[str, list[str]]:
+    lines, answers = [], {}
+    for method in dict.fromkeys(row["method"] for row in by_task):
+        mine = {row["metric"]: row for row in by_task if row["method"] == method}
+        if not _tested(list(mine.values())):
+            answers[method] = "not tested"
+            lines.append(sentence(next(iter(mine.values())), margin))
+            continue
+        against = [f"{task} differs by more than {_margin(margin)}" for task in SIMILAR_ON if task in mine
+                   and "on these rows" not in mine[task]["outcome"] and mine[task]["outcome"] in ("better", "worse")
+                   and (mine[task]["low"] > margin or mine[task]["high"] < -margin)]
+        against += [f"{task} {mine[task]['outcome']}" for task in BETTER_ON if task in mine
+                    and mine[task]["outcome"] in ("worse", "equivalent")]
+        holds = (all(task in mine and mine[task]["equal"] for task in SIMILAR_ON)
+                 and all(task in mine and mine[task]["outcome"] == "better" for task in BETTER_ON))
         answers[method] = "supported" if holds else f"contradicted ({', '.join(against)})" if against else "not shown"
         lines.append(f"{method} minus {BASELINE}: " + "; ".join(
-            f"{row['metric']} {_points(row['difference'])} [{_points(row['low'])}, {_points(row['high'])}], Holm "
+            f"{task} {_points(row['difference'])} [{_points(row['low'])}, {_points(row['high'])}], Holm "
             f"{_p(row['p_holm'])}, TOST {_p(row['p_equivalence_holm'])}, {row['outcome']}"
-            + (_could_have(row).replace("; ", ", ", 1) if row["outcome"] == "undecided" else "")
-            for row in mine.to_dict("records")) + ".")
+            + (f" ({_could_have(row)})" if row["outcome"] == "undecided" else "")
+            for task, row in mine.items()) + ".")
     return "; ".join(f"{method}: {answer}" for method, answer in answers.items()) + ".", lines
 
 
 def _no_benefit(margin: float) -> str:
-    return f"No additional benefit (equal within {100 * margin:g} points)."
+    return f"No additional benefit (equal within {_margin(margin)})."
+
+
+def _margin(margin: float) -> str:
+    return f"{100 * margin:g} point{'s' * (margin != 0.01)}"
 
 
 def _points(value: float) -> str:
@@ -198,5 +257,5 @@ def _points(value: float) -> str:
 
 def _p(value: float) -> str:
     if np.isnan(value):
-        return "–"
-    return "<0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+        return "p –"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"

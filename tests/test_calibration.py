@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.calibration import calibration_errors, confidences, expected_calibration_error, reliability
+from kd_utils.calibration import (calibrated_error, calibration_errors, confidences, expected_calibration_error,
+                                  reliability)
 
 
 def test_the_error_by_hand():
@@ -27,6 +28,14 @@ def test_a_calibrated_model_has_a_small_error_and_an_overconfident_one_its_exces
     right = rng.uniform(size=sure.size) < sure
     assert expected_calibration_error(sure, right) < 0.01
     assert expected_calibration_error(sure + 0.1, right) == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_calibrated_models_error_on_few_examples_is_not_0():
+    sure = np.full(80, 0.4)
+    floor = calibrated_error(sure)
+    # |share of 80 right - 0.4| has mean sqrt(2 / pi) sqrt(0.24 / 80)
+    assert floor == pytest.approx(np.sqrt(2 / np.pi * 0.24 / 80), rel=0.15)
+    assert calibrated_error(np.full(8000, 0.4)) < floor / 5
 
 
 def test_the_confidence_is_among_the_choices():

@@ -4,8 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils import comparisons, stats, tables
+from kd_utils import comparisons, stats, sweep, tables
+from kd_utils.bootstrap import example_weights
 from kd_utils.comparisons import Answers
+from kd_utils.config import ROOT
+from kd_utils.parameters import load_grid
 
 TASKS = np.repeat(["sst2", "mmlu", "gsm8k"], 40)
 METHODS = ("task_only", "black_box", "hidden_state", "attention", "combined")
@@ -114,23 +117,67 @@ def test_settings_meet_where_they_agree():
     assert (white_box["smallest_p"] == 4 * 2 / 128).all() and np.isinf(white_box["detectable"]).all()
 
 
-def test_outcomes_by_rule():
-    row = {"pairs": 7, "difference": 0.02, "p_holm": 0.04, "p_equivalence_holm": 0.9, "low_90": 0.01, "high_90": 0.03}
-    assert comparisons.outcome(row, 0.01) == "better"
-    assert comparisons.outcome(row | {"difference": -0.02}, 0.01) == "worse"
+def test_what_is_judged_by_rule():
+    row = {"pairs": 7, "difference": 0.02, "p_holm": 0.04, "p_rows_holm": 0.04, "p_equivalence_holm": 0.9, "low_90":
+           0.01, "high_90": 0.03}
+    assert comparisons.judge(row, 0.01) == (False, "better")
+    assert comparisons.judge(row | {"difference": -0.02}, 0.01) == (False, "worse")
+    assert comparisons.judge(row | {"p_rows_holm": 0.06}, 0.01) == (False, "better on these rows")
+    assert comparisons.judge(row | {"p_holm": 0.06}, 0.01) == (False, "undecided")
     close = row | {"p_holm": 0.3, "p_equivalence_holm": 0.01, "low_90": -0.004, "high_90": 0.008}
-    assert comparisons.outcome(close, 0.01) == "equivalent"
-    assert comparisons.outcome(close | {"high_90": 0.012}, 0.01) == "undecided"  # over other examples it may be more
-    assert comparisons.outcome(close | {"p_equivalence_holm": 0.06}, 0.01) == "undecided"
-    assert comparisons.outcome(row | {"pairs": 1, "p_holm": np.nan}, 0.01) == "not tested"
+    assert comparisons.judge(close, 0.01) == (True, "equivalent")
+    assert comparisons.judge(close | {"p_holm": 0.04}, 0.01) == (True, "better")  # and by less than the margin
+    assert comparisons.judge(close | {"high_90": 0.012}, 0.01) == (False, "undecided")  # over other rows it may be more
+    assert comparisons.judge(close | {"p_equivalence_holm": 0.06}, 0.01) == (False, "undecided")
+    assert comparisons.judge(close | {"p_equivalence_holm": np.nan}, 0.01) == (False, "undecided")
+    assert comparisons.judge(row | {"pairs": 1, "p_holm": np.nan}, 0.01) == (False, "not tested")
 
 
-def test_methods_that_answer_alike_are_shown_to_be_equal():
-    """The same answers but for one of 120 here and there: equal within a point, and no difference."""
+@pytest.mark.parametrize("examples, outcome", [(40, "undecided"), (400, "equivalent")])
+def test_methods_that_answer_alike_are_equal_where_there_are_examples_enough(monkeypatch, examples, outcome):
+    monkeypatch.setattr("test_comparisons.TASKS", np.repeat(["sst2", "mmlu", "gsm8k"], examples))
     results, predictions = run(dict.fromkeys(("black_box", "hidden_state", "attention", "combined"), 0.6), sure=1.0)
     table = comparisons.compare(Answers(results, predictions))
-    assert set(table["outcome"]) == {"equivalent"}
-    assert set(comparisons.interactions(Answers(results, predictions))["p"]) == {1.0}
+    assert set(table["outcome"]) == {outcome} and table["equal"].all() == (outcome == "equivalent")
+    interaction = comparisons.interactions(Answers(results, predictions))
+    assert set(interaction["p"]) == {1.0} == set(interaction["p_rows"])
+
+
+def test_two_seeds_and_a_task_that_nobody_solves_show_nothing():
+    chances = dict.fromkeys(("black_box", "hidden_state", "attention", "combined"), 0.6)
+    results, predictions = run(chances, seeds=2)
+    predictions.loc[predictions["task"] == "gsm8k", "correct"] = False
+    table = comparisons.compare(Answers(results, predictions))
+    assert set(table["outcome"]) == {"undecided"} and table["p_spread"].isna().all()
+    assert table["p_equivalence"].isna().all()
+
+
+def test_with_two_swept_keys_a_family_keeps_together():
+    chances = {("black_box", None, None): 0.5}
+    chances |= {("hidden_state", h, None): 0.5 for h in (0.1, 1.0)} | {("attention", None, a): 0.5 for a in (0.1, 1.0)}
+    chances |= {("combined", h, a): 0.5 for h in (0.1, 1.0) for a in (0.1, 1.0)}
+    table = comparisons.compare(Answers(*run(chances, swept=("gamma_hidden", "gamma_attention"))))
+    combining = table[(table["question"] == "combining") & (table["metric"] == "macro")]
+    assert combining["setting"].value_counts().to_dict() == {
+        f"gamma_hidden={h}, gamma_attention={a}": 2 for h in (0.1, 1) for a in (0.1, 1)}
+    assert set(combining["family"]) == {8}
+
+
+@pytest.mark.parametrize("grid", sorted((ROOT / "papermill_params").glob("grid*.yaml")), ids=lambda path: path.stem)
+def test_every_grid_of_the_project_has_seeds_enough_to_find_something(grid):
+    trials = sweep.plan({}, load_grid(grid), "runs/x")
+    planned = tables.planned_trials(pd.DataFrame([
+        {"trial": trial.trial, "status": "done", **{f"config/{key}": value for key, value in trial.swept.items()}}
+        for trial in trials]))
+    reach = comparisons.reach(planned)
+    assert len(reach) and (reach["smallest_p"] < stats.ALPHA).all()
+
+
+def test_any_metric_of_the_results_is_compared_over_seeds():
+    results, _ = run({"black_box": 0.5, "attention": 0.5}, seeds=3)
+    results["validation_loss"] = [1.0, 2.0, 3.0, 1.5, 2.5, 3.5]
+    [row] = comparisons.compare_metric(results, "validation_loss").to_dict("records")
+    assert (row["pairs"], row["difference"], row["low"], row["p"], row["p_holm"]) == (3, 0.5, 0.5, 0.25, 0.25)
 
 
 def test_the_interaction_sees_a_gain_on_one_task_only():
@@ -139,6 +186,7 @@ def test_the_interaction_sees_a_gain_on_one_task_only():
     predictions.loc[better, "correct"] = True
     table = comparisons.interactions(Answers(results, predictions)).set_index("method")
     assert table.loc["attention", "p_holm"] < 0.05 < table.loc["combined", "p_holm"]
+    assert table.loc["attention", "p_rows_holm"] < 0.05 < table.loc["combined", "p_rows_holm"]
     assert table.loc["attention", "sst2"] == pytest.approx(0.5, abs=0.1)
     shown = comparisons.display(comparisons.compare(Answers(results, predictions)))
     assert shown.loc[("sst2", "attention"), "outcome"].tolist()[0] == "better"
@@ -150,7 +198,7 @@ def test_without_effects_whole_experiments_find_nothing_more_often_than_promised
     for seed in range(experiments):
         answers = Answers(*run(dict.fromkeys(("black_box", "hidden_state", "attention", "combined"), 0.6), seed=seed))
         pairs = {method: next(answers.pairs(method, "black_box")) for method in comparisons.WHITE_BOX}
-        weights = stats.example_weights(answers.tasks, comparisons.PRIMARY)
+        weights = example_weights(answers.tasks, comparisons.PRIMARY)
         p = [stats.sign_flip_p((pair.method - pair.baseline) @ weights) for pair in pairs.values()]
         wrong += (stats.holm(p) < stats.ALPHA).any()
     assert wrong / experiments <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / experiments)

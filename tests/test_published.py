@@ -31,9 +31,10 @@ def test_a_real_effect_would_be_seen_in_such_a_table():
 
 
 def test_the_readings_say_each_claim_and_what_supports_it():
-    significant, power, variance, combining, tasks = published.readings()
+    significant, paired, power, variance, combining, tasks = published.readings()
+    assert "a paired t is 2.70 at most" in paired and "(p = 0.036)" in paired
     assert "t = 1.26, p = 0.24" in significant and significant.endswith("not supported.")
     assert "3.8 points" in power and "not supported" in variance
     assert "attention and combined agree to the last digit" in combining
     assert "sst2 +2.40, mmlu +0.79, gsm8k +0.09" in tasks
-    assert "average 1.09, weighted by the data's examples 1.84" in tasks
+    assert "average 1.09, weighted by the data's 5,000, 1,000 and 1,000 examples 1.84" in tasks

@@ -98,6 +98,17 @@ def test_the_projects_grid_is_28_trials_and_their_references(stub_notebooks):
     assert [t.epochs for t in trials if t.swept["distill_type"] == "untrained"] == [1]
 
 
+def test_the_untrained_student_goes_with_every_seed(stub_notebooks):
+    grid = {"distill_type": ["untrained", "task_only"], "seed": [0, 1]}
+    chosen = sweep.select(sweep.plan({}, grid, stub_notebooks / "runs" / "x"), "seed=1", grid)
+    assert [t.trial for t in chosen] == ["untrained_seed0", "task_only_seed1"]
+
+
+def test_a_combination_that_is_refused_is_named(stub_notebooks):
+    with pytest.raises(ValueError, match="every weight of the loss is 0.*in the grid: distill_type=task_only, alpha=0"):
+        sweep.plan({}, {"distill_type": ["black_box", "task_only"], "alpha": [1, 0]}, stub_notebooks / "runs" / "x")
+
+
 def test_a_method_that_does_not_use_a_swept_key_is_one_trial_for_all_its_values(stub_notebooks):
     grid = {"distill_type": ["task_only", "black_box", "hidden_state"], "gamma_hidden": [0.1, 1.0], "seed": [0, 1]}
     trials = sweep.plan({}, grid, stub_notebooks / "runs" / "x")
@@ -114,10 +125,11 @@ def test_a_method_that_does_not_use_a_swept_key_is_one_trial_for_all_its_values(
 def test_every_further_grid_is_planned_with_its_references_once(stub_notebooks, path):
     grid = parameters.load_grid(path)
     trials = sweep.plan({}, grid, sweep.default_run_dir({}, path))
-    assert sum(t.swept["distill_type"] == "task_only" for t in trials) == 7
+    seeds = len(grid["seed"])
+    assert sum(t.swept["distill_type"] == "task_only" for t in trials) == seeds
     [key] = set(grid) - {"distill_type", "seed"}
     values = [t.swept[key] for t in trials if t.swept["distill_type"] == grid["distill_type"][-1]]
-    assert values == [value for value in grid[key] for _ in range(7)]
+    assert values == [value for value in grid[key] for _ in range(seeds)]
     assert sweep.default_run_dir({}, path).name == f"stub-{path.stem.removeprefix('grid-')}"
 
 
@@ -190,7 +202,8 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
     assert main(["sweep", str(stub_notebooks / "p.yaml"), "--only", "seed=6", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "combined_seed6                   missing" in shown
-    assert "0 of 5 trials are done, 5 to run; records: runs/stub" in shown
+    assert "question white_box: 3 comparisons of 1 pairs, smallest corrected p 1.000, CANNOT be significant" in shown
+    assert "0 of 6 trials are done, 6 to run; records: runs/stub" in shown
     assert sorted(stub_notebooks.rglob("*")) == before
 
 

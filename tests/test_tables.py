@@ -151,6 +151,10 @@ def test_find_run_prefers_the_sweeps_own_folder_then_the_latest_record(tmp_path)
     for name in ("2025-01-02-toy", "2024-12-31-toy", "2025-09-09-smol", "not-a-toy"):
         make_run(tmp_path, name)
     assert tables.find_run("toy", runs=tmp_path).name == "2025-01-02-toy"  # toy/ has no whole trial yet
+    make_run(tmp_path, "2025-01-02-toy-10")
+    make_run(tmp_path, "2025-01-02-toy-9")
+    make_run(tmp_path, "2025-03-03-toy-without-teacher")
+    assert tables.find_run("toy", runs=tmp_path).name == "2025-01-02-toy-10"
     make_run(tmp_path, "toy")
     assert tables.find_run("toy", runs=tmp_path).name == "toy"
     assert tables.find_run("toy", str(tmp_path / "not-a-toy"), tmp_path).name == "not-a-toy"
