@@ -111,7 +111,7 @@ def test_the_untrained_student_has_the_weights_that_every_trial_starts_from(home
         assert list(one) == pytest.approx(list(other), abs=1e-4)
 
 
-@pytest.mark.parametrize("record, comparisons", [("2026-11-22-toy-2", 3), ("2026-11-22-toy-2-task-only", 0)])
+@pytest.mark.parametrize("record, comparisons", [("2026-11-22-toy-3", 3), ("2026-11-22-toy-2-task-only", 0)])
 def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, record, comparisons):
     """All methods at seven seeds; and a run of one method, which leaves nothing to compare."""
     shutil.copytree(ROOT / "runs" / record, tmp_path / "runs" / record)
