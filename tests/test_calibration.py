@@ -36,6 +36,10 @@ def test_a_calibrated_models_error_on_few_examples_is_not_0():
     # |share of 80 right - 0.4| has mean sqrt(2 / pi) sqrt(0.24 / 80)
     assert floor == pytest.approx(np.sqrt(2 / np.pi * 0.24 / 80), rel=0.15)
     assert calibrated_error(np.full(8000, 0.4)) < floor / 5
+    # Outcome by outcome, as the definition says.
+    rng, mixed = np.random.default_rng(0), np.random.default_rng(1).uniform(0.25, 1, 50)
+    each = [expected_calibration_error(mixed, right) for right in rng.uniform(size=(200, 50)) < mixed]
+    assert calibrated_error(mixed) == pytest.approx(np.mean(each))
 
 
 def test_the_confidence_is_among_the_choices():
