@@ -42,7 +42,8 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("a confidence is a probability: values must lie in [0, 1]")
     edges = np.linspace(0, 1, bins + 1)
-    table = pd.DataFrame({"bin": _places(confidence, bins), "confidence": confidence, "correct": correct}).groupby("bin").agg(
+    binned = pd.DataFrame({"bin": _places(confidence, bins), "confidence": confidence, "correct": correct})
+    table = binned.groupby("bin").agg(
         n=("correct", "size"), confidence=("confidence", "mean"), accuracy=("correct", "mean")).reset_index()
     return table.assign(low=edges[table["bin"]], high=edges[table["bin"] + 1])[
         ["low", "high", "n", "confidence", "accuracy"]]

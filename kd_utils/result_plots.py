@@ -116,7 +116,7 @@ def learning_curves(curves: pd.DataFrame, metric: str) -> alt.Chart:
     """
     import altair as alt
 
-    scale, title = (100, f"{words(metric)} (%)") if is_accuracy(metric) else (1, f"{words(metric)} (nats per token)")
+    scale, title = (100, "accuracy (%)") if is_accuracy(metric) else (1, "nats per token")  # the metric is the title
     lines = beside_each_setting(curves[[*KEYS, "seed", "epoch", metric]].dropna(subset=[metric]).rename(
         columns={metric: "value"}))
     lines["value"] *= scale
