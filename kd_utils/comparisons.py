@@ -15,7 +15,7 @@ import pandas as pd
 from . import stats
 from .bootstrap import (example_weights, hierarchical_errors, hierarchical_interval, hierarchical_p, interaction_p_rows,
                         unseen_discordance)
-from .tables import planned_trials, trial_values
+from .tables import planned_trials, setting_items, trial_values
 
 BASELINE = "black_box"
 WHITE_BOX = ("hidden_state", "attention", "combined")
@@ -289,8 +289,3 @@ def _detectable(sd: float, error: float, n: int, family: int) -> float:
 
     over_rows = error * (t.ppf(1 - stats.ALPHA / family / 2, n - 1) + norm.ppf(stats.POWER))
     return max(stats.smallest_detectable(sd, n, stats.ALPHA / family), float(over_rows))
-
-
-def setting_items(setting: str) -> dict[str, str]:
-    """The swept keys of a setting's text: "temperature=4, gamma_hidden=1" -> their values, as text."""
-    return dict(part.split("=", 1) for part in setting.split(", ")) if setting else {}

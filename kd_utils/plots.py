@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from .config import METHODS
+from .tables import setting_items
 
 if TYPE_CHECKING:
     import altair as alt
@@ -138,18 +139,6 @@ def side_header() -> alt.Header:
     return alt.Header(labelAngle=0, labelAlign="left", labelExpr="split(datum.label, ', ')")
 
 
-def _items(setting: str) -> dict[str, str]:
-    return dict(part.split("=", 1) for part in setting.split(", ")) if setting else {}
-
-
-def beside_each_setting(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each whole setting, with those of methods that use fewer of its keys (or none) repeated there."""
-    items = {setting: _items(setting).items() for setting in dict.fromkeys(table["setting"])}
-    whole = [setting for setting in items if not any(items[setting] < other for other in items.values())]
-    return pd.concat([table[[items[other] <= items[setting] for other in table["setting"]]].assign(setting=setting)
-                      for setting in whole], ignore_index=True)
-
-
 def setting_axis(data: pd.DataFrame) -> tuple[pd.DataFrame, alt.X, str | None]:
     """The rows with `at`, their place on an axis of settings; the axis; the key's name where one key was swept.
 
@@ -158,9 +147,9 @@ def setting_axis(data: pd.DataFrame) -> tuple[pd.DataFrame, alt.X, str | None]:
     import altair as alt
 
     settings = list(dict.fromkeys(data["setting"]))
-    [*keys] = {key for setting in settings for key in _items(setting)}
+    [*keys] = {key for setting in settings for key in setting_items(setting)}
     if len(keys) == 1:
-        name = {setting: next(iter(_items(setting).values()), NOT_USED) for setting in settings}
+        name = {setting: next(iter(setting_items(setting).values()), NOT_USED) for setting in settings}
         axis = alt.Axis(labelAngle=0)
     else:
         name = {setting: setting or NOT_USED for setting in settings}

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .comparisons import BASELINE
-from .plots import (COLOURS, NOT_USED, TERM_COLOURS, beside_each_setting, epoch_axis, facet, finish, log_axis,
+from .plots import (COLOURS, NOT_USED, TERM_COLOURS, epoch_axis, facet, finish, log_axis,
                     method_colour, panel_name, setting_axis, side_header, words)
 from .stats import interval
-from .tables import ACCURACY, KEYS, curve_spread, is_accuracy, method_order
+from .tables import ACCURACY, KEYS, beside_each_setting, curve_spread, is_accuracy, method_order
 
 if TYPE_CHECKING:
     import altair as alt

@@ -16,7 +16,7 @@ import pandas as pd
 
 ALPHA = 0.05
 POWER = 0.8
-#: Up to this many pairs every assignment of signs is looked at; above, this many random ones (scipy's own rule).
+#: Every assignment of signs is looked at where there are no more than so many (14 pairs); else so many random ones.
 SIGN_FLIPS = 2**14
 #: With fewer pairs neither equality nor a spread is tested: Brown and Forsythe's test always rejects with two.
 FEWEST = 5

@@ -253,6 +253,21 @@ def _number(row: Mapping[str, Any], keys: Sequence[str], form: str) -> str:
     return "–" if np.isnan(values).any() else form.format(*(f"{v:.1f}" if accuracy else f"{v:.3f}" for v in values))
 
 
+def setting_items(setting: str) -> dict[str, str]:
+    """The swept keys of a setting's text: "temperature=4, gamma_hidden=1" -> their values, as text."""
+    return dict(part.split("=", 1) for part in setting.split(", ")) if setting else {}
+
+
+def beside_each_setting(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each whole setting, with those of methods that use fewer of its keys (or none) repeated there."""
+    if table.empty:
+        return table
+    items = {setting: setting_items(setting).items() for setting in dict.fromkeys(table["setting"])}
+    whole = [setting for setting in items if not any(items[setting] < other for other in items.values())]
+    return pd.concat([table[[items[other] <= items[setting] for other in table["setting"]]].assign(setting=setting)
+                      for setting in whole], ignore_index=True)
+
+
 def _setting(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> str:
     # A method that does not use a swept key has no value of it.
     return ", ".join(f"{key}={_short(values[prefix + key])}" for key in keys if not pd.isna(values[prefix + key]))

@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 
 from . import stats
-from .comparisons import BASELINE, PRIMARY, WHITE_BOX, setting_items
+from .comparisons import BASELINE, PRIMARY, WHITE_BOX
+from .tables import beside_each_setting
 
 QUESTION_TEXTS = {
     "teacher": "Do the teacher's logits help at all, beside the same training without a teacher?",
@@ -61,10 +62,8 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
 
 def _by_setting(table: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
     """Rows by setting; those with fewer swept keys stand beside every fuller setting that they go with."""
-    items = {setting: setting_items(setting).items() for setting in dict.fromkeys(table["setting"])}
-    full = [one for one in items if not any(items[one] < items[other] for other in items)]
-    rows = table.to_dict("records")
-    return [(setting, [row for row in rows if items[row["setting"]] <= items[setting]]) for setting in full]
+    return [(setting, rows.to_dict("records"))
+            for setting, rows in beside_each_setting(table).groupby("setting", sort=False)]
 
 
 def _tested(family: list[dict[str, Any]]) -> bool:

@@ -58,7 +58,7 @@ def test_the_sweep_leaves_whole_records_and_a_results_table(home):
     assert (check.returncode, check.stdout.strip()) == (0, "5 of 5 trials whole")
     shown = (home / "stdout").read_text()
     assert (toy / "verdict.txt").read_text() in shown and "runs/toy" in shown
-    assert "Do white-box signals help beyond logits?\n  [gamma_attention=0.1] Not shown." in shown
+    assert "Do white-box signals help beyond logits?\n  [gamma_attention=0.1] Not tested." in shown
     assert "1 of 1 pairs are done and a test needs two" in shown and "5 of 5 trials are done." in shown
 
 

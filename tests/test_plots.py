@@ -54,15 +54,6 @@ def test_every_method_has_a_colour_of_its_own():
     assert colours["attention"] == plots.COLOURS["attention"] and len(set(colours.values())) == len(METHODS) + 2
 
 
-def test_trials_that_do_not_use_a_key_stand_beside_each_of_its_values():
-    table = pd.DataFrame({"setting": ["", "a=1", "a=2", "b=5", "a=1, b=5", "a=2, b=5"], "trial": range(6)})
-    spread = plots.beside_each_setting(table)
-    assert spread.groupby("setting")["trial"].apply(list).to_dict() == {
-        "a=1, b=5": [0, 1, 3, 4], "a=2, b=5": [0, 2, 3, 5]}
-    alone = table[table["setting"] == ""]
-    assert plots.beside_each_setting(alone).equals(alone)
-
-
 def test_an_axis_of_one_key_has_its_numbers_in_order_and_names_as_they_came():
     def axis(*settings):
         data, x, name = plots.setting_axis(pd.DataFrame({"setting": settings}))

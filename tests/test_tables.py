@@ -139,6 +139,15 @@ def test_glance_has_every_method_and_the_teacher_in_per_cent():
     assert tables.glance(swept, {}).loc[("", "teacher"), "sst2"] == "–"
 
 
+def test_trials_that_do_not_use_a_key_stand_beside_each_of_its_values():
+    table = pd.DataFrame({"setting": ["", "a=1", "a=2", "b=5", "a=1, b=5", "a=2, b=5"], "trial": range(6)})
+    spread = tables.beside_each_setting(table)
+    assert spread.groupby("setting")["trial"].apply(list).to_dict() == {
+        "a=1, b=5": [0, 1, 3, 4], "a=2, b=5": [0, 2, 3, 5]}
+    alone = table[table["setting"] == ""]
+    assert tables.beside_each_setting(alone).equals(alone)
+
+
 def make_run(runs, name: str) -> None:
     folder = runs / name / "trials" / "black_box_seed0"
     folder.mkdir(parents=True)
