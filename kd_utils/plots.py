@@ -132,6 +132,11 @@ def facet(panels: alt.LayerChart | alt.Chart, data: pd.DataFrame, column: alt.Co
         "setting:N", title=None, sort=list(dict.fromkeys(data["setting"])), header=side_header()))
 
 
+def panel_height(data: pd.DataFrame, alone: int) -> int:
+    """Pixels of a panel: of one that stands alone, or of one in a row per setting."""
+    return alone if data["setting"].nunique() < 2 else round(0.6 * alone)
+
+
 def side_header() -> alt.Header:
     """A row's name, lying, a line per swept key."""
     import altair as alt

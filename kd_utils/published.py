@@ -126,6 +126,6 @@ def readings() -> list[str]:
         + ", ".join(f"{task} {value:+.2f}" for task, value in TASK_DIFFERENCES.items())
         + "): no spread is given, so neither a difference nor an interaction can be tested; even with the overall "
         f"spread {max(values):.2f} points is less than what {SEEDS} seeds find. The three average "
-        f"{np.mean(values):.2f}, weighted by the data's 5,000, 1,000 and 1,000 examples {weighted:.2f}; the table's "
-        f"overall difference is {attention['difference']:.2f}.",
+        f"{np.mean(values):.2f}, weighted by the data's {' + '.join(f'{n:,}' for n in TASK_EXAMPLES.values())} "
+        f"examples {weighted:.2f}; the table's overall difference is {attention['difference']:.2f}.",
     ]

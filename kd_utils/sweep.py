@@ -28,13 +28,15 @@ PREPARE, CACHE, TRAIN, ANALYSE, _ = config.NOTEBOOKS
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One planned trial: `swept` is its place in the grid, `parameters` what papermill injects into 03."""
+    """One planned trial: `swept` is its place in the grid, `parameters` what papermill injects into 03,
+    `without_effect` the grid's keys that its method does not use."""
 
     trial: str
     swept: dict[str, Any]
     config_hash: str
     epochs: int
     parameters: dict[str, Any]
+    without_effect: list[str]
 
 
 def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | Path) -> list[Trial]:
@@ -67,7 +69,8 @@ def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | 
         swept = {"distill_type": chosen.distill_type, "seed": chosen.seed} | used
         name = records.trial_name(**swept)
         inject = injected(TRAIN, {**parameters, **swept}) | swept | place | {"trial": name}
-        trial = Trial(name, swept, chosen.fingerprint(), len(chosen.epoch_numbers), inject)
+        unused = [key for key in grid if key in chosen.without_effect]
+        trial = Trial(name, swept, chosen.fingerprint(), len(chosen.epoch_numbers), inject, unused)
         same = next((t for t in trials.values() if t.config_hash == trial.config_hash or t.trial == name), None)
         if same:
             raise ValueError(f"the grid has the same trial twice: {same.trial} and {name}")
@@ -93,10 +96,9 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
                 raise ValueError(f"--only {part}: {key}={word} is not in the grid, which has "
                                  + ", ".join(map(str, grid[key])))
             wanted[key] += found
-    # A trial without the key serves for all its values, and so does the untrained student for all seeds.
+    # A trial serves for all values of what it does not use: the untrained student for all seeds.
     return [trial for trial in trials
-            if all(key not in trial.swept or trial.swept[key] in values
-                   or (key == "seed" and trial.swept["distill_type"] == "untrained") for key, values in wanted.items())]
+            if all(key in trial.without_effect or trial.swept[key] in values for key, values in wanted.items())]
 
 
 def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:

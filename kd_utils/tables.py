@@ -18,7 +18,6 @@ from .config import METHODS, ROOT, resolve
 from .stats import interval
 
 ACCURACY = "validation_accuracy"
-LOSS = "validation_loss"
 NOT_A_TASK = ("macro", "gsm8k_flexible")
 KEYS = ["setting", "distill_type"]
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils import calibration, plots, stats, tables
+from kd_utils import calibration, plots, stats, tables, training_plots
 from kd_utils import result_plots as rp
 from kd_utils.config import METHODS
 
@@ -86,10 +86,10 @@ FIGURES = {
     "accuracy by setting": lambda seeds: rp.accuracy_by_task(swept_accuracies(seeds)),
     "differences": lambda seeds: rp.differences_from_baseline(*differences(seeds)),
     "differences by setting": lambda seeds: rp.differences_from_baseline(*differences(seeds, ["a=1", "a=2"])),
-    "curves": lambda seeds: rp.learning_curves(curves(seeds), "validation_accuracy"),
-    "one epoch": lambda seeds: rp.learning_curves(curves(seeds, ["attention"], 1), "validation_loss"),
-    "terms": lambda seeds: rp.loss_terms(terms(seeds)),
-    "terms by setting": lambda seeds: rp.loss_terms(swept_terms(seeds)),
+    "curves": lambda seeds: training_plots.learning_curves(curves(seeds), "validation_accuracy"),
+    "one epoch": lambda seeds: training_plots.learning_curves(curves(seeds, ["attention"], 1), "validation_loss"),
+    "terms": lambda seeds: training_plots.loss_terms(terms(seeds)),
+    "terms by setting": lambda seeds: training_plots.loss_terms(swept_terms(seeds)),
     "swept": lambda seeds: rp.swept(swept_accuracies(seeds)),
     "swept keys": lambda seeds: rp.swept(pd.concat([accuracies(seeds, ["attention"], "a=1"),
                                                     accuracies(seeds, ["combined"], "a=1, b=2")])),
@@ -154,17 +154,9 @@ def test_differences_have_a_point_per_pair_the_interval_given_and_the_margin():
     assert words == [("mean of tasks", "better")] * 3
 
 
-def test_curves_hold_every_seed_and_the_mean_with_one_standard_deviation():
-    rows = rows_of(rp.learning_curves(curves(7), "validation_accuracy"))
-    assert sum(r["row"] == "seed" for r in rows) == 5 * 7 * 3
-    [last] = [r for r in rows if r["row"] == "mean" and r["distill_type"] == "combined" and r["epoch"] == 3]
-    sd = np.std(np.arange(7.0), ddof=1)  # seeds differ by 1 point
-    assert last["mean"] == pytest.approx(33.0) and last["high"] - last["mean"] == pytest.approx(sd)
-
-
 @pytest.mark.parametrize("chart", [
     rp.accuracy_by_task(accuracies(2, ["attention", "new"])), rp.differences_from_baseline(*differences(2)),
-    rp.learning_curves(curves(2), "validation_loss"), rp.swept(swept_accuracies(2)),
+    training_plots.learning_curves(curves(2), "validation_loss"), rp.swept(swept_accuracies(2)),
     rp.reliability_diagram(calibration.reliability_by_method(predictions(1)))],
     ids=["accuracy", "differences", "curves", "swept", "reliability"])
 def test_a_method_has_one_colour_in_every_figure_and_no_two_share_one(chart):
@@ -180,29 +172,6 @@ def method_colours(spec) -> dict[str, str]:
         spec = list(spec.values())
     found = [method_colours(part) for part in spec] if isinstance(spec, list) else []
     return next((colours for colours in found if colours), {})
-
-
-def test_no_share_of_the_gradient_falls_off_the_log_scale():
-    rows = [r for r in rows_of(rp.loss_terms(terms(2))) if r["quantity"] == "gradient share"]
-    assert len(rows) == 5 * 3 * 3
-    assert [r["value"] for r in rows if r["term"] == "attention"] == pytest.approx([0.01] * 5 * 3)
-
-
-def test_loss_terms_have_a_row_per_quantity_that_the_records_have():
-    def titles(table):
-        return [row["spec"]["encoding"]["y"]["title"] for row in rp.loss_terms(table).to_dict()["vconcat"]]
-
-    assert titles(terms(2)) == ["value (log)", "value × weight (log)", "gradient share (%, log)"]
-    without = curves(2).drop(columns=[f"weight/{term}" for term in ("task", "kd", "attention")])
-    assert titles(tables.loss_terms(without)) == ["value (log)", "gradient share (%, log)"]
-
-
-def test_loss_terms_of_several_settings_are_those_of_the_last_epoch_by_value():
-    chart = rp.loss_terms(swept_terms(2))
-    rows = [r for r in rows_of(chart) if r["quantity"] == "value"]
-    assert {r["epoch"] for r in rows} == {3} and len(rows) == 2 * 3 * 3
-    assert {r["at"] for r in rows if r["distill_type"] == "black_box"} == {"10", "0.1", "1"}
-    assert chart.to_dict()["vconcat"][0]["spec"]["encoding"]["x"]["scale"]["domain"] == ["0.1", "1", "10"]
 
 
 def test_swept_has_every_trial_at_its_value_and_the_others_as_rules():
