@@ -10,7 +10,7 @@ MODEL ?=
 DATA ?=
 LIMIT ?=
 .DEFAULT_GOAL := help
-.PHONY: help setup lm-eval sweep test bench parity lab smol-weights clean
+.PHONY: help setup lm-eval sweep test faults bench parity lab smol-weights clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -49,6 +49,10 @@ test: setup lm-eval smol-weights ## every test, notebooks included
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest --nbval-lax notebooks/0[1-4]*.ipynb
 
+faults: setup ## the fault suite at length: each fault tried more often than in `make test`; the tally goes to artifacts/
+	@mkdir -p artifacts
+	KD_FAULTS=long KD_FAULTS_RECORD=artifacts/faults.json OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults
+
 bench: setup ## how fast each part is, beside its limit: notebook 05 (BENCH=papermill_params/bench-llama2.yaml on a GPU)
 	$(RUN) -m kd_utils bench $(BENCH)
 
@@ -65,4 +69,4 @@ smol-weights: setup ## SmolLM2-135M's weights, for papermill_params/smol.yaml (9
 			"$$($(RUN) -c 'from kd_utils.smol import PACKAGE; print(PACKAGE)')"
 
 clean: ## remove the environment and everything that a sweep made
-	rm -rf $(VENV) $(LM_EVAL) artifacts runs/toy runs/explore runs/bench
+	rm -rf $(VENV) $(LM_EVAL) artifacts $(filter-out runs/20%,$(wildcard runs/*))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, FileNotFoundError, ConnectionError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
@@ -26,21 +27,23 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nstopped; what is done is kept: run the same command again to go on", file=sys.stderr)
+        kept = "; what is done is kept: run the same command again to go on" if options.run is sweep else ""
+        print(f"\nstopped{kept}", file=sys.stderr)
         return 130
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from . import config, records, tables
+    from . import config, planning, runs, tables
     from . import sweep as sweeps
     from .parameters import load_grid, load_parameters
 
     parameters, grid = load_parameters(options.parameters), load_grid(options.grid)
-    run_dir = Path(options.run_dir or sweeps.default_run_dir(parameters, options.grid)).absolute()
-    chosen = sweeps.select(sweeps.plan(parameters, grid, run_dir), options.only, grid)
+    run_dir = Path(options.run_dir or planning.default_run_dir(parameters, options.grid)).absolute()
+    chosen = planning.select(planning.plan(parameters, grid, run_dir), options.only, grid)
     if options.dry_run:
-        for stem in (sweeps.PREPARE, sweeps.CACHE):
-            print(f"{stem:<32} {'done' if sweeps.stage_is_done(stem, run_dir, parameters) else 'to run'}")
+        for stem in (planning.PREPARE, planning.CACHE):
+            why = sweeps.why_to_run(stem, run_dir, parameters)
+            print(f"{stem:<32} {f'to run: {why}' if why else 'done'}")
         states = sweeps.status(chosen, run_dir, parameters)
         for name, state in states.items():
             print(f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why))
@@ -51,9 +54,9 @@ def sweep(options: argparse.Namespace) -> int:
         return 0
     results = sweeps.run_sweep(parameters, grid, only=options.only, run_dir=run_dir, address=options.address,
                                cpus_per_trial=options.cpus_per_trial, gpus_per_trial=options.gpus_per_trial)
-    verdict = run_dir / records.VERDICT
+    verdict = run_dir / runs.VERDICT
     print(verdict.read_text(encoding="utf-8") if verdict.exists() else tables.coverage(results))
-    print(f"Records: {config.short_path(run_dir)}/ (one executed notebook per trial in trials/, {records.SUMMARY}, "
+    print(f"Records: {config.short_path(run_dir)}/ (one executed notebook per trial in trials/, {runs.SUMMARY}, "
           "04_analyse_results.ipynb)")
     of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
     return 0 if (of_chosen["status"] == "done").all() else 1
@@ -118,12 +121,12 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    from . import records
+    from .check import check_run, count_done
 
-    problems = records.check_run(options.run_dir)
+    problems = check_run(options.run_dir)
     for problem in problems:
         print(problem)
-    done, planned = records.count_done(options.run_dir)
+    done, planned = count_done(options.run_dir)
     print(f"{done} of {planned} trials whole" + (f"; {len(problems)} problems" if problems else ""))
     return 1 if problems else 0
 
@@ -175,5 +178,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _interrupt(*signal_and_frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
     sys.exit(main())

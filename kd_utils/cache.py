@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import sha256_file, sha256_json
+from .source_code import code_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 2
+FOLDER = re.compile(r"(?P<name>.+)-\d{4}-\d\d-\d\d-(?P<key>[0-9a-f]{8})")
 SIGNAL_COLUMNS = {"white_box": ("hidden", "attention"), "top_k": ("top_logits", "top_ids", "log_mass")}
 
 
@@ -78,36 +81,59 @@ def joined_planes(table: pa.Table, column: str, dtype: str) -> np.ndarray:
     return values.view(dtype)[:, 0]
 
 
+@lru_cache(maxsize=1)  # what this process imported, and not what is edited while it runs
+def cache_code() -> dict[str, str]:
+    """Digests of the code that decides what a cache holds (see `source_code.code_of`)."""
+    return code_of("02_cache_teacher", ("teacher", "cache_writer"))
+
+
+def key_digest(key: dict[str, Any]) -> str:
+    """The end of a cache folder's name: everything that decides the content, in eight hex digits."""
+    return sha256_json({"format": FORMAT_VERSION, **key})[:8]
+
+
+def finished_caches(artifacts: Path, name: str) -> list[Path]:
+    """Folders of experiment `name`'s finished caches, in the order in which 02 wrote, or was asked for, them last."""
+    folders = [path.parent for path in (artifacts / "cache").glob("*/manifest.json")
+               if (parts := FOLDER.fullmatch(path.parent.name)) and parts["name"] == name]
+    return sorted(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)
+
+
 def find_cache(artifacts: Path, name: str) -> Path:
     """The finished cache of experiment `name` that 02 wrote, or was asked for, last.
 
     Raises:
-        CacheError: there is none.
+        CacheError: there is none, or it is not what its folder's name says.
     """
-    pattern = re.compile(re.escape(name) + r"-\d{4}-\d\d-\d\d-[0-9a-f]{8}")
-    folders = [path.parent for path in (artifacts / "cache").glob("*/manifest.json")
-               if pattern.fullmatch(path.parent.name)]
+    folders = finished_caches(artifacts, name)
     if not folders:
         raise CacheError(f"no finished teacher cache of experiment {name!r}: run notebook 02_cache_teacher first")
-    return max(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)
+    read_manifest(folders[-1])
+    return folders[-1]
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, if it is one of this format and unchanged since it was written."""
+    """The manifest, if it is one of this format, this folder's own, and unchanged since it was written."""
+    where = f"{folder.name}/manifest.json"
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        text = (folder / "manifest.json").read_bytes().decode()
+        manifest = json.loads(text)
+        # The text is compared too, since other digits, or an E for an e, can read as the same number.
+        unchanged = text == json.dumps(manifest, indent=2, sort_keys=True) + "\n"
         stated = manifest.pop("content_hash")
+        unchanged &= sha256_json(manifest) == stated
     except FileNotFoundError:
-        raise CacheError(f"{folder.name} has no manifest.json: caching did not finish; run 02 again, "
-                         "it resumes") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError):
-        raise CacheError(f"{folder.name}/manifest.json is damaged: delete the folder and run 02 again") from None
-    if sha256_json(manifest) != stated:
-        raise CacheError(f"{folder.name}/manifest.json was changed after it was written: delete the folder and run 02 "
-                         "again")
-    if manifest["format"] != FORMAT_VERSION:
-        raise CacheError(f"{folder.name} has format {manifest['format']}, this code reads {FORMAT_VERSION}: run 02 "
-                         "again")
+        raise CacheError(f"{where} is missing: caching did not finish; run 02 again, it resumes") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise CacheError(f"{where} is damaged or cannot be read: run 02 again") from None
+    if not unchanged:
+        raise CacheError(f"{where} was changed after it was written: run 02 again")
+    if manifest.get("format") != FORMAT_VERSION:
+        raise CacheError(f"{where} has format {manifest.get('format')}, this code reads {FORMAT_VERSION}: run 02 again")
+    parts = FOLDER.fullmatch(folder.name)
+    if parts and "key" in manifest and (parts["name"], parts["key"]) != (manifest["name"], key_digest(manifest["key"])):
+        raise CacheError(f"{where} is that of {manifest['name']}-DATE-{key_digest(manifest['key'])}: another cache was "
+                         "copied here, or the folder renamed: run 02 again")
     return {**manifest, "content_hash": stated}
 
 
@@ -119,16 +145,21 @@ def check_files(folder: Path) -> dict[str, Any]:
     """
     manifest = read_manifest(folder)
     for entry in [*manifest["shards"], *([manifest["lm_head"]] if "lm_head" in manifest else [])]:
-        path = folder / entry["file"]
-        if not path.is_file():
-            raise CacheError(f"{folder.name}/{entry['file']} is missing: run 02 again, it writes what is missing")
-        if sha256_file(path) != entry["sha256"]:
-            raise CacheError(f"{folder.name}/{entry['file']} is damaged (checksum differs): delete it and run 02 again")
+        _check_file(folder, entry)
     return manifest
 
 
+def _check_file(folder: Path, entry: dict[str, Any]) -> Path:
+    path = folder / entry["file"]
+    if not path.is_file():
+        raise CacheError(f"{folder.name}/{path.name} is missing: run 02 again, it writes what is missing")
+    if sha256_file(path) != entry["sha256"]:
+        raise CacheError(f"{folder.name}/{path.name} is damaged, or another cache's (checksum differs): run 02 again")
+    return path
+
+
 class TeacherCache:
-    """Random access to a finished cache.
+    """Random access to a finished cache, all of whose files are looked at first.
 
     Args:
         folder: the cache's folder.
@@ -136,11 +167,11 @@ class TeacherCache:
         skip: signals that are not wanted: they are not read.
 
     Raises:
-        CacheError: no manifest, or one that is damaged.
+        CacheError: a file that is missing, damaged or another cache's.
     """
 
     def __init__(self, folder: Path, *, memory_bytes: int = 2**30, skip: Collection[str] = ()) -> None:
-        self.folder, self.manifest = folder, read_manifest(folder)
+        self.folder, self.manifest = folder, check_files(folder)
         self._dtypes = {name: dtype for name, dtype in self.manifest["dtypes"].items() if name not in skip}
         self._columns = ["example_id", "tokens", "answer_start", *(
             f"{name}.{j}" for name, dtype in self._dtypes.items() for j in range(np.dtype(dtype).itemsize))]
@@ -159,11 +190,7 @@ class TeacherCache:
 
     def _file(self, name: str) -> pq.ParquetFile:
         if name not in self._files:
-            try:
-                self._files[name] = pq.ParquetFile(self.folder / name, memory_map=True)
-            except (OSError, pa.ArrowInvalid) as error:
-                raise CacheError(f"{self.folder.name}/{name} cannot be read ({error}): delete it and run 02 "
-                                 "again") from None
+            self._files[name] = pq.ParquetFile(self.folder / name, memory_map=True)
         return self._files[name]
 
     def __len__(self) -> int:
@@ -199,9 +226,13 @@ class TeacherCache:
         return row
 
     def lm_head(self) -> Tensor | None:
-        """(V, d) the teacher's output layer, as stored; None in a top-k cache."""
+        """(V, d) the teacher's output layer, as stored; None in a top-k cache.
+
+        Raises:
+            CacheError: the file was damaged since the cache was opened.
+        """
         from safetensors.torch import load_file
 
         if "lm_head" not in self.manifest:
             return None
-        return load_file(self.folder / self.manifest["lm_head"]["file"])["lm_head"]
+        return load_file(_check_file(self.folder, self.manifest["lm_head"]))["lm_head"]

@@ -2,14 +2,20 @@
 
 The teacher runs in the calling thread; packing, compression and disk are the writers' work, so that a device does not
 wait for them. At most a few batches are in memory at any time, however much there is to write.
+
+Until the manifest stands, each finished shard has a note in the folder `.NAME.shards` beside the cache: its checksum
+and what it was made for. A run that goes on keeps the shards that agree with their notes, and no other.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -19,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .cache import (FORMAT_VERSION, SIGNAL_COLUMNS, CachedExample, CacheError, byte_planes, check_files, read_manifest)
-from .files import sha256_file, sha256_json, write_json, written_aside
+from .cache import (FORMAT_VERSION, SIGNAL_COLUMNS, CachedExample, CacheError, byte_planes, check_files, key_digest,
+                    read_manifest)
+from .files import full_disk_named, locked, sha256_file, sha256_json, write_json, written_aside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,11 +40,15 @@ WRITERS = 2  # shards that are packed and compressed side by side
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a cache, and the examples (with tokens, without signals) that go into it."""
+    """One file of a cache, and the examples (with tokens, without signals) that go into it.
+
+    `made_for` is a digest of what the cache is made from and of which examples are in this shard.
+    """
 
     file: str
     split: str
     rows: list[CachedExample]
+    made_for: str
 
 
 def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
@@ -48,7 +59,7 @@ def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
         name: the experiment's name.
         key: everything that decides the content (data hash, teacher, tokenizer, signals, ...), JSON values.
     """
-    digest = sha256_json({"format": FORMAT_VERSION, **key})[:8]
+    digest = key_digest(key)
     earlier = sorted((artifacts / "cache").glob(f"{name}-????-??-??-{digest}"))
     return earlier[-1] if earlier else artifacts / "cache" / f"{name}-{date.today():%Y-%m-%d}-{digest}"
 
@@ -79,30 +90,49 @@ def write_cache(folder: Path, examples: dict[str, list[CachedExample]], signals_
 
 def assemble_cache(folder: Path, examples: dict[str, list[CachedExample]], write: Callable[[list[Shard]], None],
                    lm_head: Tensor | None, header: dict[str, Any], *, shard_examples: int) -> dict[str, Any]:
-    """As `write_cache`, with `write` to make the missing shards: here, or on other machines that see `folder`."""
-    try:
-        manifest = check_files(folder)
-        os.utime(folder / "manifest.json")  # `find_cache` takes the newest: this is the one asked for last
-        return manifest
-    except CacheError:  # not finished, or damaged: what is whole is kept, the rest is written again
-        earlier = _earlier_checksums(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").unlink(missing_ok=True)
-    shards = plan_shards(examples, shard_examples)
-    missing = [shard for shard in shards if not _is_finished(folder, shard, earlier.get(shard.file))]
+    """As `write_cache`, with `write` to make the missing shards: here, or on other machines that see `folder`.
+
+    Raises:
+        ValueError: another process is writing this cache.
+        OSError: the disk is full; what is whole stays.
+    """
+    with held(folder, "a caching run"):
+        _remove_half_files(folder)
+        try:
+            manifest = check_files(folder)
+            os.utime(folder / "manifest.json")  # `find_cache` takes the newest: this is the one asked for last
+        except CacheError:  # not finished, or damaged: what is whole is kept, the rest is written again
+            manifest = _assemble(folder, examples, write, lm_head, header, shard_examples)
+        shutil.rmtree(_notes(folder), ignore_errors=True)
+    return manifest
+
+
+@contextmanager
+def held(folder: Path, what: str) -> Iterator[None]:
+    """`files.locked` for what 02 writes; a disk that has no room for the lock is named too."""
+    with ExitStack() as lock:
+        with full_disk_named(folder):
+            lock.enter_context(locked(folder, what, "wait for it, or stop it and run 02 again"))
+        yield
+
+
+def _assemble(folder: Path, examples: dict[str, list[CachedExample]], write: Callable[[list[Shard]], None],
+              lm_head: Tensor | None, header: dict[str, Any], shard_examples: int) -> dict[str, Any]:
+    shards = plan_shards(examples, shard_examples, header.get("key", header))
+    known = _known_checksums(folder, shards)
+    missing = [shard for shard in shards if not _is_whole(folder / shard.file, known.get(shard.file))]
     try:
         if missing:
             write(missing)
     finally:
-        for shard in missing:  # half files of writers that were killed, in this run or an earlier one
-            for aside in folder.glob(f".{shard.file}.partial-*"):
-                aside.unlink(missing_ok=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checksums = pool.map(sha256_file, [folder / shard.file for shard in shards])
+        _remove_half_files(folder)  # of workers that were killed
+    known |= _known_checksums(folder, missing)
+    if lost := [shard.file for shard in shards if shard.file not in known or not (folder / shard.file).is_file()]:
+        raise CacheError(f"{folder.name}: {len(lost)} shards were written and are not there ({lost[0]}): do all machines "
+                         "of the Ray cluster see this folder? Mount it on all, or set workers to 1")
     entries = [{"file": shard.file, "split": shard.split, "rows": len(shard.rows),
                 "tokens": sum(len(row.tokens) for row in shard.rows),
-                "bytes": (folder / shard.file).stat().st_size, "sha256": checksum}
-               for shard, checksum in zip(shards, checksums)]
+                "bytes": (folder / shard.file).stat().st_size, "sha256": known[shard.file]} for shard in shards]
     manifest = {**header, "format": FORMAT_VERSION, "shards": entries,
                 "rows": {split: len(rows) for split, rows in examples.items()}}
     if lm_head is not None:
@@ -112,12 +142,14 @@ def assemble_cache(folder: Path, examples: dict[str, list[CachedExample]], write
     return manifest
 
 
-def plan_shards(examples: dict[str, list[CachedExample]], shard_examples: int) -> list[Shard]:
-    """Each split's examples by length, in shards of `shard_examples`."""
-    return [Shard(f"{split}-{start // shard_examples:05d}.parquet", split, ordered[start:start + shard_examples])
-            for split, rows in examples.items()
-            for ordered in [sorted(rows, key=lambda row: (len(row.tokens), row.example_id))]
-            for start in range(0, len(ordered), shard_examples)]
+def plan_shards(examples: dict[str, list[CachedExample]], shard_examples: int, key: dict[str, Any]) -> list[Shard]:
+    """Each split's examples by length, in shards of `shard_examples`; `key` is what the cache is made from."""
+    return [Shard(f"{split}-{start // shard_examples:05d}.parquet", split, rows,
+                  sha256_json({"key": key, "rows": [row.example_id for row in rows]}))
+            for split, unordered in examples.items()
+            for ordered in [sorted(unordered, key=lambda row: (len(row.tokens), row.example_id))]
+            for start in range(0, len(ordered), shard_examples)
+            for rows in [ordered[start:start + shard_examples]]]
 
 
 def write_shards(folder: Path, shards: list[Shard], signals_of: SignalsOf, *, batch_tokens: int,
@@ -134,7 +166,7 @@ def write_shards(folder: Path, shards: list[Shard], signals_of: SignalsOf, *, ba
                 jobs.popleft().result()
             batches: Queue = Queue(maxsize=2)
             try:
-                jobs.append(pool.submit(_write_shard, folder / shard.file, batches))
+                jobs.append(pool.submit(_write_shard, folder, shard, batches))
                 for batch in token_batches(shard.rows, batch_tokens):
                     _hand_over(batches, signals_of(batch), jobs[-1])
                 _hand_over(batches, None, jobs[-1])
@@ -176,37 +208,54 @@ def token_batches(rows: list[CachedExample], batch_tokens: int) -> Iterator[list
         yield batch
 
 
-def _earlier_checksums(folder: Path) -> dict[str, str]:
-    """Checksums by file that a manifest states, whatever else is wrong with the folder."""
-    try:
-        return {shard["file"]: shard["sha256"] for shard in read_manifest(folder)["shards"]}
+def _notes(folder: Path) -> Path:
+    """Where the finished shards of a cache without a manifest have their notes."""
+    return folder.with_name(f".{folder.name}.shards")
+
+
+def _known_checksums(folder: Path, shards: list[Shard]) -> dict[str, str]:
+    """The checksums that these shards must have, by file, of those that were finished for this very cache."""
+    try:  # whole, but for a shard that was damaged since
+        known = {entry["file"]: entry["sha256"] for entry in read_manifest(folder)["shards"]}
     except CacheError:
-        return {}
+        known = {}
+    for shard in shards:
+        try:
+            note = json.loads((_notes(folder) / f"{shard.file}.json").read_bytes())
+            if note["made_for"] == shard.made_for:
+                known[shard.file] = note["sha256"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return known
 
 
-def _is_finished(folder: Path, shard: Shard, checksum: str | None) -> bool:
-    path = folder / shard.file
-    if checksum is not None and path.is_file() and sha256_file(path) != checksum:
-        return False
-    try:
-        held = pq.read_table(path, columns=["example_id"])["example_id"].to_pylist()
-        return held == [row.example_id for row in shard.rows]
-    except (OSError, pa.ArrowInvalid, KeyError):
-        return False
+def _is_whole(path: Path, checksum: str | None) -> bool:
+    return checksum is not None and path.is_file() and sha256_file(path) == checksum
 
 
-def _write_shard(path: Path, batches: Queue) -> None:
-    writer = None
+def _remove_half_files(folder: Path) -> None:
+    for place in (folder, _notes(folder)):
+        for aside in place.glob(".*.partial-*"):
+            aside.unlink(missing_ok=True)
+
+
+def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
+    path, writer = folder / shard.file, None
     with written_aside(path) as aside:
-        while (batch := batches.get()) is not None:
-            if isinstance(batch, BaseException):
-                raise RuntimeError("the teacher stopped") from batch
-            for row in batch:
-                table = _table(row)
-                writer = writer or pq.ParquetWriter(aside, table.schema, compression="zstd", compression_level=1,
-                                                    use_dictionary=False, write_statistics=False)
-                writer.write_table(table)
-        writer.close()
+        try:
+            while (batch := batches.get()) is not None:
+                if isinstance(batch, BaseException):
+                    raise RuntimeError("the teacher stopped") from batch
+                for row in batch:
+                    table = _table(row)
+                    writer = writer or pq.ParquetWriter(aside, table.schema, compression="zstd", compression_level=1,
+                                                        use_dictionary=False, write_statistics=False)
+                    writer.write_table(table)
+        finally:
+            if writer:
+                writer.close()
+        # Before the shard takes its place: a note whose shard never came only makes it be written again.
+        write_json(_notes(folder) / f"{shard.file}.json", {"made_for": shard.made_for, "sha256": sha256_file(aside)})
 
 
 def _table(row: CachedExample) -> pa.Table:
@@ -223,4 +272,5 @@ def _write_lm_head(path: Path, weight: Tensor) -> dict[str, Any]:
 
     with written_aside(path) as aside:
         save_file({"lm_head": weight}, aside)
-    return {"file": path.name, "shape": list(weight.shape), "dtype": str(weight.dtype), "sha256": sha256_file(path)}
+        checksum = sha256_file(aside)
+    return {"file": path.name, "shape": list(weight.shape), "dtype": str(weight.dtype), "sha256": checksum}

@@ -6,19 +6,20 @@ exist, of what type and in which range. A file in `papermill_params/` holds what
 
 from __future__ import annotations
 
-import ast
 import difflib
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-#: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the
-#: shared folder that holds `artifacts/` and `runs/`.
-ROOT = Path(os.environ.get("KD_ROOT") or Path(__file__).parents[1]).expanduser().resolve()
+#: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the shared
+#: folder that holds `artifacts/` and `runs/`: a node's own KD_ROOT, or else the place where the sweep was started.
+ROOT = Path(os.environ.get("KD_ROOT") or os.environ.get("KD_SWEEP_ROOT") or Path(__file__).parents[1])
+ROOT = ROOT.expanduser().resolve()
 
 #: Reference rows, which are no distillation: the student as it comes, and the student fine-tuned without the teacher.
 REFERENCES = ("untrained", "task_only")
@@ -26,12 +27,22 @@ DISTILLATIONS = ("black_box", "hidden_state", "attention", "combined")
 METHODS = (*REFERENCES, *DISTILLATIONS)
 TASK_NAMES = ("sst2", "mmlu", "gsm8k")
 
+
+def _place(text: str) -> str:
+    """A folder, or a model of the hub, which may be one: refused is what no file system takes."""
+    if not text.strip() or os.path.expanduser(text)[:1] == "~" or re.search(rb"(?s)[^/]{256}|.{1001}", text.encode()):
+        raise ValueError("Input should be a path or a name: not blank, no unknown ~user, 255 bytes a part, 1000 in all")
+    return text
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-PositiveInt = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Place = Annotated[str, AfterValidator(_place)]
+PlaceOrBlank = Annotated[str, AfterValidator(lambda text: text.strip() and _place(text))]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # more overflows in one or the other library
+Count = Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Weight = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 def resolve(path: str | Path) -> Path:
@@ -51,7 +62,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
     name: Name
-    artifacts_dir: str
+    artifacts_dir: Place
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -59,20 +70,27 @@ class Config(BaseModel):
         except ValidationError as error:
             raise ValueError(_one_line(error, type(self))) from None
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_stands(cls, value: Any, info: Any) -> Any:
+        """Refuse what pydantic would take for something else, and text that files and libraries do not take."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError("Input should be a number, not true or false")
+        if isinstance(value, bytes) or isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value):
+            raise ValueError("Input should be plain text: no bytes, no NUL, no lone surrogates")
+        return value
+
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> Self:
-        """The config from a notebook's globals, after its `parameters` cell and what papermill injected.
-
-        Args:
-            namespace: the notebook's `globals()`.
+        """The config from a notebook's `globals()`, after its `parameters` cell and what papermill injected.
 
         Raises:
-            ValueError: one line that names the key, what came and what is allowed; also for a key that papermill
-                injected and that no notebook declares (papermill alone only warns).
+            ValueError: one line: key, value and what is allowed; also for an injected key that no notebook declares.
         """
-        unknown_keys_are_errors(_injected_names(namespace.get("In", [])), "injected parameters")
-        missing = [key for key in cls.model_fields if key not in namespace]
-        if missing:
+        from .parameters import injected_names, unknown_keys_are_errors
+
+        unknown_keys_are_errors(injected_names(namespace.get("In", [])), "injected parameters")
+        if missing := [key for key in cls.model_fields if key not in namespace]:
             raise ValueError(f"the parameters cell does not define {', '.join(missing)}: restore it")
         return cls(**{key: namespace[key] for key in cls.model_fields})
 
@@ -96,8 +114,8 @@ class Config(BaseModel):
 
     def fingerprint(self) -> str:
         """Sixteen hex digits over all values but those that cannot change a result (names, places, devices)."""
-        skip = {"name", "artifacts_dir", "run_dir", "device", "save_student", "trial", *self.without_effect}
-        values = {key: value for key, value in self.model_dump().items() if key not in skip}
+        values = self.model_dump(exclude={"name", "artifacts_dir", "run_dir", "device", "save_student",
+                                          "checkpoint_seconds", "trial", *self.without_effect})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -105,8 +123,8 @@ class DataConfig(Config):
     """Parameters of `01_prepare_data`."""
 
     build: Literal["toy", "smol", "none"]
-    data_dir: str
-    tokenizer: str
+    data_dir: PlaceOrBlank
+    tokenizer: Place
     max_length: PositiveInt
     data_seed: Seed
     sst2_train: Count
@@ -120,8 +138,7 @@ class DataConfig(Config):
     def _some_rows(self) -> Self:
         for split in ("train", "validation"):
             if not any(self.rows(task, split) for task in TASK_NAMES):
-                raise ValueError(f"no task has {split} rows: set one of "
-                                 + ", ".join(f"{task}_{split}" for task in TASK_NAMES) + " above 0")
+                raise ValueError(f"no task has {split} rows: set sst2_{split}, mmlu_{split} or gsm8k_{split} above 0")
         return self
 
     def rows(self, task: str, split: str) -> int:
@@ -132,9 +149,9 @@ class DataConfig(Config):
 class CacheConfig(Config):
     """Parameters of `02_cache_teacher`."""
 
-    teacher: str
+    teacher: Place
     teacher_revision: str
-    tokenizer: str
+    tokenizer: Place
     teacher_epochs: Count
     teacher_learning_rate: PositiveFloat
     teacher_batch_size: PositiveInt
@@ -149,7 +166,7 @@ class CacheConfig(Config):
     eval_batch_size: PositiveInt
     max_new_tokens: PositiveInt
     precision: Literal["auto", "float32", "bfloat16"]
-    device: str
+    device: Device
     workers: Count
 
 
@@ -158,11 +175,11 @@ class TrialConfig(Config):
 
     distill_type: Literal["untrained", "task_only", "black_box", "hidden_state", "attention", "combined"]
     seed: Seed
-    student: str
+    student: Place
     student_init: Literal["pretrained", "layers", "random"]
     student_layers: PositiveInt
-    teacher: str
-    tokenizer: str
+    teacher: Place
+    tokenizer: Place
     alpha: Weight
     beta: Weight
     gamma_hidden: Weight
@@ -179,9 +196,10 @@ class TrialConfig(Config):
     eval_batch_size: PositiveInt
     max_new_tokens: PositiveInt
     precision: Literal["auto", "float32", "bfloat16"]
-    device: str
+    device: Device
     save_student: bool
-    run_dir: str
+    checkpoint_seconds: Count
+    run_dir: Place
     trial: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._=+-]*)?$", max_length=200)]
 
     @model_validator(mode="after")
@@ -227,7 +245,7 @@ class TrialConfig(Config):
 class AnalysisConfig(Config):
     """Parameters of `04_analyse_results`."""
 
-    run_dir: str
+    run_dir: PlaceOrBlank
     margin_points: PositiveFloat
 
 
@@ -235,10 +253,10 @@ class SpeedConfig(Config):
     """Parameters of `05_measure_speed`."""
 
     shapes: Literal["tiny", "small", "llama2"]
-    bench_rows: Annotated[int, Field(ge=8)]
+    bench_rows: Annotated[int, Field(ge=8, lt=2**31)]
     size_rows: Count
     growth_rows: PositiveInt
-    naive_length: Annotated[int, Field(ge=496)]
+    naive_length: Annotated[int, Field(ge=496, lt=2**31)]
     repeats: PositiveInt
     sweep_trials: Count
     batch_size: PositiveInt
@@ -246,8 +264,8 @@ class SpeedConfig(Config):
     temperature: PositiveFloat
     seed: Seed
     precision: Literal["auto", "float32", "bfloat16"]
-    device: str
-    run_dir: str
+    device: Device
+    run_dir: Place
 
 
 NOTEBOOKS: dict[str, type[Config]] = {
@@ -259,33 +277,24 @@ NOTEBOOKS: dict[str, type[Config]] = {
 }
 
 
-def unknown_keys_are_errors(keys: Any, where: str) -> None:
-    """Raise a ValueError for the first key that no notebook declares, with the nearest one that it may have meant."""
-    known = sorted({key for config in NOTEBOOKS.values() for key in config.model_fields})
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
-            raise ValueError(f"{where}: no notebook has a parameter {key!r}; {hint}")
-
-
-def _injected_names(cells: list[str]) -> list[str]:
-    """Names assigned in the cell that papermill injects, which begins with the comment `# Parameters`."""
-    names = []
-    for source in cells:
-        if source.startswith("# Parameters\n"):
-            names += [node.targets[0].id for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-    return names
+def shown(value: Any) -> str:
+    """A value as an error's one line shows it: its repr, cut where it is long."""
+    try:
+        text = " ".join(repr(value).splitlines())
+    except Exception:  # an int of more than 4,300 digits has no repr, and a stranger's may fail
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 150 else f"{text[:120]}... ({len(text):,} characters)"
 
 
 def _one_line(error: ValidationError, config: type[Config]) -> str:
     parts = []
     for item in error.errors():
-        key = ".".join(map(str, item["loc"]))
-        message = item["msg"].removeprefix("Value error, ")
+        key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+        if item["type"] == "int_parsing_size":  # pydantic's words name no limit
+            message = "Input should be positive and less than 2147483648"
         if item["type"] == "extra_forbidden":
             near = difflib.get_close_matches(key, config.model_fields, n=1)
             message = "no such parameter" + (f", did you mean {near[0]!r}?" if near else "")
-        shown = "" if not key or item["type"] == "missing" else f" = {item['input']!r}"
-        parts.append(f"{key}{shown}: {message}" if key else message)
+        value = "" if not key or item["type"] == "missing" else f" = {shown(item['input'])}"
+        parts.append(f"{key}{value}: {message}" if key else message)
     return f"{config.__name__}: " + "; ".join(parts)

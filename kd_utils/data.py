@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,17 @@ from typing import Any
 import pandas as pd
 
 from kd_utils.config import TASK_NAMES, DataConfig, resolve, short_path
+from kd_utils.files import full_disk_named, sha256_file, written_folder
 from kd_utils.leaks import few_shot_rows
-from kd_utils.tasks import COLUMNS, content_key, load_task
+from kd_utils.prepared_table import PREPARED, read_table, require_own_ids
+from kd_utils.sealed import RecordError, read_sealed, write_sealed
+from kd_utils.source_code import changed, code_of
+from kd_utils.tasks import TASKS, content_key, load_task
 from kd_utils.tokens import encode_example, tokenizer_fingerprint
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
+MADE_FROM = ("config", "source", "code")
 
 #: The hub's split that each of ours is drawn from. MMLU has too few rows in its own `dev` and `validation`, so both
 #: come from `test`, which is cut in two.
@@ -38,6 +44,8 @@ class PreparedData:
     content before every question, see `leaks.few_shot_rows`), `too_long` (drawn, but dropped for more than max_length
     tokens; another was drawn instead), `taken`, and of those `mean_tokens`, `max_tokens` (prompt, answer and end token)
     and `mean_answer_tokens`.
+
+    `made_from` is what `why_stale` compares: the `config`, digests of the `source` files and of the `code`.
     """
 
     train: pd.DataFrame
@@ -45,6 +53,7 @@ class PreparedData:
     counts: pd.DataFrame
     config_fingerprint: str
     tokenizer_fingerprint: str
+    made_from: dict[str, dict[str, Any]]
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Raise a ValueError if lengths were counted, and rows dropped, with another tokenizer than this one."""
@@ -57,8 +66,7 @@ class PreparedData:
         digest = hashlib.sha256()
         for split in SPLITS:
             table = getattr(self, split)
-            columns = [table[column] for column in COLUMNS if column != "row"]
-            for values in zip(*columns, strict=True):
+            for values in zip(*(table[column] for column in PREPARED), strict=True):
                 line = json.dumps([split, *(list(v) if not isinstance(v, str) else v for v in values)])
                 digest.update(line.encode() + b"\n")
         return digest.hexdigest()
@@ -76,6 +84,7 @@ def prepare(config: DataConfig, tokenizer: Any) -> PreparedData:
     Raises:
         ValueError: fewer rows than asked for, no row that fits `max_length`, or a content in both splits.
     """
+    made_from = _made_from(config)  # before it is read: a file that changes meanwhile must not count as the one read
     drawn = {split: [] for split in SPLITS}
     counts = []
     for task in TASK_NAMES:
@@ -88,56 +97,144 @@ def prepare(config: DataConfig, tokenizer: Any) -> PreparedData:
                 counts.append(count)
     tables = [pd.concat(drawn[split], ignore_index=True) for split in SPLITS]
     counts = pd.DataFrame(counts).sort_values(["split", "task"], key=_as_listed).reset_index(drop=True)
-    _require_disjoint(*tables)
-    return PreparedData(*tables, counts, config.fingerprint(), tokenizer_fingerprint(tokenizer))
+    _require_disjoint(*tables, "the drawn rows")
+    return PreparedData(*tables, counts, config.fingerprint(), tokenizer_fingerprint(tokenizer), made_from)
 
 
 def save_prepared(prepared: PreparedData, folder: str | Path) -> Path:
-    """Write `{train,validation}.parquet` and `manifest.json` aside, then move them into place as one folder."""
+    """Write `{train,validation}.parquet` and `manifest.json` aside, then move them into place as one folder.
+
+    The manifest is sealed and has the checksums of the tables, so that any later change is found.
+    """
     folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for split in SPLITS:
-        getattr(prepared, split).to_parquet(aside / f"{split}.parquet", index=False)
-    manifest = {
-        "format": FORMAT,
-        "config_fingerprint": prepared.config_fingerprint,
-        "tokenizer_fingerprint": prepared.tokenizer_fingerprint,
-        "data_hash": prepared.data_hash,
-        "counts": prepared.counts.to_dict("records"),
-    }
-    (aside / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():  # a folder cannot be renamed over one that has files
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_leftovers(folder)
+    with written_folder(folder) as aside:
+        checksums = {}
+        for split in SPLITS:
+            path = aside / f"{split}.parquet"
+            with full_disk_named(folder / path.name):
+                getattr(prepared, split).to_parquet(path, index=False)
+            checksums[path.name] = sha256_file(path)
+        write_sealed(aside / "manifest.json", {
+            "format": FORMAT,
+            "name": folder.name,
+            "config_fingerprint": prepared.config_fingerprint,
+            "tokenizer_fingerprint": prepared.tokenizer_fingerprint,
+            "data_hash": prepared.data_hash,
+            "counts": prepared.counts.to_dict("records"),
+            **prepared.made_from,
+            "checksums": checksums,
+        }, "checksums")
     return folder
 
 
 def load_prepared(folder: str | Path) -> PreparedData:
-    """Read a folder that `save_prepared` wrote, and check it against its manifest.
+    """Read a folder that `save_prepared` wrote, and check it against its manifest, and every row.
 
     Raises:
         FileNotFoundError: no such folder, or one of its files is missing.
-        ValueError: another format, a column missing, an empty split, a content in both splits, or tables that are not
-            those of the manifest.
+        ValueError: another format, a file that was changed or is another folder's, a column, type or value that a
+            prepared table cannot have, or a content or example_id in both splits.
     """
     folder = Path(folder)
     where = short_path(folder)
-    for name in ("manifest.json", *(f"{split}.parquet" for split in SPLITS)):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no prepared data in {where} ({name} is missing): run 01_prepare_data first")
-    manifest = _read_manifest(folder / "manifest.json")
-    tables = [_read_split(folder / f"{split}.parquet") for split in SPLITS]
-    _require_disjoint(*tables)
+    manifest = read_manifest(folder)
+    for path in [folder / f"{split}.parquet" for split in SPLITS]:
+        if not path.is_file():
+            raise FileNotFoundError(f"no prepared data in {where} ({path.name} is missing): run 01_prepare_data first")
+        if sha256_file(path) != manifest["checksums"].get(path.name):
+            raise ValueError(f"{where}/{path.name} is not the file that manifest.json was written with (its checksum "
+                             "differs): run 01_prepare_data again")
+    tables = [read_table(folder / f"{split}.parquet") for split in SPLITS]
+    require_own_ids({f"{split}.parquet": table for split, table in zip(SPLITS, tables)}, where)
+    _require_disjoint(*tables, where)
     prepared = PreparedData(*tables, pd.DataFrame(manifest["counts"]), manifest["config_fingerprint"],
-                            manifest["tokenizer_fingerprint"])
+                            manifest["tokenizer_fingerprint"], {key: manifest[key] for key in MADE_FROM})
     if prepared.data_hash != manifest["data_hash"]:
         raise ValueError(f"{where}: the tables hash to {prepared.data_hash[:12]}, the manifest says "
                          f"{manifest['data_hash'][:12]}: they were changed, run 01_prepare_data again")
     return prepared
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of prepared data, if no byte of it changed since it was written for this very folder.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, of another format, or another folder's.
+    """
+    path = Path(folder) / "manifest.json"
+    where = short_path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no prepared data in {short_path(folder)} (manifest.json is missing): run "
+                                "01_prepare_data first")
+    try:
+        manifest = read_sealed(path, "checksums")
+    except RecordError as error:
+        raise ValueError(f"{short_path(folder)}/{error}: run 01_prepare_data again") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{where} is not a manifest of format {FORMAT}: run 01_prepare_data again")
+    wanted = {"name", "config_fingerprint", "tokenizer_fingerprint", "data_hash", "counts", *MADE_FROM}
+    if missing := wanted - manifest.keys():
+        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}: run 01_prepare_data again")
+    if manifest["name"] != Path(folder).name:
+        raise ValueError(f"{where} is that of {manifest['name']!r}: it was copied here, run 01_prepare_data again")
+    return manifest
+
+
+def why_stale(folder: str | Path, config: DataConfig) -> str:
+    """Why the prepared data is not what `01_prepare_data` would make now; "" if it is. The tables are not read.
+
+    It compares the config, the code, and the files that rows and tokenizer come from, where they are local.
+    """
+    try:
+        then, now = read_manifest(folder), _made_from(config)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    differing = {kind: sorted(name for name in then[kind].keys() | now[kind].keys()
+                              if then[kind].get(name) != now[kind].get(name)) for kind in ("config", "source")}
+    reasons = [f"{kind} changed ({', '.join(names)})" for kind, names in differing.items() if names]
+    if then["code"] != now["code"]:
+        reasons.append(f"code changed ({changed(then['code'], now['code'])})")
+    return "; ".join(reasons)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes that were killed left beside `path` while they wrote it; a living one's is left alone."""
+    pattern = re.compile(rf"\.+{re.escape(path.name)}(?:\.(?:partial|old)-(\d{{1,9}}))+")
+    for leftover in path.parent.glob(".*") if path.parent.is_dir() else ():
+        if (found := pattern.fullmatch(leftover.name)) and not _lives(int(found[1])):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()  # an earlier process had our number: we are only about to write
+
+
+def _made_from(config: DataConfig) -> dict[str, dict[str, Any]]:
+    """What decides the rows: config, local files (rows and tokenizer), code (of the embedded models' builder too)."""
+    builder = {"toy": {"toy_models"}, "smol": {"smol"}}.get(config.build, set())
+    values = config.model_dump(exclude={"name", "artifacts_dir"})
+    return {"config": values, "source": _source_files(config), "code": code_of("01_prepare_data", {"data", *builder})}
+
+
+def _source_files(config: DataConfig) -> dict[str, str]:
+    """Digests of the local files that rows, shots and tokenizer are read from; the hub's are not looked at."""
+    files: dict[str, Path] = {}
+    if config.data_dir:
+        used = {f"{task}/{source}.parquet" for task in TASK_NAMES for split in SPLITS if config.rows(task, split)
+                for source in (SOURCES[task][split], TASKS[task].shot_split)}
+        files |= {name: resolve(config.data_dir) / name for name in sorted(used)}
+    if resolve(config.tokenizer).is_dir():  # with a model beside it, perhaps: its weights are no tokenizer
+        files |= {f"tokenizer/{path.name}": path for path in sorted(resolve(config.tokenizer).iterdir())
+                  if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"))}
+    return {name: sha256_file(path) for name, path in files.items() if path.is_file()}
 
 
 def _draw(config: DataConfig, tokenizer: Any, task: str, split: str, asked: int,
@@ -185,40 +282,11 @@ def _require_enough(task: str, split: str, asked: int, max_length: int, found: i
         raise ValueError(f"{task}_{split} = {asked}, but there are {found} ({why}): lower {task}_{split}")
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    where = short_path(path)
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(f"{where} is not JSON: run 01_prepare_data again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{where} is not a manifest of format {FORMAT}: run 01_prepare_data again")
-    missing = {"config_fingerprint", "tokenizer_fingerprint", "data_hash", "counts"} - manifest.keys()
-    if missing:
-        raise ValueError(f"{where} lacks {', '.join(sorted(missing))}: run 01_prepare_data again")
-    return manifest
-
-
-def _read_split(path: Path) -> pd.DataFrame:
-    where = short_path(path)
-    try:
-        table = pd.read_parquet(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{where} is no whole parquet file ({' '.join(str(error).split())[:200]}): run "
-                         "01_prepare_data again") from None
-    missing = [column for column in COLUMNS if column != "row" and column not in table]
-    if missing:
-        raise ValueError(f"{where} has no column {', '.join(missing)}: run 01_prepare_data again")
-    if table.empty:
-        raise ValueError(f"{where} has no rows: run 01_prepare_data again")
-    table["choices"] = [list(choices) for choices in table["choices"]]
-    return table
-
-
-def _require_disjoint(train: pd.DataFrame, validation: pd.DataFrame) -> None:
+def _require_disjoint(train: pd.DataFrame, validation: pd.DataFrame, where: str) -> None:
     both = _contents(train) & _contents(validation)
     if both:
-        raise ValueError(f"{len(both)} contents are in train and validation: run 01_prepare_data again")
+        raise ValueError(f"{where}: {len(both)} contents are in train and in validation, expected none: run "
+                         "01_prepare_data again")
 
 
 def _contents(table: pd.DataFrame) -> set[str]:

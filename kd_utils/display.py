@@ -52,6 +52,10 @@ class Progress:
         last = self.running.pop(trial, {})
         self._say(f"{trial}: done{_accuracy(last)}")
 
+    def lost(self, trial: str, why: str) -> None:
+        self.running.pop(trial, None)
+        self._say(f"{trial}: {why}")
+
     def broke(self, trial: str, cause: str) -> None:
         self.running.pop(trial, None)
         self.failed.append(trial)

@@ -14,7 +14,7 @@ import torch
 from kd_utils.config import TASK_NAMES
 from kd_utils.files import written_aside
 from kd_utils.generation import batches, context_length, generate_answers, score_generated
-from kd_utils.student import autocast
+from kd_utils.student import autocast, load_causal_lm, load_tokenizer
 from kd_utils.tasks import load_task
 from kd_utils.tokens import encode_pair
 
@@ -184,14 +184,11 @@ def evaluate_folder(model_dir: str | Path, task: str, split: str, out: str | Pat
 
 
 def _load_model(model_dir: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{model_dir} is no causal model with its tokenizer: {' '.join(str(error).split())[:300]}; "
-                         "save both with save_pretrained") from None
+        tokenizer, model = load_tokenizer(str(model_dir.absolute())), load_causal_lm(str(model_dir.absolute()))
+    except ValueError as error:
+        raise ValueError(f"{model_dir} is no causal model with its tokenizer: {error}; save both with "
+                         "save_pretrained") from None
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 

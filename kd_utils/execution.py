@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +16,19 @@ from typing import Any
 
 from . import config, records
 from . import parameters as parameter_files
+from .files import sha256_file
 from .sealed import write_sealed
+from .source_code import changed, code_of
 
 POLL_SECONDS = 0.2
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook that did not run to its end; the message says which cell's error, and where the notebook is kept."""
+    """A notebook that did not run to its end: the `cause` in one line, and where the notebook is kept."""
+
+    def __init__(self, stem: str, cause: str, kept: str = "") -> None:
+        super().__init__(f"{stem} failed: {cause}" + f" (notebook kept: {kept})" * bool(kept))
+        self.cause = cause
 
 
 def code_root() -> Path:
@@ -57,7 +64,10 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
     aside = target.with_name(f".{target.stem}.partial-{os.getpid()}.ipynb")
     try:
         # The kernel starts beside the code, so that on a cluster it imports what travelled, not the shared folder's.
-        papermill.execute_notebook(parameter_files.notebook_path(stem), aside, parameters, cwd=code_root(),
+        # papermill formats both paths, so that braces in a folder's name would be taken for fields.
+        source, out = (str(path).replace("{", "{{").replace("}", "}}") for path in
+                       (parameter_files.notebook_path(stem), aside))
+        papermill.execute_notebook(source, out, parameters, cwd=code_root(),
                                    kernel_name="python3", progress_bar=progress_bar,
                                    coalesce_streams=True,  # of a progress bar the last state is kept
                                    # All is on disk by then, and torch takes a second to leave by itself.
@@ -66,62 +76,82 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
         _finish(aside, target, stem, about())
     except Exception as error:
         cause = _cause(error)
-        keep_failure(target, stem, cause)
-        raise NotebookFailed(f"{target.stem} failed: {cause} (notebook kept: {config.short_path(failed)})") from None
+        kept = keep_failure(target, stem, cause)
+        raise NotebookFailed(target.stem, cause, config.short_path(failed) if kept else "") from None
 
 
-def keep_failure(target: Path, stem: str, cause: str) -> None:
-    """Put what there is of a failed execution to `<target's stem>.failed.ipynb`, with the cause in its metadata."""
+def keep_failure(target: Path, stem: str, cause: str) -> bool:
+    """Put what there is of a failed execution to `<target's stem>.failed.ipynb`, with the cause in its metadata.
+
+    Returns:
+        Whether that could be done: the disk may be full.
+    """
     failed = target.with_name(f"{target.stem}.failed.ipynb")
-    if failed.exists():
-        return
     # Nothing aside: it failed before papermill wrote anything, so the source stands for it.
-    aside = next(target.parent.glob(f".{target.stem}.partial-*.ipynb"), None) or parameter_files.notebook_path(stem)
+    source = parameter_files.notebook_path(stem)
+    aside = next(target.parent.glob(f".{target.stem}.partial-*.ipynb"), source)
     try:
-        _finish(aside, failed, stem, {"failure": cause})
-    except ValueError:  # killed while papermill wrote it
-        _finish(parameter_files.notebook_path(stem), failed, stem, {"failure": cause})
-    if aside.name.startswith("."):
-        aside.unlink(missing_ok=True)
+        try:
+            _finish(aside, failed, stem, {"failure": cause})
+        except ValueError:  # killed while papermill wrote it
+            _finish(source, failed, stem, {"failure": cause})
+    except OSError:
+        return False
+    finally:
+        if aside != source:
+            aside.unlink(missing_ok=True)
+    return True
 
 
-def in_thread(work: Callable[[], None], while_waiting: Callable[[], None] = lambda: None) -> None:
-    """Run `work` in a thread and call `while_waiting` meanwhile; what `work` raised is raised here.
+class InThread:
+    """Work in a thread of its own, waited for in steps.
 
     papermill in the main thread takes Ctrl-C for itself; from a thread it reaches the waiting caller, and the kernel
     ends with its parent process.
     """
-    raised: list[BaseException] = []
 
-    def guarded() -> None:
+    def __init__(self, work: Callable[[], None]) -> None:
+        self._work, self._raised = work, None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
         try:
-            work()
+            self._work()
         except BaseException as error:
-            raised.append(error)
+            self._raised = error
 
-    thread = threading.Thread(target=guarded, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_SECONDS)
-        while_waiting()
-    while_waiting()
-    if raised:
-        raise raised[0]
+    def goes_on(self) -> bool:
+        """Wait for a moment; whether the work goes on. What it raised is raised here."""
+        self._thread.join(POLL_SECONDS)
+        if not self._thread.is_alive() and self._raised:
+            raise self._raised
+        return self._thread.is_alive()
 
 
-def execute_trial(trial: dict[str, Any], run_dir: Path, threads: int, report: Callable[[dict[str, Any]], None],
-                  scratch: Path) -> None:
-    """One trial: notebook 03 executed into `RUN_DIR/trials`, every epoch it tells of handed to `report`.
+def in_thread(work: Callable[[], None]) -> None:
+    """Run `work` in a thread and wait for its end (see `InThread`)."""
+    running = InThread(work)
+    while running.goes_on():
+        pass
+
+
+def execute_trial(trial: dict[str, Any], run_dir: Path, threads: int, seen: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """One trial: notebook 03 executed into `RUN_DIR/trials`.
 
     Args:
-        trial: its entry of `sweep.json`, with `parameters`, what is injected.
+        trial: its entry of `sweep.json`, with `parameters`, what is injected, and `code`, which it must be.
         threads: for torch and what is below it, so that trials side by side do not fight for cores.
-        scratch: a folder of this process, for the file that the notebook reports its epochs to.
+        seen: files that must be here as the sweep saw them (`unlike_the_sweeps`).
+
+    Yields:
+        Each epoch's metrics, as the notebook tells of it.
 
     Raises:
         NotebookFailed: it did not run to its end, or did not leave the record that the plan expects.
     """
     stem, folder = "03_train_student", run_dir / "trials" / trial["trial"]
+    target = folder.with_name(f"{trial['trial']}.ipynb")
 
     def about() -> dict[str, Any]:
         metrics = records.read_record(folder)
@@ -129,13 +159,39 @@ def execute_trial(trial: dict[str, Any], run_dir: Path, threads: int, report: Ca
             raise ValueError(f"its record has config {metrics['config_hash']}, the plan {trial['config_hash']}")
         return {"trial": trial["trial"], "config_hash": trial["config_hash"], "record": metrics["checksums"]["sha256"]}
 
-    progress = scratch / f"{trial['trial']}.epochs.jsonl"
-    progress.unlink(missing_ok=True)
-    os.environ.update(KD_PROGRESS=str(progress), KD_ROOT=str(config.ROOT), TOKENIZERS_PARALLELISM="false",
-                      OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
-    rows = _new_rows(progress)
-    in_thread(lambda: execute(stem, folder.with_name(f"{trial['trial']}.ipynb"), trial["parameters"], about),
-              while_waiting=lambda: [report(row) for row in next(rows)])
+    problem = unlike_the_sweeps(seen)
+    if files := changed(code_of(stem), trial["code"]):
+        problem = f"the code changed since the sweep began ({files}): run the same command again"
+    if problem:
+        keep_failure(target, stem, problem)
+        raise NotebookFailed(target.stem, problem)
+    with tempfile.TemporaryDirectory(prefix="kd-") as scratch:
+        progress = Path(scratch) / "epochs.jsonl"
+        os.environ.update(KD_PROGRESS=str(progress), KD_ROOT=str(config.ROOT), TOKENIZERS_PARALLELISM="false",
+                          OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+        rows = _new_rows(progress)
+        running = InThread(lambda: execute(stem, target, trial["parameters"], about))
+        goes_on = True
+        while goes_on:
+            goes_on = running.goes_on()
+            for row in next(rows):  # no `yield from`: Ray sends to its generators, and a list takes nothing
+                yield row
+
+
+def unlike_the_sweeps(seen: dict[str, str]) -> str:
+    """How this machine sees the shared folder otherwise than the sweep does, in one line; "" if it does not.
+
+    Args:
+        seen: path under the project's root -> SHA-256 of the file there, as the sweep saw it.
+    """
+    for path, checksum in seen.items():
+        place = config.resolve(path)
+        try:
+            if sha256_file(place) != checksum:
+                return f"{place} is not the sweep's: another content"
+        except OSError as error:
+            return f"{place}: {error.strerror}"
+    return ""
 
 
 def _new_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
@@ -166,6 +222,8 @@ def _cause(error: Exception) -> str:
     """An error in one line; papermill's own text holds the whole traceback, which the notebook keeps."""
     if hasattr(error, "ename"):
         text = f"{error.ename}: {error.evalue}"
+        if "OutOfMemory" in error.ename or error.ename == "MemoryError" or "can't allocate memory" in text:
+            text = f"out of memory, lower micro_batch_size and eval_batch_size ({text})"
     elif type(error).__name__ == "DeadKernelError":
         text = "the kernel died: killed, or out of memory"
     else:

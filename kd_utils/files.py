@@ -1,28 +1,127 @@
-"""Files that are either whole or not there: written aside, synced, renamed into place."""
+"""Files that are either whole or not there: written aside, synced, renamed into place; and who may write a folder."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import shutil
+import socket
+from datetime import datetime
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it is renamed to `path` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a path beside `path` to write to; it is renamed to `path` when the block ends without an error.
+
+    Raises:
+        OSError: one line that names the file, where the disk is full.
+    """
     aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        with full_disk_named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield aside
+            with open(aside, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_folder(folder: Path) -> Iterator[Path]:
+    """As `written_aside`, for a folder: yields an empty one beside it, which takes its place, an older one's too.
+
+    A folder cannot be renamed over another, so for a moment there is none: what reads it must be able to make it again.
+    """
+    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        with full_disk_named(folder):
+            aside.mkdir(parents=True)
+            yield aside
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Whatever a library raises when the disk is full becomes one OSError that names the file and the remedy."""
+    try:
+        yield
+    except Exception as error:
+        full = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded",
+                errno.EFBIG: "file too large"}
+        for number, words in full.items():
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                raise OSError(number, f"{words} while writing {path.parent.name}/{path.name}: make room and run the "
+                                      "same command again, what is whole is kept") from None
+        raise
+
+
+@contextmanager
+def locked(folder: Path, what: str, remedy: str = "wait for it or stop it") -> Iterator[None]:
+    """Hold `folder` for this process alone: another's attempt fails at once, and the system frees it if we are killed.
+
+    The lock is `flock`'s on the file `.lock` inside, which says who holds it and goes away with the block.
+
+    Args:
+        what: what holds the folder ("a sweep"), for the other's error.
+        remedy: what the other may do.
+
+    Raises:
+        ValueError: somebody holds it: what, since when, its process and machine.
+    """
+    path = folder / ".lock"
+    while True:
+        file = _appended(path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+            raise ValueError(f"{folder.name} is in use by {holder}: {remedy}") from None
+        # The one before may have removed the file between our opening and locking it: then it guards nothing.
+        if _is_at(file, path):
+            break
+        file.close()
+    with file:
+        try:
+            file.truncate(0)
+            file.write(f"{what} (process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%H:%M:%S})")
+            file.flush()
+            yield
+        finally:
+            if _is_at(file, path):  # and not another's: the folder may have been removed and made again
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # if nothing came into it
+
+
+def _appended(path: Path) -> IO:
+    """`path` opened in a folder that is made, and that the one before may remove at any moment, when it is empty."""
+    for _ in range(100):
+        with suppress(FileExistsError, FileNotFoundError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return open(path, "a+", encoding="utf-8")
+    return open(path, "a+", encoding="utf-8")  # says what else is the matter
+
+
+def _is_at(file: IO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import difflib
 import json
+import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .config import NOTEBOOKS, Config, TrialConfig, unknown_keys_are_errors
+from .config import NOTEBOOKS, Config, TrialConfig, shown
 
 #: Keys of 03 that say where a trial's files go and not what it is.
-NOT_SWEPT = ("name", "artifacts_dir", "run_dir", "trial", "device", "save_student")
+NOT_SWEPT = ("name", "artifacts_dir", "run_dir", "trial", "device", "save_student", "checkpoint_seconds")
+
+#: More than this is no parameter file, no sweep that ends, no file name.
+MOST_BYTES, MOST_TRIALS, MOST_NAME = 1_000_000, 10_000, 200
 
 
 def notebook_path(stem: str) -> Path:
@@ -35,52 +43,128 @@ def notebook_config(stem: str, parameters: dict[str, Any]) -> Config:
     return config(**{**notebook_defaults(stem), **known})
 
 
+def unknown_keys_are_errors(keys: Any, where: str) -> None:
+    """Raise a ValueError for the first key that no notebook declares, with the nearest one that it may have meant."""
+    known = sorted({key for config in NOTEBOOKS.values() for key in config.model_fields})
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key[:100], known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
+            raise ValueError(f"{where}: no notebook has a parameter {shown(key)}; {hint}")
+
+
+def injected_names(cells: list[str]) -> list[str]:
+    """Names assigned in the cell that papermill injects, which begins with the comment `# Parameters`."""
+    names: list[str] = []
+    for source in cells:
+        if source.startswith("# Parameters\n"):
+            with contextlib.suppress(SyntaxError):  # written by hand, and did not run
+                names += [node.id for node in ast.walk(ast.parse(source))
+                          if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)]
+    return names
+
+
 def load_parameters(path: str | Path) -> dict[str, Any]:
-    """A parameter file: flat YAML, only keys that some notebook declares.
+    """A parameter file: flat YAML, only keys that some notebook declares, one scalar each.
 
     Raises:
-        ValueError: not a flat mapping, or a key that no notebook declares (with the nearest that one does).
+        ValueError: not flat YAML, or a key that no notebook declares (with the nearest that one does).
         FileNotFoundError: no such file, with those that there are.
     """
     path = Path(path)
-    if not path.is_file():
-        near = ", ".join(sorted(p.name for p in path.parent.glob("*.yaml"))) if path.parent.is_dir() else "none"
-        raise FileNotFoundError(f"no parameter file {path} (files there: {near})")
-    values = _read_yaml(path)
-    values = {} if values is None else values
-    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ValueError(f"{path} must be flat `key: value` lines, got a {type(values).__name__}")
-    for key, value in values.items():
-        if isinstance(value, (dict, list)) or value is None:
-            raise ValueError(f"{path}: {key} must be one scalar, got {value!r}: lists belong in a grid file")
-    unknown_keys_are_errors(values, str(path))
-    return values
+    if not os.path.isfile(path):  # Path's own raises where a name is too long
+        near = sorted(p.name for p in path.parent.glob("*.yaml")) if os.path.isdir(path.parent) else []
+        raise FileNotFoundError(f"no parameter file {path} (files there: {', '.join(near) or 'none'})")
+    loader, nodes = _read_yaml(path)
+    unknown_keys_are_errors(nodes, str(path))
+    return {key: _scalar(loader, node, f"{path}: {key}") for key, node in nodes.items()}
 
 
 def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
     """A grid file: flat YAML, a list of values per key of 03. None: the project's own, all methods x 7 seeds.
 
     Raises:
-        ValueError: not `key: [values]`, or a key that 03 does not declare or that cannot change a result.
+        ValueError: not `key: [values]`, a key that 03 does not declare or that cannot change a result, or a value that
+            03 refuses.
         FileNotFoundError: no such file.
     """
     path = Path(path or Path(__file__).resolve().parents[1] / "papermill_params" / "grid.yaml")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no grid file {path}")
-    grid = _read_yaml(path)
-    if not isinstance(grid, dict) or not grid:
+    loader, nodes = _read_yaml(path)
+    if not nodes:
         raise ValueError(f"{path} must hold `key: [value, ...]` lines")
-    for key, values in grid.items():
-        if not isinstance(values, list) or not values or any(isinstance(v, (list, dict)) or v is None for v in values):
-            raise ValueError(f"{path}: {key} must be a list of one or more scalars, got {values!r}")
+    defaults, grid = notebook_defaults("03_train_student"), {}
+    for key, node in nodes.items():
         if key not in TrialConfig.model_fields or key in NOT_SWEPT:
             known = ", ".join(k for k in TrialConfig.model_fields if k not in NOT_SWEPT)
-            raise ValueError(f"{path}: {key} cannot be swept; a grid may have: {known}")
+            raise ValueError(f"{path}: {shown(key)} cannot be swept; a grid may have: {known}")
+        if not isinstance(node, yaml.SequenceNode) or node.tag != "tag:yaml.org,2002:seq" or not node.value:
+            raise ValueError(f"{path}: {key} must be a list of one or more scalars, got {_source(loader, node)}")
+        grid[key] = [_scalar(loader, item, f"{path}: each value of {key}") for item in node.value]
+        for value in grid[key]:
+            if isinstance(value, str) and not re.fullmatch("[ -~]+", value):
+                raise ValueError(f"{path}: in {key}: {shown(value)} must be ASCII: it becomes a part of a trial's name")
+            try:
+                TrialConfig(**{**defaults, key: value})
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    longest = "_".join(f"{key}={max(map(str, values), key=len)}" for key, values in grid.items())
+    if len(longest) > MOST_NAME:
+        raise ValueError(f"{path}: a trial would be called {shown(longest)}: at most {MOST_NAME} characters")
+    trials = math.prod(map(len, grid.values()))
+    if trials > MOST_TRIALS:
+        raise ValueError(f"{path} has {trials:,} combinations of {', '.join(grid)}: at most {MOST_TRIALS:,}")
     return grid
 
 
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path) -> tuple[yaml.SafeLoader, dict[str, yaml.Node]]:
+    """The keys of a flat YAML file and what stands behind them, which `_scalar` makes into values.
+
+    It is `yaml.safe_load` with a look in between. Nothing but a scalar is made, so that nesting and aliases of aliases
+    cost nothing, and no key is given twice, of which YAML would keep the last.
+    """
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes: it is no parameter file")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+    except (yaml.YAMLError, OSError) as error:
+        text = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
+        raise ValueError(f"{path} is not YAML: {text[:300]}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML: byte {error.start} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not YAML that can be read: nested too deeply") from None
+    except (ValueError, OverflowError):  # PyYAML's own check lets them through
+        raise ValueError(f"{path} is not YAML: an escape or a version in it is out of range") from None
+    if root is None:
+        return loader, {}
+    if not isinstance(root, yaml.MappingNode) or root.tag != "tag:yaml.org,2002:map":
+        raise ValueError(f"{path} must be flat `key: value` lines, got {_source(loader, root)}")
+    nodes: dict[str, yaml.Node] = {}
+    for key, node in root.value:
+        if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+            raise ValueError(f"{path}: {_source(loader, key)} is no key: a key must be a parameter's name")
+        if key.value in nodes:
+            raise ValueError(f"{path}: {shown(key.value)} is given twice, again in line {key.start_mark.line + 1}: "
+                             "a key must stand there once")
+        nodes[key.value] = node
+    return loader, nodes
+
+
+def _scalar(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> str | int | float | bool:
+    if isinstance(node, yaml.ScalarNode):
+        with contextlib.suppress(Exception):  # PyYAML fails in many ways at `!!int x`, `0x_`, 2026-02-31, `=`
+            value = loader.construct_object(node)
+            if isinstance(value, (str, int, float)):
+                return value
+    raise ValueError(f"{where} must be one scalar (text, a number, true or false), got {_source(loader, node)}: text "
+                     "that looks like something else belongs in quotes, a list (of scalars) in a grid file")
+
+
+def _source(loader: yaml.SafeLoader, node: yaml.Node) -> str:
+    """What stands in the file, and what YAML takes it for."""
+    text = loader.buffer[node.start_mark.index:node.end_mark.index].strip()
+    kind = shown(node.tag.removeprefix("tag:yaml.org,2002:"))[1:-1]  # a tag may hold any character, as %0A
+    return f"{shown(text)} (to YAML {kind})"

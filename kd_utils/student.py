@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import resource
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from .config import resolve
+from .files import written_folder
+from .hub import MODEL_FILES, TOKENIZER_FILES, hub_folder, one_line
 
 
 def model_source(name: str) -> str:
@@ -32,30 +34,38 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
     """`AutoTokenizer` from a folder or the hub, without remote code."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, name, revision)
+    return _load(AutoTokenizer, name, revision, TOKENIZER_FILES)
 
 
 def load_causal_lm(name: str, revision: str = "", dtype: torch.dtype = torch.float32) -> nn.Module:
     """`AutoModelForCausalLM` from a folder or the hub, safetensors only, without remote code."""
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, name, revision, dtype=dtype, use_safetensors=True)
+    model, report = _load(AutoModelForCausalLM, name, revision, MODEL_FILES, dtype=dtype, use_safetensors=True,
+                          output_loading_info=True)
+    if lacking := sorted(report["missing_keys"]):  # transformers would leave them random, and say so
+        raise ValueError(f"cannot load {name}: its weights lack {lacking[0]} and {len(lacking) - 1} more: give what "
+                         "`save_pretrained` writes")
+    return model
 
 
-def _load(auto_class: Any, name: str, revision: str, **kwargs: Any) -> Any:
+def _load(auto_class: Any, name: str, revision: str, files: tuple[str, ...], **kwargs: Any) -> Any:
     _no_weight_bars()
-    source = model_source(name)
+    source = Path(model_source(name))
+    folder = source if source.is_dir() else hub_folder(name, files, revision=revision)
     try:
-        return auto_class.from_pretrained(source, revision=revision or "main", trust_remote_code=False, **kwargs)
-    except (OSError, ValueError) as error:
-        text = str(error)
-        if source != name or os.path.isdir(source):
-            raise ValueError(f"cannot load {name}: {text.splitlines()[0]}") from None
-        if "gated" in text.lower() or "401" in text or "403" in text:
-            raise ValueError(f"{name} is a gated model: accept its licence on its hub page, then log in with "
-                             "`hf auth login` or set HF_TOKEN, and run again") from None
-        raise ValueError(f"cannot load {name} from the hub: no such model, or no network ({text.splitlines()[0]}). "
-                         "Check the name and the connection, or pass a folder that holds the model") from None
+        if "*.safetensors" in files and not _holds_safetensors(folder):
+            raise ValueError("weights are not in *.safetensors alone, and others are not read (a pickle can run code)")
+        return auto_class.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    except Exception as error:  # a folder that somebody else made may be wrong in every way
+        raise ValueError(f"cannot load {name}: {one_line(error)}: give what `save_pretrained` writes") from None
+
+
+def _holds_safetensors(folder: Path) -> bool:
+    """Whether that is what its weights are: transformers opens whatever the index of the shards names."""
+    index = folder / "model.safetensors.index.json"
+    named = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else folder.glob("*.safetensors")
+    return {Path(shard).suffix for shard in named} == {".safetensors"}
 
 
 def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.Module:
@@ -75,7 +85,7 @@ def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.M
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(_load(AutoConfig, name, revision), dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(_load(AutoConfig, name, revision, ("*.json",)), dtype=torch.float32)
     model = load_causal_lm(name, revision)
     return model if init == "pretrained" else keep_layers(model, evenly_spaced(model.config.num_hidden_layers, layers))
 
@@ -136,10 +146,11 @@ def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Line
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """A plain `transformers` folder (safetensors) that loads without this code."""
+    """A plain `transformers` folder (safetensors) that loads without this code, whole or not there at all."""
     _no_weight_bars()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with written_folder(folder) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
 
 
 def _no_weight_bars() -> None:

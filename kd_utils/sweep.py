@@ -1,128 +1,68 @@
-"""The sweep: a parameter file times a grid, planned, run through Ray Tune, and never run twice.
+"""The sweep: a parameter file times a grid, planned, run through Ray, and never run twice.
 
-Stages 01 and 02 run here; then each trial is one papermill execution of 03 in an actor of Ray; 04 closes the run.
+Stages 01 and 02 run here; then each trial is one papermill execution of 03 in a task of Ray; 04 closes the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
-import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import config, records
+from . import config, records, runs
 from . import parameters as parameter_files
 from .display import Progress
 from .execution import execute, in_thread, injected
-from .files import sha256_file, sha256_json, written_aside
-from .scheduling import run_trials
-from .sealed import write_sealed
+from .files import locked, sha256_file, sha256_json, written_aside
+from .planning import ANALYSE, CACHE, PREPARE, TRAIN, Trial, default_run_dir, plan, select
+from .scheduling import fitting_gpus, ray_running, require_same_view, run_trials
+from .sealed import RecordError, write_sealed
+from .source_code import changed, code_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PREPARE, CACHE, TRAIN, ANALYSE, _ = config.NOTEBOOKS
+
+def status(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, runs.Status]:
+    """Of each trial, whether it is done with this config, code and student, and with the cache that there is now."""
+    made = made_of(trials, parameters)
+    return {t.trial: runs.trial_status(run_dir, t.trial, t.config_hash, made) for t in trials}
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One planned trial: `swept` is its place in the grid, `parameters` what papermill injects into 03,
-    `without_effect` the grid's keys that its method does not use."""
-
-    trial: str
-    swept: dict[str, Any]
-    config_hash: str
-    epochs: int
-    parameters: dict[str, Any]
-    without_effect: list[str]
-
-
-def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | Path) -> list[Trial]:
-    """Every combination of the grid as a trial, first key slowest. All values are checked, nothing is loaded.
-
-    Combinations that differ only in what their method does not use (`TrialConfig.without_effect`) are one trial, which
-    has no value of those keys: in a sweep over gamma_hidden there is one black box per seed.
-
-    Args:
-        parameters: of the parameter file; a key of the grid goes before it.
-
-    Raises:
-        ValueError: a value that a notebook refuses, or two combinations that are the same trial.
-    """
-    for stem in config.NOTEBOOKS:  # 03 too: a value that the grid overrides may not be wrong either
-        parameter_files.notebook_config(stem, parameters)
-    trials: dict[str, Trial] = {}
-    seen: dict[str, dict[str, Any]] = {}
-    place = {"run_dir": config.short_path(run_dir)}
-    for values in itertools.product(*grid.values()):
-        swept = dict(zip(grid, values))
-        try:
-            chosen = parameter_files.notebook_config(TRAIN, {**parameters, **swept})
-        except ValueError as error:
-            raise ValueError(f"{error} (in the grid: {', '.join(f'{key}={value}' for key, value in swept.items())})") \
-                from None
-        used = {key: value for key, value in swept.items() if key not in chosen.without_effect}
-        if seen.get(chosen.fingerprint()) == used and used != swept:
-            continue  # what differs means nothing to this method: one trial serves for all of them
-        swept = {"distill_type": chosen.distill_type, "seed": chosen.seed} | used
-        name = records.trial_name(**swept)
-        inject = injected(TRAIN, {**parameters, **swept}) | swept | place | {"trial": name}
-        unused = [key for key in grid if key in chosen.without_effect]
-        trial = Trial(name, swept, chosen.fingerprint(), len(chosen.epoch_numbers), inject, unused)
-        same = next((t for t in trials.values() if t.config_hash == trial.config_hash or t.trial == name), None)
-        if same:
-            raise ValueError(f"the grid has the same trial twice: {same.trial} and {name}")
-        trials[name], seen[trial.config_hash] = trial, used
-    return list(trials.values())
-
-
-def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[Trial]:
-    """The trials that `--only` names: `key=value`, `key=a+b`, `seed=0-2+5`, several keys with commas between.
-
-    Raises:
-        ValueError: a key or value that the grid does not have.
-    """
-    wanted: dict[str, list[Any]] = {}
-    for part in filter(None, (part.strip() for part in only.split(","))):
-        key, _, text = part.partition("=")
-        if key not in grid or key in wanted or not text:
-            raise ValueError(f"--only {part}: give each key once, as key=value; the grid has {', '.join(grid)}")
-        wanted[key] = []
-        for word in _words(text):
-            found = [value for value in grid[key] if word and word in _spellings(value)]
-            if not found:
-                raise ValueError(f"--only {part}: {key}={word} is not in the grid, which has "
-                                 + ", ".join(map(str, grid[key])))
-            wanted[key] += found
-    # A trial serves for all values of what it does not use: the untrained student for all seeds.
-    return [trial for trial in trials
-            if all(key in trial.without_effect or trial.swept[key] in values for key, values in wanted.items())]
-
-
-def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:
-    """`runs/NAME` under the project's root; `runs/NAME-X` for a grid file `grid-X.yaml` or `X.yaml` of one's own."""
-    stem = "" if grid_file is None else Path(grid_file).stem.removeprefix("grid").strip("-")
-    name = parameter_files.notebook_config(PREPARE, parameters).name
-    return config.resolve("runs") / (f"{name}-{stem}" if stem else name)
-
-
-def status(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, records.Status]:
-    """Of each trial, whether it is done with this config and with the teacher cache that there is now."""
+def made_of(trials: list[Trial], parameters: dict[str, Any]) -> runs.Made:
+    """What these trials are made of as things are now: the code always, cache and students where there are any."""
     cache = _artifact(CACHE, parameters)
-    cache_hash = cache["cache"]["content_hash"] if cache else None
-    return {t.trial: records.trial_status(run_dir, t.trial, t.config_hash, cache_hash) for t in trials}
+    if cache is None:
+        return runs.Made(code=code_of(TRAIN))
+    named = {trial.parameters.get("student", parameter_files.notebook_defaults(TRAIN)["student"]) for trial in trials}
+    return runs.Made(cache["cache"]["content_hash"], {name: _student(name, cache) for name in sorted(named)},
+                     code_of(TRAIN))
 
 
 def stage_is_done(stem: str, run_dir: Path, parameters: dict[str, Any]) -> bool:
-    """Whether 01 or 02 was executed here from this source with these parameters, and what it made is still there."""
-    artifact = _artifact(stem, parameters)
+    """Whether 01 or 02 was executed here from this code with these parameters, and what it made is still there."""
+    return not why_to_run(stem, run_dir, parameters)
+
+
+def why_to_run(stem: str, run_dir: Path, parameters: dict[str, Any]) -> str:
+    """Why 01 or 02 has to be executed (again), in one line; "" if it has not."""
+    path = run_dir / f"{stem}.ipynb"
+    if not path.exists():
+        return "not run yet"
     try:
-        about = records.read_notebook(run_dir / f"{stem}.ipynb")["metadata"]["kd_utils"]
-    except records.RecordError:
-        return False
-    return artifact is not None and about.items() >= _stage_key(stem, parameters, artifact).items()
+        about = runs.read_notebook(path)["metadata"]["kd_utils"]
+    except RecordError as error:
+        return str(error)
+    artifact = _artifact(stem, parameters)
+    if artifact is None:
+        return "what it made is not there any more, or damaged"
+    key = _stage_key(stem, parameters, artifact)
+    if files := changed(about.get("code", {}), key["code"]):
+        return f"code changed: {files}"
+    other = [name for name, value in key.items() if about.get(name) != value]
+    return f"changed since: {', '.join(other)}" if other else ""
 
 
 def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: str = "",
@@ -138,54 +78,107 @@ def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: s
         cpus_per_trial, gpus_per_trial: what Ray reserves for a trial, fractions too; None: one GPU where there is one.
 
     Returns:
-        The results table, a row per planned trial (`records.collect`). A trial that failed is in it as `failed`.
+        The results table, a row per planned trial (`runs.collect`). A trial that failed is in it as `failed`.
 
     Raises:
-        ValueError: bad parameters or resources that no machine has, before anything is run.
+        ValueError: bad parameters, resources that no machine has, or a run folder that another sweep is at, before
+            anything is run; a machine that does not see the shared folder, before any trial is.
         NotebookFailed: 01, 02 or 04 did not run to its end.
     """
     run_dir = Path(os.path.abspath(run_dir or default_run_dir(parameters)))
     trials = plan(parameters, grid, run_dir)
     chosen = select(trials, only, grid)
-    _write_plan(run_dir, parameters, grid, trials, None)
-    _prepare(run_dir, parameters, address)
-    _write_plan(run_dir, parameters, grid, trials, _artifact(CACHE, parameters))
-    states = status(trials, run_dir, parameters)
-    todo = [trial for trial in chosen if states[trial.trial].state != "done"]
-    try:
-        if todo:
-            already = sum(state.state == "done" for state in states.values())
-            with Progress({trial.trial: trial.epochs for trial in todo}, already) as progress:
-                by_name = {trial.trial: dataclasses.asdict(trial) for trial in todo}
-                run_trials(by_name, run_dir, progress, address, cpus_per_trial, gpus_per_trial)
-    finally:  # after Ctrl-C too: the table says what is done so far
-        results = records.collect(run_dir)
-        with written_aside(run_dir / records.SUMMARY) as aside:
-            results.to_csv(aside, index=False)
-    if (results["status"] == "done").any():
-        _execute_stage(ANALYSE, run_dir, parameters | {"run_dir": config.short_path(run_dir)}, dict)
+    with locked(run_dir, "a sweep", "wait for it or stop it, or give this one another --run-dir"):
+        if _is_done(chosen, run_dir, parameters):
+            _write_plan(run_dir, parameters, grid, trials)
+            Progress({}).say(f"{len(chosen)} of {len(chosen)} trials: already done")
+            results = _write_summary(run_dir)
+        else:
+            Progress({}).say("Ray is starting")
+            with ray_running(address):
+                results = _run(parameters, grid, trials, chosen, run_dir, address, cpus_per_trial, gpus_per_trial)
+        if (results["status"] == "done").any():
+            _execute_stage(ANALYSE, run_dir, parameters | {"run_dir": config.short_path(run_dir)},
+                           lambda: {"wrote": {path.name: sha256_file(path) for path in sorted(run_dir.iterdir())
+                                              if path.name == runs.VERDICT or path.suffix == ".csv"}})
     return results
 
 
-def _words(text: str) -> list[str]:
-    """`0-2+5` -> ["0", "1", "2", "5"]."""
-    words = []
-    for piece in text.split("+"):
-        span = re.fullmatch(r"(\d{1,6})-(\d{1,6})", piece)
-        words += [str(number) for number in range(int(span[1]), int(span[2]) + 1)] or [piece] if span else [piece]
-    return words
+def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial], chosen: list[Trial],
+         run_dir: Path, address: str | None, cpus: float, gpus: float | None) -> pd.DataFrame:
+    """01, 02 and what is missing of the chosen trials, on the Ray that is running; the results table."""
+    import ray
+
+    device = parameter_files.notebook_config(TRAIN, parameters).device
+    gpus = fitting_gpus(ray.nodes(), cpus, gpus, device)
+    _write_plan(run_dir, parameters, grid, trials)
+    _prepare(run_dir, parameters, address)
+    _write_plan(run_dir, parameters, grid, trials)
+    states = status(trials, run_dir, parameters)
+    todo = {trial.trial: trial for trial in chosen if states[trial.trial].state != "done"}
+    code = code_of(TRAIN)
+    try:
+        if todo:
+            seen = _shared_files(run_dir, parameters)
+            require_same_view(seen)
+            already = sum(state.state == "done" for state in states.values())
+            with Progress({name: trial.epochs for name, trial in todo.items()}, already) as progress:
+                for name, state in states.items():
+                    if name in todo and state.state == "stale":
+                        progress.say(f"{name}: stale, {state.why}")
+                entries = {name: dataclasses.asdict(trial) | {"code": code} for name, trial in todo.items()}
+                run_trials(entries, run_dir, progress, cpus=cpus, gpus=gpus, seen=seen)
+    finally:  # after Ctrl-C too: the table says what is done so far
+        results = _write_summary(run_dir)
+    if (results["status"] == "done").all():  # of a trial that was killed between its record and its last breath
+        shutil.rmtree(config.resolve(parameter_files.notebook_config(TRAIN, parameters).artifacts_dir) / "checkpoints"
+                      / run_dir.name, ignore_errors=True)
+    return results
 
 
-def _spellings(value: Any) -> set[str]:
-    return {str(value), f"{value:g}"} if isinstance(value, float) else {str(value)}
+def _is_done(chosen: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> bool:
+    if not all(stage_is_done(stem, run_dir, parameters) for stem in (PREPARE, CACHE)):
+        return False
+    return all(state.state == "done" for state in status(chosen, run_dir, parameters).values())
 
 
-def _write_plan(run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial],
-                made: dict[str, Any] | None) -> None:
+def _write_summary(run_dir: Path) -> pd.DataFrame:
+    results = runs.collect(run_dir)
+    with written_aside(run_dir / runs.SUMMARY) as aside:
+        results.to_csv(aside, index=False)
+    return results
+
+
+def _shared_files(run_dir: Path, parameters: dict[str, Any]) -> dict[str, str]:
+    """What every machine must see as it is here: the plan, the data's and the cache's manifest."""
+    from .cache import find_cache
+
+    settings = parameter_files.notebook_config(CACHE, parameters)
+    manifests = [settings.data_path, find_cache(settings.artifacts, settings.name)]
+    paths = [run_dir / runs.PLAN, *(folder / "manifest.json" for folder in manifests)]
+    return {config.short_path(path): sha256_file(path) for path in paths}
+
+
+def _student(name: str, cache: dict[str, Any]) -> str:
+    """Fingerprint of the initial weights that trials of this `student` start from; "" where there is none yet."""
+    from .teacher import model_fingerprint
+
+    name, revision = (cache["teacher"], cache["teacher_revision"]) if name == "teacher" else (name, "")
+    try:
+        return model_fingerprint(name, revision)
+    except (FileNotFoundError, ValueError, OSError):
+        return ""  # 03 says what is wrong with it
+
+
+def _write_plan(run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial]) -> None:
+    """Write `sweep.json`: what is to be run, and what of; before 01 and 02 there is no cache to name."""
+    cache, made = _artifact(CACHE, parameters), made_of(trials, parameters)
     document = {"format": records.FORMAT, "name": parameter_files.notebook_config(PREPARE, parameters).name,
-                "parameters": parameters, "grid": grid, "cache": made and made["cache"],
+                "parameters": parameters, "grid": grid,
+                "cache": cache and {key: cache["cache"][key] for key in ("name", "content_hash")},
+                "students": made.students, "code": made.code,
                 "trials": [dataclasses.asdict(trial) for trial in trials]}
-    write_sealed(run_dir / records.PLAN, document, "checksums")
+    write_sealed(run_dir / runs.PLAN, document, "checksums")
 
 
 def _artifact(stem: str, parameters: dict[str, Any]) -> dict[str, Any] | None:
@@ -200,23 +193,25 @@ def _artifact(stem: str, parameters: dict[str, Any]) -> dict[str, Any] | None:
     if stem == CACHE:
         try:
             folder = find_cache(settings.artifacts, settings.name)
-            artifact["cache"] = {"name": folder.name, "content_hash": read_manifest(folder)["content_hash"]}
+            cache = read_manifest(folder)
         except CacheError:
             return None
+        artifact["cache"] = {"name": folder.name, **{key: cache.get(key, "") for key in (
+            "content_hash", "teacher", "teacher_revision", "data_hash")}}
     return artifact
 
 
 def _stage_key(stem: str, parameters: dict[str, Any], artifact: dict[str, Any]) -> dict[str, Any]:
     settings = parameter_files.notebook_config(stem, parameters).model_dump()
-    return {"source": sha256_file(parameter_files.notebook_path(stem)), "parameters": sha256_json(settings),
-            "artifact": artifact}
+    return {"code": code_of(stem), "parameters": sha256_json(settings), "artifact": artifact}
 
 
 def _prepare(run_dir: Path, parameters: dict[str, Any], address: str | None) -> None:
     """Execute 01 and 02 unless they are done."""
     progress = Progress({})
     for stem in (PREPARE, CACHE):
-        if stage_is_done(stem, run_dir, parameters):
+        why = why_to_run(stem, run_dir, parameters)
+        if not why:
             progress.say(f"{stem}: already done")
             continue
 
@@ -226,7 +221,7 @@ def _prepare(run_dir: Path, parameters: dict[str, Any], address: str | None) -> 
                 raise ValueError(f"{stem} ran to its end, but what it makes is not under artifacts_dir")
             return _stage_key(stem, parameters, artifact)
 
-        progress.say(f"{stem}: running")
+        progress.say(f"{stem}: running ({why})")
         _execute_stage(stem, run_dir, parameters, about, address)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import pandas as pd
 
+from kd_utils.hub import hub_folder, one_line
+
 #: Columns of a task's table; see `load_task`.
 COLUMNS = ("row", "example_id", "task", "subject", "prompt", "answer", "choices", "gold")
 
@@ -217,9 +219,6 @@ def _read(name: str, split: str, data_dir: str | Path | None) -> list[Row]:
 
 def _read_folder(name: str, split: str, data_dir: Path) -> tuple[Any, str]:
     """The split's Arrow table and its path."""
-    import pyarrow.lib
-    import pyarrow.parquet
-
     path = data_dir / name / f"{split}.parquet"
     if not data_dir.is_dir():
         raise FileNotFoundError(f"no data folder {data_dir}: give the one that holds {name}/{split}.parquet")
@@ -227,24 +226,31 @@ def _read_folder(name: str, split: str, data_dir: Path) -> tuple[Any, str]:
         there = ", ".join(sorted(file.name for file in path.parent.glob("*.parquet"))) or "none"
         raise FileNotFoundError(f"no file {path} (parquet files there: {there}): {name} needs its {split} "
                                 "split. Set data_dir to a folder with the hub's schema, or to '' for the hub")
-    try:
-        return pyarrow.parquet.read_table(path), str(path)
-    except pyarrow.lib.ArrowException as error:
-        raise ValueError(f"{path} is no whole parquet file ({_one_line(error)}): copy it again") from None
+    return _read_parquet(path), str(path)
 
 
 def _read_hub(name: str, split: str) -> Any:
-    """The split's Arrow table from the hub, or from the cache that `datasets` keeps of it."""
-    import datasets
+    """The split's Arrow table from the hub's parquet files, which its local cache keeps.
+
+    `datasets` would wait for minutes for a hub that does not answer, and does not say which file is damaged.
+    """
+    import pyarrow
 
     hub, config = TASKS[name].hub
+    files = f"{config}/{split}-*.parquet"
+    folder = hub_folder(hub, [files], kind="dataset", otherwise=f"set data_dir to a folder with {name}/{split}.parquet")
+    paths = sorted(folder.glob(files))
+    if not paths:
+        raise FileNotFoundError(f"the hub's {hub} has no {files}: choose another split than {split}, or set data_dir "
+                                f"to a folder with {name}/{split}.parquet")
+    return pyarrow.concat_tables(map(_read_parquet, paths))
+
+
+def _read_parquet(path: Path) -> Any:
+    import pyarrow.lib
+    import pyarrow.parquet
+
     try:
-        return datasets.load_dataset(hub, config, split=split).with_format("arrow")[:]
-    except Exception as error:  # every kind: network, gate, split; whatever it was, the remedy is the same
-        raise ConnectionError(f"cannot read {hub} ({config}, split {split}) from the hub: {_one_line(error)}; check "
-                              f"the network, `hf auth login` and the split's name, or set data_dir to a folder with "
-                              f"{name}/{split}.parquet") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return pyarrow.parquet.read_table(path)
+    except (pyarrow.lib.ArrowException, ValueError, OSError) as error:
+        raise ValueError(f"{path} is no whole parquet file ({one_line(error)}): copy it again") from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,22 +12,37 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from .cache import CachedExample
-from .cache_writer import SignalsOf
+from .cache import CachedExample, cache_code
+from .cache_writer import SignalsOf, held
 from .config import CacheConfig, resolve
-from .data import PreparedData
-from .files import sha256_file, sha256_json, write_json
+from .data import PreparedData, remove_leftovers
+from .files import sha256_file, sha256_json, written_folder
+from .fine_tuning import fine_tune
+from .hub import hub_folder
+from .sealed import RecordError, read_sealed, write_sealed
 from .signals import encode_map, forward_signals, lm_head_weight, require_linear_head
 from .student import autocast, choose_device, load_causal_lm, load_tokenizer, model_source, save_model
 from .tokens import encode_example
-from .training import fine_tune, right_padded
+from .training import right_padded
 
 
-def encode_table(tokenizer: Any, table: pd.DataFrame) -> list[CachedExample]:
-    """Each prepared row as tokens: prompt, answer, end token; its signals still to come."""
-    pairs = [encode_example(tokenizer, prompt, answer) for prompt, answer in zip(table["prompt"], table["answer"])]
-    return [CachedExample(example_id, np.asarray(prompt + answer, np.int32), len(prompt))
-            for example_id, (prompt, answer) in zip(table["example_id"], pairs)]
+def encode_table(tokenizer: Any, table: pd.DataFrame, where: str = "the table") -> list[CachedExample]:
+    """Each prepared row as tokens: prompt, answer, end token; its signals still to come.
+
+    Raises:
+        ValueError: names `where` and the row that this tokenizer cannot encode.
+    """
+    rows = []
+    for example_id, prompt, answer in zip(table["example_id"], table["prompt"], table["answer"]):
+        try:
+            prompt_ids, answer_ids = encode_example(tokenizer, prompt, answer)
+        except ValueError as error:
+            raise ValueError(f"{where}, row {example_id}: {error}") from None
+        if not prompt_ids:
+            raise ValueError(f"{where}, row {example_id}: this tokenizer has no token for its prompt {prompt[:40]!r}: "
+                             "leave the row out, or choose another tokenizer")
+        rows.append(CachedExample(example_id, np.asarray(prompt_ids + answer_ids, np.int32), len(prompt_ids)))
+    return rows
 
 
 def model_fingerprint(name: str, revision: str = "") -> str:
@@ -39,11 +52,8 @@ def model_fingerprint(name: str, revision: str = "") -> str:
         FileNotFoundError: a folder without safetensors.
     """
     source = model_source(name)
-    if source == name and not Path(source).is_dir():
-        from transformers.utils import cached_file
-
-        # The hub's local copy is .../snapshots/COMMIT/config.json
-        return f"{name}@{Path(cached_file(name, 'config.json', revision=revision or 'main')).parent.name}"
+    if not Path(source).is_dir():
+        return f"{name}@{hub_folder(name, ['config.json'], revision=revision).name}"  # .../snapshots/COMMIT
     files = sorted([*Path(source).glob("*.safetensors"), Path(source) / "config.json"])
     if len(files) < 2:
         raise FileNotFoundError(f"{name} holds no *.safetensors: save the model with `save_pretrained`")
@@ -55,7 +65,7 @@ def prepare_teacher(config: CacheConfig, train: list[CachedExample], data_hash: 
     """The teacher's folder or hub name, fine-tuned on the training rows first if `teacher_epochs` is above 0.
 
     A fine-tuned teacher is kept in `artifacts/teachers/NAME-KEY` and used again while nothing that it was made from
-    changes.
+    changes, and no byte of it.
 
     Args:
         config: parameters of 02.
@@ -65,6 +75,9 @@ def prepare_teacher(config: CacheConfig, train: list[CachedExample], data_hash: 
 
     Returns:
         Its name, relative to the project's root where it is a folder, and `fine_tune`'s table, a row per epoch.
+
+    Raises:
+        ValueError: another process is fine-tuning this teacher.
     """
     history = pd.DataFrame({"epoch": [], "train_loss": []})
     if config.teacher_epochs == 0:
@@ -72,13 +85,23 @@ def prepare_teacher(config: CacheConfig, train: list[CachedExample], data_hash: 
     tuning = ("teacher_epochs", "teacher_learning_rate", "teacher_batch_size", "teacher_prompt_weight", "teacher_seed",
               "precision")
     key = sha256_json({"base": model_fingerprint(config.teacher, config.teacher_revision), "data": data_hash,
-                       **{name: getattr(config, name) for name in tuning}})[:8]
+                       "code": sha256_json(cache_code()), **{name: getattr(config, name) for name in tuning}})[:8]
     name = f"{config.artifacts_dir}/teachers/{config.name}-{key}"
-    if not (resolve(name) / "fine_tuning.json").is_file():
-        rows = _fine_tuned(config, train, resolve(name), progress)
-    else:
-        rows = pd.read_json(resolve(name) / "fine_tuning.json").to_dict("records")
-    return name, pd.DataFrame(rows)
+    folder = resolve(name)
+    lock = folder.with_name(f".{folder.name}.lock")  # not in the folder, which is replaced as a whole
+    with held(lock, "a fine-tuning"):
+        remove_leftovers(folder)
+        return name, pd.DataFrame(_kept_history(folder) or _fine_tuned(config, train, folder, progress))
+
+
+def _kept_history(folder: Path) -> list[dict[str, float]] | None:
+    """The history of a fine-tuned teacher whose files are those that were written; else None."""
+    try:
+        written = read_sealed(folder / "fine_tuning.json", "checksums")
+        files = {name: sha256_file(folder / name) for name in written["checksums"] if name != "sha256"}
+    except (RecordError, OSError):
+        return None
+    return written["history"] if files.items() <= written["checksums"].items() else None
 
 
 def _fine_tuned(config: CacheConfig, train: list[CachedExample], folder: Path,
@@ -91,11 +114,11 @@ def _fine_tuned(config: CacheConfig, train: list[CachedExample], folder: Path,
                      learning_rate=config.teacher_learning_rate, batch_size=config.teacher_batch_size,
                      prompt_weight=config.teacher_prompt_weight, seed=config.teacher_seed,
                      autocast=lambda: autocast(device, config.precision), device=device, progress=progress)
-    aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    save_model(model, tokenizer, aside)
-    write_json(aside / "fine_tuning.json", rows)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(aside, folder)
+    with written_folder(folder) as aside:
+        save_model(model, tokenizer, aside)
+        checksums = {str(path.relative_to(aside)): sha256_file(path)
+                     for path in sorted(aside.rglob("*")) if path.is_file()}
+        write_sealed(aside / "fine_tuning.json", {"history": rows, "checksums": checksums}, "checksums")
     return rows
 
 
@@ -114,17 +137,18 @@ def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, mode
     wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     shape = {key: getattr(model.config, key) for key in wanted if hasattr(model.config, key)}
     temperatures = [] if white_box else sorted({1.0, config.temperature})
-    key = {"data": prepared.data_hash, "base_teacher": config.teacher,
-           "teacher": model_fingerprint(teacher, config.teacher_revision),
+    code, base = cache_code(), model_fingerprint(config.teacher, config.teacher_revision)
+    tuned = base if teacher == config.teacher else model_fingerprint(teacher)
+    key = {"data": prepared.data_hash, "base_teacher": config.teacher, "teacher": tuned,
            "tokenizer": prepared.tokenizer_fingerprint, "signals": config.signals, "temperatures": temperatures,
            "attention_dtype": config.attention_dtype if white_box else None,
            "top_k": None if white_box else config.top_k, "teacher_dtype": str(model.dtype),
-           "shard_examples": config.shard_examples}
+           "shard_examples": config.shard_examples, "code": sha256_json(code)}
     dtypes = ({"hidden": "float16", "attention": config.attention_dtype} if white_box else
               {"top_logits": "float32", "top_ids": "int32", "log_mass": "float32"})
     specific = ({"hidden_size": shape["hidden_size"], "heads": shape["num_attention_heads"]} if white_box else
                 {"top_k": config.top_k})
-    return {"name": config.name, "key": key, "base_teacher": config.teacher,
+    return {"name": config.name, "key": key, "code": code, "base_teacher": config.teacher, "base_fingerprint": base,
             "teacher": teacher, "teacher_revision": config.teacher_revision,
             "teacher_accuracy": accuracy, "data_hash": prepared.data_hash, "signals": config.signals, "shape": shape,
             "tokenizer_fingerprint": prepared.tokenizer_fingerprint, "temperatures": temperatures,

@@ -6,8 +6,6 @@ a toy.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 import re
@@ -17,6 +15,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from .files import full_disk_named, sha256_file, sha256_json
+from .sealed import RecordError, read_sealed, write_sealed
+from .source_code import code_of
 from .toy import Row, draw_facts, generate, gsm8k_rows, mmlu_rows, sst2_rows
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
@@ -68,7 +69,7 @@ def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int)
     import torch
 
     from .teacher import encode_table
-    from .training import fine_tune
+    from .fine_tuning import fine_tune
 
     table = pd.DataFrame([("", *pair) for pair in text], columns=["example_id", "prompt", "answer"])
     threads = torch.get_num_threads()
@@ -124,26 +125,34 @@ def build_model(tokenizer: Any, sizes: dict[str, int], seed: int) -> Any:
 def build(folder: Path, seed: int = 1) -> None:
     """Write the toy benchmark to `folder`: data/{sst2,mmlu,gsm8k}/SPLIT.parquet, tokenizer, teacher, student.
 
-    Nothing is done where `folder` already holds what this code writes for `seed`. Otherwise it is built aside and
-    renamed into place, so that a build that is killed leaves nothing half done.
+    Nothing is done where `folder` already holds, byte for byte, what this code writes for `seed`. Otherwise it is built
+    aside and renamed into place, so that a build that is killed leaves nothing half done.
 
     Raises:
         FileExistsError: `folder` holds something that no build wrote.
+        OSError: the disk is full.
     """
+    from .data import remove_leftovers
+
     folder = Path(folder)
-    code = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("toy.py", "toy_models.py", "training.py"))
-    stamp = {"seed": seed, "code": hashlib.sha256(code).hexdigest()[:16]}
+    code = {name: digest for name, digest in code_of("01_prepare_data", {"toy_models"}).items() if name.endswith(".py")}
+    stamp = {"seed": seed, "code": sha256_json(code)[:16]}
+    remove_leftovers(folder)
     found = _stamp(folder)
     if found == stamp:
         return
     if found is None and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} holds files that no toy build wrote: move them, or name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.parent / f".{folder.name}.partial-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
-    _write(aside, seed)
-    (aside / "toy.json").write_text(json.dumps(stamp) + "\n")
-    _move_into_place(aside, folder, stamp)
+    try:
+        with full_disk_named(folder):
+            _write(aside, seed)
+            checksums = {str(path.relative_to(aside)): sha256_file(path)
+                         for path in sorted(aside.rglob("*")) if path.is_file()}
+            write_sealed(aside / "toy.json", {**stamp, "checksums": checksums}, "checksums")
+            _move_into_place(aside, folder, stamp)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(folder: Path, seed: int) -> None:
@@ -178,19 +187,28 @@ def _pairs(tables: dict[str, list[Row]]) -> Iterable[tuple[str, str]]:
 
 
 def _stamp(folder: Path) -> dict[str, Any] | None:
-    path = folder / "toy.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    """Seed and code of the build in `folder`; {} if it is damaged, None if there is none."""
+    if not (folder / "toy.json").is_file():
+        return None
+    try:
+        stamp = read_sealed(folder / "toy.json", "checksums")
+        checksums = stamp.pop("checksums")
+        checksums.pop("sha256")
+        return stamp if {name: sha256_file(folder / name) for name in checksums} == checksums else {}
+    except (RecordError, OSError):
+        return {}
 
 
 def _move_into_place(aside: Path, folder: Path, stamp: dict[str, Any]) -> None:
+    old = folder.parent / f".{folder.name}.old-{os.getpid()}"
     if _stamp(folder) is not None:
-        old = folder.parent / f".{folder.name}.old-{os.getpid()}"
+        # Not deleted in place: killed in the middle of that, a folder would be left that no build seems to have made.
         folder.rename(old)
-        shutil.rmtree(old)
     try:
         aside.rename(folder)
     except OSError:
         # Another process was faster: its build is as good as this one if it has the same stamp.
         if _stamp(folder) != stamp:
             raise
-        shutil.rmtree(aside)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)

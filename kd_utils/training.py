@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import CachedExample
-from .losses import attention_mse, forward_kl_top_k, hidden_mse, kd_loss, task_cross_entropy, weighted_sum
+from .losses import attention_mse, forward_kl_top_k, hidden_mse, kd_loss, task_cross_entropy
 from .signals import Signals, causal_slice, forward_signals, lm_head_weight
 
 
@@ -197,6 +197,40 @@ class Mean:
         return {prefix + name: float(total) / self._counts[name] for name, total in self._sums.items()}
 
 
+class FiniteSteps:
+    """Stops a trial whose loss or gradient is not finite.
+
+    Each step's numbers are looked at when the next step asks, since a GPU has them ready by then and is not waited for.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, Tensor, dict[str, Tensor]] | None = None
+
+    def add(self, global_step: int, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
+        """A step's gradient norm, before clipping, and its (last micro-batch's) loss terms.
+
+        Raises:
+            FloatingPointError: the step before this one was not finite.
+        """
+        self.check()
+        self._last = global_step, gradient_norm.detach(), {name: term.detach() for name, term in terms.items()}
+
+    def check(self) -> None:
+        """Look at the last step too.
+
+        Raises:
+            FloatingPointError: it was not finite.
+        """
+        if self._last is None:
+            return
+        global_step, norm, terms = self._last
+        values = {"gradient norm": norm.item(), **{f"{name} loss": term.item() for name, term in terms.items()}}
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise FloatingPointError(f"training diverged at step {global_step}: {shown}; lower learning_rate or the "
+                                     "weight of the term that is not finite, or set precision to 'float32'")
+
+
 @torch.no_grad()
 def validation_losses(student: nn.Module, batches: Iterable[tuple[Batch, list[str]]],
                       terms_of: Callable[..., dict[str, Tensor]], *, want_map: bool) -> dict[str, float]:
@@ -226,58 +260,6 @@ def validation_losses(student: nn.Module, batches: Iterable[tuple[Batch, list[st
             hits.add({task: float(mine.sum())}, {task: len(mine)})
     values = losses.result("validation_loss/")
     return {"validation_loss": values["validation_loss/task"], **values, **hits.result("token_accuracy/")}
-
-
-def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of every real token but the first, given those before it: nats per token of prompt and answer.
-
-    Args:
-        logits: (B, T, V) for `batch.input_ids`.
-    """
-    places = torch.arange(batch.input_ids.shape[1], device=logits.device)
-    padding = places[None] >= torch.tensor(batch.lengths, device=logits.device)[:, None]
-    labels = batch.input_ids.masked_fill(padding, -100)
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
-
-
-def fine_tune(model: nn.Module, examples: list[CachedExample], *, epochs: int, learning_rate: float, batch_size: int,
-              prompt_weight: float, seed: int, autocast: Callable, device: torch.device,
-              progress: Callable[[Iterable], Iterable] = iter) -> list[dict[str, float]]:
-    """Train a teacher on text: AdamW, 5 % linear warm-up, then linearly to 0, clipping at 1.0.
-
-    The loss is the task loss on the answers, plus `prompt_weight` times the next-token loss over prompt and answer: a
-    model that starts from random weights must learn to read the prompts as well.
-
-    Returns:
-        A row per epoch: `epoch`, `train_loss` (the task loss, nats per answer token), `next_token_loss`.
-    """
-    plan = [(epoch, batch) for epoch in range(epochs)
-            for batch in epoch_batches([len(row.tokens) for row in examples], batch_size, seed, epoch)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True)
-    warmup = max(len(plan) // 20, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (len(plan) - step) / max(len(plan) - warmup, 1)))
-    means = [Mean() for _ in range(epochs)]
-    model.train()
-    for step, (epoch, indices) in enumerate(progress(plan)):
-        seed_step(seed, step)
-        batch = collate([examples[i] for i in indices], device=device)
-        with autocast():
-            signals = forward_signals(model, batch.input_ids, want_map=False)
-            terms = loss_terms(signals, lm_head_weight(model), batch=batch, terms=("task",))
-            if prompt_weight:
-                terms["next_token"] = next_token_loss(signals.hidden @ lm_head_weight(model).T, batch)
-        weighted_sum(terms, {"task": 1.0, "next_token": prompt_weight}).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        means[epoch].add_part(terms, parts=1)
-    model.eval()
-    results = [mean.result() for mean in means]
-    names = {"task": "train_loss", "next_token": "next_token_loss"}
-    return [{"epoch": epoch, **{names[key]: value for key, value in result.items()}}
-            for epoch, result in enumerate(results, 1)]
 
 
 def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .cache import SIGNAL_COLUMNS, CachedExample, CacheError, TeacherCache, check_files
-from .files import write_json
+from .cache import (SIGNAL_COLUMNS, CachedExample, CacheError, TeacherCache, cache_code, finished_caches, key_digest,
+                    read_manifest)
+from .cache_writer import held
+from .config import resolve
+from .sealed import RecordError, read_sealed, write_sealed
+from .source_code import changed
 
 
 def verify(folder: Path, data: dict[str, pd.DataFrame] | None = None,
@@ -32,29 +36,44 @@ def verify(folder: Path, data: dict[str, pd.DataFrame] | None = None,
 
     Raises:
         CacheError: the first check that fails.
+        ValueError: another process is writing this cache.
     """
-    sealed = data is not None and recompute is not None
-    if sealed:  # a failure below must not leave an earlier word behind
-        (folder / "verified.json").unlink(missing_ok=True)
-    manifest = check_files(folder)
-    cache = TeacherCache(folder, memory_bytes=0)
+    if data is None or recompute is None:
+        cache = TeacherCache(folder, memory_bytes=0)
+        if (folder / "verified.json").exists():
+            _require_verified(cache)
+        return _table(_checks(cache, data, recompute, samples, tolerance))
+    read_manifest(folder)  # a lock would make the folder
+    with held(folder, "a verification"):
+        (folder / "verified.json").unlink(missing_ok=True)  # a failure below must not leave an earlier word behind
+        cache = TeacherCache(folder, memory_bytes=0)
+        checks = _checks(cache, data, recompute, samples, tolerance)
+        write_sealed(folder / "verified.json", {"content_hash": cache.manifest["content_hash"], "checks": checks},
+                     "checksums")
+    return _table(checks)
+
+
+def _table(checks: dict[str, str]) -> pd.DataFrame:
+    return pd.DataFrame({"check": list(checks), "result": list(checks.values())})
+
+
+def _checks(cache: TeacherCache, data: dict[str, pd.DataFrame] | None, recompute: Callable | None, samples: int,
+            tolerance: float) -> dict[str, str]:
+    folder, manifest = cache.folder, cache.manifest
     checks = {"files": f"{len(manifest['shards'])} shards, checksums equal"}
     for split, table in (data or {}).items():
-        wanted, held = set(table["example_id"]), set(cache.splits.get(split, []))
-        if wanted != held:
-            raise CacheError(f"{folder.name} covers {len(wanted & held)} of {len(wanted)} {split} rows and "
-                             f"{len(held - wanted)} that are not in the data: run 02 again")
-        checks[f"rows, {split}"] = f"{len(held)} of {len(wanted)}"
+        wanted, cached = set(table["example_id"]), set(cache.splits.get(split, []))
+        if wanted != cached:
+            raise CacheError(f"{folder.name} covers {len(wanted & cached)} of {len(wanted)} {split} rows and "
+                             f"{len(cached - wanted)} that are not in the data: run 02 again")
+        checks[f"rows, {split}"] = f"{len(cached)} of {len(wanted)}"
     worst = max((_check_row(manifest, cache[example_id]) for example_id in cache._place), default=0.0)
     checks["values"] = f"{len(cache)} rows, shapes right, all finite"
     if manifest["signals"] == "white_box":
         checks["attention rows"] = f"sum to 1 within {worst:.1e}"
     if recompute is not None:
         checks["recomputed"] = _check_recomputed(cache, recompute, samples, tolerance)
-    report = pd.DataFrame({"check": list(checks), "result": list(checks.values())})
-    if sealed:
-        write_json(folder / "verified.json", {"content_hash": manifest["content_hash"], "checks": checks})
-    return report
+    return checks
 
 
 def _check_row(manifest: dict[str, Any], row: CachedExample) -> float:
@@ -106,7 +125,7 @@ def _check_recomputed(cache: TeacherCache, recompute: Callable, samples: int, to
 
 def open_verified(folder: Path, *, data_hash: str, tokenizer_fingerprint: str, teacher: str,
                   skip: Collection[str] = ()) -> TeacherCache:
-    """The gate in front of training: verified, unchanged since, and made for this data, tokenizer and teacher.
+    """The gate in front of training: whole, verified, and what this data, tokenizer, teacher and code would make.
 
     Args:
         skip: signals that the method does not look at; they are not read.
@@ -114,19 +133,66 @@ def open_verified(folder: Path, *, data_hash: str, tokenizer_fingerprint: str, t
     Raises:
         CacheError: what is wrong, and the remedy.
     """
-    manifest = check_files(folder)
-    try:
-        verified = json.loads((folder / "verified.json").read_text(encoding="utf-8"))["content_hash"]
-    except (OSError, ValueError, KeyError):
-        verified = None
-    if verified != manifest["content_hash"]:
+    cache = TeacherCache(folder, skip=skip)
+    if not (folder / "verified.json").is_file():
         raise CacheError(f"{folder.name} has not been verified: run 02 again, it verifies what it wrote")
+    _require_verified(cache)
+    if reasons := why_stale(cache.manifest, data_hash=data_hash, tokenizer_fingerprint=tokenizer_fingerprint,
+                            teacher=teacher):
+        raise CacheError(f"{folder.name} {reasons}: run 02 again")
+    return cache
+
+
+def _require_verified(cache: TeacherCache) -> None:
+    try:
+        verified = read_sealed(cache.folder / "verified.json", "checksums")
+    except RecordError as error:
+        raise CacheError(f"{cache.folder.name}/{error}: run 02 again, it verifies the cache anew") from None
+    if verified.get("content_hash") != cache.manifest["content_hash"]:
+        raise CacheError(f"{cache.folder.name}/verified.json is of another cache: run 02 again, it verifies this one")
+
+
+def why_stale(manifest: dict[str, Any], *, data_hash: str, tokenizer_fingerprint: str, teacher: str) -> str:
+    """Why a cache is not what 02 would make now from this data, tokenizer and teacher; "" if it is.
+
+    Args:
+        manifest: the cache's.
+        data_hash, tokenizer_fingerprint: of the prepared data.
+        teacher: the config's, before any fine-tuning. A folder's weights are compared; of a hub's model, the name.
+    """
+    reasons = []
     if manifest["data_hash"] != data_hash:
-        raise CacheError(f"{folder.name} was made for other data ({manifest['data_hash'][:8]}, prepared is "
-                         f"{data_hash[:8]}): run 02 again")
+        reasons.append(f"was made for other data ({manifest['data_hash'][:8]}, prepared is {data_hash[:8]})")
     if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
-        raise CacheError(f"{folder.name} was made with another tokenizer than the student's: a teacher whose tokenizer "
-                         "differs is not supported yet; run 02 again with the student's tokenizer")
+        reasons.append("was made with another tokenizer than the student's (one that differs from the teacher's is not "
+                       "supported yet)")
     if manifest["base_teacher"] != teacher:
-        raise CacheError(f"{folder.name} was made from teacher {manifest['base_teacher']}, not {teacher}: run 02 again")
-    return TeacherCache(folder, skip=skip)
+        reasons.append(f"was made from teacher {manifest['base_teacher']}, not {teacher}")
+    elif "base_fingerprint" in manifest and resolve(teacher).is_dir():
+        from .teacher import model_fingerprint  # brings torch along
+
+        with suppress(FileNotFoundError):  # weights that are gone are no other ones
+            if model_fingerprint(teacher) != manifest["base_fingerprint"]:
+                reasons.append(f"was made from other weights of teacher {teacher}")
+    if names := changed(manifest.get("code", {}), cache_code()):
+        reasons.append(f"was made by other code ({names})")
+    return ", ".join(reasons)
+
+
+def what_changed(artifacts: Path, header: dict[str, Any]) -> str:
+    """What a cache with this header differs in from the one that its experiment had last; "" if it is there, or none.
+
+    Args:
+        header: what `teacher.cache_header` gave.
+    """
+    earlier = finished_caches(artifacts, header["name"])
+    if not earlier or any(folder.name.endswith(f"-{key_digest(header['key'])}") for folder in earlier):
+        return ""
+    try:
+        then = read_manifest(earlier[-1])
+    except CacheError as error:
+        return str(error)
+    words = {"base_teacher": "teacher", "teacher": "the teacher's weights",
+             "code": f"code ({changed(then.get('code', {}), header['code'])})"}
+    names = [words.get(name, name) for name, value in header["key"].items() if then.get("key", {}).get(name) != value]
+    return f"{earlier[-1].name} is stale, changed since: {', '.join(names)}"

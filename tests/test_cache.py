@@ -10,7 +10,7 @@ import torch
 from tiny import example_rows, tiny_llama
 
 from kd_utils import speed
-from kd_utils.cache import CacheError, TeacherCache, byte_planes, check_files, find_cache
+from kd_utils.cache import CacheError, TeacherCache, byte_planes, cache_code, check_files, find_cache, key_digest
 from kd_utils.cache_writer import cache_folder, token_batches, write_cache
 from kd_utils.signals import forward_signals, lm_head_weight
 from kd_utils.teacher import signal_function, stored_lm_head
@@ -18,16 +18,23 @@ from kd_utils.teacher import signal_function, stored_lm_head
 LENGTHS = [5, 9, 3, 12, 7, 7, 4, 10]
 HEADER = {"signals": "white_box", "heads": 4, "dtypes": {"hidden": "float16", "attention": "float16"},
           "hidden_size": 32, "data_hash": "d", "tokenizer_fingerprint": "t",
-          "base_teacher": "m", "temperatures": []}
+          "base_teacher": "m", "temperatures": [], "code": cache_code()}
 
 
-def write(folder, model, *, shard_examples=3, run=None):
+def write(folder, model, *, shard_examples=3, run=None, header=HEADER):
     run = run or signal_function(model, signals="white_box")
     examples = {"train": example_rows(LENGTHS), "validation": example_rows([6, 8], seed=1)}
     for row in examples["validation"]:
         row.example_id = "v" + row.example_id
-    return write_cache(folder, examples, run, stored_lm_head(model), HEADER, shard_examples=shard_examples,
+    return write_cache(folder, examples, run, stored_lm_head(model), header, shard_examples=shard_examples,
                        batch_tokens=24)
+
+
+def write_named(artifacts, name, key, model, day="2026-01-01"):
+    """A cache whose folder's name says what its manifest says, as 02 makes them."""
+    folder = artifacts / "cache" / f"{name}-{day}-{key_digest(key)}"
+    write(folder, model, header={**HEADER, "name": name, "key": key})
+    return folder
 
 
 @pytest.fixture
@@ -84,6 +91,11 @@ def test_top_k_cache_holds_the_exact_rest(tmp_path):
     assert stored.hidden is None and TeacherCache(tmp_path / "c").lm_head() is None
 
 
+def find_half(folder):
+    """What a finished run must not leave behind."""
+    return sorted(path.name for path in folder.rglob(".*"))
+
+
 def test_a_killed_run_goes_on_and_ends_in_the_same_content(tmp_path):
     model = tiny_llama()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -100,10 +112,10 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_content(tmp_path):
         write(killed, model, run=dies_at_third)
     assert not (killed / "manifest.json").exists() and not list(killed.glob("*.partial*"))
     finished = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.parquet")}
-    assert finished
+    assert finished and find_half(tmp_path) == [".killed.shards"]
     (killed / ".train-00002.parquet.partial-99999").write_bytes(b"half")  # of a process that had no time to clean up
     assert write(killed, model)["content_hash"] == manifest["content_hash"]
-    assert not list(killed.glob(".*partial*"))
+    assert not find_half(tmp_path)
     assert {name: (killed / name).stat().st_mtime_ns for name in finished} == finished
 
 
@@ -122,9 +134,65 @@ def test_a_whole_cache_is_not_computed_again_and_a_damaged_shard_is(cache):
     check_files(cache.folder)
 
 
+def killed_after(folder, model, shards):
+    run, seen = signal_function(model, signals="white_box"), set()
+
+    def dies(batch):
+        seen.update(row.example_id for row in batch)
+        if len(seen) > 3 * shards:
+            raise KeyboardInterrupt
+        return run(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        write(folder, model, run=dies)
+    return sorted(folder.glob("*.parquet"))
+
+
+def test_a_shard_that_was_damaged_before_the_run_goes_on_is_written_again(tmp_path):
+    """Without a manifest nothing else would tell: the damaged bytes would get a checksum of their own."""
+    model = tiny_llama()
+    manifest = write(tmp_path / "whole", model)
+    shard, *_ = killed_after(tmp_path / "killed", model, shards=2)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3] ^= 1
+    shard.write_bytes(data)
+    assert write(tmp_path / "killed", model)["content_hash"] == manifest["content_hash"]
+
+
+def test_a_shard_of_another_cache_is_not_taken_over_by_a_run_that_goes_on(tmp_path):
+    model, other = tiny_llama(), tiny_llama(seed=1)  # the same examples, another teacher
+    manifest = write(tmp_path / "whole", model)
+    foreign = killed_after(tmp_path / "other", other, shards=2)
+    folder, notes = tmp_path / "killed", tmp_path / ".killed.shards"
+    killed_after(folder, model, shards=2)
+    for shard in foreign:
+        shutil.copy(shard, folder)
+    assert write(folder, model)["content_hash"] == manifest["content_hash"]
+    shutil.rmtree(folder)
+    shutil.copytree(tmp_path / "other", folder)  # with its notes: they say that it was made for something else
+    shutil.copytree(tmp_path / ".other.shards", notes)
+    written = write(folder, model, header={**HEADER, "key": {"teacher": "model"}})
+    assert [shard["sha256"] for shard in written["shards"]] == [shard["sha256"] for shard in manifest["shards"]]
+
+
+def test_a_second_run_on_one_cache_is_refused_and_names_the_first(tmp_path):
+    model, folder, refused = tiny_llama(), tmp_path / "toy", []
+    run = signal_function(model, signals="white_box")
+
+    def meanwhile(batch):
+        with pytest.raises(ValueError, match=r"^toy is in use by a caching run \(process \d+ on .*: wait for it, or stop"):
+            write(folder, model)
+        refused.append(batch)
+        return run(batch)
+
+    write(folder, model, run=meanwhile)
+    assert refused and not find_half(tmp_path)
+    write(folder, model)
+
+
 @pytest.mark.parametrize("damage, message", [
-    (lambda f: (f / "manifest.json").unlink(), "caching did not finish"),
-    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing: caching did not finish"),
+    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged or cannot be read: run 02"),
     (lambda f: (f / "manifest.json").write_text((f / "manifest.json").read_text().replace('"heads": 4', '"heads": 5')),
      "was changed after"),
     (lambda f: (f / "lm_head.safetensors").unlink(), "lm_head.safetensors is missing"),
@@ -153,21 +221,36 @@ def test_every_flipped_byte_is_found(cache):
 
 
 def test_find_cache_takes_the_newest_finished_one_of_that_name(tmp_path):
-    model, home = tiny_llama(), tmp_path / "cache"
-    for name in ("toy-2026-01-01-00000000", "toy-2026-01-02-11111111", "toy-big-2026-01-03-22222222"):
-        write(home / name, model)
-    (home / "toy-2026-01-04-33333333").mkdir()
-    assert find_cache(tmp_path, "toy").name == "toy-2026-01-02-11111111"
+    model = tiny_llama()
+    write_named(tmp_path, "toy", {"data": "a"}, model)
+    newest = write_named(tmp_path, "toy", {"data": "b"}, model, day="2026-01-02")
+    write_named(tmp_path, "toy-big", {"data": "c"}, model, day="2026-01-03")
+    (tmp_path / "cache" / "toy-2026-01-04-33333333").mkdir()
+    assert find_cache(tmp_path, "toy") == newest
     with pytest.raises(CacheError, match="run notebook 02"):
         find_cache(tmp_path, "other")
 
 
 def test_a_cache_asked_for_again_is_the_newest(tmp_path):
-    first, second = (tmp_path / "cache" / f"toy-2026-01-01-{digit * 8}" for digit in "ab")
     model = tiny_llama()
-    for folder in (first, second, first):
-        write(folder, model)
+    for data in "aba":
+        folder = write_named(tmp_path, "toy", {"data": data}, model)
         assert find_cache(tmp_path, "toy") == folder
+
+
+def test_a_folder_that_was_renamed_or_filled_with_another_cache_is_refused_by_name(tmp_path):
+    model = tiny_llama()
+    mine, other = (write_named(tmp_path, "toy", {"data": data}, model) for data in "ab")
+    experiment = write_named(tmp_path, "other", {"data": "a"}, model)
+    for foreign in (other, experiment):
+        renamed = shutil.copytree(foreign, mine, dirs_exist_ok=True)
+        whose = f"{foreign.name[:-20]}-DATE-{foreign.name[-8:]}"
+        with pytest.raises(CacheError, match=f"{mine.name}/manifest.json is that of {whose}: .* run 02 again"):
+            find_cache(tmp_path, "toy")
+        with pytest.raises(CacheError, match="another cache was copied here"):
+            check_files(renamed)
+        assert write_named(tmp_path, "toy", {"data": "a"}, model) == mine  # 02 again: nothing of it is taken over
+        check_files(mine)
 
 
 def test_the_folder_is_that_of_an_earlier_run_of_the_same_key(tmp_path):

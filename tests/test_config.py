@@ -49,8 +49,29 @@ def test_parameters_are_flat_scalars_with_a_comment_or_a_plain_name(stem):
     ("seed", -1, "seed = -1"),
     ("name", "../outside", "name = '../outside'"),
     ("trial", "../outside", "trial = '../outside'"),
+    ("name", "toy\n", r"name = 'toy\n'"),
+    ("name", "..", "name = '..'"),
+    ("trial", "..", "trial = '..'"),
+    ("trial", "a\n", r"trial = 'a\n'"),
     ("distill_tokens", "some", "'all' or 'answer'"),
-])
+    ("seed", True, "seed = True: Input should be a number, not true or false"),
+    ("beta", False, "beta = False: Input should be a number, not true or false"),
+    ("seed", 2**31, "seed = 2147483648: Input should be less than 2147483648"),
+    ("seed", 1e300, "seed = 1e+300: Input should be positive and less than 2147483648"),
+    ("epochs", None, "epochs = None: Input should be a valid integer"),
+    ("seed", b"1", "seed = b'1': Input should be plain text: no bytes, no NUL, no lone surrogates"),
+    ("student", "a\0b", r"student = 'a\x00b': Input should be plain text"),
+    ("student", "\ud800", r"student = '\ud800': Input should be plain text"),
+    ("student", "", "student = '': Input should be a path or a name: not blank"),
+    ("run_dir", " \n", r"run_dir = ' \n': Input should be a path or a name: not blank"),
+    ("artifacts_dir", "~no-such-user/x", "artifacts_dir = '~no-such-user/x': Input should be a path or a name"),
+    ("tokenizer", 256 * "x", "Input should be a path or a name"),
+    ("teacher", "\u00e9" * 128, "Input should be a path or a name"),
+    ("teacher", "x/" * 600, "... (1,202 characters): Input should be a path or a name"),
+    ("device", "gpu", "device = 'gpu': String should match pattern '^(auto|cpu|cuda(:[0-9]{1,3})?)$'"),
+    ("device", "cuda:", "device = 'cuda:'"),
+    ("device", "", "device = ''"),
+], ids=lambda value: ascii(value)[:40])
 def test_bad_values_are_one_line_that_names_them(key, value, words):
     with pytest.raises(ValueError) as caught:
         TrialConfig(**{**DEFAULTS, key: value})
@@ -68,6 +89,19 @@ def test_several_bad_values_are_all_named_and_unknown_keys_too():
 def test_yaml_exponents_are_numbers():
     assert yaml.safe_load("1e-4") == "1e-4"  # YAML 1.1 reads it as text; the config must not
     assert TrialConfig(**{**DEFAULTS, "learning_rate": "1e-4"}).learning_rate == 1e-4
+
+
+def test_a_number_without_a_repr_is_refused_too():
+    with pytest.raises(ValueError, match="epochs = a value of type int: Input should be less than 2147483648"):
+        TrialConfig(**{**DEFAULTS, "epochs": 10**5000})
+
+
+def test_values_that_are_taken_as_they_stand():
+    for key, value in {"student": "a \"b\" 'c' \\n \n \u2028 \U0001f600", "device": "cuda:7", "trial": "",
+                       "seed": 2**31 - 1, "run_dir": "~/runs", "teacher": 255 * "x"}.items():
+        assert getattr(TrialConfig(**{**DEFAULTS, key: value}), key) == value
+    data = notebook_defaults("01_prepare_data")
+    assert NOTEBOOKS["01_prepare_data"](**{**data, "data_dir": " "}).data_dir == ""  # blank is the hub, as "" is
 
 
 def test_a_config_is_frozen_and_shows_every_value():

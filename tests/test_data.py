@@ -1,12 +1,19 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 from tiny import tiny_tokenizer, write_task_files
 
+from kd_utils import data, source_code
 from kd_utils.config import DataConfig
-from kd_utils.data import load_prepared, prepare, save_prepared
+from kd_utils.data import load_prepared, prepare, read_manifest, save_prepared, why_stale
+from kd_utils.files import sha256_file
 from kd_utils.leaks import SHOTS, few_shot_overlap, few_shot_rows, require_unseen_shots
+from kd_utils.sealed import read_sealed, write_sealed
 from kd_utils.tasks import COLUMNS, content_key
 from kd_utils.tokens import encode_example, tokenizer_fingerprint
 
@@ -28,7 +35,7 @@ def with_shots(folder):
 
 
 def config(folder, **changes):
-    values = dict(name="test", artifacts_dir="artifacts", build="none", data_dir=str(folder), tokenizer="",
+    values = dict(name="test", artifacts_dir="artifacts", build="none", data_dir=str(folder), tokenizer="a/hub-model",
                   max_length=512, data_seed=0, sst2_train=2, sst2_validation=3, mmlu_train=2, mmlu_validation=3,
                   gsm8k_train=2, gsm8k_validation=1)
     return DataConfig(**{**values, **changes})
@@ -141,42 +148,136 @@ def test_round_trip(folder, tmp_path):
     assert loaded.config_fingerprint == config(folder).fingerprint()
 
 
+def test_a_single_task_without_choices_goes_round_too(folder, tmp_path):
+    none = {f"{task}_{split}": 0 for task in ("sst2", "mmlu") for split in ("train", "validation")}
+    prepared = prepare(config(folder, **none), TOKENIZER)
+    loaded = load_prepared(save_prepared(prepared, tmp_path / "prepared"))
+    assert loaded.data_hash == prepared.data_hash and loaded.train["choices"].tolist() == [[], []]
+
+
+def resealed(place, **changes):
+    """Prepared data whose manifest agrees with its files, whatever they are: the seal is not what finds them wrong."""
+    manifest = read_sealed(place / "manifest.json", "checksums") | changes
+    manifest["checksums"] = {path.name: sha256_file(path) for path in sorted(place.glob("*.parquet"))}
+    write_sealed(place / "manifest.json", manifest, "checksums")
+    return place
+
+
 def test_the_hash_is_of_the_content_and_not_of_the_file(folder, tmp_path):
     place = save_prepared(prepare(config(folder), TOKENIZER), tmp_path / "prepared")
     before = load_prepared(place).data_hash
     table = pd.read_parquet(place / "train.parquet")
     table.to_parquet(place / "train.parquet", compression="zstd", index=True)
-    assert load_prepared(place).data_hash == before
+    with pytest.raises(ValueError, match="prepared/train.parquet is not the file that manifest.json"):
+        load_prepared(place)
+    assert load_prepared(resealed(place)).data_hash == before
     table.iloc[::-1].to_parquet(place / "train.parquet", index=False)
     with pytest.raises(ValueError, match="they were changed, run 01_prepare_data again"):
-        load_prepared(place)
+        load_prepared(resealed(place))
+
+
+def test_what_a_seal_does_not_find_is_found_in_the_rows(folder, tmp_path):
+    prepared = prepare(config(folder), TOKENIZER)
+
+    def cell(column, value):
+        return lambda table: table.assign(**{column: [value, *table[column][1:]]})
+
+    for change, message in [
+        (lambda table: table.drop(columns="gold"), "train.parquet has no column gold .it has 'example_id, task"),
+        (lambda table: table.iloc[:0], "train.parquet has no rows"),
+        (lambda table: table.assign(gold=1), "train.parquet: column gold holds 'int64', expected text"),
+        (lambda table: table.assign(choices="A"), "column choices holds '.*string', expected a list of texts"),
+        (cell("prompt", None), "train.parquet, row 0: prompt is null, expected text"),
+        (cell("prompt", " \n"), "train.parquet, row 0: prompt is empty, expected a question"),
+        (cell("task", "qa"), "train.parquet, row 0: task = 'qa', expected one of sst2, mmlu, gsm8k"),
+        (cell("choices", [" no", None]), "train.parquet, row 0: choices is null"),
+        (cell("choices", [" no"]), r"train.parquet, row 0: choices = \[' no'\], expected \[' negative', ' positive'\]"),
+        (cell("gold", "2"), "train.parquet, row 0: gold = '2', expected 0 to 1"),
+        (cell("answer", " yes\nno"), r"train.parquet, row 0: answer = ' yes\\nno', expected ' (posi|nega)tive', since"),
+        (cell("example_id", prepared.train["example_id"][1]),
+         "train.parquet, row 1: example_id '.*' is that of train.parquet, row 0 too, expected one of its own"),
+        (cell("example_id", prepared.validation["example_id"][0]),
+         "validation.parquet, row 0: example_id '.*' is that of train.parquet, row 0 too"),
+        (lambda table: pd.concat([table, prepared.validation.assign(example_id=list("abcdefg"))]),
+         "prepared: 7 contents are in train and in validation, expected none"),
+    ]:
+        place = save_prepared(prepared, tmp_path / "prepared")
+        change(prepared.train).to_parquet(place / "train.parquet", index=False)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_prepared(resealed(place))
+        assert "01_prepare_data again" in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_damage_is_found(folder, tmp_path):
     prepared = prepare(config(folder), TOKENIZER)
+    other = save_prepared(prepare(config(folder, data_seed=1), TOKENIZER), tmp_path / "other")
 
-    def damaged(name, change):
-        place = save_prepared(prepared, tmp_path / "prepared")
-        change(place / name)
-        return place
-
-    def edit(change):
-        return lambda path: change(pd.read_parquet(path)).to_parquet(path, index=False)
+    def counts(path):
+        path.write_text(path.read_text().replace('"available": 9', '"available": 8'))
 
     with pytest.raises(FileNotFoundError, match="manifest.json is missing.*run 01_prepare_data first"):
         load_prepared(tmp_path / "nowhere")
     for name, change, message in [
-        ("train.parquet", edit(lambda table: table.drop(columns="gold")), "train.parquet has no column gold"),
-        ("validation.parquet", edit(lambda table: table.iloc[:0]), "validation.parquet has no rows"),
-        ("train.parquet", edit(lambda table: table.assign(answer=" A")), "they were changed"),
-        ("train.parquet", edit(lambda table: pd.concat([table, prepared.validation])), "7 contents are in train and"),
-        ("train.parquet", lambda path: path.write_bytes(b"PAR1 no"), "no whole parquet file"),
-        ("manifest.json", lambda path: path.write_text("{"), "is not JSON"),
-        ("manifest.json", lambda path: path.write_text(json.dumps({"format": 0})), "not a manifest of format 1"),
-        ("manifest.json", lambda path: path.write_text(json.dumps({"format": 1, "counts": []})), "lacks config_finger"),
+        ("train.parquet", lambda path: path.write_bytes(b"PAR1 no"), "prepared/train.parquet is not the file that man"),
+        ("train.parquet", lambda path: path.unlink(), r"train.parquet is missing\): run 01_prepare_data first"),
+        ("manifest.json", lambda path: path.write_text("{"), "manifest.json is no JSON with a checksum"),
+        ("manifest.json", lambda path: path.write_text(json.dumps({"format": 1})), "manifest.json was changed after"),
+        ("manifest.json", counts, "manifest.json was changed after it was written: run 01_prepare_data again"),
+        ("manifest.json", lambda path: write_sealed(path, {"format": 1}, "checksums"), "not a manifest of format 2"),
+        ("manifest.json", lambda path: write_sealed(path, {"format": 2, "name": "x"}, "checksums"), "lacks code, conf"),
+        ("train.parquet", lambda path: shutil.copy(other / path.name, path), "train.parquet is not the file that man"),
+        ("manifest.json", lambda path: shutil.copy(other / path.name, path), "manifest.json is that of 'other'"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            load_prepared(damaged(name, change))
+        place = save_prepared(prepared, tmp_path / "prepared")
+        change(place / name)
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_prepared(place)
+    shutil.rmtree(place)
+    with pytest.raises(ValueError, match="is that of 'other': it was copied here, run 01_prepare_data again"):
+        load_prepared(shutil.copytree(other, place))
+
+
+def test_why_prepared_data_is_stale(folder, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    TOKENIZER.save_pretrained(tokenizer)
+    now = config(folder, tokenizer=str(tokenizer))
+    place = save_prepared(prepare(now, TOKENIZER), tmp_path / "prepared")
+    assert why_stale(place, now) == ""
+    assert why_stale(place, config(folder, tokenizer=str(tokenizer), name="renamed", artifacts_dir="elsewhere")) == ""
+    other = config(folder, tokenizer=str(tokenizer), max_length=99, data_seed=2)
+    assert why_stale(place, other) == "config changed (data_seed, max_length)"
+    assert "manifest.json is missing" in why_stale(tmp_path / "nowhere", now)
+    table = pd.read_parquet(folder / "mmlu" / "dev.parquet")
+    table.iloc[:-1].to_parquet(folder / "mmlu" / "dev.parquet")
+    assert why_stale(place, now) == "source changed (mmlu/dev.parquet)"
+    (folder / "gsm8k" / "test.parquet").unlink()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    assert why_stale(place, now) == "source changed (gsm8k/test.parquet, mmlu/dev.parquet, tokenizer/tokenizer.json)"
+
+
+def test_other_code_makes_prepared_data_stale_and_so_does_its_builder(folder, tmp_path, monkeypatch):
+    place = save_prepared(prepare(config(folder), TOKENIZER), tmp_path / "prepared")
+    assert "kd_utils/data.py" in read_manifest(place)["code"] and "kd_utils/toy.py" not in read_manifest(place)["code"]
+    changed = {**source_code.code_of("01_prepare_data", {"data"}), "kd_utils/tasks.py": "other"}
+    monkeypatch.setattr(data, "code_of", lambda stem, start: changed)
+    assert why_stale(place, config(folder)) == "code changed (kd_utils/tasks.py)"
+    monkeypatch.undo()
+    toy = config(folder, build="toy")
+    place = save_prepared(prepare(toy, TOKENIZER), tmp_path / "prepared")
+    assert {"kd_utils/toy.py", "kd_utils/toy_models.py", "kd_utils/data.py"} <= read_manifest(place)["code"].keys()
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(folder, tmp_path):
+    prepared = prepare(config(folder), TOKENIZER)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f".prepared.partial-{dead.pid}", f".prepared.old-{dead.pid}", f".prepared.partial-{os.getppid()}",
+                 f".other.partial-{dead.pid}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.parquet").write_bytes(b"half")
+    save_prepared(prepared, tmp_path / "prepared")
+    assert sorted(path.name for path in tmp_path.glob(".*")) == [f".other.partial-{dead.pid}",
+                                                                 f".prepared.partial-{os.getppid()}"]
 
 
 def test_a_failed_save_leaves_the_old_data(folder, tmp_path, monkeypatch):

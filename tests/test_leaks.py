@@ -266,7 +266,7 @@ def test_mmlu_cut_in_two_as_the_notebook_says(shared):
     from kd_utils.data import prepare
 
     config = DataConfig(name="real", artifacts_dir="artifacts", build="none", data_dir=str(shared / "data"),
-                        tokenizer="", max_length=512, data_seed=0, sst2_train=0, sst2_validation=0, mmlu_train=1000,
+                        tokenizer="none", max_length=512, data_seed=0, sst2_train=0, sst2_validation=0, mmlu_train=1000,
                         mmlu_validation=1000, gsm8k_train=0, gsm8k_validation=0)
     prepared = prepare(config, AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama2"))
     overlap = near_overlap(prepared.train, prepared.validation)

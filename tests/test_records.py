@@ -1,63 +1,14 @@
-"""Records: whole or not there, found when damaged, and read back as tables."""
+"""One trial's record: whole or not there, and found when damaged."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from stubs import PREDICTIONS, metrics_of
 
 from kd_utils import records
-from kd_utils.environment import environment
-from kd_utils.records import RecordError
-from kd_utils.sealed import write_sealed
-
-PREDICTIONS = pd.DataFrame({"example_id": ["a", "b"], "task": ["sst2", "gsm8k"], "correct": [True, False],
-                            "loglikelihoods": [[-1.5, -0.25], None], "generated": [None, "It is 4.\n#### 4"]})
-
-
-def metrics_of(method="attention", seed=3, accuracy=0.5, config_hash="c" * 16, cache="k" * 64):
-    epochs = [{"epoch": e, "train_loss": 1 / e, "validation_accuracy": accuracy, "validation_loss": 2.0, "seconds": 9.0}
-              for e in (1, 2)]
-    return {"config": {"distill_type": method, "seed": seed}, "config_hash": config_hash, "epochs": epochs,
-            "cache": {"name": "toy-2026-01-01-00000000", "content_hash": cache}, **environment(),
-            "started": "2026-01-01T00:00:00+00:00", "seconds": {"total": 21.5}, "peak_memory_mb": 300.0,
-            "final": epochs[-1]}
-
-
-def write_notebook(path: Path, about: dict, outputs=(), execution_count=1):
-    cells = [{"cell_type": "markdown", "source": "# Title", "metadata": {}},
-             {"cell_type": "code", "source": "", "metadata": {}, "outputs": [], "execution_count": None},
-             {"cell_type": "code", "source": ["1 + 1"], "metadata": {}, "outputs": list(outputs),
-              "execution_count": execution_count}]
-    notebook = {"cells": cells, "metadata": {"kd_utils": about}, "nbformat": 4, "nbformat_minor": 5}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_sealed(path, notebook, "metadata.kd_utils")
-
-
-def write_trial(run_dir: Path, method="attention", seed=3, **values) -> str:
-    trial = records.trial_name(method, seed)
-    records.write_record(run_dir / "trials" / trial, metrics_of(method, seed, **values), PREDICTIONS)
-    record = records.read_record(run_dir / "trials" / trial)
-    write_notebook(run_dir / "trials" / f"{trial}.ipynb",
-                   {"config_hash": record["config_hash"], "record": record["checksums"]["sha256"]})
-    return trial
-
-
-@pytest.fixture
-def run_dir(tmp_path):
-    """A whole run of 2 methods x 2 seeds."""
-    planned = []
-    for method in ("black_box", "attention"):
-        for seed in (0, 1):
-            trial = write_trial(tmp_path, method, seed, accuracy=0.25 + seed / 2)
-            planned.append({"trial": trial, "swept": {"distill_type": method, "seed": seed}, "config_hash": "c" * 16})
-    for stage in records.STAGES:
-        write_notebook(tmp_path / f"{stage}.ipynb", {})
-    plan = {"format": 1, "cache": {"name": "n", "content_hash": "k" * 64}, "trials": planned}
-    write_sealed(tmp_path / records.PLAN, plan, "checksums")
-    records.collect(tmp_path).to_csv(tmp_path / records.SUMMARY, index=False)
-    return tmp_path
+from kd_utils.sealed import RecordError, write_sealed
 
 
 def test_trial_names():
@@ -75,16 +26,6 @@ def test_report_epoch_writes_lines_only_when_asked(tmp_path, monkeypatch):
     lines = (tmp_path / "p.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": None}]
     assert "NaN" not in lines[1]
-
-
-def test_trials_that_started_or_rounded_otherwise_are_named(tmp_path, monkeypatch):
-    alike = [{"student": {"fingerprint": "a"}, "precision": "torch.float32"}] * 2
-    monkeypatch.setattr(records, "done_records", lambda run_dir: alike)
-    assert records._check_alike(tmp_path) == []
-    other = [*alike, {"student": {"fingerprint": "b"}, "precision": "torch.bfloat16"}]
-    monkeypatch.setattr(records, "done_records", lambda run_dir: other)
-    assert [problem.split(":")[0] for problem in records._check_alike(tmp_path)] == [
-        "trials differ in student", "trials differ in precision"]
 
 
 def test_a_record_reads_back_as_written(tmp_path):
@@ -116,125 +57,68 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path
 def test_an_incomplete_record_is_refused(tmp_path):
     metrics = metrics_of()
     del metrics["cache"]
-    with pytest.raises(RecordError, match="no cache"):
+    with pytest.raises(RecordError, match="the record of t has no cache"):
         records.write_record(tmp_path / "t", metrics, PREDICTIONS)
-    with pytest.raises(RecordError, match="no predictions"):
+    with pytest.raises(RecordError, match="the record of t has no predictions"):
         records.write_record(tmp_path / "t", metrics_of(), PREDICTIONS[:0])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_the_old_record(tmp_path, monkeypatch):
+def test_what_only_newer_records_have_may_be_missing(tmp_path):
+    metrics = metrics_of()
+    for key in ("code", "student", "precision"):
+        del metrics[key]
+    records.write_record(tmp_path / "t", metrics, PREDICTIONS)
+    assert "code" not in records.read_record(tmp_path / "t")
+
+
+def test_a_failed_write_leaves_the_old_record_and_a_full_disk_is_named(tmp_path, monkeypatch):
     records.write_record(tmp_path / "t", metrics_of(accuracy=0.1), PREDICTIONS)
 
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=f"no space left on device while writing {tmp_path.name}/t: make room"):
         records.write_record(tmp_path / "t", metrics_of(accuracy=0.2), PREDICTIONS)
     assert records.read_record(tmp_path / "t")["final"]["validation_accuracy"] == 0.1
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
 
 
-@pytest.mark.parametrize("name", ["trials/attention_seed0/metrics.json", "trials/attention_seed0/predictions.parquet",
-                                  "trials/attention_seed0.ipynb", "sweep.json", "results_summary.csv",
-                                  "01_prepare_data.ipynb", "04_analyse_results.ipynb"])
-def test_any_changed_byte_is_found(run_dir, name):
-    path = run_dir / name
-    whole = path.read_bytes()
-    # 25 places over the file, each with another bit
-    for number, at in enumerate(np.linspace(0, len(whole) - 1, 25).astype(int)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << number % 8)]) + whole[at + 1:])
-        assert any(Path(name).name.split(".")[0] in line or "attention_seed0" in line
-                   for line in records.check_run(run_dir)), f"byte {at} of {name}"
-    for damaged in (whole[:-1], whole + b" ", b"", whole[: len(whole) // 2]):
-        path.write_bytes(damaged)
-        assert records.check_run(run_dir)
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"format": 2}, "t/metrics.json is not a record of format 1"),
+    ({"config": None}, "t/metrics.json: config: "),
+    ({"config": {"student": ["tiny"]}}, "t/metrics.json: config.student"),
+    ({"config_hash": 7}, "t/metrics.json: config_hash: "),
+    ({"cache": {"name": "toy"}}, "t/metrics.json: cache.content_hash: Field required"),
+    ({"student": "tiny"}, "t/metrics.json: student: "),
+    ({"code": ["losses"]}, "t/metrics.json: code: "),
+    ({"seconds": {"load": 1.0}}, "t/metrics.json: seconds.total: Field required"),
+    ({"peak_memory_mb": "300"}, "t/metrics.json: peak_memory_mb: "),
+    ({"epochs": []}, "t/metrics.json: epochs: "),
+    ({"epochs": [{"epoch": 1, "validation_accuracy": "0.5"}]}, r"t/metrics.json: epochs.0.validation_accuracy"),
+    ({"epochs": [{"epoch": 1}]}, "t/metrics.json: its final metrics are not those of its last epoch"),
+    ({"final": {"epoch": 2}}, "t/metrics.json: its final metrics are not those of its last epoch"),
+])
+def test_a_sealed_record_of_another_shape_is_one_line(tmp_path, changes, message):
+    records.write_record(tmp_path / "t", metrics_of(), PREDICTIONS)
+    metrics = records.read_record(tmp_path / "t")
+    write_sealed(tmp_path / "t" / "metrics.json", metrics | changes, "checksums")
+    with pytest.raises(RecordError, match=message) as raised:
+        records.read_record(tmp_path / "t")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.parquet"])
+def test_a_damaged_or_missing_part_is_named(tmp_path, name):
+    records.write_record(tmp_path / "t", metrics_of(), PREDICTIONS)
+    path = tmp_path / "t" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RecordError, match=f"t/{name} (is|was)"):
+        records.read_record(tmp_path / "t")
     path.unlink()
-    assert any("missing" in line or "No such file" in line for line in records.check_run(run_dir))
-    path.write_bytes(whole)
-    assert records.check_run(run_dir) == []
-
-
-def test_a_whole_run_has_no_problems(run_dir):
-    assert records.check_run(run_dir) == []
-    assert records.count_done(run_dir) == (4, 4)
-
-
-def test_check_names_what_is_wrong(run_dir):
-    write_trial(run_dir, "combined", 0)
-    (run_dir / "trials" / "black_box_seed0.ipynb").unlink()
-    write_notebook(run_dir / "02_cache_teacher.ipynb", {}, execution_count=None)
-    write_notebook(run_dir / "04_analyse_results.ipynb", {},
-                   outputs=[{"output_type": "error", "ename": "KeyError", "evalue": "'x'", "traceback": []}])
-    assert records.check_run(run_dir) == [
-        "black_box_seed0: broken: black_box_seed0.ipynb: No such file or directory",
-        "02_cache_teacher.ipynb: cell 3 was not run",
-        "04_analyse_results.ipynb: cell 3 ended with KeyError: 'x'",
-        "trials/combined_seed0 belongs to no planned trial",
-        "trials/combined_seed0.ipynb belongs to no planned trial",
-        "results_summary.csv does not say what the records say: run the sweep again to write it anew"]
-
-
-def test_check_of_other_folders(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no run folder"):
-        records.check_run(tmp_path / "none")
-    assert "sweep.json is missing" in records.check_run(tmp_path)[0]
-
-
-def test_status_says_why_a_trial_is_not_done(run_dir):
-    trials = run_dir / "trials"
-
-    def status(config_hash="c" * 16, cache_hash=None, trial="attention_seed0"):
-        return records.trial_status(run_dir, trial, config_hash, cache_hash)
-
-    assert status() == ("done", "") == status(cache_hash="k" * 64)
-    assert status("d" * 16) == ("stale", f"config changed: the record has {'c' * 16}, the plan {'d' * 16}")
-    assert status(cache_hash="l" * 64).why.startswith("teacher cache changed")
-    assert status(trial="combined_seed9") == ("missing", "")
-    old = trials / "attention_seed0.ipynb"
-    (trials / "attention_seed1.ipynb").replace(old)
-    assert status() == ("stale", "the notebook is of another execution than metrics.json")
-    write_notebook(trials / "attention_seed0.failed.ipynb", {"failure": "ValueError: loss is nan"})
-    assert status() == ("failed", "ValueError: loss is nan")
-    (trials / "attention_seed0.failed.ipynb").write_text("{}")
-    assert status() == ("failed", "attention_seed0.failed.ipynb does not say why")
-
-
-def test_collect_has_a_row_per_planned_trial(run_dir):
-    (run_dir / "trials" / "black_box_seed1" / "predictions.parquet").unlink()
-    write_notebook(run_dir / "trials" / "black_box_seed1.failed.ipynb", {"failure": "KeyError: 1"})
-    table = records.collect(run_dir)
-    assert table.columns.tolist() == [
-        "trial", "config/distill_type", "config/seed", "status", "why", "epoch", "train_loss", "validation_accuracy",
-        "validation_loss", "seconds", "peak_memory_mb", "config_hash"]
-    assert table["status"].tolist() == ["done", "failed", "done", "done"]
-    assert table["seconds"].tolist()[0] == 21.5, "of the whole trial, not of its last epoch"
-    assert np.isnan(table["validation_accuracy"][1])
-    means = table.groupby("config/distill_type")["validation_accuracy"].agg(["mean", "count"])
-    assert means.loc["attention"].tolist() == [0.5, 2] and means.loc["black_box"].tolist() == [0.25, 1]
-
-
-def test_a_stale_trial_gives_no_value(run_dir):
-    write_trial(run_dir, "attention", 1, cache="other", accuracy=0.99)
-    row = records.collect(run_dir).set_index("trial").loc["attention_seed1"]
-    assert row["status"] == "stale" and np.isnan(row["validation_accuracy"])
-    assert 0.99 not in [r["final"]["validation_accuracy"] for r in records.done_records(run_dir)]
-
-
-def test_collect_without_a_plan_reads_what_is_there(tmp_path):
-    assert len(records.collect(tmp_path)) == 0
-    records.write_record(tmp_path / "trials" / "attention_seed3", metrics_of(), PREDICTIONS)
-    table = records.collect(tmp_path)
-    assert table[["trial", "config/distill_type", "config/seed", "status"]].values.tolist() == [
-        ["attention_seed3", "attention", 3, "done"]]
-    (tmp_path / "trials" / "attention_seed3" / "predictions.parquet").write_bytes(b"")
-    assert records.collect(tmp_path)["status"].tolist() == ["broken"]
-
-
-def test_predictions_of_all_trials_in_one_table(run_dir):
-    table = records.predictions(run_dir)
-    assert table.columns.tolist()[:4] == ["trial", "distill_type", "seed", "example_id"]
-    assert len(table) == 8 and table.groupby(["distill_type", "seed"]).size().tolist() == [2] * 4
-    with pytest.raises(RecordError, match="no trial of none is done"):
-        records.predictions(run_dir / "none")
+    with pytest.raises(RecordError, match=f"t/{name}: No such file"):
+        records.read_record(tmp_path / "t")
+    path.mkdir()
+    with pytest.raises(RecordError, match=f"t/{name}: Is a directory"):
+        records.read_record(tmp_path / "t")

@@ -1,10 +1,14 @@
 """Where models come from, which layers a student keeps, and what is refused before training."""
 
+import errno
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from kd_utils import hub
 from kd_utils.signals import forward_signals
 from kd_utils.student import (amp_dtype, autocast, build_student, choose_device, evenly_spaced, keep_layers,
                               load_causal_lm, load_tokenizer, model_source, require_same_shapes, save_model)
@@ -22,22 +26,22 @@ def test_layers_are_first_last_and_evenly_spaced():
 def test_a_student_of_chosen_layers_computes_what_those_layers_compute(tmp_path):
     teacher = tiny_llama(layers=4)
     save_model(teacher, tiny_tokenizer(begin=False), tmp_path / "teacher")
-    student = build_student(str(tmp_path / "teacher"), "layers", 2)
-    assert student.config.num_hidden_layers == 2 and student.model.layers[1].self_attn.layer_idx == 1
+    made = build_student(str(tmp_path / "teacher"), "layers", 2)
+    assert made.config.num_hidden_layers == 2 and made.model.layers[1].self_attn.layer_idx == 1
     for kept, original in ((0, 0), (1, 3)):
-        torch.testing.assert_close(student.model.layers[kept].state_dict(),
+        torch.testing.assert_close(made.model.layers[kept].state_dict(),
                                    teacher.model.layers[original].state_dict())
     ids = torch.randint(3, 97, (2, 6))
-    assert forward_signals(student, ids).attention.map().shape == (2, 4, 6, 6)
-    assert student.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 9)  # its cache has two layers
+    assert forward_signals(made, ids).attention.map().shape == (2, 4, 6, 6)
+    assert made.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 9)  # its cache has two layers
 
 
 def test_saved_student_loads_without_this_code(tmp_path):
-    student = keep_layers(tiny_llama(layers=3), [0, 2])
+    model = keep_layers(tiny_llama(layers=3), [0, 2])
     ids = torch.randint(3, 97, (1, 5))
-    logits = student(ids).logits  # before capture: plain attention
-    forward_signals(student, ids)
-    save_model(student, tiny_tokenizer(begin=True), tmp_path / "s")
+    logits = model(ids).logits  # before capture: plain attention
+    forward_signals(model, ids)
+    save_model(model, tiny_tokenizer(begin=True), tmp_path / "s")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "s")
     torch.testing.assert_close(loaded(ids).logits, logits, atol=1e-5, rtol=1e-5)
     assert (tmp_path / "s" / "model.safetensors").is_file()
@@ -56,27 +60,70 @@ def test_random_students_are_alike(tmp_path):
     assert torch.equal(loaded.lm_head.weight, tiny_llama(seed=9).lm_head.weight)
 
 
-def test_missing_folders_and_unreachable_hubs_are_one_line(tmp_path):
+def test_a_model_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    model, tokenizer = tiny_llama(), tiny_tokenizer(begin=True)
+    folder = tmp_path / "students" / "m"
+    save_model(model, tokenizer, folder)
+    (folder / "of_before").write_text("old")
+    save_model(tiny_llama(seed=1), tokenizer, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "of_before" not in before and {"model.safetensors", "config.json", "tokenizer.json"} <= before.keys()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)  # the weights are written by then
+    for place in (folder, tmp_path / "students" / "new"):
+        with pytest.raises(OSError, match="no space left on device while writing students/.*make room"):
+            save_model(model, tokenizer, place)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]
+
+
+def test_missing_and_damaged_folders_and_a_hub_out_of_reach_are_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder artifacts/nothing: run notebook 01"):
         model_source("artifacts/nothing")
-    with pytest.raises(ValueError, match="cannot load meta-llama/Llama-2-7b-hf from the hub") as caught:
+    with pytest.raises(ConnectionError, match="cannot get the model meta-llama/Llama-2-7b-hf from the hub: .*OFFLINE.*"
+                                              "unset it, or name a folder that holds the model") as caught:
         load_causal_lm("meta-llama/Llama-2-7b-hf")
     assert "\n" not in str(caught.value)
-    (tmp_path / "empty").mkdir()
+    folder = tmp_path / "m"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="cannot load .*not in .*safetensors"):
+        load_causal_lm(str(folder))
+    save_model(tiny_llama(), tiny_tokenizer(begin=True), folder)
+    for name, load in (("model.safetensors", load_causal_lm), ("config.json", load_causal_lm),
+                       ("tokenizer.json", load_tokenizer)):
+        whole = (folder / name).read_bytes()
+        for damaged in (whole[:len(whole) // 2], b"", b"\x00" * len(whole), b"[1]"):
+            (folder / name).write_bytes(damaged)
+            with pytest.raises(ValueError, match="cannot load .*give what `save_pretrained` writes") as caught:
+                load(str(folder))
+            assert "\n" not in str(caught.value)
+        (folder / name).write_bytes(whole)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: weights[name] for name in sorted(weights)[:-1]}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="weights lack model.norm.weight and 0 more"):
+        load_causal_lm(str(folder))
+    (folder / "model.safetensors.index.json").write_text("{")
     with pytest.raises(ValueError, match="cannot load"):
-        load_causal_lm(str(tmp_path / "empty"))
+        load_causal_lm(str(folder))
 
 
-def test_a_gated_model_says_how_to_log_in(monkeypatch):
-    class Gated:
-        @staticmethod
-        def from_pretrained(*args, **kwargs):
-            raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+def test_tied_weights_are_not_missed(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    save_model(model, tiny_tokenizer(begin=True), tmp_path / "m")
+    assert torch.equal(load_causal_lm(str(tmp_path / "m")).lm_head.weight, model.lm_head.weight)
 
-    from kd_utils import student
 
-    with pytest.raises(ValueError, match="Llama-2-7b-hf is a gated model: accept its licence.*hf auth login"):
-        student._load(Gated, "meta-llama/Llama-2-7b-hf", "")
+def test_a_cache_that_cannot_be_written_is_no_matter_of_the_network(monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(hub, "_ask_hub", lambda *_: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", full)
+    with pytest.raises(ConnectionError, match="cache cannot be written .*No space left.*make room, or set HF_HOME"):
+        load_causal_lm("owner/model")
 
 
 @pytest.mark.parametrize("changes, weights, temperature, message", [

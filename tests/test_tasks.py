@@ -130,18 +130,30 @@ def test_empty_split(folder):
         load_task("gsm8k", "train", data_dir=folder)
 
 
-def test_hub_and_its_errors(folder, monkeypatch):
-    import datasets
+def test_the_hubs_files_are_read_as_a_folders(folder, tmp_path, monkeypatch):
+    asked = []
 
-    def served(path, config, split):
-        assert (path, config) == ("openai/gsm8k", "main")
-        if split != "train":
-            raise OSError("We couldn't connect\nto 'https://huggingface.co'")
-        return datasets.Dataset.from_parquet(str(folder / "gsm8k/train.parquet"), cache_dir=str(folder / "cache"))
+    def served(name, files, **about):
+        asked.append((name, files, about["kind"]))
+        return tmp_path / "snapshot"
 
-    monkeypatch.setattr(datasets, "load_dataset", served)
+    monkeypatch.setattr("kd_utils.tasks.hub_folder", served)
+    (tmp_path / "snapshot/main").mkdir(parents=True)
+    whole = pd.read_parquet(folder / "gsm8k/train.parquet")
+    for number, part in enumerate((whole[:2], whole[2:])):  # in the order of the shards
+        part.to_parquet(tmp_path / f"snapshot/main/train-0000{number}-of-00002.parquet", index=False)
     pd.testing.assert_frame_equal(load_task("gsm8k", "train"), load_task("gsm8k", "train", data_dir=folder))
-    with pytest.raises(ConnectionError, match="openai/gsm8k .*couldn't connect to .*hf auth login.*data_dir") as caught:
+    assert asked == [("openai/gsm8k", ["main/train-*.parquet"], "dataset")]
+    with pytest.raises(FileNotFoundError, match="hub's openai/gsm8k has no main/test-.*choose another split than test"):
+        load_task("gsm8k", "test")
+    (tmp_path / "snapshot/main/train-00001-of-00002.parquet").write_text("<html>")
+    with pytest.raises(ValueError, match="train-00001-of-00002.parquet is no whole parquet file"):
+        load_task("gsm8k", "train")
+
+
+def test_a_hub_out_of_reach_is_one_line():
+    with pytest.raises(ConnectionError, match="cannot get the dataset openai/gsm8k from the hub: HF_HUB_OFFLINE .*"
+                                              "set data_dir to a folder with gsm8k/test.parquet") as caught:
         load_task("gsm8k", "test")
     assert "\n" not in str(caught.value)
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
 
+from kd_utils import teacher
 from kd_utils.parameters import notebook_config
 from kd_utils.student import save_model
 from kd_utils.teacher import encode_table, model_fingerprint, prepare_teacher, signal_function
@@ -61,7 +62,7 @@ def test_fingerprint_follows_the_weights_and_the_config(base, tmp_path):
         model_fingerprint(str(tmp_path / "none"))
 
 
-def test_a_teacher_is_fine_tuned_once_and_again_when_something_changes(base):
+def test_a_teacher_is_fine_tuned_once_and_again_when_something_changes(base, monkeypatch):
     name, history = prepare_teacher(config_for(base), ROWS, "data")
     assert history["epoch"].tolist() == [1, 2] and history["train_loss"].is_monotonic_decreasing
     tuned = model_fingerprint(name)
@@ -75,6 +76,38 @@ def test_a_teacher_is_fine_tuned_once_and_again_when_something_changes(base):
     for changed in ({"teacher_seed": 1}, {"teacher_prompt_weight": 0.3}):
         assert prepare_teacher(config_for(base, **changed), ROWS, "data")[0] != name
     assert prepare_teacher(config_for(base), ROWS, "other data")[0] != name
+    monkeypatch.setattr(teacher, "cache_code", lambda: {"kd_utils/training.py": "other"})
+    assert prepare_teacher(config_for(base), ROWS, "data")[0] != name
+
+
+def test_a_tuned_teacher_is_used_again_only_if_no_byte_of_it_changed(base):
+    name, _ = prepare_teacher(config_for(base), ROWS, "data")
+    folder = base.parent / "artifacts" / "teachers" / name.rsplit("/", 1)[-1]
+    before, damaged = model_fingerprint(name), []
+    for path in sorted(folder.iterdir()):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+        prepare_teacher(config_for(base), ROWS, "data", progress=lambda steps: damaged.append(path.name) or steps)
+        assert model_fingerprint(name) == before
+    assert damaged == sorted(path.name for path in folder.iterdir()) and "model.safetensors" in damaged
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name]
+
+
+def test_two_processes_do_not_fine_tune_one_teacher(base):
+    def second(steps):
+        with pytest.raises(ValueError, match=r"in use by a fine-tuning \(process \d+ on .*: wait for it, or stop it"):
+            prepare_teacher(config_for(base), ROWS, "data")
+        return steps
+
+    prepare_teacher(config_for(base), ROWS, "data", progress=second)
+    assert len(list((base.parent / "artifacts" / "teachers").iterdir())) == 1
+
+
+def test_a_row_that_cannot_be_encoded_is_named():
+    table = TABLE.assign(prompt=["Tom has", "  "])
+    with pytest.raises(ValueError, match="^train.parquet, row b: the prompt before .* is empty"):
+        encode_table(tiny_tokenizer(begin=False), table, "train.parquet")
 
 
 def test_without_epochs_the_teacher_is_taken_as_it_comes(base):

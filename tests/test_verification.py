@@ -1,30 +1,32 @@
 """What `verify` finds in a cache whose files are intact, and what training refuses."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_cache import HEADER
-from tiny import example_rows, tiny_llama
+from test_cache import HEADER, write_named
+from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
 
 from kd_utils.cache import CachedExample, CacheError
 from kd_utils.cache_writer import write_cache
 from kd_utils.signals import encode_map
-from kd_utils.teacher import signal_function, stored_lm_head
-from kd_utils.verification import _check_row, open_verified, verify
+from kd_utils.student import save_model
+from kd_utils.teacher import model_fingerprint, signal_function, stored_lm_head
+from kd_utils.verification import _check_row, open_verified, verify, what_changed
 
 MODEL = tiny_llama()
 RUN = signal_function(MODEL, signals="white_box")
 
 
-def make(folder, spoil=lambda row: {}):
+def make(folder, spoil=lambda row: {}, **header):
     def run(batch):
         return [dataclasses.replace(row, **spoil(row)) for row in RUN(batch)]
 
-    write_cache(folder, {"train": example_rows([5, 9, 4])}, run, stored_lm_head(MODEL), HEADER, shard_examples=2,
-                batch_tokens=30)
+    write_cache(folder, {"train": example_rows([5, 9, 4])}, run, stored_lm_head(MODEL), {**HEADER, **header},
+                shard_examples=2, batch_tokens=30)
     return folder
 
 
@@ -56,6 +58,67 @@ def test_other_data_or_tokenizer_is_refused(tmp_path, given, message):
     verify(make(tmp_path / "c"), ALL, RUN)
     with pytest.raises(CacheError, match=message):
         open_verified(tmp_path / "c", **{"data_hash": "d", "tokenizer_fingerprint": "t", "teacher": "m", **given})
+
+
+def test_every_reason_is_given_at_once(tmp_path):
+    code = {**HEADER["code"], "kd_utils/losses.py": "other"}
+    verify(make(tmp_path / "c", code=code), ALL, RUN)
+    with pytest.raises(CacheError, match=r"c was made for other data \(d, prepared is e\), was made with another "
+                                         r"tokenizer .*, was made from teacher m, not n, was made by other code "
+                                         r"\(kd_utils/losses.py\): run 02 again"):
+        open_verified(tmp_path / "c", data_hash="e", tokenizer_fingerprint="u", teacher="n")
+
+
+def test_other_code_is_refused_by_name(tmp_path):
+    verify(make(tmp_path / "c", code={**HEADER["code"], "kd_utils/losses.py": "other"}), ALL, RUN)
+    with pytest.raises(CacheError, match=r"c was made by other code \(kd_utils/losses.py\): run 02 again"):
+        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+
+
+def test_other_weights_under_the_teachers_name_are_refused(tmp_path):
+    tokenizer, base = tiny_tokenizer(begin=False), tmp_path / "teacher"
+    save_model(tiny_model(tokenizer), tokenizer, base)
+    verify(make(tmp_path / "c", base_teacher=str(base), base_fingerprint=model_fingerprint(str(base))), ALL, RUN)
+    about = dict(data_hash="d", tokenizer_fingerprint="t", teacher=str(base))
+    open_verified(tmp_path / "c", **about)
+    save_model(tiny_model(tokenizer, seed=1), tokenizer, base)
+    with pytest.raises(CacheError, match="c was made from other weights of teacher .*/teacher: run 02 again"):
+        open_verified(tmp_path / "c", **about)
+    shutil.rmtree(base)  # a node that does not have the teacher trains all the same
+    open_verified(tmp_path / "c", **about)
+
+
+def test_what_changed_is_said_by_name(tmp_path):
+    key = {"data": "a", "teacher": "w", "base_teacher": "m", "signals": "white_box", "code": "1"}
+
+    def header(key, **code):
+        return {"name": "toy", "key": key, "code": {**HEADER["code"], **code}}
+
+    assert what_changed(tmp_path, header(key)) == ""
+    earlier = write_named(tmp_path, "toy", key, MODEL)
+    assert what_changed(tmp_path, header(key)) == ""
+    now = header(key | {"data": "b", "teacher": "v", "code": "2"}, **{"kd_utils/losses.py": "2"})
+    assert what_changed(tmp_path, now) == (f"{earlier.name} is stale, changed since: data, the teacher's weights, code "
+                                           "(kd_utils/losses.py)")
+    write_named(tmp_path, "toy", {"data": "c"}, MODEL)  # of another config, and asked for last
+    assert what_changed(tmp_path, header(key)) == "", "it need not be made: it is there"
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda path: path.unlink(), "has not been verified"),
+    (lambda path: path.write_text("{"), "c/verified.json is no JSON with a checksum.*run 02 again"),
+    (lambda path: path.write_text(path.read_text().replace("within", "WITHIN")), "c/verified.json was changed"),
+    (lambda path: shutil.copy(path.parents[1] / "other" / path.name, path), "c/verified.json is of another cache"),
+])
+def test_damaged_words_are_not_taken(tmp_path, damage, message):
+    verify(make(tmp_path / "c"), ALL, RUN)
+    verify(make(tmp_path / "other", hidden_size=32, name="other"), ALL, RUN)
+    damage(tmp_path / "c" / "verified.json")
+    with pytest.raises(CacheError, match=message):
+        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+    if "not been" not in message:  # nothing was promised, so nothing is broken
+        with pytest.raises(CacheError, match=message):
+            verify(tmp_path / "c")
 
 
 def test_damage_after_verifying_is_refused(tmp_path):

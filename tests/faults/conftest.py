@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sweeps import LONG, SMALL, Command
 
-LONG = os.environ.get("KD_FAULTS") == "long"
 TALLY: Counter[str] = Counter()
 
 
@@ -32,3 +33,25 @@ def tried() -> Callable[[str, int], None]:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if path := os.environ.get("KD_FAULTS_RECORD"):
         Path(path).write_text(json.dumps(dict(sorted(TALLY.items())), indent=1) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project root with one whole sweep of four trials, `runs/toy-2`, and the files that it was started with."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
+    (home / "grid2.yaml").write_text("distill_type: [black_box, combined]\nseed: [0, 1]\n")
+    status, output = Command(home, "sweep", home / "small.yaml", "--grid", home / "grid2.yaml").wait()
+    assert status == 0, output[-3000:]
+    return home
+
+
+@pytest.fixture
+def prepared(undisturbed: Path, tmp_path: Path) -> Path:
+    """A copy of that root in which 01 and 02 are done and no trial is."""
+    home = tmp_path / "home"
+    shutil.copytree(undisturbed, home)
+    for path in (home / "runs" / "toy-2").iterdir():
+        if not path.name.startswith(("01", "02")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return home

@@ -1,0 +1,96 @@
+"""Real sweeps of the real notebooks, small: started, watched, killed piece by piece, and read back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pandas as pd
+import psutil
+
+LONG = os.environ.get("KD_FAULTS") == "long"  # `make faults`
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"sst2_train": 24, "sst2_validation": 9, "mmlu_train": 16, "mmlu_validation": 8, "gsm8k_train": 16,
+         "gsm8k_validation": 7, "teacher_epochs": 1, "shard_examples": 20, "epochs": 3, "batch_size": 8,
+         "micro_batch_size": 3, "max_new_tokens": 8}
+TIMES = ("seconds", "tok_per_sec", "peak_memory_mb")  # what differs between two runs of the same trial
+
+
+class Command:
+    """`python -m kd_utils ...` in a process group of its own; every process that it starts can be told by its mark."""
+
+    def __init__(self, home: Path, *arguments: str | Path, **environment: str) -> None:
+        self.mark = f"KD_MARK={uuid.uuid4().hex}"
+        name, value = self.mark.split("=")
+        self.began = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kd_utils", *map(str, arguments)], cwd=ROOT, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": "1", name: value, **environment})
+
+    def alive(self, kind: str = "") -> list[psutil.Process]:
+        """Processes of the command that run: all, or its "kernel"s, or Ray's "worker"s while they have a trial."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and self.mark in _environment(process.pid):
+                    words = " ".join(process.cmdline())
+                    if not kind or kind == "kernel" and "ipykernel_launcher" in words \
+                            or kind == "worker" and words.startswith("ray::") and "IDLE" not in words:
+                        found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def wait(self, timeout: float = 300) -> tuple[int, str]:
+        """Status and what it printed."""
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+    def kill(self, kind: str) -> bool:
+        """SIGKILL to the "driver", or to one "kernel" or "worker"; False where there is none just now."""
+        if kind == "driver":
+            self.process.kill()
+            return True
+        victims = self.alive(kind)
+        for victim in victims[:1]:
+            victim.kill()
+        return bool(victims)
+
+    def orphans(self, within: float) -> list[str]:
+        """What still runs so many seconds after the command's end, by name."""
+        until = time.monotonic() + within
+        while (left := self.alive()) and time.monotonic() < until:
+            time.sleep(0.2)
+        return [" ".join(process.cmdline())[:80] for process in left]
+
+    def interrupt(self, *, group: bool) -> None:
+        """Ctrl-C: to the driver alone, or as a terminal sends it, to its whole process group."""
+        (os.killpg if group else os.kill)(self.process.pid, signal.SIGINT)
+
+
+def _environment(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def results(run_dir: Path) -> pd.DataFrame:
+    """`results_summary.csv` without what two runs of the same trial differ in."""
+    table = pd.read_csv(run_dir / "results_summary.csv")
+    return table[[key for key in table if not key.startswith(TIMES)]]
+
+
+def record(run_dir: Path, trial: str) -> tuple[list[dict], bytes]:
+    """A trial's epochs without times, and its predictions' bytes."""
+    from kd_utils.records import read_record
+
+    epochs = read_record(run_dir / "trials" / trial)["epochs"]
+    return ([{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in epochs],
+            (run_dir / "trials" / trial / "predictions.parquet").read_bytes())

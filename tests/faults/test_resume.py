@@ -1,0 +1,100 @@
+"""A trial that is killed and started again ends with the numbers, to the last bit, that it would have had."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from sweeps import ROOT, record
+
+from kd_utils.records import read_record
+
+TRIAL = "combined_seed0"  # all the terms, and a projector that trains
+
+
+def start(home, run):
+    command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "03_train_student.ipynb", home / f"{run}.ipynb",
+               "-f", home / "small.yaml", "-p", "distill_type", "combined", "-p", "run_dir", f"runs/{run}",
+               "--no-progress-bar"]
+    return subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": "1"})
+
+
+def kill(process):
+    """papermill and its kernel, which would live on for a second, at once."""
+    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
+        victim.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def with_dropout(undisturbed, tmp_path_factory):
+    """A project root whose student drops attention weights, and the trial there, not interrupted, as `runs/whole`."""
+    home = tmp_path_factory.mktemp("dropout") / "home"
+    shutil.copytree(undisturbed, home)
+    path = home / "artifacts" / "embedded" / "toy" / "student" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.3}))
+    process = start(home, "whole")
+    assert process.wait(300) == 0, process.stdout.read()[-3000:]
+    assert record(home / "runs" / "whole", TRIAL)[0] != record(undisturbed / "runs" / "toy-2", TRIAL)[0], \
+        "dropout has no effect, so nothing is said about it"
+    return home
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_trial_killed_after_an_epoch_goes_on_to_the_same_bits(with_dropout, epoch, times, tried):
+    rng = random.Random(epoch)
+    for number in range(times(1, 10)):
+        run = f"killed{epoch}-{number}"
+        saved = with_dropout / "artifacts" / "checkpoints" / run / f"{TRIAL}.json"
+        process = start(with_dropout, run)
+        while not saved.exists() or json.loads(saved.read_text())["epoch"] < epoch:
+            assert process.poll() is None, process.stdout.read()[-3000:]
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))  # in the next epoch, or already in its saving
+        kill(process)
+        reached = json.loads(saved.read_text())["epoch"]
+        assert not (with_dropout / "runs" / run / "trials" / TRIAL).exists()
+        again = start(with_dropout, run)
+        output = again.communicate(timeout=300)[0]
+        assert again.returncode == 0, output[-3000:]
+        assert record(with_dropout / "runs" / run, TRIAL) == record(with_dropout / "runs" / "whole", TRIAL)
+        metrics = read_record(with_dropout / "runs" / run / "trials" / TRIAL)
+        assert metrics["resumed_after"] == reached >= epoch
+        assert f"going on after epoch {metrics['resumed_after']}" in (with_dropout / f"{run}.ipynb").read_text()
+        assert not saved.exists() and not list(saved.parent.glob("*.safetensors")), "the state goes when it is done"
+        tried("trial resumed from its checkpoint, bit-identical")
+
+
+@pytest.mark.parametrize("damage", ["weights", "state", "code"])
+def test_a_state_that_is_damaged_or_of_other_code_is_not_used(with_dropout, damage):
+    """The trial begins again, and its numbers are right all the same."""
+    folder = with_dropout / "artifacts" / "checkpoints" / damage
+    process = start(with_dropout, damage)
+    while not (folder / f"{TRIAL}.json").exists():
+        assert process.poll() is None, process.stdout.read()[-3000:]
+        time.sleep(0.02)
+    kill(process)
+    state = json.loads((folder / f"{TRIAL}.json").read_text())
+    path = folder / (state["weights"]["file"] if damage == "weights" else f"{TRIAL}.json")
+    if damage == "code":
+        from kd_utils.sealed import read_sealed, write_sealed
+
+        state = read_sealed(path, "checksums")
+        state["key"]["code"]["kd_utils/losses.py"] = "0" * 12
+        write_sealed(path, state, "checksums")
+    else:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    again = start(with_dropout, damage)
+    output = again.communicate(timeout=300)[0]
+    assert again.returncode == 0, output[-3000:]
+    assert read_record(with_dropout / "runs" / damage / "trials" / TRIAL)["resumed_after"] is None
+    assert record(with_dropout / "runs" / damage, TRIAL) == record(with_dropout / "runs" / "whole", TRIAL)

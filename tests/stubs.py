@@ -1,0 +1,205 @@
+"""What stands for the real thing in several tests: a project with stubs for notebooks, and a run's folder, made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from kd_utils import check, config, parameters, records, runs
+from kd_utils.environment import environment
+from kd_utils.files import sha256_file, sha256_json
+from kd_utils.sealed import write_sealed
+
+#: The real notebooks' own parameters, under another name and on one CPU.
+VALUES = {key: value for stem in config.NOTEBOOKS for key, value in parameters.notebook_defaults(stem).items()}
+VALUES |= {"name": "stub", "build": "none", "device": "cpu", "epochs": 2, "teacher_epochs": 0, "run_dir": "runs/stub"}
+SOURCES = {
+    "01_prepare_data": """
+from kd_utils import config, files
+config = config.DataConfig.from_notebook(globals())
+files.write_json(config.data_path / "manifest.json", {"data_hash": config.data_seed})""",
+    "02_cache_teacher": """
+from kd_utils import cache, config, files
+config = config.CacheConfig.from_notebook(globals())
+manifest = {"format": cache.FORMAT_VERSION, "teacher": config.teacher}
+folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
+files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
+    "03_train_student": """
+import os, time
+import pandas as pd
+from kd_utils import cache, records
+from kd_utils.config import TrialConfig, resolve
+from kd_utils.environment import environment
+from kd_utils.source_code import code_of
+config = TrialConfig.from_notebook(globals())
+trial = config.trial
+with open(config.artifacts / "executed.txt", "a") as file:
+    file.write(f"{trial} {os.environ['OMP_NUM_THREADS']}\\n")
+rows = []
+for epoch in range(1, config.epochs + 1):
+    time.sleep(0.3)
+    rows.append({"epoch": epoch, "train_loss": 1.0, "validation_loss": 1 / epoch, "seconds": 0.3,
+                 "validation_accuracy": 0.5 + 0.01 * config.seed, "validation_accuracy/sst2": 0.5})
+    records.report_epoch(rows[-1])
+if (config.artifacts / f"fail-{trial}").exists():
+    raise FloatingPointError("the loss is not finite")
+folder = cache.find_cache(config.artifacts, config.name)
+metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(),
+           "code": code_of("03_train_student"),
+           "cache": {"name": folder.name, "content_hash": cache.read_manifest(folder)["content_hash"]},
+           "started": "2026-01-01T00:00:00Z", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": rows,
+           "final": rows[-1]}
+predictions = pd.DataFrame({"example_id": ["a", "b"], "task": "sst2", "correct": [True, False],
+                            "loglikelihoods": [[-1.0, -2.0]] * 2})
+records.write_record(resolve(config.run_dir) / "trials" / trial, metrics, predictions)""",
+    "04_analyse_results": """
+from kd_utils import runs
+from kd_utils.config import AnalysisConfig, resolve
+runs.collect(resolve(AnalysisConfig.from_notebook(globals()).run_dir))""",
+    "05_measure_speed": "",
+}
+
+
+def write_notebooks(folder: Path) -> None:
+    """The notebooks' stubs: all parameters, then a few lines that leave what the real ones leave."""
+    folder.mkdir(parents=True)
+    for stem, source in SOURCES.items():
+        keys = config.NOTEBOOKS[stem].model_fields
+        cells = [("\n".join(f"{key} = {VALUES[key]!r}" for key in keys), ["parameters"]), (source.strip(), [])]
+        notebook = {"nbformat": 4, "nbformat_minor": 5, "cells": [
+            {"cell_type": "code", "id": f"c{n}", "metadata": {"tags": tags}, "source": text, "outputs": [],
+             "execution_count": None} for n, (text, tags) in enumerate(cells)],
+            "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}}
+        (folder / f"{stem}.ipynb").write_text(json.dumps(notebook))
+
+
+@pytest.fixture
+def stub_notebooks(tmp_path, monkeypatch):
+    """Stub notebooks under tmp_path, which is the project's root too."""
+    write_notebooks(tmp_path / "notebooks")
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(parameters, "notebook_path", lambda stem: tmp_path / "notebooks" / f"{stem}.ipynb")
+    return tmp_path
+
+
+def stub_project(folder: Path) -> Path:
+    """A project root of its own: a copy of the package beside stub notebooks, for `sweep_in`."""
+    shutil.copytree(Path(config.__file__).parent, folder / "kd_utils", ignore=shutil.ignore_patterns("__pycache__"))
+    write_notebooks(folder / "notebooks")
+    return folder
+
+
+def sweep_in(project: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """The real command in a `stub_project`."""
+    environment = {**os.environ, "PYTHONPATH": str(project)}
+    environment.pop("KD_ROOT", None)
+    return subprocess.run([sys.executable, "-m", "kd_utils", *arguments], cwd=project, env=environment,
+                          capture_output=True, text=True, timeout=300)
+
+
+#: What a made-up run is made of; of its two validation examples the first is right.
+MADE = {"cache": "k" * 64, "students": {"tiny": "f" * 64}, "code": {"kd_utils/losses.py": "0" * 12}}
+PREDICTIONS = pd.DataFrame({"example_id": ["a", "b"], "task": ["sst2", "gsm8k"], "correct": [True, False],
+                            "loglikelihoods": [[-1.5, -0.25], None], "generated": [None, "It is 4.\n#### 4"]})
+
+_environment = cache(environment)  # which asks git
+
+
+def metrics_of(method: str = "attention", seed: int = 3, **other: Any) -> dict[str, Any]:
+    """Metrics of a trial of two epochs; the keys of `other`, all but `accuracy`, go before what is said here."""
+    settings = {"distill_type": method, "seed": seed, "student": "tiny"}
+    accuracy = {"validation_accuracy": other.pop("accuracy", 0.5), "validation_accuracy/sst2": 1.0,
+                "validation_accuracy/gsm8k": 0.0}
+    epochs = [{"epoch": e, "train_loss": 1 / e, **accuracy, "seconds": 9.0} for e in (1, 2)]
+    return {"config": settings, "config_hash": sha256_json(settings)[:16], "epochs": epochs, "final": epochs[-1],
+            "cache": {"name": "toy-2026-01-01-00000000", "content_hash": MADE["cache"]}, **_environment(),
+            "student": {"name": "tiny", "fingerprint": MADE["students"]["tiny"]}, "precision": "torch.float32",
+            "code": MADE["code"], "started": "2026-01-01T00:00:00+00:00", "seconds": {"total": 21.5},
+            "peak_memory_mb": 300.0} | other
+
+
+def write_notebook(path: Path, about: dict[str, Any], outputs: Any = (), execution_count: int | None = 1,
+                   stem: str = "") -> None:
+    """An executed notebook of three cells; `about` is its `metadata.kd_utils`."""
+    cells = [{"cell_type": "markdown", "source": "# Title", "metadata": {}},
+             {"cell_type": "code", "source": "", "metadata": {}, "outputs": [], "execution_count": None},
+             {"cell_type": "code", "source": ["1 + 1"], "metadata": {}, "outputs": list(outputs),
+              "execution_count": execution_count}]
+    papermill = {"input_path": f"notebooks/{stem or path.stem}.ipynb"}
+    notebook = {"cells": cells, "metadata": {"papermill": papermill, "kd_utils": about}, "nbformat": 4,
+                "nbformat_minor": 5}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(path, notebook, "metadata.kd_utils")
+
+
+def write_trial(run_dir: Path, method: str = "attention", seed: int = 3, predictions: pd.DataFrame = PREDICTIONS,
+                **other: Any) -> str:
+    """A whole trial, record and notebook; its name."""
+    trial = records.trial_name(method, seed)
+    records.write_record(run_dir / "trials" / trial, metrics_of(method, seed, **other), predictions)
+    record = records.read_record(run_dir / "trials" / trial)
+    write_notebook(run_dir / "trials" / f"{trial}.ipynb", {"trial": trial, "config_hash": record["config_hash"],
+                                                           "record": record["checksums"]["sha256"]},
+                   stem="03_train_student")
+    return trial
+
+
+def write_plan(run_dir: Path, **other: Any) -> dict[str, Any]:
+    """`sweep.json` of 2 methods x 2 seeds; `other` goes before what is said here."""
+    planned = [{"trial": records.trial_name(method, seed), "swept": {"distill_type": method, "seed": seed},
+                "config_hash": metrics_of(method, seed)["config_hash"], "epochs": 2}
+               for method in ("black_box", "attention") for seed in (0, 1)]
+    plan = {"format": records.FORMAT, "cache": {"name": "n", "content_hash": MADE["cache"]},
+            "students": MADE["students"], "code": MADE["code"], "trials": planned} | other
+    write_sealed(run_dir / runs.PLAN, plan, "checksums")
+    return plan
+
+
+def write_summary(run_dir: Path) -> None:
+    """What ends a sweep: the results table, two files that 04 wrote, and the stages' notebooks."""
+    results, data = runs.collect(run_dir), sha256_json(MADE)
+    results.to_csv(run_dir / runs.SUMMARY, index=False)
+    results.describe().to_csv(run_dir / "analysis.csv")
+    (run_dir / runs.VERDICT).write_text(f"Nothing can be said of {sha256_file(run_dir / runs.SUMMARY)[:8]}.\n")
+    wrote = {name: sha256_file(run_dir / name) for name in ("analysis.csv", runs.SUMMARY, runs.VERDICT)}
+    cache = {"name": "n", "content_hash": MADE["cache"]}
+    for stem, about in zip(check.STAGES, ({"artifact": {"data": data}}, {"artifact": {"data": data, "cache": cache}},
+                                          {"wrote": wrote})):
+        write_notebook(run_dir / f"{stem}.ipynb", about)
+
+
+def whole_run(run_dir: Path, more: float = 0.0) -> Path:
+    """A run without a fault, of four trials, their accuracies `more` than 0.25 and 0.75."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for planned in write_plan(run_dir)["trials"]:
+        method, seed = planned["swept"].values()
+        write_trial(run_dir, method, seed, accuracy=0.25 + seed / 2 + more)
+    write_summary(run_dir)
+    return run_dir
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def nested(depth: int) -> list:
+    """[[[...]]]"""
+    value: list = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run without a fault, of four trials, in a folder of its own."""
+    return whole_run(tmp_path / "toy")
