@@ -1,15 +1,17 @@
-"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit status: 0 well, 1 failed, 2 wrong input."""
+"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit: 0 well, 1 failed, 2 wrong input, 130 interrupted."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 SPEED = "05_measure_speed"
+INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         kept = "; what is done is kept: run the same command again to go on" if options.run is sweep else ""
         print(f"\nstopped{kept}", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def sweep(options: argparse.Namespace) -> int:
@@ -184,4 +186,9 @@ def _interrupt(*signal_and_frame: Any) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
-    sys.exit(main())
+    status = main()
+    if status == INTERRUPTED:  # Ray, interrupted while it starts, can crash the interpreter's own end
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -128,8 +128,8 @@ def _assemble(folder: Path, examples: dict[str, list[CachedExample]], write: Cal
         _remove_half_files(folder)  # of workers that were killed
     known |= _known_checksums(folder, missing)
     if lost := [shard.file for shard in shards if shard.file not in known or not (folder / shard.file).is_file()]:
-        raise CacheError(f"{folder.name}: {len(lost)} shards were written and are not there ({lost[0]}): do all machines "
-                         "of the Ray cluster see this folder? Mount it on all, or set workers to 1")
+        raise CacheError(f"{folder.name}: {len(lost)} shards were written and are not there ({lost[0]}): do all "
+                         "machines of the Ray cluster see this folder? Mount it on all, or set workers to 1")
     entries = [{"file": shard.file, "split": shard.split, "rows": len(shard.rows),
                 "tokens": sum(len(row.tokens) for row in shard.rows),
                 "bytes": (folder / shard.file).stat().st_size, "sha256": known[shard.file]} for shard in shards]

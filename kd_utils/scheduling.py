@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,8 +134,9 @@ def require_same_view(seen: dict[str, str], cpus: float = 0, gpus: float = 0) ->
         if problem and node["NodeID"] in there:  # one that was lost in the meantime is in nobody's way
             problems.append(f"node {node['NodeManagerAddress']}: {problem}")
     if problems:
-        raise ValueError("; ".join(problems) + ". All nodes must see one folder: run from a checkout on it, or set "
-                         "KD_ROOT to it (on a node that sees it elsewhere, before `ray start` there)")
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError("; ".join(problems[:4]) + more + ". All nodes must see one folder: run from a checkout on it, "
+                         "or set KD_ROOT to it (on a node that sees it elsewhere, before `ray start` there)")
 
 
 def fitting_gpus(nodes: list[dict[str, Any]], cpus: float, gpus: float | None, device: str = "auto") -> float:
@@ -147,8 +149,9 @@ def fitting_gpus(nodes: list[dict[str, Any]], cpus: float, gpus: float | None, d
     """
     if gpus is None:
         gpus = 1 if device != "cpu" and _able(nodes, 0, 1) else 0
-    there = "; ".join(f"{node['Resources'].get('CPU', 0):g} CPUs and {node['Resources'].get('GPU', 0):g} GPUs"
-                      for node in _able(nodes, 0, 0))
+    kinds = Counter(f"{node['Resources'].get('CPU', 0):g} CPUs and {node['Resources'].get('GPU', 0):g} GPUs"
+                    for node in _able(nodes, 0, 0))
+    there = "; ".join(f"{number} x {kind}" if number > 1 else kind for kind, number in kinds.items())
     if any(not 0 <= n < math.inf or 0 < n < 1e-4 for n in (cpus, gpus)) or gpus > 1 and gpus % 1:
         raise ValueError(f"a trial cannot ask for {cpus:g} CPUs and {gpus:g} GPUs: give 0, or 0.0001 and more, and of "
                          "more than one GPU a whole number")

@@ -13,6 +13,8 @@ from pathlib import Path
 from . import parameters
 
 PACKAGE = Path(__file__).parent
+#: What reads parameters and takes these digests: the values themselves are part of every config.
+NOT_COUNTED = {"parameters", "source_code"}
 
 
 def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
@@ -58,14 +60,18 @@ def _modules(todo: set[str]) -> dict[str, str]:
 def _imported(source: str) -> set[str]:
     """Modules of this package that a source imports, at its top or inside its functions."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # of type checkers, and never run
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             package = ".".join(filter(None, ["kd_utils" if node.level else "", node.module]))
             names |= {package, *(f"{package}.{alias.name}" for alias in node.names)}
     parts = {name.split(".")[1] for name in names if name.startswith("kd_utils.")}
-    return {part for part in parts if (PACKAGE / f"{part}.py").is_file()}
+    return {part for part in parts - NOT_COUNTED if (PACKAGE / f"{part}.py").is_file()}
 
 
 @lru_cache(maxsize=256)

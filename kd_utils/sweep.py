@@ -62,7 +62,21 @@ def why_to_run(stem: str, run_dir: Path, parameters: dict[str, Any]) -> str:
     if files := changed(about.get("code", {}), key["code"]):
         return f"code changed: {files}"
     other = [name for name, value in key.items() if about.get(name) != value]
-    return f"changed since: {', '.join(other)}" if other else ""
+    return f"changed since: {', '.join(other)}" if other else _why_stale(stem, parameters)
+
+
+def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
+    """Why data or cache are not what their sources would make now; "" if they are."""
+    from . import cache, data, verification
+
+    settings = parameter_files.notebook_config(stem, parameters)
+    if stem == PREPARE:
+        return data.why_stale(settings.data_path, settings)
+    prepared = data.read_manifest(settings.data_path)
+    manifest = cache.read_manifest(cache.find_cache(settings.artifacts, settings.name))
+    why = verification.why_stale(manifest, data_hash=prepared["data_hash"], teacher=settings.teacher,
+                                 tokenizer_fingerprint=prepared["tokenizer_fingerprint"])
+    return f"the cache {why}" if why else ""
 
 
 def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: str = "",

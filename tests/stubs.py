@@ -24,13 +24,17 @@ VALUES = {key: value for stem in config.NOTEBOOKS for key, value in parameters.n
 VALUES |= {"name": "stub", "build": "none", "device": "cpu", "epochs": 2, "teacher_epochs": 0, "run_dir": "runs/stub"}
 SOURCES = {
     "01_prepare_data": """
-from kd_utils import config, files
+from kd_utils import config, data, sealed
 config = config.DataConfig.from_notebook(globals())
-files.write_json(config.data_path / "manifest.json", {"data_hash": config.data_seed})""",
+sealed.write_sealed(config.data_path / "manifest.json", {
+    "format": data.FORMAT, "name": config.name, "config_fingerprint": config.fingerprint(), "tokenizer_fingerprint": "t",
+    "data_hash": str(config.data_seed), "counts": [], **data._made_from(config)}, "checksums")""",
     "02_cache_teacher": """
-from kd_utils import cache, config, files
+from kd_utils import cache, config, data, files
 config = config.CacheConfig.from_notebook(globals())
-manifest = {"format": cache.FORMAT_VERSION, "teacher": config.teacher}
+prepared = data.read_manifest(config.data_path)
+manifest = {"format": cache.FORMAT_VERSION, "teacher": config.teacher, "base_teacher": config.teacher,
+            "data_hash": prepared["data_hash"], "tokenizer_fingerprint": "t", "code": cache.cache_code()}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
 files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
     "03_train_student": """

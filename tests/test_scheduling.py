@@ -25,7 +25,7 @@ def test_a_trial_gets_one_gpu_where_there_is_one_unless_told(asked, device, give
 
 
 @pytest.mark.parametrize(("cpus", "gpus", "device", "message"), [
-    (1, 1, "auto", "asks for 1 CPUs and 1 GPUs, but the machines have: 2 CPUs and 0 GPUs; 4 CPUs and 0 GPUs; ask for"),
+    (1, 1, "auto", "asks for 1 CPUs and 1 GPUs, but the machines have: 2 CPUs and 0 GPUs; 2 x 4 CPUs and 0 GPUs; ask"),
     (99, None, "auto", "asks for 99 CPUs and 0 GPUs"),
     (1, None, "cuda", "device = 'cuda', but a trial gets 0 GPUs .*: set device to 'auto' or 'cpu'"),
     (1, None, "cuda:1", "device = 'cuda:1'"),
@@ -37,7 +37,7 @@ def test_a_trial_gets_one_gpu_where_there_is_one_unless_told(asked, device, give
     (0.00001, None, "auto", "cannot ask for 1e-05 CPUs"),
 ])
 def test_what_no_machine_has_is_refused(cpus, gpus, device, message):
-    machines = [machine(2), machine(64, gpus=8, alive=False), machine(4)]
+    machines = [machine(2), machine(64, gpus=8, alive=False), machine(4), machine(4)]
     with pytest.raises(ValueError, match=message):
         scheduling.fitting_gpus(machines, cpus, gpus, device)
 
@@ -52,7 +52,7 @@ def test_a_second_gpu_by_number_needs_two_for_the_trial():
         scheduling.fitting_gpus([machine(4, gpus=8)], 1, None, "cuda:1")
 
 
-@pytest.mark.parametrize("address", ["nonsense", "ray://127.0.0.1:10001", "127.0.0.1", "http://localhost:8265", ":1", ""])
+@pytest.mark.parametrize("address", ["nonsense", "ray://127.0.0.1:10001", "127.0.0.1", "http://here:8265", ":1", ""])
 def test_an_address_that_is_none_is_refused_with_what_to_give(address):
     with pytest.raises(ValueError, match=f"--address {address}: give HOST:PORT"), scheduling.ray_running(address):
         pass

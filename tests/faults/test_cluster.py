@@ -170,28 +170,21 @@ def contents(home):
             if path.is_file() and path.name != "results_summary.csv"}
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--gpus-per-trial", "11"), "a trial asks for 1 CPUs and 11 GPUs, but the machines have: 1 CPUs and 10 GPUs; 1 "),
-    (("--cpus-per-trial", "99"), "a trial asks for 99 CPUs and 1 GPUs"),
-    (("--gpus-per-trial", "1.5"), "a trial cannot ask for 1 CPUs and 1.5 GPUs"),
-])
-def test_a_cluster_on_which_no_trial_fits_is_told_before_anything_is_written(nodes, tmp_path, arguments, message, tried):
+def test_a_cluster_on_which_no_trial_fits_is_told_at_once(nodes, tmp_path, tried):
     home = project(tmp_path / "project")
-    status, output = sweep(home, nodes, *arguments).wait()
-    refused(home, status, output, message)
-    tried("no GPU, or fewer than asked for")
+    for arguments, device, message in (
+            (("--gpus-per-trial", "11"), "auto", "a trial asks for 1 CPUs and 11 GPUs, but the machines have: "),
+            (("--cpus-per-trial", "99"), "auto", "a trial asks for 99 CPUs and 1 GPUs, but the machines have: "),
+            (("--gpus-per-trial", "0"), "cuda", "device = 'cuda', but a trial gets 0 GPUs (the machines have: ")):
+        (home / "p.yaml").write_text(f"device: {device}\n")
+        refused(home, *sweep(home, nodes, *arguments).wait(), message + "2 x 1 CPUs and 10 GPUs; 1 CPUs and ")
+    tried("no GPU, or fewer than asked for", 3)
 
 
-@pytest.mark.parametrize(("arguments", "device", "message"), [
-    (("--gpus-per-trial", "1"), "auto", "a trial asks for 1 CPUs and 1 GPUs, but the machines have: "),
-    ((), "cuda", "device = 'cuda', but a trial gets 0 GPUs"),
-])
-def test_a_machine_without_a_gpu_where_one_is_asked_for_says_so_at_once(tmp_path, arguments, device, message, tried):
+def test_a_machine_without_a_gpu_where_one_is_asked_for_says_so_at_once(tmp_path, tried):
     home = project(tmp_path / "project")
-    (home / "p.yaml").write_text(f"epochs: 1\ndevice: {device}\n")
-    command = Sweep(home, *arguments, CUDA_VISIBLE_DEVICES="")
-    status, output = command.wait()
-    refused(home, status, output, message)
+    command = Sweep(home, "--gpus-per-trial", "1", CUDA_VISIBLE_DEVICES="")
+    refused(home, *command.wait(), "a trial asks for 1 CPUs and 1 GPUs, but the machines have: ")
     assert command.orphans(within=15) == []
     tried("no GPU, or fewer than asked for")
 

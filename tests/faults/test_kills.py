@@ -46,7 +46,7 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undis
             kills[kind] += 1
         if kind == "driver" or command.process.poll() is not None:
             command.process.wait(60)
-            assert command.orphans(within=15) == []
+            assert command.orphans(within=60) == []
             now = whole_trials(run_dir)
             assert finished.items() <= now.items(), "a finished trial was lost, or run again"
             if len(now) == len(results(undisturbed / "runs" / "toy-2")):
@@ -85,8 +85,8 @@ def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(undisturbed,
         command.interrupt(group=group)
         status, output = command.wait(timeout=60)
         assert command.orphans(within=10 - (time.monotonic() - pressed)) == [], f"at {moment:.1f} s"
-        assert (status, output.splitlines()[-1]) == (130, "stopped; what is done is kept: run the same command again to "
-                                                          "go on"), output
+        assert status == 130, output
+        assert output.splitlines()[-1] == "stopped; what is done is kept: run the same command again to go on"
         assert "Traceback" not in output
         assert before.items() <= whole_trials(run_dir).items()
         tried("Ctrl-C")

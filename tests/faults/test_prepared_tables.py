@@ -1,4 +1,4 @@
-"""Prepared tables of any kind behind a right seal: they work, or are refused in one line; and any text comes through."""
+"""Prepared tables of any kind behind a right seal work or are refused in one line; and any text comes through."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ HARD = settings(deadline=None, database=None, derandomize=True, suppress_health_
                 phases=[Phase.explicit, Phase.generate, Phase.shrink])
 ODD_TEXT = st.one_of(
     st.text(max_size=20),
-    st.sampled_from(["", " ", "\n", "\0", "\ufeff", "\u2028", "\u200b", "e\u0301", "\u202eabc", "a\0b", "🧑🏽‍🚀", "\U0010ffff", "\x85",
-                     "NaN", "None", "null", "-1", "4", "0", "1e400", " A", " negative", "sst2", "mmlu", "gsm8k", "#### 5",
-                     "<e>", "<|im_end|>", "\r\n", "x" * 100_000, "word " * 20_000, "\0" * 100_000, "🙂" * 25_000]))
+    st.sampled_from(["", " ", "\n", "\0", "\ufeff", "\u2028", "\u200b", "e\u0301", "\u202eabc", "a\0b", "🧑🏽‍🚀",
+                     "\U0010ffff", "\x85", "NaN", "None", "null", "-1", "4", "0", "1e400", " A", " negative", "sst2",
+                     "mmlu", "gsm8k", "#### 5", "<e>", "<|im_end|>", "\r\n", "x" * 100_000, "word " * 20_000,
+                     "\0" * 100_000, "🙂" * 25_000]))
 TYPES = [pa.int64(), pa.float64(), pa.bool_(), pa.binary(), pa.large_binary(), pa.large_string(), pa.null(),
          pa.timestamp("ns"), pa.timestamp("s", "Mars/Olympus"), pa.date32(), pa.duration("us"), pa.decimal128(38, 9),
          pa.dictionary(pa.int8(), pa.string()), pa.list_(pa.string()), pa.list_(pa.int8()), pa.list_(pa.string(), 2),
-         pa.list_(pa.list_(pa.string())), pa.struct([("a", pa.string())]), pa.struct([("choices", pa.list_(pa.string()))]),
+         pa.list_(pa.list_(pa.string())), pa.struct([("a", pa.string())]),
+         pa.struct([("choices", pa.list_(pa.string()))]),
          pa.map_(pa.string(), pa.string()), pa.large_list(pa.large_string()), pa.list_(pa.null())]
 ODD_VALUES = st.one_of(st.none(), ODD_TEXT, st.integers(-9, 9), st.floats(), st.booleans(), st.binary(max_size=5),
                        st.lists(st.one_of(st.none(), ODD_TEXT), max_size=5), st.just([" negative", " positive"]),
@@ -166,7 +168,7 @@ LONG_TEXT = "A sentence of 100 kB: \0\u202e🙂 " * 3000
 
 def write_raw(folder: Path, texts: list[str]) -> None:
     """The three tasks in the hub's schema, with these texts wherever a task has text of its own."""
-    own = [f"{number} {text}" for number, text in enumerate(texts)]  # contents must differ; case and blanks do not count
+    own = [f"{number} {text}" for number, text in enumerate(texts)]  # contents must differ, not in blanks alone
     half = len(own) // 2
     write_task_files(folder)
     for name, part in (("train", own[:half]), ("validation", own[half:])):

@@ -1,0 +1,233 @@
+"""What was made before something changed is stale, says what changed, and is never put together with what is new.
+
+Here notebooks are stubs that run in this process, one trial after the other; the last test is a real sweep of stubs.
+"""
+
+import json
+import os
+import time
+from contextlib import nullcontext
+
+import pandas as pd
+import pytest
+from clusters import Sweep, begun, ended, events, hold, project
+from stubs import stub_project
+
+from kd_utils import cache, config, execution, parameters, runs, source_code, sweep
+from kd_utils.__main__ import main
+from kd_utils.check import check_run
+from kd_utils.sealed import write_sealed
+
+FIRST = """
+from kd_utils import files
+from kd_utils.config import {0}, resolve
+config = {0}.from_notebook(globals())
+def weights(name):
+    return files.sha256_json({{path.name: files.sha256_file(path) for path in sorted(resolve(name).iterdir())}})
+"""
+SOURCES = {
+    "01_prepare_data": FIRST.format("DataConfig") + """
+files.write_json(config.data_path / "manifest.json", {
+    "data_hash": files.sha256_json(config.data_seed), "tokenizer_fingerprint": weights(config.tokenizer)})""",
+    "02_cache_teacher": FIRST.format("CacheConfig") + """
+import json
+from kd_utils import cache
+data = json.loads((config.data_path / "manifest.json").read_text())
+manifest = data | {"format": cache.FORMAT_VERSION, "code": cache.cache_code(), "teacher": config.teacher,
+                   "base_teacher": config.teacher, "base_fingerprint": weights(config.teacher)}
+folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
+files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
+    "03_train_student": FIRST.format("TrialConfig") + """
+import pandas as pd
+from kd_utils import cache, records, tables
+from kd_utils.environment import environment
+from kd_utils.source_code import code_of
+code = code_of("03_train_student")
+accuracy = float((config.artifacts / "accuracy").read_text())
+folder = cache.find_cache(config.artifacts, config.name)
+epochs = [{"epoch": 1, "validation_accuracy": accuracy, "validation_accuracy/sst2": accuracy}]
+metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(), "code": code,
+           "cache": {"name": folder.name, "content_hash": cache.read_manifest(folder)["content_hash"]},
+           "student": {"name": config.student, "fingerprint": weights(config.student)}, "precision": "float32",
+           "started": "2026-01-01", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": epochs,
+           "final": epochs[-1]}
+predictions = pd.DataFrame({"example_id": ["a", "b", "c", "d"], "task": "sst2"})
+predictions["correct"] = predictions.index < 4 * accuracy
+records.write_record(resolve(config.run_dir) / "trials" / config.trial, metrics, predictions)""",
+}
+TRIALS = [f"{method}_seed{seed}" for method in ("black_box", "attention") for seed in (0, 1)]
+
+
+def execute_here(stem, target, parameters_, about, **_):
+    """As `execution.execute`, in this process."""
+    notebook = json.loads(parameters.notebook_path(stem).read_text())
+    namespace = {}
+    try:
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "code":
+                exec("".join(cell["source"]), namespace)
+                namespace |= parameters_ if cell["metadata"]["tags"] else {}
+                cell["execution_count"] = 1
+        notebook["metadata"]["kd_utils"] = about()
+    except Exception as error:
+        raise execution.NotebookFailed(stem, f"{type(error).__name__}: {error}") from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.with_name(f"{target.stem}.failed.ipynb").unlink(missing_ok=True)
+    write_sealed(target, notebook, "metadata.kd_utils")
+
+
+def run_here(trials, run_dir, progress, *, seen, **_):
+    """As `scheduling.run_trials`, one after the other."""
+    for name, trial in trials.items():
+        progress.started(name)
+        try:
+            list(execution.execute_trial(trial, run_dir, 1, seen))
+            progress.finished(name)
+        except execution.NotebookFailed as error:
+            execution.keep_failure(run_dir / "trials" / f"{name}.ipynb", "03_train_student", error.cause)
+            progress.broke(name, error.cause)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A project of stubs, swept once: 2 methods x 2 seeds, of accuracy 0.25."""
+    import ray
+
+    stub_project(tmp_path)
+    for stem, source in SOURCES.items():
+        edit_notebook(tmp_path, stem, lambda cells: cells[1].update(source=source))
+    for name in ("student", "teacher", "tokenizer", "other"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / "models" / name / file).write_text(file + name)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    monkeypatch.setattr(parameters, "notebook_path", lambda stem: tmp_path / "notebooks" / f"{stem}.ipynb")
+    monkeypatch.setattr(source_code, "PACKAGE", tmp_path / "kd_utils")
+    monkeypatch.setattr(execution, "execute", execute_here)
+    for name, value in {"execute": execute_here, "run_trials": run_here, "ray_running": lambda _: nullcontext(),
+                        "require_same_view": lambda *_: None}.items():
+        monkeypatch.setattr(sweep, name, value)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    cache.cache_code.cache_clear()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "artifacts").mkdir()
+    (tmp_path / "grid.yaml").write_text("distill_type: [black_box, attention]\nseed: [0, 1]\n")
+    parameter(tmp_path, student="models/student", teacher="models/teacher", tokenizer="models/tokenizer", epochs=1)
+    assert swept(tmp_path, 0.25) == 0
+    yield tmp_path
+    cache.cache_code.cache_clear()
+
+
+def parameter(home, **values):
+    path = home / "p.yaml"
+    path.write_text((path.read_text() if path.exists() else "") + "".join(f"{k}: {v}\n" for k, v in values.items()))
+
+
+def swept(home, accuracy, *arguments):
+    (home / "artifacts" / "accuracy").write_text(str(accuracy))
+    return main(["sweep", "p.yaml", "--grid", "grid.yaml", "--run-dir", "runs/stub", *arguments])
+
+
+def planned(home, capsys):
+    """What `--dry-run` says of each stage and trial."""
+    capsys.readouterr()
+    assert swept(home, 0.25, "--dry-run") == 0
+    return dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines()[:6])
+
+
+def edit_notebook(home, stem, change):
+    path = home / "notebooks" / f"{stem}.ipynb"
+    notebook = json.loads(path.read_text())
+    change(notebook["cells"])
+    path.write_text(json.dumps(notebook))
+
+
+def edit_module(home, name, text):
+    path = home / "kd_utils" / f"{name}.py"
+    path.write_text(path.read_text() + text)
+
+
+def replaced(home, **values):
+    text = (home / "p.yaml").read_text()
+    for key, value in values.items():
+        text = "\n".join(f"{key}: {value}" if line.startswith(f"{key}:") else line for line in text.splitlines())
+    (home / "p.yaml").write_text(text + "\n")
+
+
+def weights_of(home, name):
+    (home / "models" / name / "model.safetensors").write_text("other weights")
+
+
+CHANGES = {  # what changes, which stage has to run again and why, and why the trials are stale before that
+    "data": (lambda home: parameter(home, data_seed=7), {"01_prepare_data": "parameters"}, ""),
+    "tokenizer": (lambda home: replaced(home, tokenizer="models/other"), {"01_prepare_data": "parameters"}, "config"),
+    "teacher": (lambda home: replaced(home, teacher="models/other"), {"02_cache_teacher": "parameters"}, "config"),
+    "teacher's weights": (lambda home: weights_of(home, "teacher"), {
+        "02_cache_teacher": "was made from other weights of teacher models/teacher"}, ""),
+    "student's weights": (lambda home: weights_of(home, "student"), {}, "the student's initial weights changed"),
+    "student": (lambda home: replaced(home, student="models/other"), {}, "config changed"),
+    "config": (lambda home: parameter(home, learning_rate=0.5), {}, "config changed"),
+    "module": (lambda home: edit_module(home, "tables", "\nNEW = 1\n"), {}, "code changed: kd_utils/tables.py"),
+    "notebook": (lambda home: edit_notebook(home, "03_train_student", lambda cells: cells[1].update(
+        source=cells[1]["source"] + "\n1 + 1")), {}, "code changed: notebooks/03_train_student.ipynb"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_after_a_change_old_trials_are_stale_with_the_reason_and_in_no_table_beside_new_ones(home, what, capsys, tried):
+    change, stages, why = CHANGES[what]
+    assert set(planned(home, capsys).values()) == {"done"}
+    time.sleep(0.01)
+    change(home)
+    cache.cache_code.cache_clear()
+    said = planned(home, capsys)
+    for stem, reason in stages.items():
+        assert said[stem].startswith("to run: ") and reason in said[stem], said
+    for trial in TRIALS:
+        assert said[trial].startswith(f"stale: {why}") if why else said[trial].startswith("done"), said
+
+    assert swept(home, 0.75, "--only", "seed=0") == 0
+    table = runs.collect("runs/stub").set_index("trial")
+    states = {trial: "done" if trial.endswith("0") else "stale" for trial in TRIALS}
+    assert table["status"].to_dict() == states
+    assert set(table["validation_accuracy"].dropna()) == {0.75} and table["why"][TRIALS[1]] != ""
+    assert table[table["status"] == "stale"]["validation_accuracy"].isna().all()
+    assert [record["final"]["validation_accuracy"] for record in runs.done_records("runs/stub")] == [0.75, 0.75]
+    assert set(runs.predictions("runs/stub")["trial"]) == {"black_box_seed0", "attention_seed0"}
+    assert pd.read_csv("runs/stub/results_summary.csv")["validation_accuracy"].count() == 2
+
+    assert swept(home, 0.75) == 0
+    assert set(runs.collect("runs/stub")["validation_accuracy"]) == {0.75}
+    assert check_run("runs/stub") == [] and set(planned(home, capsys).values()) == {"done"}
+    tried("data, tokenizer, teacher, student, config or code changed")
+
+
+@pytest.mark.parametrize("change", [
+    lambda home: edit_module(home, "tables", "\n# a comment\n"),
+    lambda home: edit_module(home, "plots", "\nNEW = 1\n"),  # which nothing here reaches
+    lambda home: edit_notebook(home, "03_train_student", lambda cells: cells.append(
+        {"cell_type": "markdown", "metadata": {"tags": []}, "source": "# Text", "id": "text"})),
+    lambda home: edit_notebook(home, "03_train_student", lambda cells: cells[1].update(
+        source="# a comment\n" + cells[1]["source"])),
+    lambda home: parameter(home, device="auto", margin_points=2.0),
+])
+def test_what_cannot_change_a_result_makes_nothing_stale(home, change, capsys):
+    before = {path: path.read_bytes() for path in (home / "runs" / "stub" / "trials").rglob("*") if path.is_file()}
+    change(home)
+    assert set(planned(home, capsys).values()) == {"done"}
+    assert swept(home, 0.75) == 0
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_trial_during_which_the_code_changed_is_not_taken_for_one_of_the_new_code(home, capsys, tried):
+    """03 notes its code when its modules are there already: between the two an edit makes it say what did not run."""
+    edit_notebook(home, "03_train_student", lambda cells: cells[1].update(source=cells[1]["source"].replace(
+        "code = code_of", 'tables_py = resolve("kd_utils/tables.py")\n'
+        'tables_py.write_text(tables_py.read_text() + "EDIT = 1\\n")\ncode = code_of')))
+    assert swept(home, 0.75, "--only", "seed=0,distill_type=attention") == 1
+    assert runs.collect("runs/stub").set_index("trial")["status"]["attention_seed0"] == "failed"
+    shown = capsys.readouterr().err
+    assert "attention_seed0: FAILED: " in shown and "the code changed while it ran (kd_utils/tables.py)" in shown
+    assert planned(home, capsys)["attention_seed0"].startswith("failed")
+    tried("data, tokenizer, teacher, student, config or code changed")
