@@ -157,6 +157,8 @@ def execute_trial(trial: dict[str, Any], run_dir: Path, threads: int, seen: dict
         metrics = records.read_record(folder)
         if metrics["config_hash"] != trial["config_hash"]:
             raise ValueError(f"its record has config {metrics['config_hash']}, the plan {trial['config_hash']}")
+        if files := changed(metrics.get("code", {}), trial["code"]):  # it may have run the one and noted the other
+            raise ValueError(f"the code changed while it ran ({files}): run the same command again")
         return {"trial": trial["trial"], "config_hash": trial["config_hash"], "record": metrics["checksums"]["sha256"]}
 
     problem = unlike_the_sweeps(seen)

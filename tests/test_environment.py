@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pandas as pd
+import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -93,6 +94,7 @@ def test_every_dependency_is_pinned_once_at_what_is_installed():
     assert not missing
 
 
+@pytest.mark.skipif(not os.environ.get("CI"), reason="whoever works here may have installed more")
 def test_nothing_else_is_installed():
     pinned = pins()
     weights = canonicalize_name(Requirement(smol.PACKAGE).name)  # `make smol-weights` adds it

@@ -138,7 +138,8 @@ def test_a_lock_of_the_dead_or_one_that_says_nothing_is_no_obstacle(tmp_path):
     with locked(tmp_path, "a sweep"):
         assert len((tmp_path / ".lock").read_text()) < 100
         (tmp_path / ".lock").write_text("")
-        with pytest.raises(ValueError, match="in use by another process: wait for it or stop it"), locked(tmp_path, "x"):
+        held = pytest.raises(ValueError, match="in use by another process: wait for it or stop it")
+        with held, locked(tmp_path, "x"):
             pytest.fail("two hold it")
 
 

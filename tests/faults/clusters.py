@@ -31,7 +31,7 @@ from kd_utils import records
 from kd_utils.config import TrialConfig, resolve
 from kd_utils.environment import environment
 from kd_utils.source_code import code_of
-config = TrialConfig.from_notebook(globals())
+config, code = TrialConfig.from_notebook(globals()), code_of("03_train_student")
 trial, artifacts = config.trial, config.artifacts
 class Predictions(list):
     def to_parquet(self, path, index):
@@ -52,7 +52,7 @@ for row in rows:
     records.report_epoch(row)
 manifest = next(artifacts.glob(f"cache/{config.name}-*/manifest.json"))
 metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(),
-           "code": code_of("03_train_student"),
+           "code": code,
            "cache": {"name": manifest.parent.name, "content_hash": json.loads(manifest.read_text())["content_hash"]},
            "started": "2026-01-01T00:00:00Z", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": rows,
            "final": rows[-1]}

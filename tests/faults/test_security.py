@@ -75,7 +75,7 @@ def test_weights_that_are_no_safetensors_are_refused_and_not_unpickled(folder, t
     data = write_task_files(folder.parent / "data")
     for call in (lambda: load_causal_lm(str(folder)), lambda: build_student(str(folder), "layers", 2),
                  lambda: evaluate_folder(folder, "sst2", "train", folder.parent / "out.parquet", data_dir=data)):
-        with pytest.raises(ValueError, match="cannot load .*not in .*safetensors alone.*a pickle can run code") as error:
+        with pytest.raises(ValueError, match="cannot load .*not in .*safetensors alone.*a pickle can run") as error:
             call()
         assert "\n" not in str(error.value) and not touched.exists()
     with pytest.raises(Exception):  # the trap is set: read the other way, it goes off

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from contextlib import nullcontext
+from functools import lru_cache
 
 import pandas as pd
 import pytest
@@ -19,27 +20,26 @@ from kd_utils.check import check_run
 from kd_utils.sealed import write_sealed
 
 FIRST = """
-from kd_utils import files
+from kd_utils import cache, data, files, sealed
 from kd_utils.config import {0}, resolve
-config = {0}.from_notebook(globals())
-def weights(name):
-    return files.sha256_json({{path.name: files.sha256_file(path) for path in sorted(resolve(name).iterdir())}})
-"""
+from kd_utils.teacher import model_fingerprint
+config = {0}.from_notebook(globals())"""
 SOURCES = {
     "01_prepare_data": FIRST.format("DataConfig") + """
-files.write_json(config.data_path / "manifest.json", {
-    "data_hash": files.sha256_json(config.data_seed), "tokenizer_fingerprint": weights(config.tokenizer)})""",
+made_from = data._made_from(config)
+sealed.write_sealed(config.data_path / "manifest.json", {
+    "format": data.FORMAT, "name": config.name, "config_fingerprint": config.fingerprint(), "counts": [], **made_from,
+    "tokenizer_fingerprint": str(made_from["source"]), "data_hash": config.fingerprint()}, "checksums")""",
     "02_cache_teacher": FIRST.format("CacheConfig") + """
-import json
-from kd_utils import cache
-data = json.loads((config.data_path / "manifest.json").read_text())
-manifest = data | {"format": cache.FORMAT_VERSION, "code": cache.cache_code(), "teacher": config.teacher,
-                   "base_teacher": config.teacher, "base_fingerprint": weights(config.teacher)}
+prepared = data.read_manifest(config.data_path)
+manifest = {"format": cache.FORMAT_VERSION, "code": cache.cache_code(), "teacher": config.teacher,
+            "base_teacher": config.teacher, "base_fingerprint": model_fingerprint(config.teacher),
+            **{key: prepared[key] for key in ("data_hash", "tokenizer_fingerprint")}}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
 files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
     "03_train_student": FIRST.format("TrialConfig") + """
 import pandas as pd
-from kd_utils import cache, records, tables
+from kd_utils import records, tables
 from kd_utils.environment import environment
 from kd_utils.source_code import code_of
 code = code_of("03_train_student")
@@ -48,7 +48,7 @@ folder = cache.find_cache(config.artifacts, config.name)
 epochs = [{"epoch": 1, "validation_accuracy": accuracy, "validation_accuracy/sst2": accuracy}]
 metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(), "code": code,
            "cache": {"name": folder.name, "content_hash": cache.read_manifest(folder)["content_hash"]},
-           "student": {"name": config.student, "fingerprint": weights(config.student)}, "precision": "float32",
+           "student": {"name": config.student, "fingerprint": model_fingerprint(config.student)}, "precision": "float32",
            "started": "2026-01-01", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": epochs,
            "final": epochs[-1]}
 predictions = pd.DataFrame({"example_id": ["a", "b", "c", "d"], "task": "sst2"})
@@ -98,11 +98,13 @@ def home(tmp_path, monkeypatch):
         edit_notebook(tmp_path, stem, lambda cells: cells[1].update(source=source))
     for name in ("student", "teacher", "tokenizer", "other"):
         (tmp_path / "models" / name).mkdir(parents=True)
-        for file in ("config.json", "model.safetensors"):
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
             (tmp_path / "models" / name / file).write_text(file + name)
     monkeypatch.setattr(config, "ROOT", tmp_path)
     monkeypatch.setattr(parameters, "notebook_path", lambda stem: tmp_path / "notebooks" / f"{stem}.ipynb")
     monkeypatch.setattr(source_code, "PACKAGE", tmp_path / "kd_utils")
+    imported = lru_cache(source_code._imported)  # five sweeps a test ask for the same
+    monkeypatch.setattr(source_code, "_imported", lambda source: set(imported(source)))
     monkeypatch.setattr(execution, "execute", execute_here)
     for name, value in {"execute": execute_here, "run_trials": run_here, "ray_running": lambda _: nullcontext(),
                         "require_same_view": lambda *_: None}.items():
@@ -155,16 +157,18 @@ def replaced(home, **values):
     (home / "p.yaml").write_text(text + "\n")
 
 
-def weights_of(home, name):
-    (home / "models" / name / "model.safetensors").write_text("other weights")
+def weights_of(home, name, file="model.safetensors"):
+    (home / "models" / name / file).write_text("other weights")
 
 
 CHANGES = {  # what changes, which stage has to run again and why, and why the trials are stale before that
-    "data": (lambda home: parameter(home, data_seed=7), {"01_prepare_data": "parameters"}, ""),
+    "data": (lambda home: parameter(home, data_seed=7), {"01_prepare_data": "changed since: parameters"}, ""),
     "tokenizer": (lambda home: replaced(home, tokenizer="models/other"), {"01_prepare_data": "parameters"}, "config"),
+    "tokenizer's file": (lambda home: weights_of(home, "tokenizer", "tokenizer.json"), {
+        "01_prepare_data": "source changed (tokenizer/tokenizer.json)"}, ""),
     "teacher": (lambda home: replaced(home, teacher="models/other"), {"02_cache_teacher": "parameters"}, "config"),
     "teacher's weights": (lambda home: weights_of(home, "teacher"), {
-        "02_cache_teacher": "was made from other weights of teacher models/teacher"}, ""),
+        "02_cache_teacher": "the cache was made from other weights of teacher models/teacher"}, ""),
     "student's weights": (lambda home: weights_of(home, "student"), {}, "the student's initial weights changed"),
     "student": (lambda home: replaced(home, student="models/other"), {}, "config changed"),
     "config": (lambda home: parameter(home, learning_rate=0.5), {}, "config changed"),
@@ -210,7 +214,7 @@ def test_after_a_change_old_trials_are_stale_with_the_reason_and_in_no_table_bes
         {"cell_type": "markdown", "metadata": {"tags": []}, "source": "# Text", "id": "text"})),
     lambda home: edit_notebook(home, "03_train_student", lambda cells: cells[1].update(
         source="# a comment\n" + cells[1]["source"])),
-    lambda home: parameter(home, device="auto", margin_points=2.0),
+    lambda home: parameter(home, margin_points=2.0),
 ])
 def test_what_cannot_change_a_result_makes_nothing_stale(home, change, capsys):
     before = {path: path.read_bytes() for path in (home / "runs" / "stub" / "trials").rglob("*") if path.is_file()}
@@ -230,4 +234,41 @@ def test_a_trial_during_which_the_code_changed_is_not_taken_for_one_of_the_new_c
     shown = capsys.readouterr().err
     assert "attention_seed0: FAILED: " in shown and "the code changed while it ran (kd_utils/tables.py)" in shown
     assert planned(home, capsys)["attention_seed0"].startswith("failed")
+    tried("data, tokenizer, teacher, student, config or code changed")
+
+
+def test_an_edit_while_a_sweep_runs_a_second_sweep_and_a_kill_end_in_trials_of_one_code(tmp_path, tried):
+    from ray._private.utils import get_num_cpus
+
+    home = project(tmp_path / "project", distill_type=["black_box"], seed=[0, 1, 2])
+    run_dir, one_by_one = home / "runs" / "stub", ("--cpus-per-trial", str(get_num_cpus()))
+    hold(home, True)
+    first = Sweep(home, *one_by_one)
+    begun(home, 1, first)
+    status, output = Sweep(home).wait()
+    assert status == 2 and f"error: stub is in use by a sweep (process {first.process.pid} on " in output, output
+    assert "since " in output and "give this one another --run-dir" in output and output.count("\n") == 1
+    edit_module(home, "records", "\nEDIT = 1\n")
+    hold(home, False)
+    status, output = first.wait()
+    assert status == 1 and "1 of 3 trials are done; 2 failed: black_box_seed1, black_box_seed2" in output, output
+    table = runs.collect(run_dir).set_index("trial")
+    assert list(table["status"]) == ["done", "failed", "failed"]
+    why = "the code changed since the sweep began (kd_utils/records.py): run the same command again"
+    assert list(table["why"][1:]) == [why, why]
+    assert (events(home)["what"] == "begins").sum() == 1, "no kernel is started for the others"
+
+    hold(home, True)
+    again = Sweep(home, *one_by_one)
+    told = begun(home, 2, again)
+    again.kill("driver")
+    again.wait()
+    assert ended(told["pid"])
+    hold(home, False)
+    status, output = Sweep(home).wait()
+    assert status == 0 and "black_box_seed0: stale, code changed: kd_utils/records.py" in output, output
+    assert check_run(run_dir) == []
+    assert len({json.dumps(record["code"]) for record in runs.done_records(run_dir)}) == 1
+    assert list(events(home)["trial"].value_counts().sort_index()) == [5, 2, 2]
+    tried("second sweep on one run folder")
     tried("data, tokenizer, teacher, student, config or code changed")
