@@ -1,4 +1,4 @@
-"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit: 0 well, 1 failed, 2 wrong input, 130 interrupted."""
+"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit: 0 well, 1 failed, 2 wrong input, 130 stopped."""
 
 from __future__ import annotations
 

@@ -24,11 +24,11 @@ POLL_SECONDS = 0.2
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook that did not run to its end: the `cause` in one line, and where the notebook is kept."""
+    """A notebook that did not run to its end: the `cause` in one line, and whether the notebook is `kept`."""
 
     def __init__(self, stem: str, cause: str, kept: str = "") -> None:
         super().__init__(f"{stem} failed: {cause}" + f" (notebook kept: {kept})" * bool(kept))
-        self.cause = cause
+        self.cause, self.kept = cause, bool(kept)
 
 
 def code_root() -> Path:
@@ -164,8 +164,7 @@ def execute_trial(trial: dict[str, Any], run_dir: Path, threads: int, seen: dict
     problem = unlike_the_sweeps(seen)
     if files := changed(code_of(stem), trial["code"]):
         problem = f"the code changed since the sweep began ({files}): run the same command again"
-    if problem:
-        keep_failure(target, stem, problem)
+    if problem:  # kept where the sweep is: here may be another folder
         raise NotebookFailed(target.stem, problem)
     with tempfile.TemporaryDirectory(prefix="kd-") as scratch:
         progress = Path(scratch) / "epochs.jsonl"

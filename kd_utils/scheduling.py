@@ -80,7 +80,7 @@ def run_trials(trials: dict[str, dict[str, Any]], run_dir: Path, progress: Progr
             for row in execute_trial(trial, config.resolve(place), max(1, int(cpus)), seen):
                 yield row
         except NotebookFailed as error:
-            yield {"failure": error.cause, "kept": getattr(error, "kept", True)}
+            yield {"failure": error.cause, "kept": error.kept}
 
     running = {run.options(name=name).remote(trial): name for name, trial in trials.items()}
     restarts = dict.fromkeys(trials, 0)

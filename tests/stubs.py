@@ -28,7 +28,8 @@ from kd_utils import config, data, sealed
 config = config.DataConfig.from_notebook(globals())
 sealed.write_sealed(config.data_path / "manifest.json", {
     "format": data.FORMAT, "name": config.name, "config_fingerprint": config.fingerprint(),
-    "tokenizer_fingerprint": "t", "data_hash": str(config.data_seed), "counts": [], **data._made_from(config)}, "checksums")""",
+    "tokenizer_fingerprint": "t", "data_hash": str(config.data_seed), "counts": [],
+    **data._made_from(config)}, "checksums")""",
     "02_cache_teacher": """
 from kd_utils import cache, config, data, files
 config = config.CacheConfig.from_notebook(globals())

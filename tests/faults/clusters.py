@@ -163,7 +163,7 @@ def cluster(**gpus: int) -> Iterator[Cluster]:
     os.environ.update(ours)
     os.environ.pop("KD_ROOT", None)
     os.makedirs(f"{ours['RAY_TMPDIR']}/ray")
-    started = Cluster(shutdown_at_exit=False)
+    started = Cluster()
     try:
         for name, number in gpus.items():
             add_node(started, name, number)

@@ -177,7 +177,9 @@ def test_a_cluster_on_which_no_trial_fits_is_told_at_once(nodes, tmp_path, tried
             (("--cpus-per-trial", "99"), "auto", "a trial asks for 99 CPUs and 1 GPUs, but the machines have: "),
             (("--gpus-per-trial", "0"), "cuda", "device = 'cuda', but a trial gets 0 GPUs (the machines have: ")):
         (home / "p.yaml").write_text(f"device: {device}\n")
-        refused(home, *sweep(home, nodes, *arguments).wait(), message + "2 x 1 CPUs and 10 GPUs; 1 CPUs and ")
+        status, output = sweep(home, nodes, *arguments).wait()
+        refused(home, status, output, message)
+        assert "2 x 1 CPUs and 10 GPUs" in output
     tried("no GPU, or fewer than asked for", 3)
 
 

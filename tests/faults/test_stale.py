@@ -48,8 +48,9 @@ folder = cache.find_cache(config.artifacts, config.name)
 epochs = [{"epoch": 1, "validation_accuracy": accuracy, "validation_accuracy/sst2": accuracy}]
 metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(), "code": code,
            "cache": {"name": folder.name, "content_hash": cache.read_manifest(folder)["content_hash"]},
-           "student": {"name": config.student, "fingerprint": model_fingerprint(config.student)}, "precision": "float32",
-           "started": "2026-01-01", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": epochs,
+           "student": {"name": config.student, "fingerprint": model_fingerprint(config.student)},
+           "precision": "float32", "started": "2026-01-01", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0,
+           "epochs": epochs,
            "final": epochs[-1]}
 predictions = pd.DataFrame({"example_id": ["a", "b", "c", "d"], "task": "sst2"})
 predictions["correct"] = predictions.index < 4 * accuracy

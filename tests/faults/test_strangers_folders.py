@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stubs import files_of, run_dir  # noqa: F401 (one is a fixture)
 
-from kd_utils import check, runs, sealed
+from kd_utils import check, sealed
 from kd_utils.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
