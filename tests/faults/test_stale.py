@@ -50,8 +50,7 @@ metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), *
            "cache": {"name": folder.name, "content_hash": cache.read_manifest(folder)["content_hash"]},
            "student": {"name": config.student, "fingerprint": model_fingerprint(config.student)},
            "precision": "float32", "started": "2026-01-01", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0,
-           "epochs": epochs,
-           "final": epochs[-1]}
+           "epochs": epochs, "final": epochs[-1]}
 predictions = pd.DataFrame({"example_id": ["a", "b", "c", "d"], "task": "sst2"})
 predictions["correct"] = predictions.index < 4 * accuracy
 records.write_record(resolve(config.run_dir) / "trials" / config.trial, metrics, predictions)""",
