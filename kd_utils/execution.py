@@ -223,7 +223,7 @@ def _cause(error: Exception) -> str:
     """An error in one line; papermill's own text holds the whole traceback, which the notebook keeps."""
     if hasattr(error, "ename"):
         text = f"{error.ename}: {error.evalue}"
-        if "OutOfMemory" in error.ename or error.ename == "MemoryError" or "can't allocate memory" in text:
+        if "OutOfMemory" in error.ename or error.ename.endswith("MemoryError") or "can't allocate memory" in text:
             text = f"out of memory, lower micro_batch_size and eval_batch_size ({text})"
     elif type(error).__name__ == "DeadKernelError":
         text = "the kernel died: killed, or out of memory"

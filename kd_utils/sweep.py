@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,8 @@ def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Tr
     device = parameter_files.notebook_config(TRAIN, parameters).device
     gpus = fitting_gpus(ray.nodes(), cpus, gpus, device)
     _write_plan(run_dir, parameters, grid, trials)
+    if address not in (None, "local"):  # before the teacher runs for hours, as far as it can be told by then
+        require_same_view(_shared_files(run_dir, parameters), cpus, gpus)
     _prepare(run_dir, parameters, address)
     _write_plan(run_dir, parameters, grid, trials)
     states = status(trials, run_dir, parameters)
@@ -134,7 +137,7 @@ def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Tr
     try:
         if todo:
             seen = _shared_files(run_dir, parameters)
-            require_same_view(seen)
+            require_same_view(seen, cpus, gpus)
             already = sum(state.state == "done" for state in states.values())
             with Progress({name: trial.epochs for name, trial in todo.items()}, already) as progress:
                 for name, state in states.items():
@@ -164,13 +167,14 @@ def _write_summary(run_dir: Path) -> pd.DataFrame:
 
 
 def _shared_files(run_dir: Path, parameters: dict[str, Any]) -> dict[str, str]:
-    """What every machine must see as it is here: the plan, the data's and the cache's manifest."""
-    from .cache import find_cache
+    """What every machine must see as it is here: the plan, the data's and the cache's manifest, once they are there."""
+    from .cache import CacheError, find_cache
 
     settings = parameter_files.notebook_config(CACHE, parameters)
-    manifests = [settings.data_path, find_cache(settings.artifacts, settings.name)]
-    paths = [run_dir / runs.PLAN, *(folder / "manifest.json" for folder in manifests)]
-    return {config.short_path(path): sha256_file(path) for path in paths}
+    paths = [run_dir / runs.PLAN, settings.data_path / "manifest.json"]
+    with suppress(CacheError):
+        paths.append(find_cache(settings.artifacts, settings.name) / "manifest.json")
+    return {config.short_path(path): sha256_file(path) for path in paths if path.is_file()}
 
 
 def _student(name: str, cache: dict[str, Any]) -> str:

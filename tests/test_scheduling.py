@@ -3,6 +3,8 @@
 import json
 import math
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -56,6 +58,22 @@ def test_a_second_gpu_by_number_needs_two_for_the_trial():
 def test_an_address_that_is_none_is_refused_with_what_to_give(address):
     with pytest.raises(ValueError, match=f"--address {address}: give HOST:PORT"), scheduling.ray_running(address):
         pass
+
+
+def test_the_dashboard_that_ray_starts_listens_to_this_machine_alone():
+    """A process of that name is there for Ray's own ends even where no dashboard is asked for."""
+    code = """
+import psutil, ray
+from kd_utils.scheduling import ray_running
+with ray_running(None):
+    session = ray._private.worker._global_node.get_session_dir_path()
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(word.endswith("dashboard.py") for word in words) and f"--session-dir={session}" in words:
+            print(*(word for word in words if word.startswith("--host")))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.splitlines() == ["--host=127.0.0.1"], ran.stderr
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once():

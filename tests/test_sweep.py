@@ -9,7 +9,7 @@ import pytest
 import yaml
 from stubs import stub_notebooks, stub_project, sweep_in  # noqa: F401 (one is a fixture)
 
-from kd_utils import execution, runs, scheduling
+from kd_utils import execution, runs
 from kd_utils.__main__ import main
 from kd_utils.display import Progress
 
@@ -46,17 +46,6 @@ def test_the_command_line_answers_at_once():
     code = f"import sys, kd_utils.__main__; print([m for m in {heavy} if m in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
     assert shown.strip() == "[]"
-
-
-def test_resources_that_no_machine_has_are_refused_at_once():
-    nodes = [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
-    with pytest.raises(ValueError, match="1 CPUs and 1 GPUs, but the machines have: 2 CPUs and 0 GPUs"):
-        scheduling.fitting_gpus(nodes, 1, 1)
-    with pytest.raises(ValueError, match="4 CPUs"):
-        scheduling.fitting_gpus(nodes, 4, None)
-    assert scheduling.fitting_gpus(nodes, 2, None) == 0
-    assert scheduling.fitting_gpus([{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}], 1, None) == 1
-    assert scheduling.fitting_gpus([{"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}], 1, 0.25) == 0.25
 
 
 def test_progress_counts_and_tells_the_time_left(monkeypatch):

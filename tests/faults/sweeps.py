@@ -69,9 +69,10 @@ class Command:
             time.sleep(0.2)
         return [" ".join(process.cmdline())[:80] for process in left]
 
-    def interrupt(self, *, group: bool) -> None:
-        """Ctrl-C: to the driver alone, or as a terminal sends it, to its whole process group."""
-        (os.killpg if group else os.kill)(self.process.pid, signal.SIGINT)
+    def interrupt(self, how: str = "Ctrl-C") -> None:
+        """Ctrl-C as a terminal sends it, to the whole process group; or one signal "to the driver", or SIGTERM to it."""
+        send = os.killpg if how == "Ctrl-C" else os.kill
+        send(self.process.pid, signal.SIGTERM if how == "SIGTERM" else signal.SIGINT)
 
 
 def _environment(pid: int) -> str:

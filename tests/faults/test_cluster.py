@@ -248,7 +248,7 @@ def test_a_stopped_command_leaves_no_trial_running_on_the_cluster_and_goes_on(ho
         hold(home, True)
         command = sweep(home, nodes, *ON_GPU)
         told = begun(home, 1 if stop == "Ctrl-C" else 2, command)
-        command.interrupt(group=True) if stop == "Ctrl-C" else command.kill("driver")
+        command.interrupt() if stop == "Ctrl-C" else command.kill("driver")
         status, output = command.wait()
         assert ended(told["pid"]), "its kernel goes on without it"
         if stop == "Ctrl-C":

@@ -68,12 +68,12 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undis
         tried(f"kill -9 of a {kind}", count)
 
 
-@pytest.mark.parametrize("group", [True, False], ids=["as a terminal sends it", "to the driver alone"])
-def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(undisturbed, prepared, times, tried, group):
+@pytest.mark.parametrize("how", ["Ctrl-C", "to the driver", "SIGTERM"])
+def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(undisturbed, prepared, times, tried, how):
     """At a random moment: while Ray starts, at 01 or 02, while trials run; and the same command goes on."""
-    rng, run_dir = random.Random(int(group)), prepared / "runs" / "toy-2"
+    rng, run_dir = random.Random(how), prepared / "runs" / "toy-2"
     shutil.rmtree(prepared / "artifacts" / "cache")  # 02 is to be done again too
-    for moment in [rng.uniform(0.3, 30) for _ in range(times(2, 12))]:
+    for moment in [rng.uniform(0.3, 30) for _ in range(times(1 if how == "SIGTERM" else 2, 12))]:
         command = sweep(prepared)
         while time.monotonic() - command.began < moment and command.process.poll() is None:
             time.sleep(0.05)
@@ -82,14 +82,14 @@ def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(undisturbed,
             continue
         before = whole_trials(run_dir)
         pressed = time.monotonic()
-        command.interrupt(group=group)
+        command.interrupt(how)
         status, output = command.wait(timeout=60)
         assert command.orphans(within=10 - (time.monotonic() - pressed)) == [], f"at {moment:.1f} s"
         assert status == 130, output
         assert output.splitlines()[-1] == "stopped; what is done is kept: run the same command again to go on"
         assert "Traceback" not in output
         assert before.items() <= whole_trials(run_dir).items()
-        tried("Ctrl-C")
+        tried("SIGTERM" if how == "SIGTERM" else "Ctrl-C")
     status, output = sweep(prepared).wait()
     assert status == 0, output[-2000:]
     assert results(run_dir).equals(results(undisturbed / "runs" / "toy-2"))
