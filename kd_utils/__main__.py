@@ -187,6 +187,8 @@ def _interrupt(*signal_and_frame: Any) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
     status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late to stop anything: the status is that of what was done
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if status == INTERRUPTED:  # Ray, interrupted while it starts, can crash the interpreter's own end
         sys.stdout.flush()
         sys.stderr.flush()

@@ -85,6 +85,9 @@ def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(undisturbed,
         command.interrupt(how)
         status, output = command.wait(timeout=60)
         assert command.orphans(within=10 - (time.monotonic() - pressed)) == [], f"at {moment:.1f} s"
+        if status == 0 and "Records: " in output:  # it was on its way out
+            shutil.rmtree(run_dir / "trials")
+            continue
         assert status == 130, output
         assert output.splitlines()[-1] == "stopped; what is done is kept: run the same command again to go on"
         assert "Traceback" not in output
