@@ -47,7 +47,7 @@ METHODS = {"ours": ({"kd": 1.0}, "answer", 1.0),
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Write teacher, student, rows by id, and every epoch's batches as ids."""
     from kd_utils.speed import SHAPES, random_model, random_rows
-    from kd_utils.training import epoch_batches
+    from kd_utils.batches import epoch_batches
 
     for seed, (role, shape) in enumerate(SHAPES[args.shapes].items()):
         random_model(shape, seed=seed).save_pretrained(args.work / role)
@@ -127,18 +127,25 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
     """Notebook 03's loop over the same batches, from the cache."""
     import torch
 
+    from kd_utils.batches import prefetched, split_batch
     from kd_utils.cache import TeacherCache
+    from kd_utils.heads import Head, output_head
     from kd_utils.losses import weighted_sum
-    from kd_utils.signals import forward_signals, lm_head_weight
-    from kd_utils.student import autocast, load_causal_lm, make_projector
-    from kd_utils.training import loss_terms, prefetched, seed_step, split_batch
+    from kd_utils.signals import forward_signals
+    from kd_utils.student import autocast, load_causal_lm
+    from kd_utils.training import loss_terms, seed_step
+    from kd_utils.views import TeacherView
 
     weights, distill_tokens, temperature = METHODS[args.side]
     device = torch.device(args.device)
     model = load_causal_lm(str(args.work / "student")).to(device).train()
-    cache = TeacherCache(args.cache, skip=() if "attention" in weights else ("attention",))
-    teacher_head = cache.lm_head().float().to(device)
-    projector = make_projector(model.config.hidden_size, teacher_head.shape[1], seed=0).to(device)
+    cache = TeacherCache(args.cache)
+    head = Head(cache.lm_head().float().to(device))
+    [total] = cache.manifest["layers"]["hidden"]
+    last = (total, model.config.num_hidden_layers)
+    view = TeacherView(head, (model.config.hidden_size, head.weight.shape[1]), teacher_layers=total,
+                       hidden_pairs=[last] * ("hidden" in weights), map_pairs=[last] * ("attention" in weights)).to(device)
+    cache.read_only(view.columns(weights))
     steps = [batch for batches in json.loads((args.work / "rows.json").read_text())["epochs"] for batch in batches]
     losses = []
 
@@ -146,14 +153,14 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
         return split_batch([cache[i] for i in ids], BATCH_SIZE, distill_tokens=distill_tokens, device=device)
 
     start = clocks()
-    parameters = [*model.parameters(), *(projector.parameters() if "hidden" in weights else ())]
+    parameters = [*model.parameters(), *view.trainable(weights)]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
     for global_step, [batch] in enumerate(prefetched(step_batches, steps)):
         seed_step(0, global_step)
         with autocast(device, "auto"):
             signals = forward_signals(model, batch.input_ids, want_map="attention" in weights)
-            terms = loss_terms(signals, lm_head_weight(model), batch=batch, terms=tuple(weights),
-                               teacher_head=teacher_head, projector=projector, temperature=temperature)
+            terms = loss_terms(signals, output_head(model), batch=batch, terms=tuple(weights), views=[view],
+                               temperature=temperature)
             loss = weighted_sum(terms, weights)
         loss.backward()
         losses.append(loss.detach())

@@ -32,7 +32,8 @@ FLOORS = {"cache_bytes_vs_naive": ("<=", 0.018), "cache_bytes_vs_naive/compact":
 
 def header(teacher: nn.Module, attention_dtype: str) -> dict[str, Any]:
     """What a white-box manifest must say so that the cache can be read; where it comes from is left out."""
-    return {"name": "speed", "signals": "white_box", "heads": teacher.config.num_attention_heads,
+    last = [teacher.config.num_hidden_layers]
+    return {"name": "speed", "signals": "white_box", "layers": {"hidden": last, "attention": last}, "heads": teacher.config.num_attention_heads,
             "hidden_size": teacher.config.hidden_size, "temperatures": [],
             "dtypes": {"hidden": "float16", "attention": attention_dtype}}
 
@@ -61,13 +62,13 @@ def cache_bytes(folder: Path, examples: int, naive_length: int) -> dict[str, flo
     lengths = np.array([len(row.tokens) for row in random_rows(examples, 10)])
     tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
     sampled = sum(len(row.tokens) for row in rows)
-    sampled_pairs = sum(row.attention.shape[1] for row in rows)
+    sampled_pairs = sum(row.signals["attention"].shape[1] for row in rows)
     head = (folder / "lm_head.safetensors").stat().st_size
     manifest, (vocab, width) = cache.manifest, cache.lm_head().shape
     parts = {"hidden": stored["hidden"] / sampled * tokens, "attention": stored["attention"] / sampled_pairs * pairs,
              "lm_head": head, "other": stored["other"] / sampled * tokens}
-    entropy = head + (entropy_bits(row.hidden for row in rows) * width * tokens
-                      + entropy_bits(row.attention for row in rows) * manifest["heads"] * pairs) / 8
+    entropy = head + (entropy_bits(row.signals["hidden"] for row in rows) * width * tokens
+                      + entropy_bits(row.signals["attention"] for row in rows) * manifest["heads"] * pairs) / 8
     naive = 2 * examples * naive_length * (vocab + width + manifest["heads"] * naive_length)
     return {name: value / 1e9 for name, value in
             {"bytes": sum(parts.values()), **parts, "entropy": entropy, "naive": naive}.items()}

@@ -1,14 +1,17 @@
 """The teacher cache: its signals for every example, ragged, keyed by `example_id`, checksummed, resumable.
 
 A cache is a folder `NAME-DATE-KEY`: Parquet shards of one row group per example (so that one row is one read),
-`lm_head.safetensors`, and `manifest.json`, which is written last: without it there is no cache.
+`vocabulary.parquet` (what each id spells), `lm_head.safetensors`, and `manifest.json`, which is written last: without it
+there is no cache. Tokens are the teacher's own; where the student's differ, the two are lined up when it trains.
 
 | column | per example of n tokens |
 |---|---|
 | `example_id`, `tokens`, `answer_start` | key, int32 (n,), index of the answer's first token |
+| `ends` | int32 (n,) behind which byte of the text each token ends; empty if the tokens do not spell the text |
 | `hidden` | float16 (n, d) final hidden state, after the last norm: times `lm_head` it is the logits |
 | `attention` | float16 or uint8 (H, n (n + 1) / 2) last layer's map as `signals.encode_map` gives it |
-| `top_logits`, `top_ids`, `log_mass` | instead of these two: float32 (n, k), int32 (n, k), float32 (n, temperatures) |
+| `hidden_7`, `attention_7`, ... | the same of other layers that were asked for, the hidden state as the layer gives it |
+| `top_logits`, `top_ids`, `log_mass` | instead of these: float32 (n, k), int32 (n, k), float32 (n, temperatures) |
 
 A signal is stored as byte planes: column `hidden.0` has the first byte of every value, `hidden.1` the second. Exponents
 then stand beside exponents and compress, mantissas beside mantissas (Parquet's BYTE_STREAM_SPLIT does the same, but the
@@ -20,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,9 +39,11 @@ from .source_code import code_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2
+    from .vocabulary import Vocabulary
+
+FORMAT_VERSION = 3
 FOLDER = re.compile(r"(?P<name>.+)-\d{4}-\d\d-\d\d-(?P<key>[0-9a-f]{8})")
-SIGNAL_COLUMNS = {"white_box": ("hidden", "attention"), "top_k": ("top_logits", "top_ids", "log_mass")}
+TOP_K = ("top_logits", "top_ids", "log_mass")
 
 
 class CacheError(ValueError):
@@ -47,16 +52,18 @@ class CacheError(ValueError):
 
 @dataclass
 class CachedExample:
-    """One row, shaped; the signals that the cache does not hold are None. Shapes as in the module's table."""
+    """One row, shaped: `signals` has its columns by name, those that the cache holds. Shapes as in the module's table."""
 
     example_id: str
     tokens: np.ndarray
     answer_start: int
-    hidden: np.ndarray | None = None
-    attention: np.ndarray | None = None
-    top_logits: np.ndarray | None = None
-    top_ids: np.ndarray | None = None
-    log_mass: np.ndarray | None = None
+    ends: np.ndarray | None = None
+    signals: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def signal_of(column: str) -> str:
+    """Which signal a column holds: "attention_7" is attention of the layer 7."""
+    return column.split("_")[0] if column.startswith(("hidden", "attention")) else column
 
 
 def byte_planes(column: str, values: np.ndarray) -> dict[str, pa.Array]:
@@ -144,7 +151,7 @@ def check_files(folder: Path) -> dict[str, Any]:
         CacheError: the first file that is missing or differs.
     """
     manifest = read_manifest(folder)
-    for entry in [*manifest["shards"], *([manifest["lm_head"]] if "lm_head" in manifest else [])]:
+    for entry in [*manifest["shards"], *(manifest[name] for name in ("vocabulary", "lm_head") if name in manifest)]:
         _check_file(folder, entry)
     return manifest
 
@@ -164,20 +171,16 @@ class TeacherCache:
     Args:
         folder: the cache's folder.
         memory_bytes: rows read are kept in memory up to this many bytes, so that later epochs read nothing.
-        skip: signals that are not wanted: they are not read.
 
     Raises:
         CacheError: a file that is missing, damaged or another cache's.
     """
 
-    def __init__(self, folder: Path, *, memory_bytes: int = 2**30, skip: Collection[str] = ()) -> None:
+    def __init__(self, folder: Path, *, memory_bytes: int = 2**30) -> None:
         self.folder, self.manifest = folder, check_files(folder)
-        self._dtypes = {name: dtype for name, dtype in self.manifest["dtypes"].items() if name not in skip}
-        self._columns = ["example_id", "tokens", "answer_start", *(
-            f"{name}.{j}" for name, dtype in self._dtypes.items() for j in range(np.dtype(dtype).itemsize))]
+        self.read_only(self.manifest["dtypes"])
         self._files: dict[str, pq.ParquetFile] = {}
         self._place: dict[str, tuple[str, int]] = {}
-        self._kept: dict[str, CachedExample] = {}
         self._room = memory_bytes
         self.lengths: dict[str, int] = {}
         self.splits: dict[str, list[str]] = {}
@@ -187,6 +190,13 @@ class TeacherCache:
             self._place.update({example_id: (shard["file"], group) for group, example_id in enumerate(ids)})
             self.lengths.update(zip(ids, pc.list_value_length(index["tokens"]).to_pylist()))
             self.splits.setdefault(shard["split"], []).extend(ids)
+
+    def read_only(self, signals: Collection[str]) -> None:
+        """From now on rows have these of the cache's signals; the others are not read."""
+        self._dtypes = {name: dtype for name, dtype in self.manifest["dtypes"].items() if name in signals}
+        self._columns = ["example_id", "tokens", "answer_start", "ends", *(
+            f"{name}.{j}" for name, dtype in self._dtypes.items() for j in range(np.dtype(dtype).itemsize))]
+        self._kept: dict[str, CachedExample] = {}
 
     def _file(self, name: str) -> pq.ParquetFile:
         if name not in self._files:
@@ -211,7 +221,7 @@ class TeacherCache:
             raise CacheError(f"{self.folder.name} has no row for example {example_id}: the data changed; run 02 again")
         file, group = self._place[example_id]
         row = self._shape(self._file(file).read_row_group(group, self._columns))
-        size = sum(value.nbytes for value in vars(row).values() if isinstance(value, np.ndarray))
+        size = sum(value.nbytes for value in (row.tokens, row.ends, *row.signals.values()))
         if size <= self._room:
             self._room -= size
             self._kept[example_id] = row
@@ -219,11 +229,21 @@ class TeacherCache:
 
     def _shape(self, table: pa.Table) -> CachedExample:
         row = CachedExample(table["example_id"][0].as_py(), table["tokens"].chunk(0).values.to_numpy(),
-                            table["answer_start"][0].as_py())
+                            table["answer_start"][0].as_py(), table["ends"].chunk(0).values.to_numpy())
         for column, dtype in self._dtypes.items():
-            rows = self.manifest["heads"] if column == "attention" else len(row.tokens)
-            setattr(row, column, joined_planes(table, column, dtype).reshape(rows, -1))
+            rows = self.manifest["heads"] if signal_of(column) == "attention" else len(row.tokens)
+            row.signals[column] = joined_planes(table, column, dtype).reshape(rows, -1)
         return row
+
+    def vocabulary(self) -> Vocabulary:
+        """What the ids of the tokens, and the rows of `lm_head`, stand for.
+
+        Raises:
+            CacheError: the file was damaged since the cache was opened.
+        """
+        from .vocabulary import Vocabulary
+
+        return Vocabulary.from_table(pq.read_table(_check_file(self.folder, self.manifest["vocabulary"])))
 
     def lm_head(self) -> Tensor | None:
         """(V, d) the teacher's output layer, as stored; None in a top-k cache.

@@ -25,12 +25,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .cache import (FORMAT_VERSION, SIGNAL_COLUMNS, CachedExample, CacheError, byte_planes, check_files, key_digest,
-                    read_manifest)
+from .cache import FORMAT_VERSION, CachedExample, CacheError, byte_planes, check_files, key_digest, read_manifest
 from .files import full_disk_named, locked, sha256_file, sha256_json, write_json, written_aside
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from .vocabulary import Vocabulary
 
 #: Starts the teacher on one batch; what it returns waits for the device and gives the rows with their signals.
 SignalsOf = Callable[[list[CachedExample]], Iterable[CachedExample]]
@@ -65,9 +66,9 @@ def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
 
 
 def write_cache(folder: Path, examples: dict[str, list[CachedExample]], signals_of: SignalsOf, lm_head: Tensor | None,
-                header: dict[str, Any], *, shard_examples: int, batch_tokens: int,
+                header: dict[str, Any], *, shard_examples: int, batch_tokens: int, vocabulary: Vocabulary | None = None,
                 progress: Callable[[Iterable], Iterable] = iter) -> dict[str, Any]:
-    """Write the shards that are missing, then `lm_head`, then the manifest; nothing if the cache is whole already.
+    """Write the shards that are missing, then vocabulary and `lm_head`, then the manifest; nothing if the cache is whole already.
 
     Args:
         folder: from `cache_folder`. Shards that an earlier, killed run finished there are kept.
@@ -77,6 +78,7 @@ def write_cache(folder: Path, examples: dict[str, list[CachedExample]], signals_
         header: what the manifest says besides files and counts.
         shard_examples: examples in one shard; the unit that a killed run redoes.
         batch_tokens: most tokens, padding included, in one batch of `signals_of`.
+        vocabulary: what the teacher's ids spell: a student with another tokenizer needs it.
         progress: wraps the list of shards, e.g. `tqdm`.
 
     Returns:
@@ -85,11 +87,12 @@ def write_cache(folder: Path, examples: dict[str, list[CachedExample]], signals_
     def here(shards: list[Shard]) -> None:
         write_shards(folder, shards, signals_of, batch_tokens=batch_tokens, progress=progress)
 
-    return assemble_cache(folder, examples, here, lm_head, header, shard_examples=shard_examples)
+    return assemble_cache(folder, examples, here, lm_head, header, shard_examples=shard_examples, vocabulary=vocabulary)
 
 
 def assemble_cache(folder: Path, examples: dict[str, list[CachedExample]], write: Callable[[list[Shard]], None],
-                   lm_head: Tensor | None, header: dict[str, Any], *, shard_examples: int) -> dict[str, Any]:
+                   lm_head: Tensor | None, header: dict[str, Any], *, shard_examples: int,
+                   vocabulary: Vocabulary | None = None) -> dict[str, Any]:
     """As `write_cache`, with `write` to make the missing shards: here, or on other machines that see `folder`.
 
     Raises:
@@ -102,7 +105,7 @@ def assemble_cache(folder: Path, examples: dict[str, list[CachedExample]], write
             manifest = check_files(folder)
             os.utime(folder / "manifest.json")  # `find_cache` takes the newest: this is the one asked for last
         except CacheError:  # not finished, or damaged: what is whole is kept, the rest is written again
-            manifest = _assemble(folder, examples, write, lm_head, header, shard_examples)
+            manifest = _assemble(folder, examples, write, lm_head, vocabulary, header, shard_examples)
         shutil.rmtree(_notes(folder), ignore_errors=True)
     return manifest
 
@@ -117,7 +120,8 @@ def held(folder: Path, what: str) -> Iterator[None]:
 
 
 def _assemble(folder: Path, examples: dict[str, list[CachedExample]], write: Callable[[list[Shard]], None],
-              lm_head: Tensor | None, header: dict[str, Any], shard_examples: int) -> dict[str, Any]:
+              lm_head: Tensor | None, vocabulary: Vocabulary | None, header: dict[str, Any],
+              shard_examples: int) -> dict[str, Any]:
     shards = plan_shards(examples, shard_examples, header.get("key", header))
     known = _known_checksums(folder, shards)
     missing = [shard for shard in shards if not _is_whole(folder / shard.file, known.get(shard.file))]
@@ -135,6 +139,8 @@ def _assemble(folder: Path, examples: dict[str, list[CachedExample]], write: Cal
                 "bytes": (folder / shard.file).stat().st_size, "sha256": known[shard.file]} for shard in shards]
     manifest = {**header, "format": FORMAT_VERSION, "shards": entries,
                 "rows": {split: len(rows) for split, rows in examples.items()}}
+    if vocabulary is not None:
+        manifest["vocabulary"] = _write_vocabulary(folder / "vocabulary.parquet", vocabulary)
     if lm_head is not None:
         manifest["lm_head"] = _write_lm_head(folder / "lm_head.safetensors", lm_head)
     manifest["content_hash"] = sha256_json(manifest)
@@ -260,11 +266,18 @@ def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
 
 def _table(row: CachedExample) -> pa.Table:
     values = {"example_id": pa.array([row.example_id]), "answer_start": pa.array([row.answer_start], pa.int32()),
-              "tokens": pa.array([row.tokens], pa.large_list(pa.int32()))}
-    for column in (*SIGNAL_COLUMNS["white_box"], *SIGNAL_COLUMNS["top_k"]):
-        if (array := getattr(row, column)) is not None:
-            values |= byte_planes(column, array)
+              "tokens": pa.array([row.tokens], pa.large_list(pa.int32())),
+              "ends": pa.array([[] if row.ends is None else row.ends], pa.large_list(pa.int32()))}
+    for column, array in row.signals.items():
+        values |= byte_planes(column, array)
     return pa.table(values)
+
+
+def _write_vocabulary(path: Path, vocabulary: Vocabulary) -> dict[str, Any]:
+    with written_aside(path) as aside:
+        pq.write_table(vocabulary.table(), aside, compression="zstd")
+        checksum = sha256_file(aside)
+    return {"file": path.name, "rows": len(vocabulary.pieces), "sha256": checksum}
 
 
 def _write_lm_head(path: Path, weight: Tensor) -> dict[str, Any]:

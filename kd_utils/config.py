@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from .layers import check_layers
+
 #: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the shared
 #: folder that holds `artifacts/` and `runs/`: a node's own KD_ROOT, or else the place where the sweep was started.
 ROOT = Path(os.environ.get("KD_ROOT") or os.environ.get("KD_SWEEP_ROOT") or Path(__file__).parents[1])
@@ -35,8 +37,29 @@ def _place(text: str) -> str:
     return text
 
 
+def _more_teachers(text: str) -> str:
+    _weights_by_name(text)
+    return text
+
+
+def _weights_by_name(text: str) -> dict[str, float]:
+    """`"toy=0.6 other=0.4"` -> weights by name."""
+    weights: dict[str, float] = {}
+    for part in text.split():
+        name, _, weight = part.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name) or not re.fullmatch(r"0?\.\d{1,9}", weight) \
+                or name in weights or float(weight) == 0:
+            raise ValueError("Input should be experiments with the weights of their teachers, each above 0 and below 1, "
+                             "such as 'other=0.4' (the trial's own has the rest), or ''")
+        weights[name] = float(weight)
+    if sum(weights.values()) >= 1:
+        raise ValueError("Input should leave the trial's own teacher a weight: these sum to 1 or more")
+    return weights
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Place = Annotated[str, AfterValidator(_place)]
+Layers = Annotated[str, AfterValidator(check_layers)]
 PlaceOrBlank = Annotated[str, AfterValidator(lambda text: text.strip() and _place(text))]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # more overflows in one or the other library
@@ -158,6 +181,9 @@ class CacheConfig(Config):
     teacher_prompt_weight: Weight
     teacher_seed: Seed
     signals: Literal["white_box", "top_k"]
+    hidden_layers: Layers
+    attention_layers: Layers
+    paired_layers: PositiveInt
     attention_dtype: Literal["float16", "uint8"]
     top_k: PositiveInt
     temperature: PositiveFloat
@@ -179,14 +205,20 @@ class TrialConfig(Config):
     student_init: Literal["pretrained", "layers", "random"]
     student_layers: PositiveInt
     teacher: Place
+    more_teachers: Annotated[str, AfterValidator(_more_teachers)]
     tokenizer: Place
     alpha: Weight
     beta: Weight
     gamma_hidden: Weight
     gamma_attention: Weight
     temperature: PositiveFloat
+    logit_loss: Literal["kl", "uld"]
     distill_tokens: Literal["all", "answer"]
     attention_normaliser: Literal["entries", "queries"]
+    head_mapping: Literal["none", "mean_groups", "learned"]
+    hidden_layers: Layers
+    attention_layers: Layers
+    paired_layers: PositiveInt
     epochs: PositiveInt
     batch_size: PositiveInt
     micro_batch_size: PositiveInt
@@ -221,22 +253,27 @@ class TrialConfig(Config):
         return weights
 
     @property
+    def teachers(self) -> dict[str, float]:
+        """Experiments whose caches are trained from, with their weights, which sum to 1; the trial's own comes first."""
+        others = _weights_by_name(self.more_teachers)
+        return {self.name: 1.0 - sum(others.values()), **others}
+
+    @property
     def epoch_numbers(self) -> range:
         """Epochs that leave a row: 1 to `epochs`, or 0 alone for the untrained student."""
         return range(1) if self.distill_type == "untrained" else range(1, self.epochs + 1)
 
     @property
-    def unused_signals(self) -> tuple[str, ...]:
-        """Signals of a teacher cache that the method does not look at, so that they need not be read."""
-        unused = () if "attention" in self.weights else ("attention",)
-        return unused if "kd" in self.weights else (*unused, "hidden", "top_logits", "top_ids", "log_mass")
-
-    @property
     def without_effect(self) -> set[str]:
         """Parameters that this method does not use: trials that differ in nothing else are one trial."""
-        of_terms = {"kd": {"beta", "temperature", "distill_tokens"}, "hidden": {"gamma_hidden"},
-                    "attention": {"gamma_attention", "attention_normaliser"}}
+        of_terms = {"kd": {"beta", "temperature", "logit_loss", "distill_tokens", "more_teachers"},
+                    "hidden": {"gamma_hidden", "hidden_layers"},
+                    "attention": {"gamma_attention", "attention_normaliser", "attention_layers", "head_mapping"}}
         unused = set().union(*(keys for term, keys in of_terms.items() if term not in self.weights))
+        named = {self.hidden_layers if "hidden" in self.weights else "last",
+                 self.attention_layers if "attention" in self.weights else "last"}
+        if not named & {"uniform", "reversed", "random"}:
+            unused.add("paired_layers")
         if self.distill_type == "untrained":
             unused |= {"seed", "alpha", "epochs", "micro_batch_size", "learning_rate", "weight_decay", "max_grad_norm"}
         return unused

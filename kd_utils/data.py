@@ -20,7 +20,7 @@ from kd_utils.prepared_table import PREPARED, read_table, require_own_ids
 from kd_utils.sealed import RecordError, read_sealed, write_sealed
 from kd_utils.source_code import changed, code_of
 from kd_utils.tasks import TASKS, content_key, load_task
-from kd_utils.tokens import encode_example, tokenizer_fingerprint
+from kd_utils.tokens import encode_example, tokenizer_files, tokenizer_fingerprint
 
 FORMAT = 2
 SPLITS = ("train", "validation")
@@ -231,10 +231,10 @@ def _source_files(config: DataConfig) -> dict[str, str]:
         used = {f"{task}/{source}.parquet" for task in TASK_NAMES for split in SPLITS if config.rows(task, split)
                 for source in (SOURCES[task][split], TASKS[task].shot_split)}
         files |= {name: resolve(config.data_dir) / name for name in sorted(used)}
-    if resolve(config.tokenizer).is_dir():  # with a model beside it, perhaps: its weights are no tokenizer
-        files |= {f"tokenizer/{path.name}": path for path in sorted(resolve(config.tokenizer).iterdir())
-                  if path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"))}
-    return {name: sha256_file(path) for name, path in files.items() if path.is_file()}
+    digests = {name: sha256_file(path) for name, path in files.items() if path.is_file()}
+    if resolve(config.tokenizer).is_dir():
+        digests |= {f"tokenizer/{name}": one for name, one in tokenizer_files(resolve(config.tokenizer)).items()}
+    return digests
 
 
 def _draw(config: DataConfig, tokenizer: Any, task: str, split: str, asked: int,

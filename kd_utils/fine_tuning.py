@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import Batch, collate, epoch_batches
 from .cache import CachedExample
 from .losses import weighted_sum
-from .signals import forward_signals, lm_head_weight
-from .training import Batch, Mean, collate, epoch_batches, loss_terms, seed_step
+from .heads import output_head
+from .signals import forward_signals
+from .training import Mean, loss_terms, seed_step
 
 
 def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -50,9 +52,9 @@ def fine_tune(model: nn.Module, examples: list[CachedExample], *, epochs: int, l
         batch = collate([examples[i] for i in indices], device=device)
         with autocast():
             signals = forward_signals(model, batch.input_ids, want_map=False)
-            terms = loss_terms(signals, lm_head_weight(model), batch=batch, terms=("task",))
+            terms = loss_terms(signals, output_head(model), batch=batch, terms=("task",))
             if prompt_weight:
-                terms["next_token"] = next_token_loss(signals.hidden @ lm_head_weight(model).T, batch)
+                terms["next_token"] = next_token_loss(output_head(model).logits(signals.hidden), batch)
         weighted_sum(terms, {"task": 1.0, "next_token": prompt_weight}).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -43,8 +43,8 @@ def write_rows(path: Path, examples: list[CachedExample], teacher_head: Tensor, 
     for row in examples:
         n = len(row.tokens)
         labels = np.where(np.arange(n) < row.answer_start, -100, row.tokens)
-        hidden = torch.from_numpy(row.hidden.astype(np.float32))
-        maps = decode_map(torch.from_numpy(row.attention.copy()), 0, n)
+        hidden = torch.from_numpy(row.signals["hidden"].astype(np.float32))
+        maps = decode_map(torch.from_numpy(row.signals["attention"].copy()), 0, n)
         padded = {"input_ids": F.pad(torch.from_numpy(row.tokens.astype(np.int64)), (0, length - n)),
                   "labels": F.pad(torch.from_numpy(labels), (0, length - n), value=-100),
                   "mask": F.pad(torch.ones(n, dtype=torch.int64), (0, length - n)),

@@ -1,17 +1,24 @@
-"""A decoder's distillable signals: final hidden state, final-layer attention map, logits from the hidden state.
+"""A decoder's distillable signals: hidden states, attention maps, logits from the final hidden state.
 
-Teacher and student go through the same function. Every layer runs fused attention (SDPA); of the last layer the queries
-and keys are kept, from which its map is computed example by example: no (B, H, T, T) tensor is built in training.
+Teacher and student go through the same function. Attention runs fused (SDPA), but for the families that soft-cap their
+scores; of the layers asked for the queries and keys are kept, from which a map is computed example by example: no
+(B, H, T, T) tensor is built in training. Layers are numbered 1..L, by the layer whose output it is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-IMPLEMENTATION = "sdpa_keeps_queries"
+IMPLEMENTATION = "keeps_queries"  # without "sdpa": transformers refuses names with it to the families that soft-cap
+
+#: What an attention module may pass that changes its map in a way that `attention_map` does not know.
+UNKNOWN_TO_MAPS = {"s_aux": "attention sinks", "sinks": "attention sinks", "position_bias": "a bias on positions"}
 
 
 @dataclass
@@ -22,38 +29,60 @@ class Attention:
         query: (B, H, T, head_dim); key: (B, H_kv, T, head_dim), both after position encoding.
         mask: (B or 1, 1, T, T), bool (True: may see) or additive; None for plain causal attention.
         scaling: usually head_dim ** -0.5.
+        softcap: scaled scores s become softcap * tanh(s / softcap) before the mask (Gemma 2); None leaves them.
     """
 
     query: Tensor
     key: Tensor
     mask: Tensor | None
     scaling: float
+    softcap: float | None = None
 
     def example(self, b: int, first_query: int, last_query: int) -> Attention:
         """Example b's query rows [first_query, last_query) and the keys that they can see, as a batch of one."""
         rows = slice(first_query, last_query)
         mask = None if self.mask is None else self.mask[b % len(self.mask), None, :, rows, :last_query]
-        return Attention(self.query[b, None, :, rows], self.key[b, None, :, :last_query], mask, self.scaling)
+        return Attention(self.query[b, None, :, rows], self.key[b, None, :, :last_query], mask, self.scaling,
+                         self.softcap)
 
     def map(self) -> Tensor:
         """(B, H, T, T) float32 probabilities, head by head."""
-        return attention_map(self.query, self.key, self.mask, self.scaling)
+        return attention_map(self.query, self.key, self.mask, self.scaling, self.softcap)
+
+    def cap_slope(self) -> Tensor:
+        """(B, H, T, T) derivative of the capped scores by the scaled ones, 1 - tanh^2."""
+        key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
+        return 1 - torch.tanh((self.query @ key.transpose(-1, -2)).float() * (self.scaling / self.softcap)) ** 2
 
 
 @dataclass
 class Signals:
-    """What one forward pass gives.
+    """What one forward pass of a model with L = `layer_count` layers gives.
 
     Attributes:
-        hidden: (B, T, d) final hidden state, after the model's last norm: times `lm_head` it is the logits.
-        attention: the last layer's queries and keys; None if its map was not asked for.
+        hidden: (B, T, d) final hidden state, after the model's last norm: `output_head` makes the logits from it.
+        layers: layer number -> (B, T, d) hidden state after that layer, before any further norm; L's is `hidden`.
+        attentions: layer number -> that layer's queries and keys.
+        layer_count: L.
     """
 
     hidden: Tensor
-    attention: Attention | None
+    layers: dict[int, Tensor]
+    attentions: dict[int, Attention]
+    layer_count: int
+
+    @property
+    def attention(self) -> Attention | None:
+        """The last layer's queries and keys; None if its map was not asked for."""
+        return self.attentions.get(self.layer_count)
+
+    def state(self, layer: int) -> Tensor:
+        """(B, T, d) of one of the layers that were asked for, or the final one."""
+        return self.hidden if layer == self.layer_count else self.layers[layer]
 
 
-def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float,
+                  softcap: float | None = None) -> Tensor:
     """softmax(scaling q k^T) over the keys that a query may see (Vaswani et al. 2017, eq. 1, without the values).
 
     Args:
@@ -61,12 +90,15 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: floa
         key: (B, H_kv, K, head_dim); grouped-query heads are repeated.
         mask: (B or 1, 1, Q, K), bool (True: may see) or additive; None for plain causal attention.
         scaling: usually head_dim ** -0.5.
+        softcap: c of c tanh(scaling q k^T / c), which the softmax then takes (Gemma 2).
 
     Returns:
         (B, H, Q, K) float32; rows sum to 1. A row whose bool mask hides every key (left padding) is all zeros.
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (query @ key.transpose(-1, -2)).float()
+    if softcap is not None:
+        scores, scaling = softcap * torch.tanh(scores * (scaling / softcap)), 1.0
     if mask is None:  # added and scaled in one pass: filling by a boolean mask takes three times as long
         rows, columns = scores.shape[-2:]
         mask = torch.full((rows, columns), -torch.inf, device=scores.device).triu_(columns - rows + 1)
@@ -75,16 +107,63 @@ def attention_map(query: Tensor, key: Tensor, mask: Tensor | None, scaling: floa
     return torch.add(mask, scores, alpha=scaling).softmax(-1)
 
 
-def _sdpa_keeps_queries(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs):
+def _keeps_queries(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any):
+    """The attention function that transformers calls in every layer."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    for name, meaning in UNKNOWN_TO_MAPS.items():
+        if kwargs.get(name) is not None:  # SDPA would drop sinks without a word
+            raise ValueError(f"{type(module).__name__} uses {meaning}, which are not captured here: as a teacher set "
+                             "signals to 'top_k' and teacher_epochs to 0; it cannot be a student")
+    softcap = kwargs.get("softcap")
     if getattr(module, "keeps_queries", False):
-        module.kept = Attention(query, key, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5)
-    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        module.kept = Attention(query, key, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5, softcap)
+    attend = sdpa_attention_forward if softcap is None else _softcapped_attention
+    return attend(module, query, key, value, mask, **kwargs)
 
 
-def capture_layer(model: nn.Module) -> nn.Module:
-    """Switch `model` to attention that can capture, and return its last layer's attention module.
+def _softcapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None,
+                          **kwargs: Any):
+    """Gemma 2's own eager attention, as SDPA has no soft-capping; it wants an additive mask, SDPA's is bool or None."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril_()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    return eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def attention_module(layer: nn.Module) -> nn.Module | None:
+    """The attention module within a decoder layer, or None (a layer of another kind, such as a state space)."""
+    numbered = (module for module in layer.modules() if hasattr(module, "layer_idx"))
+    return next((module for module in numbered if type(module).__name__.endswith("Attention")), None)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of the model's decoder layers: that whose members hold attention.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(attention_module(layer) for layer in module):
+            return module
+    raise _not_captured(model)
+
+
+def layer_count(model: nn.Module) -> int:
+    """L, how many decoder layers the model has."""
+    return len(decoder_layers(model))
+
+
+def _not_captured(model: nn.Module) -> ValueError:
+    return ValueError(f"{type(model).__name__} does not use transformers' attention interface, so its maps cannot "
+                      "be captured: use a decoder of transformers >= 5 (Llama, Mistral, Qwen, Gemma, ...)")
+
+
+def _switch_attention(model: nn.Module) -> None:
+    """Have `model` call `_keeps_queries` in its layers, if it does not yet.
 
     Raises:
         ValueError: the model does not route its attention through `transformers.AttentionInterface`.
@@ -93,17 +172,15 @@ def capture_layer(model: nn.Module) -> nn.Module:
     from transformers.masking_utils import sdpa_mask
 
     if model.config._attn_implementation != IMPLEMENTATION:
-        AttentionInterface.register(IMPLEMENTATION, _sdpa_keeps_queries)
+        AttentionInterface.register(IMPLEMENTATION, _keeps_queries)
         AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
         model.set_attn_implementation(IMPLEMENTATION)
-    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and type(m).__name__.endswith("Attention")]
-    if not layers or model.config._attn_implementation != IMPLEMENTATION:
-        raise ValueError(f"{type(model).__name__} does not use transformers' attention interface, so its maps cannot "
-                         "be captured: use a decoder of transformers >= 5 (Llama, Mistral, Qwen, Gemma, ...)")
-    return max(layers, key=lambda layer: layer.layer_idx)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise _not_captured(model)
 
 
 def forward_signals(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, *,
+                    hidden_layers: Collection[int] = (), map_layers: Collection[int] | None = None,
                     want_map: bool = True) -> Signals:
     """One forward pass of a causal LM, without its `lm_head`.
 
@@ -114,56 +191,45 @@ def forward_signals(model: nn.Module, input_ids: Tensor, attention_mask: Tensor 
         model: a `transformers` causal LM.
         input_ids: (B, T) int64.
         attention_mask: (B, T), 1 for real tokens; needed for left padding only.
-        want_map: also keep what the last layer's attention map is computed from.
+        hidden_layers: numbers (1..L) of the layers whose hidden states are kept; the final one always is.
+        map_layers: numbers of the layers of which is kept what their maps are computed from. None: the last one's.
+        want_map: with `map_layers` None, whether the last one's is kept.
+
+    Raises:
+        ValueError: there is no such layer, or its attention cannot be captured.
     """
-    layer = capture_layer(model)
-    layer.keeps_queries = want_map
+    _switch_attention(model)
+    layers = decoder_layers(model)
+    if map_layers is None:
+        map_layers = (len(layers),) if want_map else ()
+    for number in (*hidden_layers, *map_layers):
+        if not 1 <= number <= len(layers):
+            raise ValueError(f"layer {number}: {type(model).__name__} has {len(layers)} layers, numbered from 1")
+    attending = {number: attention_module(layers[number - 1]) for number in map_layers}
+    if lacking := [number for number, module in attending.items() if module is None]:
+        raise ValueError(f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map")
+    states: dict[int, Tensor] = {}
+    hooks = [layers[number - 1].register_forward_hook(partial(_keep_state, states, number))
+             for number in set(hidden_layers)]
     try:
-        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        kept = getattr(layer, "kept", None)
+        for module in attending.values():
+            module.keeps_queries, module.kept = True, None
+        hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        attentions = {number: module.kept for number, module in attending.items()}
     finally:
-        layer.keeps_queries, layer.kept = False, None
-    return Signals(output.last_hidden_state, kept)
+        for hook in hooks:
+            hook.remove()
+        for module in attending.values():
+            module.keeps_queries, module.kept = False, None
+    if None in attentions.values():
+        raise _not_captured(model)
+    if len(layers) in states:
+        states[len(layers)] = hidden  # after the last norm
+    return Signals(hidden, states, attentions, len(layers))
 
 
-def lm_head_weight(model: nn.Module) -> Tensor:
-    """(V, d) weight of the output layer, tied or not.
-
-    Raises:
-        ValueError: the head has a bias, which hidden state times weight would lose.
-    """
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"{type(model).__name__}'s lm_head has a bias: set signals to 'top_k'")
-    return head.weight
-
-
-@torch.no_grad()
-def require_linear_head(model: nn.Module, input_ids: Tensor, *, tolerance: float = 1e-5) -> float:
-    """Check that hidden state times `lm_head` is what the model itself gives as logits.
-
-    Losses and cache rely on it. It is one and the same matrix product, so rounding explains next to nothing.
-
-    Args:
-        model: a causal LM.
-        input_ids: (B, T), right-padded.
-        tolerance: largest relative difference ||z - h W^T|| / ||z||.
-
-    Returns:
-        The relative difference.
-
-    Raises:
-        ValueError: the head does more than a matrix product (soft-capping, scaling).
-    """
-    logits = model(input_ids=input_ids, use_cache=False).logits.float()
-    rebuilt = (forward_signals(model, input_ids, want_map=False).hidden @ lm_head_weight(model).T).float()
-    difference = float((logits - rebuilt).norm() / logits.norm())
-    if not difference <= tolerance:
-        raise ValueError(f"{type(model).__name__}: hidden state times lm_head differs from its logits by "
-                         f"{difference:.2%}: its head does more than a matrix product (soft-capping or scaling). As a "
-                         "teacher it can be cached with signals set to 'top_k' and teacher_epochs to 0; it cannot be "
-                         "fine-tuned or be a student here")
-    return difference
+def _keep_state(states: dict[int, Tensor], number: int, _layer: nn.Module, _args: tuple, output: Any) -> None:
+    states[number] = output[0] if isinstance(output, tuple) else output
 
 
 def causal_places(first_query: int, last_query: int, device: torch.device | None = None) -> Tensor:

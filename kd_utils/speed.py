@@ -141,8 +141,9 @@ def exact_rows(teacher: nn.Module, rows: list[CachedExample]) -> list[CachedExam
     for row in rows:
         with torch.no_grad():
             signals = forward_signals(teacher, torch.from_numpy(row.tokens).long()[None].to(device))
-        full.append(replace(row, hidden=signals.hidden[0].float().cpu().numpy(),
-                            attention=encode_map(signals.attention.map()[0], torch.float32).cpu().numpy()))
+        full.append(replace(row, signals={
+            "hidden": signals.hidden[0].float().cpu().numpy(),
+            "attention": encode_map(signals.attention.map()[0], torch.float32).cpu().numpy()}))
     return full
 
 

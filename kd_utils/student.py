@@ -8,12 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from .config import resolve
 from .files import written_folder
 from .hub import MODEL_FILES, TOKENIZER_FILES, hub_folder, one_line
+from .signals import decoder_layers
 
 
 def model_source(name: str) -> str:
@@ -102,40 +104,25 @@ def evenly_spaced(total: int, keep: int) -> list[int]:
 
 
 def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
-    """Drop all decoder layers but `indices`, in place; the rest are renumbered."""
-    kept = [model.base_model.layers[i] for i in indices]
-    for position, layer in enumerate(kept):
+    """Drop all decoder layers but `indices` (rising, from 0), in place; the rest are renumbered."""
+    layers = decoder_layers(model)
+    total = len(layers)
+    for i in sorted(set(range(total)) - set(indices), reverse=True):
+        del layers[i]
+    for position, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = position
-    model.base_model.layers = nn.ModuleList(kept)
-    model.config.num_hidden_layers = len(kept)
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = [model.config.layer_types[i] for i in indices]
+    model.config.num_hidden_layers = len(layers)
+    for name, value in vars(model.config).items():  # one entry a layer: `layer_types`, SmolLM3's `no_rope_layers`
+        if "layer" in name and isinstance(value, list) and len(value) == total:
+            setattr(model.config, name, [value[i] for i in indices])
     return model
 
 
-def require_same_shapes(model: nn.Module, manifest: dict[str, Any], weights: dict[str, float],
-                        temperature: float) -> None:
-    """Check that the student's signals can be compared with those that the cache holds.
-
-    Raises:
-        ValueError: the vocabularies or (for maps) head counts differ, or the cache lacks a signal or temperature.
-    """
-    config, shape = model.config, manifest["shape"]
-    if config.vocab_size != shape["vocab_size"]:
-        raise ValueError(f"teacher has {shape['vocab_size']:,} output rows, student {config.vocab_size:,}: logits are "
-                         "compared id by id, so choose a student with the teacher's vocabulary")
-    missing = {"hidden", "attention"} & weights.keys()
-    if manifest["signals"] == "top_k" and missing:
-        raise ValueError(f"the cache holds top-k logits and no {' or '.join(sorted(missing))}: set signals to "
-                         "'white_box' and run 02 again, or distill_type to 'black_box'")
-    if manifest["signals"] == "top_k" and temperature not in manifest["temperatures"]:
-        raise ValueError(f"the top-k cache is exact at temperature {manifest['temperatures']} only, not {temperature}: "
-                         "run 02 again with this temperature")
-    if "attention" in weights and config.num_attention_heads != shape["num_attention_heads"]:
-        raise ValueError(f"teacher has {shape['num_attention_heads']} heads, student {config.num_attention_heads}: "
-                         "maps are compared head by head, so choose a student with the teacher's number of heads")
+def mixed_seed(*numbers: int) -> int:
+    """One seed out of several numbers. Shifting one of them up would not do: a CPU's generator takes the lower 32 bits."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Linear:

@@ -75,8 +75,7 @@ def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
         return data.why_stale(settings.data_path, settings)
     prepared = data.read_manifest(settings.data_path)
     manifest = cache.read_manifest(cache.find_cache(settings.artifacts, settings.name))
-    why = verification.why_stale(manifest, data_hash=prepared["data_hash"], teacher=settings.teacher,
-                                 tokenizer_fingerprint=prepared["tokenizer_fingerprint"])
+    why = verification.why_stale(manifest, data_hash=prepared["data_hash"], teacher=settings.teacher)
     return f"the cache {why}" if why else ""
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from .batches import right_padded
 from .cache import CachedExample, cache_code
 from .cache_writer import SignalsOf, held
 from .config import CacheConfig, resolve
@@ -19,15 +20,21 @@ from .data import PreparedData, remove_leftovers
 from .files import sha256_file, sha256_json, written_folder
 from .fine_tuning import fine_tune
 from .hub import hub_folder
+from .layers import column, teacher_layers
 from .sealed import RecordError, read_sealed, write_sealed
-from .signals import encode_map, forward_signals, lm_head_weight, require_linear_head
+from .heads import output_head, require_known_head
+from .signals import encode_map, forward_signals
 from .student import autocast, choose_device, load_causal_lm, load_tokenizer, model_source, save_model
-from .tokens import encode_example
-from .training import right_padded
+from .tokens import encode_example, tokenizer_files, tokenizer_fingerprint
+from .vocabulary import Vocabulary, byte_ends
 
 
-def encode_table(tokenizer: Any, table: pd.DataFrame, where: str = "the table") -> list[CachedExample]:
+def encode_table(tokenizer: Any, table: pd.DataFrame, where: str = "the table", *,
+                 vocabulary: Vocabulary | None = None) -> list[CachedExample]:
     """Each prepared row as tokens: prompt, answer, end token; its signals still to come.
+
+    Args:
+        vocabulary: the tokenizer's: then each row has `ends` too (none where the tokens do not spell the text).
 
     Raises:
         ValueError: names `where` and the row that this tokenizer cannot encode.
@@ -41,7 +48,13 @@ def encode_table(tokenizer: Any, table: pd.DataFrame, where: str = "the table") 
         if not prompt_ids:
             raise ValueError(f"{where}, row {example_id}: this tokenizer has no token for its prompt {prompt[:40]!r}: "
                              "leave the row out, or choose another tokenizer")
-        rows.append(CachedExample(example_id, np.asarray(prompt_ids + answer_ids, np.int32), len(prompt_ids)))
+        ids, ends = prompt_ids + answer_ids, None
+        if vocabulary is not None:
+            try:
+                ends = byte_ends(tokenizer, vocabulary, prompt + answer, ids)
+            except ValueError:  # of use to a student with the same tokens only, who needs no ends
+                ends = np.zeros(0, np.int32)
+        rows.append(CachedExample(example_id, np.asarray(ids, np.int32), len(prompt_ids), ends))
     return rows
 
 
@@ -109,7 +122,7 @@ def _fine_tuned(config: CacheConfig, train: list[CachedExample], folder: Path,
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.teacher, config.teacher_revision)
     model = load_causal_lm(config.teacher, config.teacher_revision).to(device)
-    require_linear_head(model, torch.from_numpy(right_padded(train[:8])[0]).to(device))
+    require_known_head(model, torch.from_numpy(right_padded(train[:8])[0]).to(device))
     rows = fine_tune(model, train, epochs=config.teacher_epochs,
                      learning_rate=config.teacher_learning_rate, batch_size=config.teacher_batch_size,
                      prompt_weight=config.teacher_prompt_weight, seed=config.teacher_seed,
@@ -122,7 +135,17 @@ def _fine_tuned(config: CacheConfig, train: list[CachedExample], folder: Path,
     return rows
 
 
-def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, model: nn.Module,
+def cached_layers(config: CacheConfig, model: nn.Module) -> dict[str, list[int]]:
+    """The layers, counted from 1, whose "hidden" states and "attention" maps the cache is to hold."""
+    if config.signals != "white_box":
+        return {"hidden": [], "attention": []}
+    total = model.config.num_hidden_layers
+    chosen = {signal: teacher_layers(choice, config.paired_layers, total) for signal, choice in (
+        ("hidden", config.hidden_layers), ("attention", config.attention_layers))}
+    return chosen | {"hidden": sorted({*chosen["hidden"], total})}  # the last one's gives the logits
+
+
+def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, model: nn.Module, tokenizer: Any,
                  accuracy: dict[str, float]) -> dict[str, Any]:
     """What a manifest says besides its files: where the signals come from (`key` decides the folder), and shapes.
 
@@ -130,7 +153,7 @@ def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, mode
         config: parameters of 02.
         prepared: the data that is cached.
         teacher: the name that `prepare_teacher` gave.
-        model: the teacher, loaded.
+        model, tokenizer: the teacher, loaded.
         accuracy: its accuracy on the validation rows.
     """
     white_box = config.signals == "white_box"
@@ -139,24 +162,33 @@ def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, mode
     temperatures = [] if white_box else sorted({1.0, config.temperature})
     code, base = cache_code(), model_fingerprint(config.teacher, config.teacher_revision)
     tuned = base if teacher == config.teacher else model_fingerprint(teacher)
-    key = {"data": prepared.data_hash, "base_teacher": config.teacher, "teacher": tuned,
-           "tokenizer": prepared.tokenizer_fingerprint, "signals": config.signals, "temperatures": temperatures,
+    layers, fingerprint = cached_layers(config, model), tokenizer_fingerprint(tokenizer)
+    key = {"data": prepared.data_hash, "base_teacher": config.teacher, "teacher": tuned, "tokenizer": fingerprint,
+           "signals": config.signals, "layers": layers, "temperatures": temperatures,
            "attention_dtype": config.attention_dtype if white_box else None,
            "top_k": None if white_box else config.top_k, "teacher_dtype": str(model.dtype),
            "shard_examples": config.shard_examples, "code": sha256_json(code)}
-    dtypes = ({"hidden": "float16", "attention": config.attention_dtype} if white_box else
-              {"top_logits": "float32", "top_ids": "int32", "log_mass": "float32"})
-    specific = ({"hidden_size": shape["hidden_size"], "heads": shape["num_attention_heads"]} if white_box else
+    specific = ({"hidden_size": shape["hidden_size"], "heads": shape["num_attention_heads"],
+                 "head": {"scale": output_head(model).scale, "cap": output_head(model).cap}} if white_box else
                 {"top_k": config.top_k})
+    files = tokenizer_files(resolve(config.teacher)) if resolve(config.teacher).is_dir() else {}
     return {"name": config.name, "key": key, "code": code, "base_teacher": config.teacher, "base_fingerprint": base,
-            "teacher": teacher, "teacher_revision": config.teacher_revision,
+            "teacher": teacher, "teacher_revision": config.teacher_revision, "tokenizer_files": files,
             "teacher_accuracy": accuracy, "data_hash": prepared.data_hash, "signals": config.signals, "shape": shape,
-            "tokenizer_fingerprint": prepared.tokenizer_fingerprint, "temperatures": temperatures,
-            "dtypes": dtypes, **specific}
+            "layers": layers, "tokenizer_fingerprint": fingerprint, "temperatures": temperatures,
+            "dtypes": column_dtypes(layers, shape["num_hidden_layers"], config.attention_dtype), **specific}
+
+
+def column_dtypes(layers: dict[str, list[int]], total: int, attention_dtype: str) -> dict[str, str]:
+    """The signals' columns of a cache and their types; no layers: those of top-k logits."""
+    if not layers["hidden"]:
+        return {"top_logits": "float32", "top_ids": "int32", "log_mass": "float32"}
+    return {**{column("hidden", layer, total): "float16" for layer in reversed(layers["hidden"])},
+            **{column("attention", layer, total): attention_dtype for layer in reversed(layers["attention"])}}
 
 
 def signal_function(model: nn.Module, *, signals: str, top_k: int = 64, temperatures: Sequence[float] = (),
-                    attention_dtype: str = "float16") -> SignalsOf:
+                    attention_dtype: str = "float16", layers: dict[str, list[int]] | None = None) -> SignalsOf:
     """A function that runs the teacher over one batch of examples and fills in what the cache holds of each.
 
     It returns as soon as the device has its work; the rows that it returns wait for the device.
@@ -167,8 +199,11 @@ def signal_function(model: nn.Module, *, signals: str, top_k: int = 64, temperat
         top_k: k of "top_k".
         temperatures: each T for which "top_k" keeps log sum_v exp(z_v / T): the rest's mass is exact for these only.
         attention_dtype: of "white_box" maps, "float16" or "uint8" (`signals.encode_map`).
+        layers: of "white_box": as `cached_layers` gives them; None: the last.
     """
     device, map_dtype = next(model.parameters()).device, getattr(torch, attention_dtype)
+    total = model.config.num_hidden_layers
+    layers = layers or {"hidden": [total], "attention": [total]}
 
     @torch.inference_mode()
     def run(batch: list[CachedExample]) -> Iterator[CachedExample]:
@@ -177,10 +212,11 @@ def signal_function(model: nn.Module, *, signals: str, top_k: int = 64, temperat
         if signals == "top_k":
             logits = model(input_ids=input_ids, use_cache=False).logits
             return _rows(batch, [_top_k(logits[b, :n], top_k, temperatures) for b, n in enumerate(lengths)])
-        output = forward_signals(model, input_ids)
-        maps = (output.attention.example(b, 0, n).map()[0] for b, n in enumerate(lengths))
-        return _rows(batch, [{"hidden": output.hidden[b, :n].half(), "attention": encode_map(rows, map_dtype)}
-                             for b, (n, rows) in enumerate(zip(lengths, maps))])
+        output = forward_signals(model, input_ids, hidden_layers=layers["hidden"], map_layers=layers["attention"])
+        return _rows(batch, [{
+            **{column("hidden", layer, total): hidden[b, :n].half() for layer, hidden in output.layers.items()},
+            **{column("attention", layer, total): encode_map(attention.example(b, 0, n).map()[0], map_dtype)
+               for layer, attention in output.attentions.items()}} for b, n in enumerate(lengths)])
 
     return run
 
@@ -201,7 +237,7 @@ def _rows(batch: list[CachedExample], signals: list[dict[str, Tensor]]) -> Itera
                         zip(column.split([shape.numel() for shape in sizes[name]]), sizes[name])]
                  for name, column in columns.items()}
         for b, row in enumerate(batch):
-            yield replace(row, **{name: arrays[b] for name, arrays in parts.items()})
+            yield replace(row, signals={name: arrays[b] for name, arrays in parts.items()})
 
     return rows()
 
@@ -222,4 +258,4 @@ def _top_k(logits: Tensor, k: int, temperatures: Sequence[float]) -> dict[str, T
 
 def stored_lm_head(model: nn.Module) -> Tensor:
     """(V, d) the output layer's weight on the CPU, as the model holds it."""
-    return lm_head_weight(model).detach().cpu().contiguous()
+    return output_head(model).weight.detach().cpu().contiguous()

@@ -1,10 +1,13 @@
-"""From text to token ids, and which tokenizers count as the same."""
+"""From text to token ids, and what tells one tokenizer from another."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
+
+from .files import sha256_file
 
 
 def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -58,25 +61,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def require_same_tokenizer(teacher_tokenizer: Any, student_tokenizer: Any) -> None:
-    """Refuse a teacher whose token ids stand for other pieces than the student's.
-
-    Logits are compared id by id, so an id must mean the same piece to both. Vocabularies of one size need not agree
-    (Llama-2's and Mistral's do not). Added tokens (begin, end, padding, chat marks) may differ: models of one family
-    configure them differently, and the text of the tasks has none of them.
-
-    Raises:
-        ValueError: how many ids stand for the same piece, and that such a teacher is not supported yet.
-    """
-    teacher, student = _pieces(teacher_tokenizer), _pieces(student_tokenizer)
-    added = teacher_tokenizer.added_tokens_decoder.keys() | student_tokenizer.added_tokens_decoder.keys()
-    same = sum(student.get(index) == piece for index, piece in teacher.items())
-    if any(teacher.get(index) != student.get(index) for index in (teacher.keys() | student.keys()) - added):
-        count = max(len(teacher), len(student))
-        raise ValueError(f"the teacher's tokenizer is not the student's: {same:,} of {count:,} ids stand for the same "
-                         "piece; a teacher with another tokenizer is not supported yet, choose a teacher and a student "
-                         "of one tokenizer (such as Llama-2 and TinyLlama)")
-
-
-def _pieces(tokenizer: Any) -> dict[int, str]:
-    return {index: piece for piece, index in tokenizer.get_vocab().items()}
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """Digests of a folder's files that a tokenizer is read from, by name; beside them there may be a model."""
+    return {path.name: sha256_file(path) for path in sorted(folder.iterdir()) if path.is_file()
+            and path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"))}

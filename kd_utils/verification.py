@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .cache import (SIGNAL_COLUMNS, CachedExample, CacheError, TeacherCache, cache_code, finished_caches, key_digest,
-                    read_manifest)
+from .cache import (CachedExample, CacheError, TeacherCache, cache_code, finished_caches, key_digest, read_manifest,
+                    signal_of)
 from .cache_writer import held
 from .config import resolve
 from .sealed import RecordError, read_sealed, write_sealed
 from .source_code import changed
+from .tokens import tokenizer_files
 
 
 def verify(folder: Path, data: dict[str, pd.DataFrame] | None = None,
@@ -78,31 +79,38 @@ def _checks(cache: TeacherCache, data: dict[str, pd.DataFrame] | None, recompute
 
 def _check_row(manifest: dict[str, Any], row: CachedExample) -> float:
     """Check one row; returns how far its attention rows are from summing to 1."""
-    n = len(row.tokens)
+    n, worst = len(row.tokens), 0.0
     shapes = {"hidden": (n, manifest.get("hidden_size")), "attention": (manifest.get("heads"), n * (n + 1) // 2),
               "top_logits": (n, manifest.get("top_k")), "top_ids": (n, manifest.get("top_k")),
               "log_mass": (n, len(manifest.get("temperatures", [])))}
-    for column in SIGNAL_COLUMNS[manifest["signals"]]:
-        array = getattr(row, column)
-        if array is None or array.shape != shapes[column]:
-            raise CacheError(f"row {row.example_id}: {column} has shape {getattr(array, 'shape', None)}, "
-                             f"expected {shapes[column]}")
+    for column in manifest["dtypes"]:
+        array, shape = row.signals[column], shapes[signal_of(column)]
+        if array.shape != shape:
+            raise CacheError(f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}")
         if not np.isfinite(array).all():
             raise CacheError(f"row {row.example_id}: {column} has values that are not finite: the teacher overflowed "
                              "float16; set signals to 'top_k' and run 02 again")
+        if signal_of(column) == "attention":
+            worst = max(worst, _check_map(row.example_id, array, n))
     if not 0 < row.answer_start < n:
         raise CacheError(f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens")
-    if row.attention is None:
-        return 0.0
-    compact = row.attention.dtype == np.uint8
-    probs = np.square(row.attention / np.float32(255)) if compact else row.attention.astype(np.float32)
+    ends = row.ends
+    if ends is not None and len(ends) and (len(ends) != n or (np.diff(ends, prepend=0) < 0).any()):
+        raise CacheError(f"row {row.example_id}: its {n} tokens end behind bytes that are not in order")
+    return worst
+
+
+def _check_map(example_id: str, packed: np.ndarray, n: int) -> float:
+    """How far the rows of one example's map are from summing to 1."""
+    compact = packed.dtype == np.uint8
+    probs = np.square(packed / np.float32(255)) if compact else packed.astype(np.float32)
     off = np.abs(np.add.reduceat(probs, np.cumsum(np.arange(n)), axis=1) - 1)
     keys = np.arange(1, n + 1)
     # Rounding sqrt(p) by at most 1/510, an entry at a time, moves a row of k keys by at most sqrt(k) / 255 + k / 510^2.
     allowed = np.sqrt(keys) / 255 + keys / 510**2 + 1e-3 if compact else np.full(n, 5e-3)
     worst = float(off.max())
     if (off > allowed).any():
-        raise CacheError(f"row {row.example_id}: an attention row sums to {1 - worst:.4f} or {1 + worst:.4f}, not 1")
+        raise CacheError(f"row {example_id}: an attention row sums to {1 - worst:.4f} or {1 + worst:.4f}, not 1")
     return worst
 
 
@@ -112,10 +120,10 @@ def _check_recomputed(cache: TeacherCache, recompute: Callable, samples: int, to
     worst = 0.0
     for example_id in chosen:
         stored = cache[example_id]
-        [fresh] = recompute([CachedExample(example_id, stored.tokens, stored.answer_start)])
-        for column in ("hidden", "attention", "top_logits"):
-            if (old := getattr(stored, column)) is not None:
-                old, new = old.astype(np.float32), np.asarray(getattr(fresh, column), np.float32)
+        [fresh] = recompute([CachedExample(example_id, stored.tokens, stored.answer_start, stored.ends)])
+        for column, old in stored.signals.items():
+            if signal_of(column) in ("hidden", "attention", "top_logits"):
+                old, new = old.astype(np.float32), np.asarray(fresh.signals[column], np.float32)
                 worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
     if not worst <= tolerance:
         raise CacheError(f"{cache.folder.name}: recomputed rows differ from the stored ones by {worst:.1%}: "
@@ -123,22 +131,20 @@ def _check_recomputed(cache: TeacherCache, recompute: Callable, samples: int, to
     return f"{len(chosen)} rows, equal within {worst:.1e}"
 
 
-def open_verified(folder: Path, *, data_hash: str, tokenizer_fingerprint: str, teacher: str,
-                  skip: Collection[str] = ()) -> TeacherCache:
-    """The gate in front of training: whole, verified, and what this data, tokenizer, teacher and code would make.
+def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> TeacherCache:
+    """The gate in front of training: whole, verified, and what this data, teacher and code would make.
 
     Args:
-        skip: signals that the method does not look at; they are not read.
+        data_hash, teacher: as in `why_stale`.
 
     Raises:
         CacheError: what is wrong, and the remedy.
     """
-    cache = TeacherCache(folder, skip=skip)
+    cache = TeacherCache(folder)
     if not (folder / "verified.json").is_file():
         raise CacheError(f"{folder.name} has not been verified: run 02 again, it verifies what it wrote")
     _require_verified(cache)
-    if reasons := why_stale(cache.manifest, data_hash=data_hash, tokenizer_fingerprint=tokenizer_fingerprint,
-                            teacher=teacher):
+    if reasons := why_stale(cache.manifest, data_hash=data_hash, teacher=teacher):
         raise CacheError(f"{folder.name} {reasons}: run 02 again")
     return cache
 
@@ -152,24 +158,25 @@ def _require_verified(cache: TeacherCache) -> None:
         raise CacheError(f"{cache.folder.name}/verified.json is of another cache: run 02 again, it verifies this one")
 
 
-def why_stale(manifest: dict[str, Any], *, data_hash: str, tokenizer_fingerprint: str, teacher: str) -> str:
-    """Why a cache is not what 02 would make now from this data, tokenizer and teacher; "" if it is.
+def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) -> str:
+    """Why a cache is not what 02 would make now from this data and teacher; "" if it is.
 
     Args:
         manifest: the cache's.
-        data_hash, tokenizer_fingerprint: of the prepared data.
-        teacher: the config's, before any fine-tuning. A folder's weights are compared; of a hub's model, the name.
+        data_hash: of the prepared data.
+        teacher: the config's, before any fine-tuning. A folder's weights and tokenizer are compared; of a hub's model,
+            the name. None: whichever it is (another experiment's).
     """
-    reasons = []
+    reasons, teacher = [], manifest["base_teacher"] if teacher is None else teacher
     if manifest["data_hash"] != data_hash:
         reasons.append(f"was made for other data ({manifest['data_hash'][:8]}, prepared is {data_hash[:8]})")
-    if manifest["tokenizer_fingerprint"] != tokenizer_fingerprint:
-        reasons.append("was made with another tokenizer than the student's (one that differs from the teacher's is not "
-                       "supported yet)")
     if manifest["base_teacher"] != teacher:
         reasons.append(f"was made from teacher {manifest['base_teacher']}, not {teacher}")
     elif "base_fingerprint" in manifest and resolve(teacher).is_dir():
         from .teacher import model_fingerprint  # brings torch along
+
+        if tokenizer_files(resolve(teacher)) != manifest.get("tokenizer_files", {}):
+            reasons.append(f"was made with another tokenizer of teacher {teacher}")
 
         with suppress(FileNotFoundError):  # weights that are gone are no other ones
             if model_fingerprint(teacher) != manifest["base_fingerprint"]:

@@ -35,7 +35,7 @@ from kd_utils import cache, config, data, files
 config = config.CacheConfig.from_notebook(globals())
 prepared = data.read_manifest(config.data_path)
 manifest = {"format": cache.FORMAT_VERSION, "teacher": config.teacher, "base_teacher": config.teacher,
-            "data_hash": prepared["data_hash"], "tokenizer_fingerprint": "t", "code": cache.cache_code()}
+            "data_hash": prepared["data_hash"], "code": cache.cache_code()}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
 files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
     "03_train_student": """

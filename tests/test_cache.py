@@ -12,12 +12,13 @@ from tiny import example_rows, tiny_llama
 from kd_utils import speed
 from kd_utils.cache import CacheError, TeacherCache, byte_planes, cache_code, check_files, find_cache, key_digest
 from kd_utils.cache_writer import cache_folder, token_batches, write_cache
-from kd_utils.signals import forward_signals, lm_head_weight
+from kd_utils.heads import lm_head_weight
+from kd_utils.signals import forward_signals
 from kd_utils.teacher import signal_function, stored_lm_head
 
 LENGTHS = [5, 9, 3, 12, 7, 7, 4, 10]
 HEADER = {"signals": "white_box", "heads": 4, "dtypes": {"hidden": "float16", "attention": "float16"},
-          "hidden_size": 32, "data_hash": "d", "tokenizer_fingerprint": "t",
+          "hidden_size": 32, "data_hash": "d",
           "base_teacher": "m", "temperatures": [], "code": cache_code()}
 
 
@@ -51,9 +52,10 @@ def test_round_trip_gives_what_the_teacher_says(cache):
         with torch.no_grad():
             signals = forward_signals(model, torch.from_numpy(row.tokens).long()[None])
         assert stored.tokens.tolist() == row.tokens.tolist() and stored.answer_start == row.answer_start
-        np.testing.assert_allclose(stored.hidden, signals.hidden[0].numpy(), atol=2e-3)
+        np.testing.assert_allclose(stored.signals["hidden"], signals.hidden[0].numpy(), atol=2e-3)
         rows, columns = np.tril_indices(len(row.tokens))
-        np.testing.assert_allclose(stored.attention, signals.attention.map()[0].numpy()[:, rows, columns], atol=1e-3)
+        maps = signals.attention.map()[0].numpy()[:, rows, columns]
+        np.testing.assert_allclose(stored.signals["attention"], maps, atol=1e-3)
 
 
 def test_logits_come_back_from_hidden_state_and_head(cache):
@@ -61,7 +63,7 @@ def test_logits_come_back_from_hidden_state_and_head(cache):
     stored = cache["row3"]
     with torch.no_grad():
         logits = model(torch.tensor(stored.tokens).long()[None]).logits[0]
-    rebuilt = torch.from_numpy(stored.hidden.astype(np.float32)) @ cache.lm_head().T
+    rebuilt = torch.from_numpy(stored.signals["hidden"].astype(np.float32)) @ cache.lm_head().T
     assert torch.equal(cache.lm_head(), lm_head_weight(model))
     torch.testing.assert_close(rebuilt, logits, atol=5e-3, rtol=5e-3)
 
@@ -70,7 +72,7 @@ def test_rows_are_keyed_and_ragged(cache):
     cache, _ = cache
     assert len(cache) == 10 and "row0" in cache and "row99" not in cache
     assert {i: cache.lengths[i] for i in ("row0", "row3", "vrow1")} == {"row0": 5, "row3": 12, "vrow1": 8}
-    assert cache["row3"].attention.shape == (4, 12 * 13 // 2)
+    assert cache["row3"].signals["attention"].shape == (4, 12 * 13 // 2)
     assert sorted(cache.splits["validation"]) == ["vrow0", "vrow1"]
     with pytest.raises(CacheError, match="no row for example row99"):
         cache["row99"]
@@ -85,10 +87,11 @@ def test_top_k_cache_holds_the_exact_rest(tmp_path):
     stored = TeacherCache(tmp_path / "c")["row1"]
     with torch.no_grad():
         logits = model(torch.from_numpy(rows[1].tokens).long()[None]).logits[0]
-    torch.testing.assert_close(torch.from_numpy(stored.top_logits.copy()), logits.topk(6).values, atol=1e-4, rtol=1e-4)
+    top = torch.from_numpy(stored.signals["top_logits"].copy())
+    torch.testing.assert_close(top, logits.topk(6).values, atol=1e-4, rtol=1e-4)
     mass = torch.stack([logits.logsumexp(-1), (logits / 2).logsumexp(-1)], -1)
-    torch.testing.assert_close(torch.from_numpy(stored.log_mass.copy()), mass, atol=1e-4, rtol=1e-4)
-    assert stored.hidden is None and TeacherCache(tmp_path / "c").lm_head() is None
+    torch.testing.assert_close(torch.from_numpy(stored.signals["log_mass"].copy()), mass, atol=1e-4, rtol=1e-4)
+    assert "hidden" not in stored.signals and TeacherCache(tmp_path / "c").lm_head() is None
 
 
 def find_half(folder):
@@ -278,12 +281,12 @@ def test_memory_budget_bounds_what_is_kept(cache):
     for example_id in small.lengths:
         small[example_id]
     assert 0 < len(small._kept) < len(small)
-    np.testing.assert_array_equal(small["row3"].hidden, cache[0]["row3"].hidden)
+    np.testing.assert_array_equal(small["row3"].signals["hidden"], cache[0]["row3"].signals["hidden"])
 
 
 def test_manifest_says_where_it_comes_from(cache):
     manifest = json.loads((cache[0].folder / "manifest.json").read_text())
-    assert manifest["rows"] == {"train": 8, "validation": 2} and manifest["format"] == 2
+    assert manifest["rows"] == {"train": 8, "validation": 2} and manifest["format"] == 3
     assert {"file", "split", "rows", "tokens", "bytes", "sha256"} == set(manifest["shards"][0])
     shutil.rmtree(cache[0].folder)
 
@@ -299,6 +302,8 @@ def test_a_row_that_was_written_is_let_go():
 
 
 def test_only_what_is_wanted_is_read(cache):
-    row = TeacherCache(cache[0].folder, skip=("attention",))["row3"]
-    assert row.attention is None
-    np.testing.assert_array_equal(row.hidden, cache[0]["row3"].hidden)
+    opened = TeacherCache(cache[0].folder)
+    opened.read_only({"hidden"})
+    row = opened["row3"]
+    assert "attention" not in row.signals
+    np.testing.assert_array_equal(row.signals["hidden"], cache[0]["row3"].signals["hidden"])

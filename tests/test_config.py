@@ -120,18 +120,26 @@ def test_fingerprint_changes_with_what_matters_only():
         assert TrialConfig(**{**DEFAULTS, key: value}).fingerprint() != base.fingerprint()
 
 
+OF_LOGITS = {"beta", "temperature", "logit_loss", "distill_tokens", "more_teachers"}
+OF_HIDDEN = {"gamma_hidden", "hidden_layers"}
+OF_ATTENTION = {"gamma_attention", "attention_normaliser", "attention_layers", "head_mapping"}
+
+
 @pytest.mark.parametrize("method, without_effect", [
-    ("combined", set()),
-    ("attention", {"gamma_hidden"}),
-    ("hidden_state", {"gamma_attention", "attention_normaliser"}),
-    ("black_box", {"gamma_hidden", "gamma_attention", "attention_normaliser"}),
-    ("task_only", {"gamma_hidden", "gamma_attention", "attention_normaliser", "beta", "temperature", "distill_tokens"}),
-    ("untrained", {"gamma_hidden", "gamma_attention", "attention_normaliser", "beta", "temperature", "distill_tokens",
-                   "seed", "alpha", "epochs", "micro_batch_size", "learning_rate", "weight_decay", "max_grad_norm"}),
+    ("combined", {"paired_layers"}),
+    ("attention", OF_HIDDEN | {"paired_layers"}),
+    ("hidden_state", OF_ATTENTION | {"paired_layers"}),
+    ("black_box", OF_HIDDEN | OF_ATTENTION | {"paired_layers"}),
+    ("task_only", OF_LOGITS | OF_HIDDEN | OF_ATTENTION | {"paired_layers"}),
+    ("untrained", OF_LOGITS | OF_HIDDEN | OF_ATTENTION | {
+        "paired_layers", "seed", "alpha", "epochs", "micro_batch_size", "learning_rate", "weight_decay",
+        "max_grad_norm"}),
 ])
 def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_effect):
     base = TrialConfig(**{**DEFAULTS, "distill_type": method})
-    changed = {"beta": 0.7, "temperature": 3.0, "distill_tokens": "answer", "gamma_hidden": 0.2, "gamma_attention": 0.2,
+    changed = {"beta": 0.7, "temperature": 3.0, "logit_loss": "uld", "distill_tokens": "answer",
+               "more_teachers": "other=0.4", "gamma_hidden": 0.2, "gamma_attention": 0.2, "hidden_layers": "uniform",
+               "attention_layers": "3:2", "paired_layers": 7, "head_mapping": "learned",
                "attention_normaliser": "queries", "seed": 5, "alpha": 0.5, "epochs": 9, "micro_batch_size": 2,
                "learning_rate": 0.5, "weight_decay": 0.5, "max_grad_norm": 0.5}
     same = {key for key, value in changed.items()
@@ -139,12 +147,29 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
     assert same == without_effect == base.without_effect
 
 
-def test_the_untrained_student_has_one_row_and_reads_no_signal():
-    untrained, task_only, attention = (TrialConfig(**{**DEFAULTS, "distill_type": method})
-                                       for method in ("untrained", "task_only", "attention"))
+def test_how_many_layers_are_paired_counts_where_they_are_not_named():
+    for method, key in (("hidden_state", "hidden_layers"), ("attention", "attention_layers")):
+        for choice, counts in (("uniform", True), ("reversed", True), ("random", True), ("3:2", False)):
+            config = TrialConfig(**{**DEFAULTS, "distill_type": method, key: choice})
+            assert ("paired_layers" not in config.without_effect) == counts
+
+
+def test_the_untrained_student_has_one_row():
+    untrained, attention = (TrialConfig(**{**DEFAULTS, "distill_type": method}) for method in ("untrained", "attention"))
     assert list(untrained.epoch_numbers) == [0] and list(attention.epoch_numbers) == [1, 2, 3]
-    assert set(task_only.unused_signals) == {"attention", "hidden", "top_logits", "top_ids", "log_mass"}
-    assert attention.unused_signals == ()
+
+
+@pytest.mark.parametrize("value", ["other", "other=", "other=1", "other=0", "other=0.0", "a=0.5 b=0.5", "a=0.1 a=0.1",
+                                   "../a=0.5", "a=-.5", "a=1e-1"])
+def test_teachers_need_weights_that_leave_some_to_the_trials_own(value):
+    with pytest.raises(ValueError, match="more_teachers"):
+        TrialConfig(**{**DEFAULTS, "more_teachers": value})
+
+
+def test_the_trials_own_teacher_has_the_rest_of_the_weights():
+    config = TrialConfig(**{**DEFAULTS, "more_teachers": "a=0.5 b=.25"})
+    assert config.teachers == {"toy": 0.25, "a": 0.5, "b": 0.25}
+    assert TrialConfig(**DEFAULTS).teachers == {"toy": 1.0}
 
 
 def test_methods_have_the_terms_of_the_design():

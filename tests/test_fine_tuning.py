@@ -4,7 +4,7 @@ import torch
 from tiny import example_rows, tiny_llama
 
 from kd_utils.fine_tuning import fine_tune, next_token_loss
-from kd_utils.training import collate
+from kd_utils.batches import collate
 
 
 def test_fine_tuning_learns_and_repeats_itself():

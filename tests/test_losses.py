@@ -2,12 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_utils.losses import (attention_mse, forward_kl_top_k, hidden_mse, kd_loss, task_cross_entropy,
-                             weighted_sum)
+from kd_utils.batches import Maps, _merge
+from kd_utils.logit_losses import forward_kl_top_k, kd_loss
+from kd_utils.losses import attention_mse, hidden_mse, task_cross_entropy, weighted_sum
 from kd_utils.signals import Attention, causal_places, causal_slice, decode_map, encode_map
 
 
@@ -122,23 +124,28 @@ def teacher_maps(queries, heads=4, tokens=6, dtype=torch.float16):
             for rows, (first, last) in zip(maps, queries)]
 
 
+def compared(packed, queries):
+    """A batch's maps of a teacher with the student's tokens."""
+    return Maps(packed, queries, queries, [None] * len(packed))
+
+
 def test_attention_mse_by_hand():
     flat = Attention(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), None, 0.5)  # rows 1 | 1/2 1/2
     teacher = [torch.tensor([[1.0, 0.9, 0.1]])]
-    assert attention_mse(flat, teacher, [(0, 2)]).item() == pytest.approx(2 * 0.16 / 3)
-    assert attention_mse(flat, [teacher[0][:, 1:]], [(1, 2)]).item() == pytest.approx(2 * 0.16 / 2)
-    assert attention_mse(flat, [torch.tensor([[1.0, 0.5, 0.5]])], [(0, 2)]) == 0
+    assert attention_mse(flat, compared(teacher, [(0, 2)])).item() == pytest.approx(2 * 0.16 / 3)
+    assert attention_mse(flat, compared([teacher[0][:, 1:]], [(1, 2)])).item() == pytest.approx(2 * 0.16 / 2)
+    assert attention_mse(flat, compared([torch.tensor([[1.0, 0.5, 0.5]])], [(0, 2)])) == 0
 
 
 @pytest.mark.parametrize("queries", [[(0, 6), (0, 4)], [(3, 6), (1, 2)]])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
-@pytest.mark.parametrize("windowed", [False, True])
-def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed):
+@pytest.mark.parametrize("windowed, softcap", [(False, None), (True, None), (False, 1.5)])
+def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed, softcap):
     maps, results = teacher_maps(queries, dtype=dtype), []
     mask = torch.ones(6, 6).tril().triu(-2).bool()[None, None] if windowed else None
     for by_torch in (True, False):
         student = attention()
-        student.mask = mask
+        student.mask, student.softcap = mask, softcap
         student.query.requires_grad_(), student.key.requires_grad_()
         if by_torch:
             pairs = [(student.map()[b, :, first:last, :last].flatten(1)[:, causal_places(first, last)],
@@ -146,15 +153,42 @@ def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed):
                      for b, (first, last) in enumerate(queries)]
             loss = F.mse_loss(*(torch.cat(side, dim=1) for side in zip(*pairs)))
         else:
-            loss = attention_mse(student, maps, queries)
+            loss = attention_mse(student, compared(maps, queries))
         (3 * loss).backward()
         results.append((loss.detach(), student.query.grad, student.key.grad))
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
 
 
 def test_attention_mse_refuses_unequal_heads():
-    with pytest.raises(ValueError, match="teacher has 2 heads, student 4"):
-        attention_mse(attention(), teacher_maps([(0, 6)], heads=2), [(0, 6)])
+    with pytest.raises(ValueError, match="teacher has 2 heads, student 4.*set head_mapping to 'mean_groups'"):
+        attention_mse(attention(), compared(teacher_maps([(0, 6)], heads=2), [(0, 6)]))
+
+
+@pytest.mark.parametrize("heads", [2, 4, 6])
+def test_attention_mse_of_merged_maps_and_mixed_heads_equals_torch_with_gradients(heads):
+    """The teacher's 5 tokens and the student's 6 make 4 groups; queries of the last three are compared."""
+    last = {"teacher": np.array([0, 1, 3, 4]), "student": np.array([0, 2, 3, 5])}
+    merges = [tuple(_merge(last[side], last[side][1:], torch.device("cpu")) for side in ("teacher", "student"))] * 2
+    packed = teacher_maps([(0, 5), (0, 5)], heads=heads, tokens=5)
+    whole = [decode_map(each, 0, 5) for each in packed]
+    rows = [each[:, slice(*causal_slice(1, 5))] for each in packed]
+    mixing, results = logits(4, heads, seed=5), []
+    for by_torch in (True, False):
+        student, mix = attention(), mixing.clone().requires_grad_()
+        student.query.requires_grad_(), student.key.requires_grad_()
+        if by_torch:
+            def merged(maps, side):
+                groups = torch.tensor(np.searchsorted(last[side], np.arange(maps.shape[-1])))
+                return (maps[..., last[side][1:], :] @ F.one_hot(groups).float())
+            error = [merged(student.map()[b], "student")
+                     - torch.einsum("st,tqk->sqk", mix.softmax(-1), merged(whole[b], "teacher")) for b in range(2)]
+            loss = sum(each.square().sum() for each in error) / (2 * 4 * (2 + 3 + 4))  # causal entries of rows 2 to 4
+        else:
+            maps = Maps(rows, [(1, 5)] * 2, [(2, 6)] * 2, merges)
+            loss = attention_mse(student, maps, 2 * heads * (2 + 3 + 4), mix.softmax(-1))
+        loss.backward()
+        results.append((loss.detach(), student.query.grad, student.key.grad, mix.grad))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("parts", [[4, 5], [1, 8], [3, 3, 3]])
@@ -167,8 +201,8 @@ def test_splitting_a_batch_changes_nothing(parts):
         n = normaliser or {}
         return [task_cross_entropy(student[rows], targets[rows], n.get("tokens")),
                 hidden_mse(student[rows], teacher[rows], n.get("tokens")),
-                attention_mse(Attention(maps.query[rows], maps.key[rows], None, 0.35), packed[rows], spans[rows],
-                              n.get("entries")),
+                attention_mse(Attention(maps.query[rows], maps.key[rows], None, 0.35),
+                              compared(packed[rows], spans[rows]), n.get("entries")),
                 kd_loss(student[rows], torch.eye(11), teacher[rows], torch.eye(11), 2.0, n.get("tokens"))]
 
     whole = torch.stack(terms(slice(0, 9)))

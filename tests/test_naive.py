@@ -4,11 +4,13 @@ import torch
 from tiny import example_rows, tiny_llama
 
 from kd_utils import naive
+from kd_utils.batches import collate
+from kd_utils.heads import Head, lm_head_weight, output_head
 from kd_utils.losses import weighted_sum
-from kd_utils.signals import forward_signals, lm_head_weight
-from kd_utils.student import make_projector
+from kd_utils.signals import forward_signals
 from kd_utils.teacher import signal_function
-from kd_utils.training import collate, loss_terms
+from kd_utils.training import loss_terms
+from kd_utils.views import TeacherView
 
 WEIGHTS = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
 
@@ -21,7 +23,9 @@ def test_the_naive_loss_and_its_gradient_are_ours(tmp_path):
         naive.write_rows(tmp_path / "naive.parquet", rows, head, length=20)
         results = []
         for side in ("naive", "ours"):
-            student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
+            student = tiny_llama(seed=1)
+            view = TeacherView(Head(head), (32, 48), hidden_pairs=[(3, 2)], map_pairs=[(3, 2)], teacher_layers=3)
+            [projector] = view.projectors
             if side == "naive":
                 student.set_attn_implementation("eager")
                 batch = naive.read_batch(tmp_path / "naive.parquet", [0, 1, 2])
@@ -29,8 +33,8 @@ def test_the_naive_loss_and_its_gradient_are_ours(tmp_path):
                 terms = naive.loss_terms(student, batch, projector, 2.0)
             else:
                 batch = collate(rows)
-                terms = loss_terms(forward_signals(student, batch.input_ids), lm_head_weight(student), batch=batch,
-                                   terms=tuple(WEIGHTS), teacher_head=head, projector=projector, temperature=2.0)
+                terms = loss_terms(forward_signals(student, batch.input_ids), output_head(student), batch=batch,
+                                   terms=tuple(WEIGHTS), views=[view], temperature=2.0)
             weighted_sum(terms, WEIGHTS).backward()
             results.append((terms, [p.grad for p in (*student.parameters(), *projector.parameters())]))
         torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)

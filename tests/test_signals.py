@@ -4,8 +4,9 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from kd_utils.signals import (Attention, attention_map, capture_layer, causal_slice, decode_map, encode_map,
-                              forward_signals, lm_head_weight, require_linear_head)
+from kd_utils.heads import Head, lm_head_weight, output_head, require_known_head
+from kd_utils.signals import (Attention, attention_map, attention_module, causal_slice, decode_map, decoder_layers,
+                              encode_map, forward_signals, layer_count)
 
 
 def eager_map(model, input_ids, attention_mask=None):
@@ -74,11 +75,48 @@ def test_gradient_through_the_map_equals_eager():
 
 def test_no_map_is_kept_or_computed_when_not_asked_for():
     model = tiny_llama()
-    assert forward_signals(model, torch.tensor([[3, 4]]), want_map=False).attention is None
+    signals = forward_signals(model, torch.tensor([[3, 4]]), want_map=False)
+    assert signals.attention is None and signals.attentions == {} and signals.layers == {}
     forward_signals(model, torch.tensor([[3, 4]]))
-    layer = capture_layer(model)
-    assert layer.kept is None and layer.layer_idx == 1
+    layer = attention_module(decoder_layers(model)[1])
+    assert layer.kept is None and not layer.keeps_queries
     assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
+
+
+def test_named_layers_are_kept_and_no_others():
+    model, ids = tiny_llama(layers=3), torch.randint(3, 97, (2, 7))
+    signals = forward_signals(model, ids, hidden_layers=(1, 3), map_layers=(2, 1))
+    assert layer_count(model) == 3
+    assert signals.layers.keys() == {1, 3} and signals.attentions.keys() == {1, 2}
+    assert signals.layers[3] is signals.hidden
+    assert signals.attention is None  # the last layer's, which was not asked for
+    last = forward_signals(model, ids, map_layers=[3])
+    assert last.attention is last.attentions[3] and last.layers == {}
+
+
+@pytest.mark.parametrize("asked", [{"hidden_layers": [0]}, {"hidden_layers": [1, 3]}, {"map_layers": [3]},
+                                   {"map_layers": [-1]}])
+def test_a_layer_that_does_not_exist_is_named(asked):
+    number = list(*asked.values())[-1]
+    with pytest.raises(ValueError, match=f"^layer {number}: LlamaForCausalLM has 2 layers, numbered from 1$"):
+        forward_signals(tiny_llama(), torch.tensor([[3, 4]]), **asked)
+
+
+def test_nothing_stays_behind_when_the_pass_fails():
+    model = tiny_llama()
+    with pytest.raises(IndexError):
+        forward_signals(model, torch.tensor([[3, 97]]), hidden_layers=[1], map_layers=[1, 2])  # no such token
+
+    def fails(*_):
+        raise RuntimeError("late")
+
+    late = model.model.norm.register_forward_hook(fails)  # by then both layers have run
+    with pytest.raises(RuntimeError, match="late"):
+        forward_signals(model, torch.tensor([[3, 4]]), hidden_layers=[1], map_layers=[1, 2])
+    late.remove()
+    for layer in decoder_layers(model):
+        assert not layer._forward_hooks
+        assert attention_module(layer).kept is None and not attention_module(layer).keeps_queries
 
 
 def test_map_rows_sum_to_one_and_hidden_rows_are_zero():
@@ -92,27 +130,75 @@ def test_map_rows_sum_to_one_and_hidden_rows_are_zero():
 def test_hidden_times_head_is_the_logits():
     model, ids = tiny_llama(), torch.randint(3, 97, (2, 6))
     with torch.no_grad():
-        assert require_linear_head(model, ids) < 1e-6
-        hidden = forward_signals(model, ids).hidden
-        torch.testing.assert_close(hidden @ lm_head_weight(model).T, model(ids).logits)
+        assert require_known_head(model, ids) < 1e-6
+        hidden, head = forward_signals(model, ids).hidden, output_head(model)
+        torch.testing.assert_close(head.logits(hidden), model(ids).logits)
+        assert torch.equal(head.logits(hidden), hidden @ lm_head_weight(model).T)
+    assert head.slope(torch.ones(3)) == 1.0
 
 
-def test_a_head_that_scales_its_logits_is_refused():
-    from transformers import GraniteConfig, GraniteForCausalLM
+@pytest.mark.parametrize("scale, cap", [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 3.0)])
+def test_a_heads_slope_is_autograds(scale, cap):
+    head = Head(torch.eye(4), scale, cap)
+    hidden = torch.tensor([[-3.0, -0.5, 0.25, 4.0]], requires_grad=True)  # the identity's u is h itself
+    logits = head.logits(hidden)
+    logits.sum().backward()
+    torch.testing.assert_close(torch.ones_like(logits) * head.slope(logits.detach()), hidden.grad)
+
+
+def test_a_capped_head_by_hand():
+    logits = Head(torch.eye(2), 0.5, 3.0).logits(torch.tensor([[6.0, -60.0]]))
+    torch.testing.assert_close(logits, torch.tensor([[2.284782, -3.0]]))  # 3 tanh(1), 3 tanh(-10)
+
+
+def test_a_head_that_does_something_unknown_is_refused():
+    from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM, LlamaForCausalLM
+
+    class Shifted(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + 0.01 * torch.arange(97)
+            return output
 
     torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                                             num_attention_heads=4, num_key_value_heads=2, logits_scaling=8.0)).eval()
-    ids = torch.randint(0, 50, (1, 6))
-    with pytest.raises(ValueError, match="more than a matrix product.*top_k"):
-        require_linear_head(model, ids)
+    ids = torch.randint(3, 97, (1, 6))
+    multiplies = HyperCLOVAXConfig(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                   num_attention_heads=4, logits_scaling=8.0)  # Granite's name for another operation
+    for model in (Shifted(tiny_llama().config).eval(), HyperCLOVAXForCausalLM(multiplies).eval()):
+        with pytest.raises(ValueError, match="^[^\n]*more than a matrix product, scaling and soft-capping.*top_k.*$"):
+            require_known_head(model, ids)
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_one_examples_rows_are_those_of_the_whole_map(window):
+def test_a_head_with_a_bias_is_refused():
+    model = tiny_llama()
+    model.lm_head = torch.nn.Linear(32, 97)
+    with pytest.raises(ValueError, match="lm_head has a bias.*top_k"):
+        output_head(model)
+
+
+def test_attention_sinks_are_refused():
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, head_dim=8,
+                          num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, num_experts_per_tok=1,
+                          pad_token_id=0, eos_token_id=1, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="^GptOssAttention uses attention sinks.*top_k.*$"):
+        forward_signals(GptOssForCausalLM(config).eval(), torch.tensor([[3, 4]]), want_map=False)
+
+
+def test_a_soft_capped_map_by_hand():
+    query = torch.tensor([[[[1.0], [2.0]]]])  # scores of the second row: 2, 8; scaled by 0.5: 1, 4; capped at 2
+    attention = Attention(query, torch.tensor([[[[1.0], [4.0]]]]), None, 0.5, 2.0)
+    capped = 2 * torch.tensor([[0.5, 2.0]]).tanh()
+    torch.testing.assert_close(attention.map()[0, 0, 1:], capped.softmax(-1))
+    assert attention.map()[0, 0, 0].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("window, softcap", [(None, None), (3, None), (None, 0.5), (3, 0.5)])
+def test_one_examples_rows_are_those_of_the_whole_map(window, softcap):
     query, key = torch.randn(2, 4, 7, 8), torch.randn(2, 2, 7, 8)
     mask = None if window is None else torch.ones(7, 7, dtype=torch.bool).tril().triu(1 - window)[None, None]
-    attention = Attention(query, key, mask, 0.3)
+    attention = Attention(query, key, mask, 0.3, softcap)
     for b, first, last in ((0, 0, 7), (1, 0, 5), (1, 3, 6)):
         whole = attention.map()[b, :, first:last, :last]
         torch.testing.assert_close(attention.example(b, first, last).map()[0], whole)

@@ -69,9 +69,9 @@ def test_alternate_takes_turns_and_warms_up():
 def test_exact_rows_are_the_teachers_own_values():
     teacher, rows = tiny_llama(), example_rows([6, 9])
     for exact, stored in zip(speed.exact_rows(teacher, rows), signal_function(teacher, signals="white_box")(rows)):
-        assert exact.hidden.dtype == exact.attention.dtype == np.float32
-        np.testing.assert_allclose(stored.hidden, exact.hidden, atol=2e-3)
-        np.testing.assert_allclose(stored.attention, exact.attention, atol=1e-3)
+        assert exact.signals["hidden"].dtype == exact.signals["attention"].dtype == np.float32
+        np.testing.assert_allclose(stored.signals["hidden"], exact.signals["hidden"], atol=2e-3)
+        np.testing.assert_allclose(stored.signals["attention"], exact.signals["attention"], atol=1e-3)
 
 
 def test_peak_memory_sees_what_was_freed_again():

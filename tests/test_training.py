@@ -8,13 +8,15 @@ import pytest
 import torch
 from tiny import example_rows, tiny_llama
 
+from kd_utils.batches import collate, epoch_batches, prefetched, split_batch
+from kd_utils.heads import Head, lm_head_weight, output_head
 from kd_utils.losses import weighted_sum
-from kd_utils.signals import forward_signals, lm_head_weight
+from kd_utils.signals import forward_signals
 from kd_utils.speed import cosine, exact_rows
 from kd_utils.student import autocast, make_projector
 from kd_utils.teacher import signal_function
-from kd_utils.training import (FiniteSteps, Mean, collate, epoch_batches, gradient_shares, loss_terms, prefetched,
-                               seed_step, split_batch, validation_losses)
+from kd_utils.training import FiniteSteps, Mean, gradient_shares, loss_terms, seed_step, validation_losses
+from kd_utils.views import TeacherView
 
 TEACHER = tiny_llama(width=48, layers=3)
 HEAD = lm_head_weight(TEACHER).detach()
@@ -26,10 +28,18 @@ def cached(lengths, seed=0, signals="white_box"):
     return list(run(example_rows(lengths, seed=seed)))
 
 
-def terms_for(student, batch, projector=None, terms=tuple(ALL), **kwargs):
+def view_with(student, projector=None, *, head=HEAD, temperatures=()):
+    pairs = [(3, student.config.num_hidden_layers)]
+    view = TeacherView(head if head is None else Head(head), (32, 48), hidden_pairs=pairs, map_pairs=pairs,
+                       teacher_layers=3, temperatures=temperatures)
+    view.projectors[0] = projector or make_projector(32, 48, 0)
+    return view
+
+
+def terms_for(student, batch, projector=None, terms=tuple(ALL), *, head=HEAD, temperatures=()):
     signals = forward_signals(student, batch.input_ids)
-    return loss_terms(signals, lm_head_weight(student), batch=batch, terms=terms, teacher_head=HEAD,
-                      projector=projector or make_projector(32, 48, 0), temperature=2.0, **kwargs)
+    return loss_terms(signals, output_head(student), batch=batch, terms=terms, temperature=2.0,
+                      views=[view_with(student, projector, head=head, temperatures=temperatures)])
 
 
 def test_collate_puts_answers_and_signals_where_they_belong():
@@ -40,17 +50,23 @@ def test_collate_puts_answers_and_signals_where_they_belong():
     # row 0: 5 tokens, answer from 4 on; row 1: 8 tokens, answer from 6 on
     assert batch.predicting.tolist() == [3, 8 + 5, 8 + 6]
     assert batch.targets.tolist() == [rows[0].tokens[4], rows[1].tokens[6], rows[1].tokens[7]]
-    assert batch.distilled.tolist() == [*range(5), *range(8, 16)]
-    np.testing.assert_array_equal(batch.teacher["hidden"], np.concatenate([r.hidden for r in rows]))
+    [compared] = batch.teachers
+    assert compared.places.tolist() == [*range(5), *range(8, 16)]
+    assert compared.single is None and compared.spans is None
+    np.testing.assert_array_equal(compared.signals["hidden"], np.concatenate([r.signals["hidden"] for r in rows]))
 
 
 def test_answer_mode_looks_at_the_same_positions_with_all_signals():
     rows = cached([5, 8])
     batch = collate(rows, distill_tokens="answer")
-    assert batch.distilled.tolist() == batch.predicting.tolist()
-    np.testing.assert_array_equal(batch.teacher["hidden"], np.concatenate([rows[0].hidden[3:4], rows[1].hidden[5:7]]))
-    assert [m.shape for m in batch.teacher_maps] == [(4, 4), (4, 6 + 7)]  # query rows 3 and 5, 6
-    np.testing.assert_array_equal(batch.teacher_maps[1], rows[1].attention[:, 15:28])
+    [compared] = batch.teachers
+    assert compared.places.tolist() == batch.predicting.tolist()
+    hidden = [row.signals["hidden"] for row in rows]
+    np.testing.assert_array_equal(compared.signals["hidden"], np.concatenate([hidden[0][3:4], hidden[1][5:7]]))
+    maps = compared.maps["attention"]
+    assert [m.shape for m in maps.packed] == [(4, 4), (4, 6 + 7)]  # query rows 3 and 5, 6
+    assert maps.student_rows == maps.teacher_rows == [(3, 4), (5, 7)]
+    np.testing.assert_array_equal(maps.packed[1], rows[1].signals["attention"][:, 15:28])
 
 
 def test_the_attention_term_is_a_mean_over_entries_or_a_mean_over_rows_of_sums():
@@ -80,9 +96,10 @@ def test_padding_and_neighbours_are_inert():
     rows = cached([6, 12])
     alone = terms_for(student, collate(rows[:1]), projector)
     together = collate(rows)
-    together.normalisers = collate(rows[:1]).counts
     other = collate(rows[1:])
-    other.normalisers = together.normalisers
+    for batch in (together, other):
+        batch.whole_answers = collate(rows[:1]).answers
+        batch.teachers[0].normalisers = collate(rows[:1]).teachers[0].counts
     both, second = terms_for(student, together, projector), terms_for(student, other, projector)
     for name in ALL:
         torch.testing.assert_close(both[name], alone[name] + second[name], atol=1e-4, rtol=1e-4)
@@ -102,11 +119,11 @@ def test_gradients_do_not_depend_on_the_micro_batch_size(size):
 def test_top_k_cache_trains_at_its_temperatures_only():
     batch = collate(cached([5, 9], signals="top_k"))
     student = tiny_llama(seed=1)
-    top = terms_for(student, batch, terms=("task", "kd"), temperatures=[1.0, 2.0])
+    top = terms_for(student, batch, terms=("task", "kd"), head=None, temperatures=[1.0, 2.0])
     full = terms_for(student, collate(cached([5, 9])), terms=("task", "kd"))
     assert 0 < top["kd"] <= full["kd"] + 1e-4 and top["kd"] > 0.3 * full["kd"]
     with pytest.raises(ValueError):
-        terms_for(student, batch, terms=("kd",), temperatures=[1.0])
+        terms_for(student, batch, terms=("kd",), head=None, temperatures=[1.0])
 
 
 def test_epochs_are_permutations_fixed_by_seed_and_epoch():
@@ -126,8 +143,9 @@ def test_dropout_is_the_same_whatever_was_drawn_before():
         seed_step(3, 11)
         outputs.append(forward_signals(student, ids).hidden)
     assert torch.equal(*outputs)
-    seed_step(3, 12)
-    assert not torch.equal(outputs[0], forward_signals(student, ids).hidden)
+    for other in ((3, 12), (4, 11)):
+        seed_step(*other)
+        assert not torch.equal(outputs[0], forward_signals(student, ids).hidden)
 
 
 def test_projector_is_fixed_by_its_seed_and_leaves_the_generator_alone():
@@ -152,13 +170,12 @@ def test_gradient_shares_sum_to_one_and_follow_the_weights():
 
 def test_validation_losses_do_not_depend_on_batches():
     student, rows = tiny_llama(seed=1), cached([5, 9, 4, 12, 7])
-    terms_of = partial(loss_terms, teacher_head=HEAD, projector=make_projector(32, 48, 0), terms=tuple(ALL),
-                       temperature=2.0)
+    terms_of = partial(loss_terms, views=[view_with(student)], terms=tuple(ALL), temperature=2.0)
     results = []
     for size in (1, 2, 5):
         chunks = [(collate(rows[i:i + size]), ["sst2", "mmlu", "sst2", "mmlu", "sst2"][i:i + size])
                   for i in range(0, 5, size)]
-        results.append(validation_losses(student, chunks, terms_of, want_map=True))
+        results.append(validation_losses(student, chunks, partial(forward_signals, student), terms_of))
     assert set(results[0]) == {"validation_loss", *(f"validation_loss/{t}" for t in ALL), "token_accuracy/sst2",
                                "token_accuracy/mmlu"}
     for other in results[1:]:
@@ -207,8 +224,8 @@ def test_prefetched_keeps_order_and_raises_in_place():
 
 
 def test_examples_without_signals_give_the_task_loss_alone():
-    batch = collate([replace(row, hidden=None, attention=None) for row in cached([5, 9])])
-    assert batch.teacher == {} and batch.teacher_maps == []
+    batch = collate([replace(row, signals={}) for row in cached([5, 9])])
+    assert batch.teachers == []
     student = tiny_llama(seed=1)
     assert set(terms_for(student, batch, terms=("task",))) == {"task"}
 
@@ -221,11 +238,10 @@ def test_the_caches_gradient_is_that_of_a_float32_teacher(temperature, attention
     rows, gradients = example_rows([20, 31, 12]), {}
     run = signal_function(TEACHER, signals="white_box", attention_dtype=attention_dtype)
     for side, examples in (("cache", list(run(rows))), ("exact", exact_rows(TEACHER, rows))):
-        student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
-        batch = collate(examples)
+        student, batch = tiny_llama(seed=1), collate(examples)
         with autocast(torch.device("cpu"), precision):
-            terms = loss_terms(forward_signals(student, batch.input_ids), lm_head_weight(student), batch=batch,
-                               terms=tuple(ALL), teacher_head=HEAD, projector=projector, temperature=temperature)
+            terms = loss_terms(forward_signals(student, batch.input_ids), output_head(student), batch=batch,
+                               terms=tuple(ALL), views=[view_with(student)], temperature=temperature)
         for name, loss in {**terms, "all": weighted_sum(terms, ALL)}.items():
             grads = torch.autograd.grad(loss, list(student.parameters()), retain_graph=True, allow_unused=True)
             gradients[side, name] = torch.cat([g.flatten() for g in grads if g is not None])

@@ -15,15 +15,22 @@ from kd_utils.cache_writer import write_cache
 from kd_utils.signals import encode_map
 from kd_utils.student import save_model
 from kd_utils.teacher import model_fingerprint, signal_function, stored_lm_head
+from kd_utils.tokens import tokenizer_files
 from kd_utils.verification import _check_row, open_verified, verify, what_changed
 
 MODEL = tiny_llama()
 RUN = signal_function(MODEL, signals="white_box")
 
 
+def spoiled(row, **changes):
+    """Changes of signals by their name, of anything else as a field."""
+    fields = {name: changes.pop(name) for name in ("answer_start", "ends") if name in changes}
+    return dataclasses.replace(row, **fields, signals={**row.signals, **changes})
+
+
 def make(folder, spoil=lambda row: {}, **header):
     def run(batch):
-        return [dataclasses.replace(row, **spoil(row)) for row in RUN(batch)]
+        return [spoiled(row, **spoil(row)) for row in RUN(batch)]
 
     write_cache(folder, {"train": example_rows([5, 9, 4])}, run, stored_lm_head(MODEL), {**HEADER, **header},
                 shard_examples=2, batch_tokens=30)
@@ -41,46 +48,50 @@ def test_a_good_cache_passes_and_opens(tmp_path):
     report = verify(make(tmp_path / "c"), table("row0", "row1", "row2"), RUN).set_index("check")["result"]
     assert report["rows, train"] == "3 of 3" and "shapes right, all finite" in report["values"]
     assert report["recomputed"].startswith("3 rows, equal within")
-    cache = open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+    cache = open_verified(tmp_path / "c", data_hash="d", teacher="m")
     assert len(cache) == 3
 
 
 def test_what_is_not_verified_does_not_open(tmp_path):
     verify(make(tmp_path / "c"))  # a look without the data and the teacher vouches for too little
     with pytest.raises(CacheError, match="has not been verified"):
-        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
 
 
 @pytest.mark.parametrize("given, message", [({"data_hash": "other"}, "made for other data"),
-                                            ({"tokenizer_fingerprint": "other"}, "another tokenizer"),
                                             ({"teacher": "other"}, "made from teacher m, not other")])
-def test_other_data_or_tokenizer_is_refused(tmp_path, given, message):
+def test_other_data_or_another_teacher_is_refused(tmp_path, given, message):
     verify(make(tmp_path / "c"), ALL, RUN)
     with pytest.raises(CacheError, match=message):
-        open_verified(tmp_path / "c", **{"data_hash": "d", "tokenizer_fingerprint": "t", "teacher": "m", **given})
+        open_verified(tmp_path / "c", **{"data_hash": "d", "teacher": "m", **given})
 
 
 def test_every_reason_is_given_at_once(tmp_path):
     code = {**HEADER["code"], "kd_utils/losses.py": "other"}
     verify(make(tmp_path / "c", code=code), ALL, RUN)
-    with pytest.raises(CacheError, match=r"c was made for other data \(d, prepared is e\), was made with another "
-                                         r"tokenizer .*, was made from teacher m, not n, was made by other code "
-                                         r"\(kd_utils/losses.py\): run 02 again"):
-        open_verified(tmp_path / "c", data_hash="e", tokenizer_fingerprint="u", teacher="n")
+    with pytest.raises(CacheError, match=r"c was made for other data \(d, prepared is e\), was made from teacher m, not n, "
+                                         r"was made by other code \(kd_utils/losses.py\): run 02 again"):
+        open_verified(tmp_path / "c", data_hash="e", teacher="n")
 
 
 def test_other_code_is_refused_by_name(tmp_path):
     verify(make(tmp_path / "c", code={**HEADER["code"], "kd_utils/losses.py": "other"}), ALL, RUN)
     with pytest.raises(CacheError, match=r"c was made by other code \(kd_utils/losses.py\): run 02 again"):
-        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
 
 
 def test_other_weights_under_the_teachers_name_are_refused(tmp_path):
     tokenizer, base = tiny_tokenizer(begin=False), tmp_path / "teacher"
     save_model(tiny_model(tokenizer), tokenizer, base)
-    verify(make(tmp_path / "c", base_teacher=str(base), base_fingerprint=model_fingerprint(str(base))), ALL, RUN)
-    about = dict(data_hash="d", tokenizer_fingerprint="t", teacher=str(base))
+    verify(make(tmp_path / "c", base_teacher=str(base), base_fingerprint=model_fingerprint(str(base)),
+                tokenizer_files=tokenizer_files(base)), ALL, RUN)
+    about = dict(data_hash="d", teacher=str(base))
     open_verified(tmp_path / "c", **about)
+    kept = (base / "tokenizer.json").read_bytes()
+    (base / "tokenizer.json").write_bytes(kept + b" ")
+    with pytest.raises(CacheError, match="c was made with another tokenizer of teacher .*/teacher: run 02 again"):
+        open_verified(tmp_path / "c", **about)
+    (base / "tokenizer.json").write_bytes(kept)
     save_model(tiny_model(tokenizer, seed=1), tokenizer, base)
     with pytest.raises(CacheError, match="c was made from other weights of teacher .*/teacher: run 02 again"):
         open_verified(tmp_path / "c", **about)
@@ -115,7 +126,7 @@ def test_damaged_words_are_not_taken(tmp_path, damage, message):
     verify(make(tmp_path / "other", hidden_size=32, name="other"), ALL, RUN)
     damage(tmp_path / "c" / "verified.json")
     with pytest.raises(CacheError, match=message):
-        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
     if "not been" not in message:  # nothing was promised, so nothing is broken
         with pytest.raises(CacheError, match=message):
             verify(tmp_path / "c")
@@ -126,20 +137,22 @@ def test_damage_after_verifying_is_refused(tmp_path):
     shard = tmp_path / "c" / "train-00000.parquet"
     shard.write_bytes(shard.read_bytes() + b"\0")
     with pytest.raises(CacheError, match="damaged"):
-        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
 
 
 def spoiled_attention(row):
-    attention = row.attention.copy()
+    attention = row.signals["attention"].copy()
     attention[1, 2] += 0.1
     return {"attention": attention}
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda row: {"hidden": np.full_like(row.hidden, np.nan)}, "not finite"),
-    (lambda row: {"hidden": row.hidden[:, :-1]}, r"hidden has shape \(4, 31\), expected \(4, 32\)"),
+    (lambda row: {"hidden": np.full_like(row.signals["hidden"], np.nan)}, "not finite"),
+    (lambda row: {"hidden": row.signals["hidden"][:, :-1]}, r"hidden has shape \(4, 31\), expected \(4, 32\)"),
     (spoiled_attention, "attention row sums to"),
     (lambda row: {"answer_start": len(row.tokens)}, "answer starts at"),
+    (lambda row: {"ends": np.arange(len(row.tokens) - 1)}, "bytes that are not in order"),
+    (lambda row: {"ends": np.arange(len(row.tokens))[::-1].copy()}, "bytes that are not in order"),
 ])
 def test_wrong_content_is_found(tmp_path, spoil, message):
     with pytest.raises(CacheError, match=message):
@@ -160,17 +173,18 @@ def test_another_teacher_is_found_by_recomputing(tmp_path):
     with pytest.raises(CacheError, match="the teacher is not the one that was cached"):
         verify(tmp_path / "c", ALL, other)
     with pytest.raises(CacheError, match="has not been verified"):  # what failed is not vouched for any more
-        open_verified(tmp_path / "c", data_hash="d", tokenizer_fingerprint="t", teacher="m")
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
 
 
 @pytest.mark.parametrize("length", [7, 1024])
 def test_a_flat_map_in_uint8_passes_at_any_length_and_a_wrong_one_does_not(length):
-    manifest = {"signals": "white_box", "hidden_size": 4, "heads": 2}
+    manifest = {"hidden_size": 4, "heads": 2, "dtypes": {"hidden": "float16", "attention": "uint8"}}
     flat = torch.ones(length, length).tril()
     packed = encode_map((flat / flat.sum(-1, keepdim=True)).expand(2, -1, -1), torch.uint8).numpy()
-    row = CachedExample("a", np.ones(length, np.int32), 1, np.zeros((length, 4), np.float16), packed)
+    row = CachedExample("a", np.ones(length, np.int32), 1,
+                        signals={"hidden": np.zeros((length, 4), np.float16), "attention": packed})
     _check_row(manifest, row)
-    row.attention = packed.copy()
-    row.attention[1, -length:] = 255
+    row.signals["attention"] = packed.copy()
+    row.signals["attention"][1, -length:] = 255
     with pytest.raises(CacheError, match="an attention row sums to"):
         _check_row(manifest, row)

@@ -36,11 +36,12 @@ def cache(work: Path) -> Part:
     from kd_utils.cache_writer import write_cache
     from kd_utils.teacher import signal_function, stored_lm_head
     from kd_utils.verification import open_verified, verify
+    from kd_utils.vocabulary import Vocabulary
 
     model, key = tiny_llama(layers=1), {"data": "d"}
     run = signal_function(model, signals="white_box")
     header = {"name": "tiny", "key": key, "signals": "white_box", "heads": 4, "hidden_size": 32, "data_hash": "d",
-              "dtypes": {"hidden": "float16", "attention": "float16"}, "tokenizer_fingerprint": "t",
+              "dtypes": {"hidden": "float16", "attention": "float16"},
               "base_teacher": "m", "temperatures": [], "code": cache_code()}
     folder = work / "cache" / f"{NAME}-{key_digest(key)}"
     examples = {"train": example_rows([5, 40]),
@@ -48,12 +49,13 @@ def cache(work: Path) -> Part:
     data = {split: pd.DataFrame({"example_id": [row.example_id for row in rows]}) for split, rows in examples.items()}
 
     def action() -> None:
-        write_cache(folder, examples, run, stored_lm_head(model), header, shard_examples=2, batch_tokens=64)
+        write_cache(folder, examples, run, stored_lm_head(model), header, shard_examples=2, batch_tokens=64,
+                    vocabulary=Vocabulary([b"a", b"b"], ["piece", "piece"]))
         verify(folder, data, run)
 
     def look() -> None:
         try:  # what can be opened is whole
-            opened = open_verified(folder, data_hash="d", tokenizer_fingerprint="t", teacher="m")
+            opened = open_verified(folder, data_hash="d", teacher="m")
             assert len([opened[example_id] for example_id in opened.lengths]) == 3
         except CacheError as error:
             assert "run 02 again" in str(error)

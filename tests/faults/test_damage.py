@@ -22,6 +22,7 @@ from kd_utils.config import DataConfig
 from kd_utils.data import load_prepared, prepare, save_prepared
 from kd_utils.teacher import signal_function, stored_lm_head
 from kd_utils.verification import open_verified, verify
+from kd_utils.vocabulary import Vocabulary
 
 
 def make_cache(artifacts: Path, seed: int) -> Path:
@@ -32,10 +33,11 @@ def make_cache(artifacts: Path, seed: int) -> Path:
                           for row in example_rows([5, 9, 3, 12], seed=seed)]}
     header = {"name": "toy", "key": key, "signals": "white_box", "heads": 4, "hidden_size": 32, "temperatures": [],
               "dtypes": {"hidden": "float16", "attention": "float16"}, "data_hash": str(seed), "base_teacher": "m",
-              "teacher_accuracy": {"macro": 0.9523809523809523, "sst2": 1e-05}, "tokenizer_fingerprint": "t",
+              "teacher_accuracy": {"macro": 0.9523809523809523, "sst2": 1e-05},
               "code": cache_code()}
     folder = artifacts / "cache" / f"toy-2026-01-01-{key_digest(key)}"
-    write_cache(folder, examples, run, stored_lm_head(model), header, shard_examples=2, batch_tokens=64)
+    write_cache(folder, examples, run, stored_lm_head(model), header, shard_examples=2, batch_tokens=64,
+                vocabulary=Vocabulary([b"piece %d of %d" % (i, seed) for i in range(97)], ["piece"] * 97))
     verify(folder, {"train": pd.DataFrame({"example_id": [row.example_id for row in examples["train"]]})}, run)
     return folder
 
@@ -52,8 +54,9 @@ def open_cache(folder: Path) -> None:
     """As 03 does."""
     seed = folder.parents[1].name
     found = find_cache(folder.parents[1], "toy")
-    cache = open_verified(found, data_hash=seed, tokenizer_fingerprint="t", teacher="m")
+    cache = open_verified(found, data_hash=seed, teacher="m")
     cache.lm_head()
+    cache.vocabulary()
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +77,7 @@ def files(places) -> list[tuple[Path, Path, Callable[[], object]]]:
                   for path in sorted(folder.iterdir())]
     assert [path.name for path, _, _ in found] == [
         "lm_head.safetensors", "manifest.json", "train-00000.parquet", "train-00001.parquet", "verified.json",
-        "manifest.json", "train.parquet", "validation.parquet"]
+        "vocabulary.parquet", "manifest.json", "train.parquet", "validation.parquet"]
     return found
 
 

@@ -23,6 +23,7 @@ FIRST = """
 from kd_utils import cache, data, files, sealed
 from kd_utils.config import {0}, resolve
 from kd_utils.teacher import model_fingerprint
+from kd_utils.tokens import tokenizer_files
 config = {0}.from_notebook(globals())"""
 SOURCES = {
     "01_prepare_data": FIRST.format("DataConfig") + """
@@ -34,7 +35,7 @@ sealed.write_sealed(config.data_path / "manifest.json", {
 prepared = data.read_manifest(config.data_path)
 manifest = {"format": cache.FORMAT_VERSION, "code": cache.cache_code(), "teacher": config.teacher,
             "base_teacher": config.teacher, "base_fingerprint": model_fingerprint(config.teacher),
-            **{key: prepared[key] for key in ("data_hash", "tokenizer_fingerprint")}}
+            "tokenizer_files": tokenizer_files(resolve(config.teacher)), "data_hash": prepared["data_hash"]}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
 files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
     "03_train_student": FIRST.format("TrialConfig") + """
