@@ -144,7 +144,8 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
     [total] = cache.manifest["layers"]["hidden"]
     last = (total, model.config.num_hidden_layers)
     view = TeacherView(head, (model.config.hidden_size, head.weight.shape[1]), teacher_layers=total,
-                       hidden_pairs=[last] * ("hidden" in weights), map_pairs=[last] * ("attention" in weights)).to(device)
+                       hidden_pairs=[last] * ("hidden" in weights), map_pairs=[last] * ("attention" in weights))
+    view.to(device)
     cache.read_only(view.columns(weights))
     steps = [batch for batches in json.loads((args.work / "rows.json").read_text())["epochs"] for batch in batches]
     losses = []

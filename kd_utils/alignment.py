@@ -1,4 +1,4 @@
-"""Two tokenizations of one text, lined up: the groups of tokens between places where both end, and what lies in them."""
+"""Two tokenizations of one text, lined up: the groups of tokens between the places where both end."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Spans:
     """Groups of more than one token: the positions that predict their tokens, on each side.
 
     Attributes:
-        student: (P_s,) flat positions; student_targets: (P_s,) the tokens that follow; student_span: (P_s,) which group.
+        student: (P_s,) flat positions; student_targets: (P_s,) tokens that follow; student_span: (P_s,) which group.
         teacher: (P_t, d) hidden states; teacher_targets: (P_t,); teacher_span: (P_t,).
         count: how many groups.
     """

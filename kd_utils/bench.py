@@ -33,8 +33,8 @@ FLOORS = {"cache_bytes_vs_naive": ("<=", 0.018), "cache_bytes_vs_naive/compact":
 def header(teacher: nn.Module, attention_dtype: str) -> dict[str, Any]:
     """What a white-box manifest must say so that the cache can be read; where it comes from is left out."""
     last = [teacher.config.num_hidden_layers]
-    return {"name": "speed", "signals": "white_box", "layers": {"hidden": last, "attention": last}, "heads": teacher.config.num_attention_heads,
-            "hidden_size": teacher.config.hidden_size, "temperatures": [],
+    return {"name": "speed", "signals": "white_box", "layers": {"hidden": last, "attention": last},
+            "heads": teacher.config.num_attention_heads, "hidden_size": teacher.config.hidden_size, "temperatures": [],
             "dtypes": {"hidden": "float16", "attention": attention_dtype}}
 
 

@@ -1,8 +1,8 @@
 """The teacher cache: its signals for every example, ragged, keyed by `example_id`, checksummed, resumable.
 
 A cache is a folder `NAME-DATE-KEY`: Parquet shards of one row group per example (so that one row is one read),
-`vocabulary.parquet` (what each id spells), `lm_head.safetensors`, and `manifest.json`, which is written last: without it
-there is no cache. Tokens are the teacher's own; where the student's differ, the two are lined up when it trains.
+`vocabulary.parquet` (what each id spells), `lm_head.safetensors`, and `manifest.json`, which is written last: without
+it there is no cache. Tokens are the teacher's own; where the student's differ, the two are lined up when it trains.
 
 | column | per example of n tokens |
 |---|---|
@@ -10,7 +10,7 @@ there is no cache. Tokens are the teacher's own; where the student's differ, the
 | `ends` | int32 (n,) behind which byte of the text each token ends; empty if the tokens do not spell the text |
 | `hidden` | float16 (n, d) final hidden state, after the last norm: times `lm_head` it is the logits |
 | `attention` | float16 or uint8 (H, n (n + 1) / 2) last layer's map as `signals.encode_map` gives it |
-| `hidden_7`, `attention_7`, ... | the same of other layers that were asked for, the hidden state as the layer gives it |
+| `hidden_7`, `attention_7`, ... | the same of other layers that were asked for; the hidden state before any norm |
 | `top_logits`, `top_ids`, `log_mass` | instead of these: float32 (n, k), int32 (n, k), float32 (n, temperatures) |
 
 A signal is stored as byte planes: column `hidden.0` has the first byte of every value, `hidden.1` the second. Exponents
@@ -52,7 +52,7 @@ class CacheError(ValueError):
 
 @dataclass
 class CachedExample:
-    """One row, shaped: `signals` has its columns by name, those that the cache holds. Shapes as in the module's table."""
+    """One row, shaped: `signals` has those of its columns that are read, by name. Shapes as in the module's table."""
 
     example_id: str
     tokens: np.ndarray

@@ -68,7 +68,7 @@ def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
 def write_cache(folder: Path, examples: dict[str, list[CachedExample]], signals_of: SignalsOf, lm_head: Tensor | None,
                 header: dict[str, Any], *, shard_examples: int, batch_tokens: int, vocabulary: Vocabulary | None = None,
                 progress: Callable[[Iterable], Iterable] = iter) -> dict[str, Any]:
-    """Write the shards that are missing, then vocabulary and `lm_head`, then the manifest; nothing if the cache is whole already.
+    """Write the shards that are missing, then vocabulary and head, then the manifest; nothing if the cache is whole.
 
     Args:
         folder: from `cache_folder`. Shards that an earlier, killed run finished there are kept.
@@ -87,7 +87,8 @@ def write_cache(folder: Path, examples: dict[str, list[CachedExample]], signals_
     def here(shards: list[Shard]) -> None:
         write_shards(folder, shards, signals_of, batch_tokens=batch_tokens, progress=progress)
 
-    return assemble_cache(folder, examples, here, lm_head, header, shard_examples=shard_examples, vocabulary=vocabulary)
+    return assemble_cache(folder, examples, here, lm_head, header, shard_examples=shard_examples,
+                          vocabulary=vocabulary)
 
 
 def assemble_cache(folder: Path, examples: dict[str, list[CachedExample]], write: Callable[[list[Shard]], None],

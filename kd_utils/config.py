@@ -49,7 +49,7 @@ def _weights_by_name(text: str) -> dict[str, float]:
         name, _, weight = part.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name) or not re.fullmatch(r"0?\.\d{1,9}", weight) \
                 or name in weights or float(weight) == 0:
-            raise ValueError("Input should be experiments with the weights of their teachers, each above 0 and below 1, "
+            raise ValueError("Input should be experiments with the weights of their teachers, above 0 and below 1, "
                              "such as 'other=0.4' (the trial's own has the rest), or ''")
         weights[name] = float(weight)
     if sum(weights.values()) >= 1:
@@ -254,7 +254,7 @@ class TrialConfig(Config):
 
     @property
     def teachers(self) -> dict[str, float]:
-        """Experiments whose caches are trained from, with their weights, which sum to 1; the trial's own comes first."""
+        """Experiments whose caches are trained from, with weights that sum to 1; the trial's own comes first."""
         others = _weights_by_name(self.more_teachers)
         return {self.name: 1.0 - sum(others.values()), **others}
 

@@ -26,8 +26,8 @@ def layer_pairs(choice: str, count: int, teacher_layers: int, student_layers: in
 
     Args:
         choice: "last"; "uniform": `count` evenly spaced layers of both, the last ones among them, in order (TinyBERT's
-            uniform mapping, Jiao et al. 2020); "reversed": the same layers, the teacher's first with the student's last;
-            "random": the same layers, paired at random; or pairs like "16:11 32:22".
+            uniform mapping, Jiao et al. 2020); "reversed": the same layers, the teacher's first with the student's
+            last; "random": the same layers, paired at random; or pairs like "16:11 32:22".
         count: how many pairs of "uniform", "reversed" and "random".
         teacher_layers, student_layers: how many there are.
         seed: of "random".

@@ -1,4 +1,4 @@
-"""L_KD: the student's next-token distributions against the teacher's, over one vocabulary or the pieces that two share."""
+"""L_KD: the student's next-token distributions against the teacher's, over one vocabulary or what two share."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ def kd_loss(student_hidden: Tensor, student_head: Head | Tensor, teacher_hidden:
     The KL runs over the whole vocabulary. Hinton et al. 2015, section 2: T^2 keeps the gradient's size independent of
     T. The teacher's entropy is in, so the value is 0 when the two agree, at every T.
 
-    With `shared`, it runs over the pieces that both vocabularies have and one bucket for all others. The buckets' masses
-    are exact. This is KL(p' || q) too: p' has the teacher's probabilities on the shared pieces, and its rest spread over
-    the student's other pieces as the student spreads its own. Where the student has no other piece to put the rest on,
-    the teacher's distribution is that over the shared pieces.
+    With `shared`, it runs over the pieces that both vocabularies have and one bucket for all others. The buckets'
+    masses are exact. This is KL(p' || q) too: p' has the teacher's probabilities on the shared pieces, and its rest
+    spread over the student's other pieces as the student spreads its own. Where the student has no other piece to put
+    the rest on, the teacher's distribution is that over the shared pieces.
 
     Both sides' logits exist for `chunk_tokens` tokens at a time. The gradient is worked out beside the value, in the
     forward pass (Liger Kernel's way, Hsu et al. 2024), so no (N, V) tensor is kept and none is computed twice.

@@ -48,16 +48,16 @@ def attention_mse(student: Attention, maps: Maps, normaliser: int | None = None,
     """L_attention: mean squared error between causal maps, head by head (after TinyBERT, Jiao et al. 2020).
 
     TinyBERT compares scores; these are probabilities. Padding and the upper triangle do not count in the mean. Maps
-    exist for one example at a time: as in `kd_loss`, the gradient is worked out in the forward pass. Where the two sides'
-    tokens differ, both maps are merged to groups first (`batches.Merge`).
+    exist for one example at a time: as in `kd_loss`, the gradient is worked out in the forward pass. Where the two
+    sides' tokens differ, both maps are merged to groups first (`batches.Merge`).
 
     Args:
         student: the layer's queries and keys.
         maps: the teacher's, and which query rows of the student they belong to.
         normaliser: number of entries in the whole batch, over examples and the teacher's heads; or of query rows over
             examples and heads, which sums over a row's keys.
-        mix: (H_student, H_teacher), rows that sum to 1: which mixture of the teacher's heads each head of the student is
-            compared with; it may be trained. None: head by head. The sum counts as one over the teacher's heads.
+        mix: (H_student, H_teacher), rows that sum to 1: which mixture of the teacher's heads each head of the student
+            is compared with; it may be trained. None: head by head. The sum counts as one over the teacher's heads.
 
     Returns:
         Scalar, mean over entries (or, with the other normaliser, over rows).

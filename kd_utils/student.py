@@ -121,7 +121,7 @@ def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed out of several numbers. Shifting one of them up would not do: a CPU's generator takes the lower 32 bits."""
+    """One seed out of several numbers. Shifting one up would not do: a CPU's generator takes the lower 32 bits."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 

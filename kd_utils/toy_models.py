@@ -1,4 +1,6 @@
-"""The toy benchmark's models: a tokenizer of its words, a teacher to be trained, a student that has read a little.
+"""The toy benchmark's models: tokenizers, teachers to be trained, a student that has read a little.
+
+There are two teachers: one with the student's tokenizer, which takes words whole, and one with a tokenizer of its own.
 
 What `build` writes are ordinary Parquet files and ordinary `transformers` folders, so no other code knows that it is
 a toy.
@@ -26,6 +28,9 @@ SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 #: that attention maps compare head by head.
 TEACHER = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
 STUDENT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+
+#: Pieces of the tokenizer of `teacher-subwords`, too few for all words.
+SUBWORDS = 420
 
 #: The fixed wording of the three prompts, which `tasks` forms. Each phrase is one token: it does not differ between the
 #: examples of a task, and a third of all tokens is saved.
@@ -109,6 +114,26 @@ def build_tokenizer(texts: Iterable[str]) -> Any:
                                    clean_up_tokenization_spaces=False, padding_side="right")
 
 
+def build_subword_tokenizer(texts: Iterable[str]) -> Any:
+    """A byte-level BPE of the texts, as Llama-3's is made: for a teacher whose tokens are not the student's.
+
+    Frequent words are pieces in both, under other ids; rarer ones fall into parts, and phrases into words.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\n+|\s"), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=SUBWORDS, special_tokens=SPECIAL_TOKENS[::-1], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(sorted(texts), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                   clean_up_tokenization_spaces=False, padding_side="right")
+
+
 def build_model(tokenizer: Any, sizes: dict[str, int], seed: int) -> Any:
     """A `LlamaForCausalLM` of `sizes` with random weights; the caller's random state is left as it was."""
     import torch
@@ -123,7 +148,8 @@ def build_model(tokenizer: Any, sizes: dict[str, int], seed: int) -> Any:
 
 
 def build(folder: Path, seed: int = 1) -> None:
-    """Write the toy benchmark to `folder`: data/{sst2,mmlu,gsm8k}/SPLIT.parquet, tokenizer, teacher, student.
+    """Write the toy benchmark to `folder`: data/{sst2,mmlu,gsm8k}/SPLIT.parquet, tokenizer, teacher,
+    teacher-subwords, student.
 
     Nothing is done where `folder` already holds, byte for byte, what this code writes for `seed`. Otherwise it is built
     aside and renamed into place, so that a build that is killed leaves nothing half done.
@@ -165,9 +191,11 @@ def _write(folder: Path, seed: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), path)
     text = pretraining_text(tables, seed)
-    tokenizer = build_tokenizer("".join(pair) for pair in [*_pairs(tables), *text])
-    tokenizer.save_pretrained(folder / "tokenizer")
-    for name, sizes in (("teacher", TEACHER), ("student", STUDENT)):
+    texts = ["".join(pair) for pair in [*_pairs(tables), *text]]
+    words, subwords = build_tokenizer(texts), build_subword_tokenizer(texts)
+    words.save_pretrained(folder / "tokenizer")
+    for name, tokenizer, sizes in (("teacher", words, TEACHER), ("teacher-subwords", subwords, TEACHER),
+                                   ("student", words, STUDENT)):
         model = build_model(tokenizer, sizes, seed)
         if name == "student":
             pretrain(model, tokenizer, text, seed)

@@ -22,7 +22,8 @@ def seed_step(seed: int, global_step: int) -> None:
 
 
 def loss_terms(signals: Signals, head: Head, *, batch: Batch, terms: Collection[str],
-               views: Sequence[TeacherView] = (), temperature: float = 1.0, logit_loss: str = "kl") -> dict[str, Tensor]:
+               views: Sequence[TeacherView] = (), temperature: float = 1.0,
+               logit_loss: str = "kl") -> dict[str, Tensor]:
     """The terms that a method has, each divided by the whole batch's normaliser. DESIGN section 4.
 
     Of several teachers each term is the weighted sum over them. Where all have the student's tokens and vocabulary,

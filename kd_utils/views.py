@@ -29,7 +29,7 @@ class TeacherView(nn.Module):
         hidden_pairs, map_pairs: (teacher's layer, student's layer), counted from 1.
         teacher_layers: how many the teacher has.
         shared: pieces of both vocabularies; None where the ids agree.
-        mix: (H_student, H_teacher) which of the teacher's heads each head of the student is compared with; None: its own.
+        mix: (H_student, H_teacher) which of the teacher's heads each of the student's is compared with; None: its own.
         learned: `mix` is where training starts; rows stay positive and sum to 1.
         temperatures: those for which a top-k cache holds the rest's mass.
         seed: of the projectors' initial weights; index: of this teacher among several.
@@ -113,8 +113,8 @@ class TeacherView(nn.Module):
             ours = span_log_probs(students[spans.student], head, spans.student_targets, spans.student_span, spans.count,
                                   temperature)
             with torch.no_grad():
-                theirs = span_log_probs(spans.teacher, self.head, spans.teacher_targets, spans.teacher_span, spans.count,
-                                        temperature)
+                theirs = span_log_probs(spans.teacher, self.head, spans.teacher_targets, spans.teacher_span,
+                                        spans.count, temperature)
             total = total + span_kl(ours, theirs, temperature).sum()
         return total
 
@@ -187,9 +187,9 @@ def require_signals(manifest: dict[str, Any], pairs: dict[str, list[tuple[int, i
                          "run 02 again with this temperature")
     for term, chosen in pairs.items():
         if lacking := sorted({theirs for theirs, _ in chosen} - set(manifest["layers"][term])):
-            raise ValueError(f"the cache holds the teacher's {term} of layers {_words(manifest['layers'][term])}, not of "
-                             f"{_words(lacking)}: set {term}_layers in the parameter file, which 02 reads too, and run "
-                             "02 again")
+            raise ValueError(f"the cache holds the teacher's {term} of layers {_words(manifest['layers'][term])}, not "
+                             f"of {_words(lacking)}: set {term}_layers in the parameter file, which 02 reads too, and "
+                             "run 02 again")
 
 
 def _words(numbers: list[int]) -> str:
@@ -203,7 +203,7 @@ def within(pieces: SharedPieces, teacher_size: int, student_size: int) -> Shared
 
 
 def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | None:
-    """(H_student, H_teacher) rows that sum to 1: which of the teacher's heads each head of the student is compared with.
+    """(H_student, H_teacher) rows that sum to 1: with which of the teacher's heads each of the student's is compared.
 
     "mean_groups": neighbouring heads of the teacher are averaged in as many groups as the student has heads; where that
     does not divide, groups overlap by a head, and where the student has more heads, several see the same one (as
@@ -214,8 +214,8 @@ def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | N
     """
     if mapping == "none":
         if student_heads != teacher_heads:
-            raise ValueError(f"teacher has {teacher_heads} heads, student {student_heads}, and maps are compared head by "
-                             "head: set head_mapping to 'mean_groups' (the teacher's heads averaged in groups) or "
+            raise ValueError(f"teacher has {teacher_heads} heads, student {student_heads}, and maps are compared head "
+                             "by head: set head_mapping to 'mean_groups' (the teacher's heads averaged in groups) or "
                              "'learned' (a trained mix of them)")
         return None
     return torch.nn.functional.adaptive_avg_pool1d(torch.eye(teacher_heads), student_heads).T.contiguous()

@@ -1,4 +1,4 @@
-"""What a tokenizer's ids spell, in bytes: where each token ends in its text, and which pieces two vocabularies share."""
+"""What a tokenizer's ids spell: where each token ends in its text, and which pieces two vocabularies share."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ PIECE, BYTE, SPECIAL, NONE = "piece", "byte", "special", "none"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Attributes:
-    pieces: what each id spells; of a special token its role ("end", "begin") or else its content.
-    kinds: of each id: "piece", "byte" (what SentencePiece falls back to), "special" (spells nothing), "none" (no token).
+    """A tokenizer's ids.
+
+    Attributes:
+        pieces: what each id spells; of a special token its role ("end", "begin") or else its content.
+        kinds: "piece", "byte" (what SentencePiece falls back to), "special" (spells nothing) or "none" (no token).
     """
 
     pieces: list[bytes]
@@ -174,7 +176,7 @@ def _from_byte_level(piece: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character by which GPT-2's byte-level BPE writes each byte: printable ones as they are, others from U+0100."""
+    """The character by which GPT-2's byte-level BPE writes each byte: printable ones by themselves, others from U+0100."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in kept]
     return {chr(byte): byte for byte in kept} | {chr(256 + k): byte for k, byte in enumerate(others)}

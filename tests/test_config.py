@@ -155,7 +155,7 @@ def test_how_many_layers_are_paired_counts_where_they_are_not_named():
 
 
 def test_the_untrained_student_has_one_row():
-    untrained, attention = (TrialConfig(**{**DEFAULTS, "distill_type": method}) for method in ("untrained", "attention"))
+    untrained, attention = (TrialConfig(**{**DEFAULTS, "distill_type": name}) for name in ("untrained", "attention"))
     assert list(untrained.epoch_numbers) == [0] and list(attention.epoch_numbers) == [1, 2, 3]
 
 

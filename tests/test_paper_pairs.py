@@ -54,8 +54,8 @@ def parameters_of(home, shared, name, teacher):
 @pytest.mark.parametrize("name, mapping, said", [
     ("llama2", "none", "logits id by id; hidden states of layers 2:2; maps, head by head, of layers 2:2"),
     ("mistral", "none", "logits over 24,184 shared pieces, beside 7,816 of the teacher and 7,816 of the student"),
-    ("llama3", "mean_groups", "logits over 26,601 shared pieces, beside 101,655 of the teacher and 5,399 of the student; "
-                              "hidden states of layers 2:2; maps, 8 heads mixed to 4,")])
+    ("llama3", "mean_groups", "logits over 26,601 shared pieces, beside 101,655 of the teacher and 5,399 of the "
+                              "student; hidden states of layers 2:2; maps, 8 heads mixed to 4,")])
 def test_the_pairs_train_on_real_rows(home, shared, name, mapping, said):
     teacher = model_folder(home / f"teacher-{name}", shared / "tokenizers" / name, 32, name)
     parameters = {**parameters_of(home, shared, name, teacher), "head_mapping": mapping, "run_dir": f"runs/{name}"}

@@ -88,7 +88,8 @@ def test_a_word_after_the_prompt_is_one_piece_in_llama2(shared, begin):
 
 
 def test_real_tokenizers_have_fingerprints_of_their_own(shared):
-    tokenizers = [AutoTokenizer.from_pretrained(shared / "tokenizers" / name) for name in ("llama2", "mistral", "llama3")]
+    names = ("llama2", "mistral", "llama3")
+    tokenizers = [AutoTokenizer.from_pretrained(shared / "tokenizers" / name) for name in names]
     assert len({tokenizer_fingerprint(tokenizer) for tokenizer in tokenizers}) == 3
 
 

@@ -69,8 +69,8 @@ def test_other_data_or_another_teacher_is_refused(tmp_path, given, message):
 def test_every_reason_is_given_at_once(tmp_path):
     code = {**HEADER["code"], "kd_utils/losses.py": "other"}
     verify(make(tmp_path / "c", code=code), ALL, RUN)
-    with pytest.raises(CacheError, match=r"c was made for other data \(d, prepared is e\), was made from teacher m, not n, "
-                                         r"was made by other code \(kd_utils/losses.py\): run 02 again"):
+    with pytest.raises(CacheError, match=r"c was made for other data \(d, prepared is e\), was made from teacher m, "
+                                         r"not n, was made by other code \(kd_utils/losses.py\): run 02 again"):
         open_verified(tmp_path / "c", data_hash="e", teacher="n")
 
 

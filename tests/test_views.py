@@ -68,8 +68,9 @@ def test_with_equal_tokenizers_the_aligned_way_is_the_direct_way(distill_tokens)
 
 
 #: One text of 10 bytes; groups are {a} {b c | bc} {d e | d'e'} {end}. Ids of one piece differ by 40.
-TEACHER_ROW = CachedExample("x", np.array([50, 51, 52, 53, 54, 42], np.int32), 3, np.array([2, 4, 5, 7, 10, 10], np.int32))
-STUDENT_ROW = CachedExample("x", np.array([10, 11, 12, 13, 2], np.int32), 2, np.array([2, 5, 8, 10, 10], np.int32))
+TEACHER_ROW, STUDENT_ROW = (
+    CachedExample("x", np.array(ids, np.int32), start, np.array(ends, np.int32)) for ids, start, ends in (
+        ([50, 51, 52, 53, 54, 42], 3, [2, 4, 5, 7, 10, 10]), ([10, 11, 12, 13, 2], 2, [2, 5, 8, 10, 10])))
 TEACHER_LAST, STUDENT_LAST = [0, 2, 4, 5], [0, 1, 3, 4]
 
 
@@ -96,11 +97,11 @@ def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
             return 4 * (p.exp() * (p - q)).sum()
 
         def chain(log, row, after, last):
-            return sum(log[place, int(row.tokens[place + 1])] for place in range(after, last))
+            return sum(log[place, int(row.tokens[place + 1])] for place in range(after, last))[None]
 
         # behind group 0 comes {b c | bc}, behind 1 {d e | d'e'}, behind 2 the end token, behind 3 nothing
-        values = [span_kl(chain(student_log, STUDENT_ROW, 0, 1)[None], chain(teacher_log, TEACHER_ROW, 0, 2)[None], 2.0)[0],
-                  span_kl(chain(student_log, STUDENT_ROW, 1, 3)[None], chain(teacher_log, TEACHER_ROW, 2, 4)[None], 2.0)[0],
+        values = [span_kl(chain(student_log, STUDENT_ROW, 0, 1), chain(teacher_log, TEACHER_ROW, 0, 2), 2.0)[0],
+                  span_kl(chain(student_log, STUDENT_ROW, 1, 3), chain(teacher_log, TEACHER_ROW, 2, 4), 2.0)[0],
                   single(4, 3), single(5, 4)]
         torch.testing.assert_close(terms["kd"], torch.stack(values[chosen]).mean(), atol=1e-4, rtol=1e-4)
         error = view.projectors[0](ours[STUDENT_LAST[chosen]]) - theirs[TEACHER_LAST[chosen]]
@@ -144,7 +145,8 @@ def test_several_teachers_count_by_their_weights():
     signals = forward_signals(student, both.input_ids)
 
     def terms(batch, views):
-        return loss_terms(signals, output_head(student), batch=batch, terms=tuple(WEIGHTS), views=views, temperature=2.0)
+        return loss_terms(signals, output_head(student), batch=batch, terms=tuple(WEIGHTS), views=views,
+                          temperature=2.0)
 
     together, alone = terms(both, views), []
     for k in range(2):
@@ -231,8 +233,11 @@ def test_a_view_compares_the_layers_that_were_chosen_and_reads_no_other(tmp_path
                for projector, (t, s) in zip(view.projectors, view.hidden_pairs)]
     torch.testing.assert_close(terms["hidden"], sum(by_hand) / len(by_hand), atol=1e-3, rtol=2e-3)
     if chosen.head_mapping == "none":
-        errors = [sum((signals.attentions[s].example(b, 0, n).map() - inner.attentions[t].example(b, 0, n).map())
-                      .square().sum() for b, n in enumerate(batch.lengths)) / (4 * (15 + 45)) for t, s in view.map_pairs]
+        def maps(side, layer, b):
+            return side.attentions[layer].example(b, 0, batch.lengths[b]).map()
+
+        errors = [sum((maps(signals, s, b) - maps(inner, t, b)).square().sum() for b in range(2)) / (4 * (15 + 45))
+                  for t, s in view.map_pairs]
         torch.testing.assert_close(terms["attention"], sum(errors) / len(errors), atol=1e-3, rtol=2e-3)
     assert len(view.trainable(WEIGHTS)) == len(view.hidden_pairs) + (chosen.head_mapping == "learned")
     assert f"{view.hidden_pairs[0][0]}:{view.hidden_pairs[0][1]}" in view.about()

@@ -125,7 +125,7 @@ def test_every_real_row_is_lined_up(shared, real, task):
             for tokenizer, vocabulary in real.values():
                 prompt_ids, answer_ids = encode_example(tokenizer, prompt, answer)
                 ends = byte_ends(tokenizer, vocabulary, prompt + answer, prompt_ids + answer_ids)
-                assert ends[len(prompt_ids) - 1] == len(prompt.rstrip().encode())  # the answer starts where a group does
+                assert ends[len(prompt_ids) - 1] == len(prompt.rstrip().encode())  # there a group ends, too
                 sides.append(ends)
             for ends in sides[1:]:
                 found = align(ends, sides[0])

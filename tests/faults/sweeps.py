@@ -70,7 +70,7 @@ class Command:
         return [" ".join(process.cmdline())[:80] for process in left]
 
     def interrupt(self, how: str = "Ctrl-C") -> None:
-        """Ctrl-C as a terminal sends it, to the whole process group; or one signal "to the driver", or SIGTERM to it."""
+        """Ctrl-C as a terminal sends it, to the whole process group; or "to the driver" alone; or SIGTERM to it."""
         send = os.killpg if how == "Ctrl-C" else os.kill
         send(self.process.pid, signal.SIGTERM if how == "SIGTERM" else signal.SIGINT)
 
