@@ -57,6 +57,15 @@ def _weights_by_name(text: str) -> dict[str, float]:
     return weights
 
 
+def _named_places(text: str) -> str:
+    for part in text.split():
+        name, _, place = part.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name) or not place:
+            raise ValueError("Input should be NAME=TOKENIZER, several with spaces between, or ''")
+        _place(place)
+    return text
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 Place = Annotated[str, AfterValidator(_place)]
 Layers = Annotated[str, AfterValidator(check_layers)]
@@ -145,7 +154,7 @@ class Config(BaseModel):
 class DataConfig(Config):
     """Parameters of `01_prepare_data`."""
 
-    build: Literal["toy", "smol", "none"]
+    build: Literal["toy", "smol", "smol-cross", "none"]
     data_dir: PlaceOrBlank
     tokenizer: Place
     max_length: PositiveInt
@@ -305,12 +314,29 @@ class SpeedConfig(Config):
     run_dir: Place
 
 
+class AlignmentConfig(Config):
+    """Parameters of `06_any_teacher`."""
+
+    tokenizer: Place
+    teacher_tokenizers: Annotated[str, AfterValidator(_named_places)]
+    example: Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=64)]
+    map_head: Count
+    mass_rows: PositiveInt
+    temperature: PositiveFloat
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Tokenizers of other teachers, by the names that tables have for them."""
+        return dict(part.split("=", 1) for part in self.teacher_tokenizers.split())
+
+
 NOTEBOOKS: dict[str, type[Config]] = {
     "01_prepare_data": DataConfig,
     "02_cache_teacher": CacheConfig,
     "03_train_student": TrialConfig,
     "04_analyse_results": AnalysisConfig,
     "05_measure_speed": SpeedConfig,
+    "06_any_teacher": AlignmentConfig,
 }
 
 

@@ -219,7 +219,7 @@ def _lives(pid: int) -> bool:
 
 def _made_from(config: DataConfig) -> dict[str, dict[str, Any]]:
     """What decides the rows: config, local files (rows and tokenizer), code (of the embedded models' builder too)."""
-    builder = {"toy": {"toy_models"}, "smol": {"smol"}}.get(config.build, set())
+    builder = {"toy": {"toy_models"}, "smol": {"smol"}, "smol-cross": {"smol"}}.get(config.build, set())
     values = config.model_dump(exclude={"name", "artifacts_dir"})
     return {"config": values, "source": _source_files(config), "code": code_of("01_prepare_data", {"data", *builder})}
 

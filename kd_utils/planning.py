@@ -12,7 +12,7 @@ from . import config, records
 from . import parameters as parameter_files
 from .execution import injected
 
-PREPARE, CACHE, TRAIN, ANALYSE, _ = config.NOTEBOOKS
+PREPARE, CACHE, TRAIN, ANALYSE, *_ = config.NOTEBOOKS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,6 +87,13 @@ def attention_heatmap(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
         matrix: (T, T) weights, rows sum to 1 over the keys up to the query; the upper triangle is not drawn.
         tokens: T token strings. Of a longer text the first 60 are drawn; in a causal map the rest does not matter.
     """
+    size = min(len(tokens), LONGEST_MAP)
+    return finish(map_cells(matrix, tokens), "One head's attention map",
+                  "rows sum to 1" + (f"; the first {size} of {len(tokens)} tokens" if size < len(tokens) else ""))
+
+
+def map_cells(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
+    """The panel of `attention_heatmap`, without its titles."""
     import altair as alt
 
     matrix = np.asarray(matrix, dtype=float)
@@ -96,15 +103,14 @@ def attention_heatmap(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
     size = min(len(tokens), LONGEST_MAP)
     query, key = np.tril_indices(size)
     data = pd.DataFrame({"query": query, "key": key, "weight": matrix[query, key].round(5)})
-    names = f"{json.dumps([_visible(token) for token in tokens[:size]])}[datum.value]"
+    names = f"{json.dumps([visible(token) for token in tokens[:size]])}[datum.value]"
     axis = {"labelExpr": names, "labelOverlap": False, "ticks": False, "domain": False}
     cells = alt.Chart(data).mark_rect().encode(
         x=alt.X("key:O", title="key (attended to)", axis=alt.Axis(labelAngle=-90, **axis)),
         y=alt.Y("query:O", title="query", axis=alt.Axis(**axis)),
         color=alt.Color("weight:Q", title="weight", scale=alt.Scale(type="sqrt", scheme="viridis", domain=[0, 1])))
     cell = max(11, min(24, 420 // size))
-    return finish(cells.properties(width=cell * size, height=cell * size), "One head's attention map",
-                   "rows sum to 1" + (f"; the first {size} of {len(tokens)} tokens" if size < len(tokens) else ""))
+    return cells.properties(width=cell * size, height=cell * size)
 
 
 def method_colour(methods: Iterable[str], legend: Any = None) -> alt.Color:
@@ -217,7 +223,7 @@ def finish(chart: Any, title: str, subtitle: str) -> Any:
             .configure_view(stroke="#d9d9d9"))
 
 
-def _visible(token: str) -> str:
+def visible(token: str) -> str:
     """A token as it can be read on an axis: marks of a leading space as a dot, line ends as backslash n."""
     for mark, shown in (("Ġ", "·"), ("▁", "·"), ("Ċ", "\\n"), ("\n", "\\n"), (" ", "·")):
         token = token.replace(mark, shown)

