@@ -36,7 +36,7 @@ def token_groups(text: str, teacher_ends: np.ndarray, student_ends: np.ndarray, 
     table = pd.DataFrame(data)
     y = alt.Y("side:N", sort=["teacher", "student"], title=None)
     boxes = alt.Chart(table).mark_rect(stroke="white", strokeWidth=2).encode(
-        x=alt.X("start:Q", title="byte of the text"), x2="end:Q", y=y,
+        x=alt.X("start:Q", title="byte of the text", scale=alt.Scale(nice=False, zero=True)), x2="end:Q", y=y,
         color=alt.Color("colour:N", legend=None, scale=alt.Scale(range=["#9ecae1", "#fdd0a2", "#c7e9c0"])))
     words = alt.Chart(table).mark_text(fontSize=11, angle=270).encode(x="middle:Q", y=y, text="piece:N")
     cut = "" if len(rows) <= MOST_BYTES else f"; the first {MOST_BYTES} of {len(rows):,} bytes"

@@ -71,6 +71,7 @@ from kd_utils import runs
 from kd_utils.config import AnalysisConfig, resolve
 runs.collect(resolve(AnalysisConfig.from_notebook(globals()).run_dir))""",
     "05_measure_speed": "",
+    "06_any_teacher": "",
 }
 
 
