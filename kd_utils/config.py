@@ -38,12 +38,16 @@ def _place(text: str) -> str:
 
 
 def _more_teachers(text: str) -> str:
-    _weights_by_name(text)
+    teacher_weights(text)
     return text
 
 
-def _weights_by_name(text: str) -> dict[str, float]:
-    """`"toy=0.6 other=0.4"` -> weights by name."""
+def teacher_weights(text: str) -> dict[str, float]:
+    """`"other=0.4 another=.1"` -> {"other": 0.4, "another": 0.1}.
+
+    Raises:
+        ValueError: not of this form, or the trial's own teacher would have no weight.
+    """
     weights: dict[str, float] = {}
     for part in text.split():
         name, _, weight = part.partition("=")
@@ -264,7 +268,7 @@ class TrialConfig(Config):
     @property
     def teachers(self) -> dict[str, float]:
         """Experiments whose caches are trained from, with weights that sum to 1; the trial's own comes first."""
-        others = _weights_by_name(self.more_teachers)
+        others = teacher_weights(self.more_teachers) if "kd" in self.weights else {}
         return {self.name: 1.0 - sum(others.values()), **others}
 
     @property
@@ -317,7 +321,7 @@ class SpeedConfig(Config):
 class AlignmentConfig(Config):
     """Parameters of `06_any_teacher`."""
 
-    tokenizer: Place
+    student_tokenizer: Place
     teacher_tokenizers: Annotated[str, AfterValidator(_named_places)]
     example: Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=64)]
     map_head: Count

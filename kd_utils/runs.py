@@ -37,17 +37,23 @@ class Plan(Shape):
         config_hash: str
 
     cache: Metrics.Cache | None
+    more_caches: dict[str, str] = {}
     students: dict[str, str] = {}
     code: dict[str, str] = {}
     trials: list[Trial]
 
 
 class Made(NamedTuple):
-    """What a trial must have been made from; what is empty is not asked for."""
+    """What a trial must have been made from; what is empty is not asked for.
+
+    `cache` is the content hash of its experiment's, `more_caches` has those of other experiments, `students` a
+    fingerprint per name, `code` what `source_code.code_of` gives.
+    """
 
     cache: str = ""
     students: dict[str, str] = {}
     code: dict[str, str] = {}
+    more_caches: dict[str, str] = {}
 
 
 class Status(NamedTuple):
@@ -132,7 +138,8 @@ def trials_with_status(run_dir: str | Path) -> list[tuple[dict[str, Any], Status
     """Each planned trial with its status; without a plan, each record found."""
     plan = read_plan(run_dir)
     if plan is not None:
-        made = Made((plan["cache"] or {}).get("content_hash", ""), plan.get("students", {}), plan.get("code", {}))
+        made = Made((plan["cache"] or {}).get("content_hash", ""), plan.get("students", {}), plan.get("code", {}),
+                    plan.get("more_caches", {}))
         return [(planned, trial_status(run_dir, planned["trial"], planned["config_hash"], made))
                 for planned in plan["trials"]]
     found = []
@@ -207,6 +214,9 @@ def _differences(metrics: dict, notebook: dict, config_hash: str, made: Made) ->
         return f"config changed: the record has {metrics['config_hash']}, the plan {config_hash}"
     if made.cache and metrics["cache"]["content_hash"] != made.cache:
         return f"teacher cache changed: the record has {metrics['cache']['content_hash']}, the plan {made.cache}"
+    for name, content in metrics.get("more_caches", {}).items():
+        if made.more_caches.get(name, content) != content:
+            return f"the teacher cache of {name} changed: the record has {content}, the plan {made.more_caches[name]}"
     if (wanted := made.students.get(metrics["config"].get("student"))) and student != wanted:
         return f"the student's initial weights changed: the record has {student}, the plan {wanted}"
     if made.code and (files := changed(metrics.get("code", {}), made.code)):

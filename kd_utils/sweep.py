@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import config, records, runs
 from . import parameters as parameter_files
+from .cache import CacheError, find_cache, read_manifest
 from .display import Progress
 from .execution import execute, in_thread, injected
 from .files import locked, sha256_file, sha256_json, written_aside
@@ -39,7 +40,19 @@ def made_of(trials: list[Trial], parameters: dict[str, Any]) -> runs.Made:
         return runs.Made(code=code_of(TRAIN))
     named = {trial.parameters.get("student", parameter_files.notebook_defaults(TRAIN)["student"]) for trial in trials}
     return runs.Made(cache["cache"]["content_hash"], {name: _student(name, cache) for name in sorted(named)},
-                     code_of(TRAIN))
+                     code_of(TRAIN), {name: read_manifest(folder)["content_hash"]
+                                      for name, folder in _more_caches(trials, parameters).items()})
+
+
+def _more_caches(trials: list[Trial], parameters: dict[str, Any]) -> dict[str, Path]:
+    """Other experiments whose teachers these trials have, and their caches' folders, of those that there are."""
+    settings, folders = parameter_files.notebook_config(CACHE, parameters), {}
+    names = {name for trial in trials for name in
+             config.teacher_weights(trial.parameters.get("more_teachers", parameters.get("more_teachers", "")))}
+    for name in sorted(names):
+        with suppress(CacheError):  # 03 says that there is none
+            folders[name] = find_cache(settings.artifacts, name)
+    return folders
 
 
 def stage_is_done(stem: str, run_dir: Path, parameters: dict[str, Any]) -> bool:
@@ -127,7 +140,7 @@ def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Tr
     gpus = fitting_gpus(ray.nodes(), cpus, gpus, device)
     _write_plan(run_dir, parameters, grid, trials)
     if address not in (None, "local"):  # before the teacher runs for hours, as far as it can be told by then
-        require_same_view(_shared_files(run_dir, parameters), cpus, gpus)
+        require_same_view(_shared_files(trials, run_dir, parameters), cpus, gpus)
     _prepare(run_dir, parameters, address)
     _write_plan(run_dir, parameters, grid, trials)
     states = status(trials, run_dir, parameters)
@@ -135,7 +148,7 @@ def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Tr
     code = code_of(TRAIN)
     try:
         if todo:
-            seen = _shared_files(run_dir, parameters)
+            seen = _shared_files(trials, run_dir, parameters)
             require_same_view(seen, cpus, gpus)
             already = sum(state.state == "done" for state in states.values())
             with Progress({name: trial.epochs for name, trial in todo.items()}, already) as progress:
@@ -165,14 +178,13 @@ def _write_summary(run_dir: Path) -> pd.DataFrame:
     return results
 
 
-def _shared_files(run_dir: Path, parameters: dict[str, Any]) -> dict[str, str]:
+def _shared_files(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, str]:
     """What every machine must see as it is here: the plan, the data's and the cache's manifest, once they are there."""
-    from .cache import CacheError, find_cache
-
     settings = parameter_files.notebook_config(CACHE, parameters)
     paths = [run_dir / runs.PLAN, settings.data_path / "manifest.json"]
     with suppress(CacheError):
         paths.append(find_cache(settings.artifacts, settings.name) / "manifest.json")
+    paths += [folder / "manifest.json" for folder in _more_caches(trials, parameters).values()]
     return {config.short_path(path): sha256_file(path) for path in paths if path.is_file()}
 
 
@@ -193,15 +205,13 @@ def _write_plan(run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[
     document = {"format": records.FORMAT, "name": parameter_files.notebook_config(PREPARE, parameters).name,
                 "parameters": parameters, "grid": grid,
                 "cache": cache and {key: cache["cache"][key] for key in ("name", "content_hash")},
-                "students": made.students, "code": made.code,
+                "more_caches": made.more_caches, "students": made.students, "code": made.code,
                 "trials": [dataclasses.asdict(trial) for trial in trials]}
     write_sealed(run_dir / runs.PLAN, document, "checksums")
 
 
 def _artifact(stem: str, parameters: dict[str, Any]) -> dict[str, Any] | None:
     """What identifies the data and, for 02, the teacher cache that are there now; None when they are not there."""
-    from .cache import CacheError, find_cache, read_manifest
-
     settings = parameter_files.notebook_config(stem, parameters)
     manifest = settings.data_path / "manifest.json"
     if not manifest.is_file():

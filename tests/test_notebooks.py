@@ -224,6 +224,37 @@ def test_06_lines_up_a_student_of_another_tokenizer_with_the_same_cache(home, tm
     assert wrong.returncode != 0 and "no validation row of toy has this id" in wrong.stderr
 
 
+def test_a_second_teacher_with_a_tokenizer_of_its_own(home):
+    """Its cache is another experiment's; a trial is stale when that one is made anew."""
+    other = {**SMALL, "name": "other", "teacher": "artifacts/embedded/toy/teacher-subwords"}
+    (home / "grid1.yaml").write_text("distill_type: [combined]\nseed: [0]\n")
+    (home / "both.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items())
+                                    + "\nmore_teachers: other=0.4\n")
+    sweep = ("kd_utils", "sweep", home / "both.yaml", "--grid", home / "grid1.yaml", "--run-dir", home / "runs/both")
+
+    def make_other(**changes):
+        (home / "other.yaml").write_text("\n".join(f"{key}: {value}" for key, value in {**other, **changes}.items()))
+        for stem in ("01_prepare_data", "02_cache_teacher"):
+            done = run(home, "papermill", notebook_path(stem), home / f"{stem}.ipynb", "-f", home / "other.yaml",
+                       "--no-progress-bar")
+            assert done.returncode == 0, done.stderr[-3000:]
+
+    alone = run(home, *sweep)
+    assert alone.returncode == 1 and "no finished teacher cache of experiment 'other'" in alone.stdout
+    make_other()
+    done = run(home, *sweep)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    metrics = json.loads((home / "runs/both/trials/combined_seed0/metrics.json").read_text())
+    assert set(metrics["more_caches"]) == {"other"}
+    for term in ("kd", "hidden", "attention"):
+        assert metrics["final"][f"validation_loss/{term}"] > 0 and metrics["final"][f"grad_share/{term}"] > 0
+    shown = (home / "runs/both/trials/combined_seed0.ipynb").read_text()
+    assert "weight 0.6" in shown and "weight 0.4" in shown and "logits id by id" in shown and "shared pieces" in shown
+    assert "already done" in run(home, *sweep).stdout
+    make_other(teacher_seed=1)
+    assert "stale: the teacher cache of other changed" in run(home, *sweep, "--dry-run").stdout
+
+
 @pytest.mark.parametrize("stem", NOTEBOOKS)
 def test_source_notebooks_are_clean(stem):
     notebook = nbformat.read(notebook_path(stem), 4)

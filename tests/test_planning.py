@@ -49,8 +49,9 @@ def test_every_further_grid_is_planned_with_its_references_once(stub_notebooks, 
     trials = planning.plan({}, grid, planning.default_run_dir({}, path))
     seeds = len(grid["seed"])
     assert sum(t.swept["distill_type"] == "task_only" for t in trials) == seeds
-    [key] = set(grid) - {"distill_type", "seed"}
-    values = [t.swept[key] for t in trials if t.swept["distill_type"] == grid["distill_type"][-1]]
+    last = [t.swept for t in trials if t.swept["distill_type"] == grid["distill_type"][-1]]
+    [key] = set(last[0]) - {"distill_type", "seed"}
+    values = [swept[key] for swept in last]
     assert values == [value for value in grid[key] for _ in range(seeds)]
     assert planning.default_run_dir({}, path).name == f"stub-{path.stem.removeprefix('grid-')}"
 
