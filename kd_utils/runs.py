@@ -38,6 +38,7 @@ class Plan(Shape):
 
     cache: Metrics.Cache | None
     more_caches: dict[str, str] = {}
+    tokenizer: str = ""
     students: dict[str, str] = {}
     code: dict[str, str] = {}
     trials: list[Trial]
@@ -47,13 +48,14 @@ class Made(NamedTuple):
     """What a trial must have been made from; what is empty is not asked for.
 
     `cache` is the content hash of its experiment's, `more_caches` has those of other experiments, `students` a
-    fingerprint per name, `code` what `source_code.code_of` gives.
+    fingerprint per name, `code` what `source_code.code_of` gives, `tokenizer` the fingerprint of the student's.
     """
 
     cache: str = ""
     students: dict[str, str] = {}
     code: dict[str, str] = {}
     more_caches: dict[str, str] = {}
+    tokenizer: str = ""
 
 
 class Status(NamedTuple):
@@ -139,7 +141,7 @@ def trials_with_status(run_dir: str | Path) -> list[tuple[dict[str, Any], Status
     plan = read_plan(run_dir)
     if plan is not None:
         made = Made((plan["cache"] or {}).get("content_hash", ""), plan.get("students", {}), plan.get("code", {}),
-                    plan.get("more_caches", {}))
+                    plan.get("more_caches", {}), plan.get("tokenizer", ""))
         return [(planned, trial_status(run_dir, planned["trial"], planned["config_hash"], made))
                 for planned in plan["trials"]]
     found = []
@@ -217,6 +219,8 @@ def _differences(metrics: dict, notebook: dict, config_hash: str, made: Made) ->
     for name, content in metrics.get("more_caches", {}).items():
         if made.more_caches.get(name, content) != content:
             return f"the teacher cache of {name} changed: the record has {content}, the plan {made.more_caches[name]}"
+    if made.tokenizer and metrics.get("tokenizer") != made.tokenizer:
+        return f"the student's tokenizer changed: the record has {metrics.get('tokenizer')}, the plan {made.tokenizer}"
     if (wanted := made.students.get(metrics["config"].get("student"))) and student != wanted:
         return f"the student's initial weights changed: the record has {student}, the plan {wanted}"
     if made.code and (files := changed(metrics.get("code", {}), made.code)):

@@ -9,7 +9,7 @@ import socket
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,18 @@ def ray_running(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        _end_processes_of(sockets)
         shutil.rmtree(sockets, ignore_errors=True)
+
+
+def _end_processes_of(folder: str) -> None:
+    """Kill what Ray started with `folder` and has not ended: on a busy machine its agents outlive it by many seconds."""
+    import psutil
+
+    for process in psutil.process_iter(["cmdline"]):
+        if any(folder in word for word in process.info["cmdline"] or ()):
+            with suppress(psutil.Error):
+                process.kill()
 
 
 def run_trials(trials: dict[str, dict[str, Any]], run_dir: Path, progress: Progress, *, cpus: float, gpus: float,

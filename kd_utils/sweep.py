@@ -41,7 +41,19 @@ def made_of(trials: list[Trial], parameters: dict[str, Any]) -> runs.Made:
     named = {trial.parameters.get("student", parameter_files.notebook_defaults(TRAIN)["student"]) for trial in trials}
     return runs.Made(cache["cache"]["content_hash"], {name: _student(name, cache) for name in sorted(named)},
                      code_of(TRAIN), {name: read_manifest(folder)["content_hash"]
-                                      for name, folder in _more_caches(trials, parameters).items()})
+                                      for name, folder in _more_caches(trials, parameters).items()},
+                     _tokenizer(parameters))
+
+
+def _tokenizer(parameters: dict[str, Any]) -> str:
+    """Fingerprint of the tokenizer that the data was prepared with, the student's; "" where no data is."""
+    from . import data
+
+    try:
+        return data.read_manifest(parameter_files.notebook_config(PREPARE, parameters).data_path)[
+            "tokenizer_fingerprint"]
+    except (ValueError, FileNotFoundError):
+        return ""
 
 
 def _more_caches(trials: list[Trial], parameters: dict[str, Any]) -> dict[str, Path]:
@@ -205,7 +217,8 @@ def _write_plan(run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[
     document = {"format": records.FORMAT, "name": parameter_files.notebook_config(PREPARE, parameters).name,
                 "parameters": parameters, "grid": grid,
                 "cache": cache and {key: cache["cache"][key] for key in ("name", "content_hash")},
-                "more_caches": made.more_caches, "students": made.students, "code": made.code,
+                "more_caches": made.more_caches, "tokenizer": made.tokenizer, "students": made.students,
+                "code": made.code,
                 "trials": [dataclasses.asdict(trial) for trial in trials]}
     write_sealed(run_dir / runs.PLAN, document, "checksums")
 

@@ -59,7 +59,7 @@ if (config.artifacts / f"fail-{trial}").exists():
     raise FloatingPointError("the loss is not finite")
 folder = cache.find_cache(config.artifacts, config.name)
 metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(),
-           "code": code_of("03_train_student"),
+           "code": code_of("03_train_student"), "tokenizer": "t",
            "cache": {"name": folder.name, "content_hash": cache.read_manifest(folder)["content_hash"]},
            "started": "2026-01-01T00:00:00Z", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": rows,
            "final": rows[-1]}
@@ -113,7 +113,7 @@ def sweep_in(project: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 
 #: What a made-up run is made of; of its two validation examples the first is right.
-MADE = {"cache": "k" * 64, "more_caches": {"other": "m" * 64}, "students": {"tiny": "f" * 64},
+MADE = {"cache": "k" * 64, "more_caches": {"other": "m" * 64}, "tokenizer": "t" * 16, "students": {"tiny": "f" * 64},
         "code": {"kd_utils/losses.py": "0" * 12}}
 PREDICTIONS = pd.DataFrame({"example_id": ["a", "b"], "task": ["sst2", "gsm8k"], "correct": [True, False],
                             "loglikelihoods": [[-1.5, -0.25], None], "generated": [None, "It is 4.\n#### 4"]})
@@ -129,7 +129,7 @@ def metrics_of(method: str = "attention", seed: int = 3, **other: Any) -> dict[s
     epochs = [{"epoch": e, "train_loss": 1 / e, **accuracy, "seconds": 9.0} for e in (1, 2)]
     return {"config": settings, "config_hash": sha256_json(settings)[:16], "epochs": epochs, "final": epochs[-1],
             "cache": {"name": "toy-2026-01-01-00000000", "content_hash": MADE["cache"]}, **_environment(),
-            "more_caches": MADE["more_caches"],
+            "more_caches": MADE["more_caches"], "tokenizer": MADE["tokenizer"],
             "student": {"name": "tiny", "fingerprint": MADE["students"]["tiny"]}, "precision": "torch.float32",
             "code": MADE["code"], "started": "2026-01-01T00:00:00+00:00", "seconds": {"total": 21.5},
             "peak_memory_mb": 300.0} | other
@@ -167,7 +167,7 @@ def write_plan(run_dir: Path, **other: Any) -> dict[str, Any]:
                 "config_hash": metrics_of(method, seed)["config_hash"], "epochs": 2}
                for method in ("black_box", "attention") for seed in (0, 1)]
     plan = {"format": records.FORMAT, "cache": {"name": "n", "content_hash": MADE["cache"]},
-            **{key: MADE[key] for key in ("more_caches", "students", "code")}, "trials": planned} | other
+            **{key: MADE[key] for key in ("more_caches", "tokenizer", "students", "code")}, "trials": planned} | other
     write_sealed(run_dir / runs.PLAN, plan, "checksums")
     return plan
 

@@ -50,6 +50,8 @@ def test_a_whole_record_goes_before_an_older_failure(run_dir):
     ({"cache": "l" * 64}, f"teacher cache changed: the record has {'k' * 64}, the plan {'l' * 64}"),
     ({"more_caches": {"other": "l" * 64}},
      f"the teacher cache of other changed: the record has {'m' * 64}, the plan {'l' * 64}"),
+    ({"tokenizer": "u" * 16},
+     f"the student's tokenizer changed: the record has {'t' * 16}, the plan {'u' * 16}"),
     ({"students": {"tiny": "g" * 64}},
      f"the student's initial weights changed: the record has {'f' * 64}, the plan {'g' * 64}"),
     ({"code": {"kd_utils/losses.py": "1" * 12}}, "code changed: kd_utils/losses.py"),

@@ -52,7 +52,7 @@ for row in rows:
     records.report_epoch(row)
 manifest = next(artifacts.glob(f"cache/{config.name}-*/manifest.json"))
 metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(),
-           "code": code,
+           "code": code, "tokenizer": "t",
            "cache": {"name": manifest.parent.name, "content_hash": json.loads(manifest.read_text())["content_hash"]},
            "started": "2026-01-01T00:00:00Z", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": rows,
            "final": rows[-1]}

@@ -50,6 +50,7 @@ epochs = [{"epoch": 1, "validation_accuracy": accuracy, "validation_accuracy/sst
 metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(), "code": code,
            "cache": {"name": folder.name, "content_hash": cache.read_manifest(folder)["content_hash"]},
            "student": {"name": config.student, "fingerprint": model_fingerprint(config.student)},
+           "tokenizer": data.read_manifest(config.data_path)["tokenizer_fingerprint"],
            "precision": "float32", "started": "2026-01-01", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0,
            "epochs": epochs, "final": epochs[-1]}
 predictions = pd.DataFrame({"example_id": ["a", "b", "c", "d"], "task": "sst2"})
