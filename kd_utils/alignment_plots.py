@@ -60,4 +60,5 @@ def merged_maps(rows: np.ndarray, tokens: list[str], groups: Groups, text: str, 
              for start, end, place in zip(np.concatenate([[0], last[:-1]]), last, groups.teacher)]
     before = map_cells(rows, tokens).properties(title=f"over the teacher's {len(tokens)} tokens")
     after = map_cells(merge_map(rows, groups.teacher), names).properties(title=f"over {len(names)} groups")
-    return finish(alt.hconcat(before, after), "A teacher's map, before and after it is lined up", "rows sum to 1 in both")
+    return finish(alt.hconcat(before, after), "A teacher's map, before and after it is lined up",
+                  "rows sum to 1 in both")

@@ -14,9 +14,10 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from .layers import check_layers
+from .fields import (Count, Device, Layers, MoreTeachers, Name, NamedPlaces, Place, PlaceOrBlank, PositiveFloat,
+                     PositiveInt, Seed, Weight, teacher_weights)
 
 #: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the shared
 #: folder that holds `artifacts/` and `runs/`: a node's own KD_ROOT, or else the place where the sweep was started.
@@ -28,57 +29,6 @@ REFERENCES = ("untrained", "task_only")
 DISTILLATIONS = ("black_box", "hidden_state", "attention", "combined")
 METHODS = (*REFERENCES, *DISTILLATIONS)
 TASK_NAMES = ("sst2", "mmlu", "gsm8k")
-
-
-def _place(text: str) -> str:
-    """A folder, or a model of the hub, which may be one: refused is what no file system takes."""
-    if not text.strip() or os.path.expanduser(text)[:1] == "~" or re.search(rb"(?s)[^/]{256}|.{1001}", text.encode()):
-        raise ValueError("Input should be a path or a name: not blank, no unknown ~user, 255 bytes a part, 1000 in all")
-    return text
-
-
-def _more_teachers(text: str) -> str:
-    teacher_weights(text)
-    return text
-
-
-def teacher_weights(text: str) -> dict[str, float]:
-    """`"other=0.4 another=.1"` -> {"other": 0.4, "another": 0.1}.
-
-    Raises:
-        ValueError: not of this form, or the trial's own teacher would have no weight.
-    """
-    weights: dict[str, float] = {}
-    for part in text.split():
-        name, _, weight = part.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name) or not re.fullmatch(r"0?\.\d{1,9}", weight) \
-                or name in weights or float(weight) == 0:
-            raise ValueError("Input should be experiments with the weights of their teachers, above 0 and below 1, "
-                             "such as 'other=0.4' (the trial's own has the rest), or ''")
-        weights[name] = float(weight)
-    if sum(weights.values()) >= 1:
-        raise ValueError("Input should leave the trial's own teacher a weight: these sum to 1 or more")
-    return weights
-
-
-def _named_places(text: str) -> str:
-    for part in text.split():
-        name, _, place = part.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name) or not place:
-            raise ValueError("Input should be NAME=TOKENIZER, several with spaces between, or ''")
-        _place(place)
-    return text
-
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
-Place = Annotated[str, AfterValidator(_place)]
-Layers = Annotated[str, AfterValidator(check_layers)]
-PlaceOrBlank = Annotated[str, AfterValidator(lambda text: text.strip() and _place(text))]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
-PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # more overflows in one or the other library
-Count = Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Weight = Annotated[float, Field(ge=0.0)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
 def resolve(path: str | Path) -> Path:
@@ -218,7 +168,7 @@ class TrialConfig(Config):
     student_init: Literal["pretrained", "layers", "random"]
     student_layers: PositiveInt
     teacher: Place
-    more_teachers: Annotated[str, AfterValidator(_more_teachers)]
+    more_teachers: MoreTeachers
     tokenizer: Place
     alpha: Weight
     beta: Weight
@@ -322,7 +272,7 @@ class AlignmentConfig(Config):
     """Parameters of `06_any_teacher`."""
 
     student_tokenizer: Place
-    teacher_tokenizers: Annotated[str, AfterValidator(_named_places)]
+    teacher_tokenizers: NamedPlaces
     example: Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=64)]
     map_head: Count
     mass_rows: PositiveInt

@@ -14,7 +14,8 @@ from .heads import Head
 from .vocabulary import Vocabulary, shared_pieces
 
 
-def token_agreement(teacher: list[CachedExample], student: list[CachedExample], vocabularies: tuple[Vocabulary, Vocabulary],
+def token_agreement(teacher: list[CachedExample], student: list[CachedExample],
+                    vocabularies: tuple[Vocabulary, Vocabulary],
                     tasks: Iterable[str]) -> pd.DataFrame:
     """How two tokenizations of the same rows line up, by task.
 
@@ -32,8 +33,8 @@ def token_agreement(teacher: list[CachedExample], student: list[CachedExample], 
     counts = []
     for theirs, ours, task in zip(teacher, student, tasks, strict=True):
         groups = align(theirs.ends, ours.ends)
-        counts.append({"task": task, "rows": 1, "teacher tokens": len(theirs.tokens), "student tokens": len(ours.tokens),
-                       "groups": len(groups), "single": int(groups.single.sum()),
+        counts.append({"task": task, "rows": 1, "teacher tokens": len(theirs.tokens),
+                       "student tokens": len(ours.tokens), "groups": len(groups), "single": int(groups.single.sum()),
                        "shared": sum(token in shared for token in theirs.tokens.tolist())})
     total = pd.DataFrame(counts).groupby("task", sort=False).sum()
     shares = pd.DataFrame({"single groups": total["single"] / total["groups"],

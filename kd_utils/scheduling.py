@@ -54,7 +54,7 @@ def ray_running(address: str | None) -> Iterator[None]:
 
 
 def _end_processes_of(folder: str) -> None:
-    """Kill what Ray started with `folder` and has not ended: on a busy machine its agents outlive it by many seconds."""
+    """Kill what Ray started with `folder` and has not ended: its agents outlive it by seconds on a busy machine."""
     import psutil
 
     for process in psutil.process_iter(["cmdline"]):

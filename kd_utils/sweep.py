@@ -17,6 +17,7 @@ from . import parameters as parameter_files
 from .cache import CacheError, find_cache, read_manifest
 from .display import Progress
 from .execution import execute, in_thread, injected
+from .fields import teacher_weights
 from .files import locked, sha256_file, sha256_json, written_aside
 from .planning import ANALYSE, CACHE, PREPARE, TRAIN, Trial, default_run_dir, plan, select
 from .scheduling import fitting_gpus, ray_running, require_same_view, run_trials
@@ -60,7 +61,7 @@ def _more_caches(trials: list[Trial], parameters: dict[str, Any]) -> dict[str, P
     """Other experiments whose teachers these trials have, and their caches' folders, of those that there are."""
     settings, folders = parameter_files.notebook_config(CACHE, parameters), {}
     names = {name for trial in trials for name in
-             config.teacher_weights(trial.parameters.get("more_teachers", parameters.get("more_teachers", "")))}
+             teacher_weights(trial.parameters.get("more_teachers", parameters.get("more_teachers", "")))}
     for name in sorted(names):
         with suppress(CacheError):  # 03 says that there is none
             folders[name] = find_cache(settings.artifacts, name)

@@ -1,0 +1,64 @@
+"""What single parameters may be: the types of the configs' fields, and text that stands for more than one value."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from .layers import check_layers
+
+
+def _place(text: str) -> str:
+    """A folder, or a model of the hub, which may be one: refused is what no file system takes."""
+    if not text.strip() or os.path.expanduser(text)[:1] == "~" or re.search(rb"(?s)[^/]{256}|.{1001}", text.encode()):
+        raise ValueError("Input should be a path or a name: not blank, no unknown ~user, 255 bytes a part, 1000 in all")
+    return text
+
+
+def _more_teachers(text: str) -> str:
+    teacher_weights(text)
+    return text
+
+
+def teacher_weights(text: str) -> dict[str, float]:
+    """`"other=0.4 another=.1"` -> {"other": 0.4, "another": 0.1}.
+
+    Raises:
+        ValueError: not of this form, or the trial's own teacher would have no weight.
+    """
+    weights: dict[str, float] = {}
+    for part in text.split():
+        name, _, weight = part.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name) or not re.fullmatch(r"0?\.\d{1,9}", weight) \
+                or name in weights or float(weight) == 0:
+            raise ValueError("Input should be experiments with the weights of their teachers, above 0 and below 1, "
+                             "such as 'other=0.4' (the trial's own has the rest), or ''")
+        weights[name] = float(weight)
+    if sum(weights.values()) >= 1:
+        raise ValueError("Input should leave the trial's own teacher a weight: these sum to 1 or more")
+    return weights
+
+
+def _named_places(text: str) -> str:
+    for part in text.split():
+        name, _, place = part.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name) or not place:
+            raise ValueError("Input should be NAME=TOKENIZER, several with spaces between, or ''")
+        _place(place)
+    return text
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+Place = Annotated[str, AfterValidator(_place)]
+NamedPlaces = Annotated[str, AfterValidator(_named_places)]
+MoreTeachers = Annotated[str, AfterValidator(_more_teachers)]
+Layers = Annotated[str, AfterValidator(check_layers)]
+PlaceOrBlank = Annotated[str, AfterValidator(lambda text: text.strip() and _place(text))]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # more overflows in one or the other library
+Count = Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Weight = Annotated[float, Field(ge=0.0)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
