@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 from torch import nn
 
 from .cache import TeacherCache
@@ -50,15 +49,7 @@ def cache_bytes(folder: Path, examples: int, naive_length: int) -> dict[str, flo
     """
     cache = TeacherCache(folder, memory_bytes=0)
     rows = [cache[example_id] for example_id in cache.lengths]
-    stored = {"hidden": 0, "attention": 0, "other": 0}
-    for shard in cache.manifest["shards"]:
-        metadata = pq.read_metadata(folder / shard["file"])
-        columns = [metadata.row_group(group).column(place) for group in range(metadata.num_row_groups)
-                   for place in range(metadata.num_columns)]
-        for column in columns:
-            name = column.path_in_schema.split(".")[0]
-            stored[name if name in stored else "other"] += column.total_compressed_size
-        stored["other"] += shard["bytes"] - sum(column.total_compressed_size for column in columns)  # the footer
+    stored = cache.stored_bytes()
     lengths = np.array([len(row.tokens) for row in random_rows(examples, 10)])
     tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
     sampled = sum(len(row.tokens) for row in rows)

@@ -235,6 +235,19 @@ class TeacherCache:
             row.signals[column] = joined_planes(table, column, dtype).reshape(rows, -1)
         return row
 
+    def stored_bytes(self) -> dict[str, int]:
+        """What each signal takes in the shards, compressed; "other" is ids, tokens and the files' footers."""
+        stored = dict.fromkeys((*self.manifest["dtypes"], "other"), 0)
+        for shard in self.manifest["shards"]:
+            metadata, signals = self._file(shard["file"]).metadata, 0
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for column in map(group.column, range(group.num_columns)):
+                    if (name := column.path_in_schema.split(".")[0]) in self.manifest["dtypes"]:
+                        stored[name] += column.total_compressed_size
+                        signals += column.total_compressed_size
+            stored["other"] += shard["bytes"] - signals
+        return stored
+
     def vocabulary(self) -> Vocabulary:
         """What the ids of the tokens, and the rows of `lm_head`, stand for.
 

@@ -307,3 +307,10 @@ def test_only_what_is_wanted_is_read(cache):
     row = opened["row3"]
     assert "attention" not in row.signals
     np.testing.assert_array_equal(row.signals["hidden"], cache[0]["row3"].signals["hidden"])
+
+
+def test_stored_bytes_add_up_to_the_shards(cache):
+    cache, _ = cache
+    stored = cache.stored_bytes()
+    assert set(stored) == {"hidden", "attention", "other"} and min(stored.values()) > 0
+    assert sum(stored.values()) == sum(shard["bytes"] for shard in cache.manifest["shards"])
