@@ -42,8 +42,8 @@ $(LM_EVAL)/.ready: $(VENV)/.ready benchmarks/lm_eval_requirements.txt
 sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml, default toy; GRID=papermill_params/grid-X.yaml)
 	$(RUN) -m kd_utils sweep $(PARAMS) $(if $(GRID),--grid $(GRID))
 
-# The second line is Run All: notebooks 01 to 04, in order, with their own defaults, in a project root of its own (05 is
-# executed by a test, in small). One thread: on a busy machine two that wait for each other take many times as long.
+# The second line is Run All: notebooks 01 to 04, in order, with their own defaults, in a project root of its own (05 and
+# 06 are executed by tests, in small). One thread: on a busy machine two that wait for each other take many times as long.
 test: setup lm-eval smol-weights ## every test, notebooks included
 	$(RUN) -m pytest
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" OMP_NUM_THREADS=1 \

@@ -10,7 +10,8 @@ from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
 from kd_utils import teacher
 from kd_utils.parameters import notebook_config
 from kd_utils.student import save_model
-from kd_utils.teacher import encode_table, model_fingerprint, prepare_teacher, signal_function
+from kd_utils.teacher import (cached_layers, column_dtypes, encode_table, model_fingerprint, prepare_teacher,
+                              signal_function)
 
 TABLE = pd.DataFrame({"example_id": ["a", "b"], "prompt": ["Tom has 12 apples.\nAnswer:", "buys 30\nAnswer:"],
                       "answer": [" 42", " positive"]})
@@ -113,3 +114,20 @@ def test_a_row_that_cannot_be_encoded_is_named():
 def test_without_epochs_the_teacher_is_taken_as_it_comes(base):
     name, history = prepare_teacher(config_for(base, teacher_epochs=0), ROWS, "data")
     assert name == str(base) and history.empty
+
+
+@pytest.mark.parametrize("changes, layers", [
+    ({}, {"hidden": [8], "attention": [8]}),
+    ({"hidden_layers": "random", "paired_layers": 4}, {"hidden": [2, 4, 6, 8], "attention": [8]}),
+    ({"hidden_layers": "3:1", "attention_layers": "2:1 5:9"}, {"hidden": [3, 8], "attention": [2, 5]}),
+    ({"signals": "top_k", "hidden_layers": "uniform"}, {"hidden": [], "attention": []}),
+])
+def test_a_cache_holds_the_layers_that_are_compared_and_the_last_hidden_state(changes, layers):
+    found = cached_layers(notebook_config("02_cache_teacher", changes), tiny_llama(layers=8))
+    assert found == layers
+    columns = column_dtypes(found, 8, "uint8")
+    if changes.get("signals") == "top_k":
+        assert list(columns) == ["top_logits", "top_ids", "log_mass"]
+    else:
+        assert columns["hidden"] == "float16" and columns.get("attention", "uint8") == "uint8"
+        assert len(columns) == len(layers["hidden"]) + len(layers["attention"])
