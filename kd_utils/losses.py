@@ -89,12 +89,12 @@ class _SummedMapError(torch.autograd.Function):
             teacher, compared = decode_map(packed, *theirs), probs
             if merge:
                 teacher, compared = merge[0].apply(teacher), merge[1].apply(probs)
-            target = teacher if mix is None else torch.einsum("st,tqk->sqk", mix, teacher)
+            target = teacher if mix is None else _in_float32("st,tqk->sqk", mix, teacher)
             error = target.sub_(compared)  # its sign changes nothing before `backward`
             total += torch.dot(error.view(-1), error.view(-1))
             if slopes:  # through the softmax: P * (E - sum_k E P), then through q k^T
                 if mix is not None:
-                    slopes[2].sub_(torch.einsum("sqk,tqk->st", error, teacher))
+                    slopes[2].sub_(_in_float32("sqk,tqk->st", error, teacher))
                 error = merge[1].spread(error, last - first) if merge else error
                 slope = error.sub_((error * probs).sum(-1, keepdim=True)).mul_(probs)
                 slope = (slope if part.softcap is None else slope * part.cap_slope()[0]).to(query.dtype)
@@ -113,6 +113,12 @@ class _SummedMapError(torch.autograd.Function):
         slope = -2 * slope  # d error^2 = 2 error; error here is teacher minus student
         return (slope * ctx.scaling * query, slope * ctx.scaling * key, slope * mix[0] if mix else None,
                 None, None, None)
+
+
+def _in_float32(equation: str, left: Tensor, right: Tensor) -> Tensor:
+    """`einsum` of maps, which autocast would round to 8 bits."""
+    with torch.autocast(left.device.type, enabled=False):
+        return torch.einsum(equation, left, right)
 
 
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:

@@ -16,6 +16,8 @@ from kd_utils.logit_losses import Shared, span_kl
 from kd_utils.losses import weighted_sum
 from kd_utils.parameters import notebook_defaults
 from kd_utils.signals import decode_map, forward_signals
+from kd_utils.speed import cosine
+from kd_utils.student import autocast
 from kd_utils.teacher import column_dtypes, signal_function, stored_lm_head
 from kd_utils.training import loss_terms
 from kd_utils.views import TeacherView, head_mix, view_of
@@ -112,6 +114,25 @@ def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
         errors = np.square(maps[0] - maps[1])[:, chosen]
         entries = sum(range(first + 1, first + count + 1))
         assert terms["attention"].item() == pytest.approx(errors.sum() / (4 * entries), rel=1e-3)
+
+
+@pytest.mark.parametrize("heads, logit_loss", [(4, "kl"), (6, "kl"), (6, "uld")])
+def test_terms_across_tokenizers_under_bfloat16_autocast_are_those_of_float32(heads, logit_loss):
+    teacher = tiny_llama(width=48, layers=3, heads=heads)
+    rows = list(signal_function(teacher, signals="white_box")([TEACHER_ROW, *example_rows([7, 4], seed=2)]))
+    found = []
+    for precision in ("float32", "bfloat16"):
+        student = tiny_llama(seed=1)
+        view = TeacherView(Head(stored_lm_head(teacher)), (32, 48), hidden_pairs=[(3, 2)], map_pairs=[(3, 2)],
+                           teacher_layers=3, mix=head_mix("learned", 4, heads), learned=True,
+                           shared=Shared.of(torch.arange(40, 97), torch.arange(57), 97, 97))
+        with autocast(CPU, precision):
+            terms, gradients = results(student, collate([STUDENT_ROW, *example_rows([7, 4], seed=2)], [rows]), view,
+                                       logit_loss=logit_loss)
+        found.append((terms, torch.cat([gradient.flatten() for gradient in gradients])))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], value, atol=1e-3, rtol=5e-2)
+    assert cosine(*(gradient for _, gradient in found)) > 0.99
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
