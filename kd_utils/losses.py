@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batches import Maps
+from .compared import Maps
 from .signals import Attention, decode_map
 
 
@@ -49,7 +49,7 @@ def attention_mse(student: Attention, maps: Maps, normaliser: int | None = None,
 
     TinyBERT compares scores; these are probabilities. Padding and the upper triangle do not count in the mean. Maps
     exist for one example at a time: as in `kd_loss`, the gradient is worked out in the forward pass. Where the two
-    sides' tokens differ, both maps are merged to groups first (`batches.Merge`).
+    sides' tokens differ, both maps are merged to groups first (`compared.Merge`).
 
     Args:
         student: the layer's queries and keys.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import Compared
+from .compared import Compared
 from .cache import TOP_K, TeacherCache
 from .config import TrialConfig
 from .layers import column, layer_pairs

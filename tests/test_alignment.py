@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_utils.alignment import align, identity, merge_map
-from kd_utils.batches import Merge, groups_of
 from kd_utils.cache import CachedExample
+from kd_utils.compared import Merge, groups_of
 
 
 def groups(teacher, student):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_utils.batches import Maps, _merge
+from kd_utils.compared import Maps, _merge
 from kd_utils.logit_losses import forward_kl_top_k, kd_loss
 from kd_utils.losses import attention_mse, hidden_mse, task_cross_entropy, weighted_sum
 from kd_utils.signals import Attention, causal_places, causal_slice, decode_map, encode_map

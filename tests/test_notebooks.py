@@ -213,8 +213,8 @@ def test_05_measures_and_leaves_a_record(tmp_path):
 
 def test_06_lines_up_a_student_of_another_tokenizer_with_the_same_cache(home, tmp_path, shared):
     out = tmp_path / "06.ipynb"
-    done = run(home, "papermill", notebook_path("06_any_teacher"), out, "-p", "mass_rows", "3", "-p", "teacher_tokenizers",
-               f"llama3={shared / 'tokenizers' / 'llama3'}", "--no-progress-bar")
+    done = run(home, "papermill", notebook_path("06_any_teacher"), out, "-p", "mass_rows", "3", "-p",
+               "teacher_tokenizers", f"llama3={shared / 'tokenizers' / 'llama3'}", "--no-progress-bar")
     assert done.returncode == 0, done.stderr[-3000:]
     shown = out.read_text()
     assert "teacher's pieces" in shown and "of them one token on each side" in shown
