@@ -56,7 +56,8 @@ def parameters_of(home, shared, name, teacher):
     ("mistral", {}, "logits over 24,184 shared pieces, beside 7,816 of the teacher and 7,816 of the student"),
     ("llama3", {"head_mapping": "mean_groups", "hidden_layers": "uniform", "attention_layers": "reversed"},
      "logits over 26,601 shared pieces, beside 101,655 of the teacher and 5,399 of the student; hidden states of "
-     "layers 1:1, 2:2; maps, 8 heads mixed to 4, of layers 2:1, 1:2 (teacher:student)")], ids=["llama2", "mistral", "llama3"])
+     "layers 1:1, 2:2; maps, 8 heads mixed to 4, of layers 2:1, 1:2 (teacher:student)")],
+    ids=["llama2", "mistral", "llama3"])
 def test_the_pairs_train_on_real_rows(home, shared, name, more, said):
     teacher = model_folder(home / f"teacher-{name}", shared / "tokenizers" / name, 32, name)
     parameters = {**parameters_of(home, shared, name, teacher), **more, "run_dir": f"runs/{name}"}
