@@ -185,8 +185,8 @@ def our_row(row: dict[str, Any], theirs: dict[str, Any], shared: Any, by_string:
         for key, each in (("bytes", shared), ("string", by_string)):
             q, p = (row[name]["logits"][before[name]].double().softmax(-1)[:, rest].sum(-1)
                     for name, rest in zip(SIDES, (each.student_rest, each.teacher_rest)))
-            out |= {f"kl {key}": at_each(kd_loss, 1.0, shared=each), f"rest {key}": p,
-                    f"bucket {key}": p * (p / q).log()}
+            out |= {f"kl {key}": at_each(kd_loss, 1.0, shared=each), f"rest {key}": p}
+            out[f"bucket {key}"] = p * (p / q).log()
         out |= {name: {"joint": chain(name, None).exp(), "mass": chain(name, -1).exp()} for name in SIDES}
         out["span"] = span_kl(chain("student", None), chain("teacher", None), 1.0)
     view = TeacherView(head["teacher"], (1, 1), hidden_pairs=[], map_pairs=[], teacher_layers=1, shared=shared)
@@ -209,11 +209,11 @@ def tokens_of(last: np.ndarray) -> list[list[int]]:
 
 
 def ours(args: argparse.Namespace) -> list[list[Any]]:
-    """All lines: what, GOLD's, ours, largest difference, whether it must be 0, and why it is not."""
+    """Lines: what, GOLD's, ours, largest difference, whether it must be 0, and why it is not."""
     from kd_utils.alignment import align
 
     def shown(groups: Any) -> str:
-        return " ".join("+".join(map(str, s)) + "|" + "+".join(map(str, t)) for s, t in zip(*groups))
+        return " ".join("+".join(map(str, s)) + ":" + "+".join(map(str, t)) for s, t in zip(*groups))
 
     lines = []
     for name, theirs in json.loads((args.work / "cases.json").read_text()).items():
@@ -223,11 +223,12 @@ def ours(args: argparse.Namespace) -> list[list[Any]]:
             mine = shown([tokens_of(found.student), tokens_of(found.teacher)])
         except ValueError:
             mine = "ValueError"
-        lines.append([f"groups (student|teacher), {name}: ends {student} {teacher}", shown(theirs), mine,
-                      float(mine != shown(theirs)), must,
-                      "our last group takes what is left over; GOLD makes a group of it, dropped later where one side "
-                      "is empty" if mine != "ValueError" else "GOLD does not check"])
-    return lines + [line for teacher in TEACHERS for line in lines_of_pair(args, teacher)]
+        why = ("GOLD does not check" if mine == "ValueError" else "our last group takes what is left over; GOLD makes "
+               "a group of it, dropped later where one side is empty")
+        lines.append([f"groups (student:teacher), {name}, ends {student} {teacher}", shown(theirs), mine,
+                      float(mine != shown(theirs)), must, "" if must else why])
+    return lines + [[f"{teacher}: {what}", *rest] for teacher in TEACHERS
+                    for what, *rest in lines_of_pair(args, teacher)]
 
 
 def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
@@ -261,22 +262,23 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
 
     for name, encoded in gold["ends"].items():
         if isinstance(encoded, str):
-            lines.append([f"byte ends by {name}", "refused", "in use", None, False,
-                          f"GOLD: {encoded}; given ours here"])
+            lines.append([f"byte ends by {name}", "refused", "in use", None, False, f"{encoded}; ours are given to it"])
             continue
         mine = [byte_ends(tokenizers[name], known[name], read(path)["text"], ids).tolist()
                 for path, (ids, _) in zip(paths, encoded)]
         wrong = sum(a != b for ends, (_, theirs) in zip(mine, encoded) for a, b in zip(ends, theirs))
         counts(f"byte ends by {name}, tokens", *[sum(map(len, mine))] * 2, wrong)
     for what, key in (("whole rows", "whole_groups"), ("answers alone, bytes counted from their start", "groups")):
-        found = [[(k, pair) for k, row in enumerate(side)
-                  for pair in zip(*([tuple(g) for g in its] for its in row[key]))] for side in both]
-        counts(f"groups of {what}", *map(len, found), len(set(found[0]) ^ set(found[1])))
+        found = [{(k, str(pair)) for k, row in enumerate(side) for pair in zip(*row[key])} for side in both]
+        counts(f"groups of {what}", *map(len, found), len(found[0] ^ found[1]))
+        if found[0] != found[1]:  # nothing below can be compared
+            return lines
     for T in TEMPERATURES:
         line(f"sorted distance, T={T:g}, 1:1 groups", *(joined(side, f"uld {T}")[single] for side in both))
     slopes = [torch.cat([row["slopes"][k] for row in rows]) for k in range(2)]
-    line("norms of its gradients, 1:1 groups", *(each.norm(dim=-1) for each in slopes))
-    line("its gradients, entries", *(each.flatten() for each in slopes))
+    lines.append([f"norms of its gradients, 1:1 groups ({len(slopes[0])})",
+                  *(f"{each.norm(dim=-1).mean():.6f}" for each in slopes),
+                  ((slopes[0] - slopes[1]).abs().max() / slopes[0].abs().max()).item(), True, ""])
     plain = [[its for its, row in zip(side, rows) if row["single"].all()] for side in both]
     line("whole sorted distance, rows of 1:1 groups", *(joined(side, "whole uld") for side in plain))
     means = torch.stack([joined([row], "uld 1.0").mean() for row in gold["rows"]])
@@ -291,35 +293,36 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
     line("teacher's mass on other pieces", joined(rows, "rest string"), joined(rows, "rest bytes"), "fewer are matched"
          if len(pairs[0]) < len(pairs[1]) else "as many are matched, some bytes to other ids")
     matched, unmatched, hybrid = (joined(gold["rows"], key)[single] for key in ("matched", "unmatched", "hybrid"))
-    line("KL over GOLD's matches, 1:1 groups", matched,
+    line("KL over GOLD's matches, ours less its bucket, 1:1 groups", matched,
          (joined(rows, "kl string") - joined(rows, "bucket string"))[single])
     weight, bucket = len(gold["pieces"]) / sizes[0], joined(rows, "bucket bytes")[single].mean()
     line("hybrid = w KL + (1 - w) sorted rest, 1:1 groups", hybrid, weight * matched + (1 - weight) * unmatched)
-    line("hybrid | our KL, 1:1 groups", hybrid, joined(rows, "kl bytes")[single],
+    line("hybrid against our KL, 1:1 groups", hybrid, joined(rows, "kl bytes")[single],
          f"GOLD: {weight:.3f} x {matched.mean():.3f} + {1 - weight:.3f} x {unmatched.mean():.3f}, w by number of "
          f"pieces; ours: pieces matched by bytes, and one exact bucket for the rest, whose part is {bucket:.3f}")
 
     for name in SIDES:
         line(f"{name}'s probability of a longer group", *(joined(side, name, "joint")[long] for side in both))
-        line("mass of GOLD's vector | of the earlier tokens", *(joined(side, name, "mass")[long] for side in both))
+        line(f"{name}'s: sum of GOLD's vector, probability of the earlier tokens",
+             *(joined(side, name, "mass")[long] for side in both))
     theirs, span = joined(gold["rows"], "uld 1.0")[long], joined(rows, "span")[long]
     mass, joint = ([joined(gold["rows"], name, key)[long] for name in SIDES] for key in ("mass", "joint"))
     if len(theirs):
         gap = ((mass[0] - mass[1]).abs() / theirs).mean()
-        line("distance | our two-outcome KL, longer groups", theirs, span,
-             f"GOLD compares vectors over the last token, whose masses are not 1: their difference alone is {gap:.0%} "
-             "of it; ours is of this text or any other, which sum to 1")
-        line("distance | our sorted distance, longer groups", theirs, joined(rows, "uld 1.0")[long],
+        line("distance against our two-outcome KL, longer groups", theirs, span, "GOLD compares vectors over the last "
+             f"token, whose masses are not 1: their difference is {gap:.0%} of it; ours is of the text or any other")
+        line("distance against our sorted distance, longer groups", theirs, joined(rows, "uld 1.0")[long],
              "ours is taken before the group's first token, where both sum to 1")
-        k, texts = int(span.argmin()), [text for row in rows for text in np.array(row["text"])[~row["single"].numpy()]]
-        line(f"the one where our KL is smallest, {str(texts[k])!r}", theirs[[k]], span[[k]],
-             "student and teacher give it {:.3f} and {:.3f}, and GOLD's vectors sum to {:.3f} and {:.3f}".format(
+        k = int(span.argmin())
+        text = [text for row in rows for text, one in zip(row["text"], row["single"]) if not one][k]
+        line(f"the one where our KL is smallest, {text!r}", theirs[[k]], span[[k]], "student and teacher give it "
+             "{:.3f} and {:.3f}, GOLD's vectors sum to {:.3f} and {:.3f}".format(
                  *(each[k] for each in (*joint, *mass))))
     for what in ("uld uld", "uld kl", "hybrid kl"):
         cosines = joined(rows, f"cosine {what}")
         lines.append([f"gradients' cosine, GOLD's and ours: {what}", "", f"{cosines.mean():.3f}", None, False,
                       f"mean over rows, {cosines.min():.3f} at least; for information"])
-    return [[f"{teacher}: {what}", *rest] for what, *rest in lines]
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------ the driver
@@ -339,7 +342,7 @@ def in_process(python: str, side: str, args: argparse.Namespace, work: str) -> A
 
 
 def verdict(difference: float | None, must: bool, why: str) -> str:
-    """The last column."""
+    """The last column: a line that must be equal says whether it is, the others why they are not."""
     return why if not must else "equal" if difference <= TOLERANCE else "NOT EQUAL, and must be"
 
 

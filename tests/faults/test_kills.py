@@ -46,7 +46,7 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undis
             kills[kind] += 1
         if kind == "driver" or command.process.poll() is not None:
             command.process.wait(60)
-            assert command.orphans(within=60) == []
+            assert command.orphans(within=100) == []  # Ray's agents wait a minute for an answer of the dead
             now = whole_trials(run_dir)
             assert finished.items() <= now.items(), "a finished trial was lost, or run again"
             if len(now) == len(results(undisturbed / "runs" / "toy-2")):
