@@ -50,6 +50,8 @@ class Metrics(Shape):
     epochs: list[dict[str, float]] = Field(min_length=1)
     final: dict[str, float]
     student: dict[str, str] = {}
+    tokenizer: str = ""
+    more_caches: dict[str, str] = {}
     code: dict[str, str] = {}
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from . import config
 from .display import Progress
@@ -44,23 +48,19 @@ def ray_running(address: str | None) -> Iterator[None]:
         return
     # Ray's sockets on this machine need a path well under 107 characters, hence /tmp.
     sockets = tempfile.mkdtemp(prefix="kd-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    on_sigterm, earlier = signal.getsignal(signal.SIGTERM), set(psutil.Process().children(recursive=True))
     try:
         _start_ray(address, sockets)
+        if on_sigterm and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which leaves with status 1
         yield
     finally:
+        started = set(psutil.Process().children(recursive=True)) - earlier
         ray.shutdown()
-        _end_processes_of(sockets)
-        shutil.rmtree(sockets, ignore_errors=True)
-
-
-def _end_processes_of(folder: str) -> None:
-    """Kill what Ray started with `folder` and has not ended: its agents outlive it by seconds on a busy machine."""
-    import psutil
-
-    for process in psutil.process_iter(["cmdline"]):
-        if any(folder in word for word in process.info["cmdline"] or ()):
+        for process in started:  # its agents would wait a minute for an answer of those that are gone
             with suppress(psutil.Error):
                 process.kill()
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 def run_trials(trials: dict[str, dict[str, Any]], run_dir: Path, progress: Progress, *, cpus: float, gpus: float,
