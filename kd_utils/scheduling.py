@@ -10,7 +10,7 @@ import socket
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,36 @@ def ray_running(address: str | None) -> Iterator[None]:
         yield
     finally:
         started = set(psutil.Process().children(recursive=True)) - earlier
-        ray.shutdown()
-        for process in started:  # its agents would wait a minute for an answer of those that are gone
-            with suppress(psutil.Error):
-                process.kill()
-        shutil.rmtree(sockets, ignore_errors=True)
+        with _interrupts_later() as catch_again:
+            closing = threading.Thread(target=ray.shutdown)
+            closing.start()
+            while closing.is_alive():
+                catch_again()  # Ray's C++ side sets SIGTERM back to killing at once, a second before it is done
+                closing.join(0.01)
+            for process in started:  # its agents would wait a minute for an answer of those that are gone
+                with suppress(psutil.Error):
+                    process.kill()
+            shutil.rmtree(sockets, ignore_errors=True)
+
+
+@contextmanager
+def _interrupts_later() -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM wait for the end of the block, which gets what catches them again if a library let go of them."""
+    caught, here = [], threading.current_thread() is threading.main_thread()  # nowhere else are signals to be caught
+    handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)} if here else {}
+
+    def catch() -> None:
+        for number in handlers:
+            signal.signal(number, lambda number, _: caught.append(number))
+
+    catch()
+    try:
+        yield catch
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.raise_signal(caught[0])
 
 
 def run_trials(trials: dict[str, dict[str, Any]], run_dir: Path, progress: Progress, *, cpus: float, gpus: float,

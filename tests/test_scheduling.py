@@ -76,6 +76,26 @@ with ray_running(None):
     assert ran.stdout.splitlines() == ["--host=127.0.0.1"], ran.stderr
 
 
+def test_a_sigterm_while_ray_shuts_down_waits_for_its_end():
+    """Ray's C++ side, as it ends, sets the signal back to killing at once; its processes would be left."""
+    code = """
+import os, signal, time, psutil, ray
+from kd_utils.scheduling import ray_running
+signal.signal(signal.SIGTERM, lambda *_: print("caught;", len(psutil.Process().children(recursive=True)), "left"))
+shut_down = ray.shutdown
+def shut_down_and_be_told_to_end():
+    shut_down()
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    print("shut down")
+with ray_running(None):
+    ray.shutdown = shut_down_and_be_told_to_end
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout.splitlines()) == (0, ["shut down", "caught; 0 left"]), ran.stderr
+
+
 def test_a_cluster_that_does_not_answer_is_told_at_once():
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # a port of ours at which nothing listens
