@@ -29,6 +29,9 @@ REFERENCES = ("untrained", "task_only")
 DISTILLATIONS = ("black_box", "hidden_state", "attention", "combined")
 METHODS = (*REFERENCES, *DISTILLATIONS)
 TASK_NAMES = ("sst2", "mmlu", "gsm8k")
+#: Names, places and devices: parameters that no fingerprint holds.
+NEVER_IN_A_RESULT = frozenset({"name", "artifacts_dir", "run_dir", "trial", "device", "save_student",
+                               "checkpoint_seconds"})
 
 
 def resolve(path: str | Path) -> Path:
@@ -43,7 +46,7 @@ def short_path(path: str | Path) -> str:
 
 
 class Config(BaseModel):
-    """What all four notebooks share: names, places, and how a bad value is reported."""
+    """What all notebooks share: names, places, and how a bad value is reported."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
@@ -99,9 +102,8 @@ class Config(BaseModel):
         return set()
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits over all values but those that cannot change a result (names, places, devices)."""
-        values = self.model_dump(exclude={"name", "artifacts_dir", "run_dir", "device", "save_student",
-                                          "checkpoint_seconds", "trial", *self.without_effect})
+        """Sixteen hex digits over all values but those that cannot change a result."""
+        values = self.model_dump(exclude=NEVER_IN_A_RESULT | self.without_effect)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -6,11 +6,13 @@ Nothing that is stale, damaged or of another execution gets into a table.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
+from .config import NEVER_IN_A_RESULT
 from .records import FORMAT, Metrics, Shape, read_record, require_shape
 from .sealed import RecordError, label, read_sealed
 from .source_code import changed
@@ -65,18 +67,20 @@ class Status(NamedTuple):
     why: str = ""
 
 
-def trial_status(run_dir: str | Path, trial: str, config_hash: str, made: Made = Made()) -> Status:
+def trial_status(run_dir: str | Path, trial: str, config_hash: str, made: Made = Made(),
+                 parameters: Mapping[str, Any] | None = None) -> Status:
     """Whether a trial's record is whole and is of this config, teacher cache, student and code.
 
     Args:
         config_hash: expected `TrialConfig.fingerprint()`.
         made: what else is expected.
+        parameters: the trial's, to say which of them changed.
     """
     trials = Path(run_dir) / "trials"
     try:
         metrics = read_record(trials / trial)
         notebook = read_notebook(trials / f"{trial}.ipynb")
-        why = _differences(metrics, notebook, config_hash, made)
+        why = _differences(metrics, notebook, config_hash, made, parameters or {})
         state = Status("stale", why) if why else Status("done")
     except RecordError as error:
         state = Status("broken", str(error))
@@ -209,11 +213,15 @@ def predictions(run_dir: str | Path) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _differences(metrics: dict, notebook: dict, config_hash: str, made: Made) -> str:
+def _differences(metrics: dict, notebook: dict, config_hash: str, made: Made, parameters: Mapping[str, Any]) -> str:
     """Why a record that can be read is not the one that is wanted; "" when it is."""
     student = metrics.get("student", {}).get("fingerprint")
     if metrics["config_hash"] != config_hash:
-        return f"config changed: the record has {metrics['config_hash']}, the plan {config_hash}"
+        had, had_hash = metrics["config"], metrics["config_hash"]
+        named = ", ".join(f"{key} was {had[key]!r}, is {value!r}" for key, value in parameters.items()
+                          if key in had.keys() - NEVER_IN_A_RESULT and had[key] != value)
+        # A key that went back to its notebook's default is not among the parameters.
+        return f"config changed: {named or f'its hash was {had_hash}, is {config_hash}'}"
     if made.cache and metrics["cache"]["content_hash"] != made.cache:
         return f"teacher cache changed: the record has {metrics['cache']['content_hash']}, the plan {made.cache}"
     for name, content in metrics.get("more_caches", {}).items():

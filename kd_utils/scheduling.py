@@ -70,7 +70,7 @@ def ray_running(address: str | None) -> Iterator[None]:
 
 @contextmanager
 def _interrupts_later() -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM wait for the end of the block, which gets what catches them again if a library let go of them."""
+    """Ctrl-C and SIGTERM wait for the end of the block, which gets what catches them again should a library let go."""
     caught, here = [], threading.current_thread() is threading.main_thread()  # nowhere else are signals to be caught
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)} if here else {}
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 def status(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, runs.Status]:
     """Of each trial, whether it is done with this config, code and student, and with the cache that there is now."""
     made = made_of(trials, parameters)
-    return {t.trial: runs.trial_status(run_dir, t.trial, t.config_hash, made) for t in trials}
+    return {t.trial: runs.trial_status(run_dir, t.trial, t.config_hash, made, t.parameters) for t in trials}
 
 
 def made_of(trials: list[Trial], parameters: dict[str, Any]) -> runs.Made:

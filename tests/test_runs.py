@@ -18,7 +18,10 @@ def test_status_says_why_a_trial_is_not_done(run_dir):
         return runs.trial_status(run_dir, trial, config_hash, runs.Made(**made))
 
     assert status() == ("done", "") == status(**MADE)
-    assert status("d" * 16) == ("stale", f"config changed: the record has {HASH}, the plan {'d' * 16}")
+    assert status("d" * 16) == ("stale", f"config changed: its hash was {HASH}, is {'d' * 16}")
+    parameters = {"name": "other", "student": "larger", "seed": 0}
+    why = runs.trial_status(run_dir, "attention_seed0", "d" * 16, parameters=parameters).why
+    assert why == "config changed: student was 'tiny', is 'larger'"
     assert status(trial="combined_seed9") == ("missing", "")
     (trials / "attention_seed1.ipynb").replace(trials / "attention_seed0.ipynb")
     assert status() == ("stale", "the notebook is of another execution than metrics.json")

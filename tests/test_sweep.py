@@ -122,4 +122,5 @@ def test_a_sweep_through_ray_and_papermill_and_again(tmp_path):
     third = sweep_in(tmp_path, *command, "--dry-run")
     assert "2 of 2 trials are done, 0 to run" in third.stdout
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"teacher": "other", "epochs": 4}))
-    assert "attention_seed3                  stale: config changed" in sweep_in(tmp_path, *command, "--dry-run").stdout
+    assert ("attention_seed3                  stale: config changed: epochs was 3, is 4"
+            in sweep_in(tmp_path, *command, "--dry-run").stdout)
