@@ -43,15 +43,17 @@ def sweep(options: argparse.Namespace) -> int:
     run_dir = Path(options.run_dir or planning.default_run_dir(parameters, options.grid)).absolute()
     chosen = planning.select(planning.plan(parameters, grid, run_dir), options.only, grid)
     if options.dry_run:
-        for stem in (planning.PREPARE, planning.CACHE):
-            why = sweeps.why_to_run(stem, run_dir, parameters)
-            print(f"{stem:<32} {f'to run: {why}' if why else 'done'}")
+        why = {stem: sweeps.why_to_run(stem, run_dir, parameters) for stem in (planning.PREPARE, planning.CACHE)}
+        for stem, reason in why.items():
+            print(f"{stem:<32} {f'to run: {reason}' if reason else 'done'}")
         states = sweeps.status(chosen, run_dir, parameters)
         for name, state in states.items():
             print(f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why))
         done = sum(state.state == "done" for state in states.values())
         print(f"{done} of {len(states)} trials are done, {len(states) - done} to run; "
               f"records: {config.short_path(run_dir)}")
+        if done and any(why.values()):
+            print("If data or cache come out otherwise than they were, the trials that are done are to run again too")
         _print_reach(chosen)
         return 0
     results = sweeps.run_sweep(parameters, grid, only=options.only, run_dir=run_dir, address=options.address,

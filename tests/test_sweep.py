@@ -120,7 +120,10 @@ def test_a_sweep_through_ray_and_papermill_and_again(tmp_path):
     runs.read_notebook(run_dir / "trials" / "black_box_seed3.ipynb")
 
     third = sweep_in(tmp_path, *command, "--dry-run")
-    assert "2 of 2 trials are done, 0 to run" in third.stdout
+    assert "2 of 2 trials are done, 0 to run" in third.stdout and "to run again" not in third.stdout
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"teacher": "other", "epochs": 3, "data_seed": 9}))
+    fourth = sweep_in(tmp_path, *command, "--dry-run").stdout
+    assert "01_prepare_data                  to run: " in fourth and "are to run again too" in fourth
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"teacher": "other", "epochs": 4}))
     assert ("attention_seed3                  stale: config changed: epochs was 3, is 4"
             in sweep_in(tmp_path, *command, "--dry-run").stdout)
