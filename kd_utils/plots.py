@@ -128,26 +128,27 @@ def method_colour(methods: Iterable[str], legend: Any = None) -> alt.Color:
                      scale=alt.Scale(domain=[*METHODS, *further], range=[colours[m] for m in (*METHODS, *further)]))
 
 
-def facet(panels: alt.LayerChart | alt.Chart, data: pd.DataFrame, column: alt.Column) -> alt.FacetChart:
-    """A panel per column; a row per setting too where the grid swept more than method and seed."""
+def facet(panels: alt.LayerChart | alt.Chart, data: pd.DataFrame, column: str, order: Sequence[str],
+          row: str = "setting") -> alt.FacetChart:
+    """A panel per value of `column`, in this order, and a row of them per value of `row`, unless all is one setting."""
     import altair as alt
 
-    if data["setting"].nunique() < 2:
-        return panels.facet(data=data, column=column)
-    return panels.facet(data=data, column=column, row=alt.Row(
-        "setting:N", title=None, sort=list(dict.fromkeys(data["setting"])), header=side_header()))
+    # Panels go by numbers with names for labels: by names in an order of their own, Vega lays those that have no data
+    # first, and all others stand at wrong names.
+    rows, columns = list(dict.fromkeys(data[row])), list(order)
+    data = data.assign(panel_row=data[row].map(rows.index), panel_column=data[column].map(columns.index))
+    header = alt.Header(labelExpr=f"{json.dumps(columns)}[datum.value]")
+    across = alt.Column("panel_column:O", title=None, header=header)
+    if row == "setting" and len(rows) < 2:
+        return panels.facet(data=data, column=across)
+    # A row's name lies, with a line per swept key.
+    names = alt.Header(labelAngle=0, labelAlign="left", labelExpr=f"split({json.dumps(rows)}[datum.value], ', ')")
+    return panels.facet(data=data, column=across, row=alt.Row("panel_row:O", title=None, header=names))
 
 
 def panel_height(data: pd.DataFrame, alone: int) -> int:
     """Pixels of a panel: of one that stands alone, or of one in a row per setting."""
     return alone if data["setting"].nunique() < 2 else round(0.6 * alone)
-
-
-def side_header() -> alt.Header:
-    """A row's name, lying, a line per swept key."""
-    import altair as alt
-
-    return alt.Header(labelAngle=0, labelAlign="left", labelExpr="split(datum.label, ', ')")
 
 
 def setting_axis(data: pd.DataFrame) -> tuple[pd.DataFrame, alt.X, str | None]:

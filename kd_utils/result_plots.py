@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from .comparisons import BASELINE
-from .plots import (COLOURS, NOT_USED, facet, finish, method_colour, panel_height, panel_name, setting_axis,
-                    side_header)
+from .plots import COLOURS, NOT_USED, facet, finish, method_colour, panel_height, panel_name, setting_axis
 from .stats import interval
 from .tables import ACCURACY, KEYS, beside_each_setting, method_order
 
@@ -58,7 +57,7 @@ def accuracy_by_task(table: pd.DataFrame, teacher: Mapping[str, float] | None = 
     legend = ["tick: mean; bar: its 95 % t interval over seeds"]
     legend += [f"dashed: mean of {BASELINE}"] if data["baseline"].notna().any() else []
     legend += ["dotted: the teacher"] if data["teacher"].notna().any() else []
-    chart = facet(panels, data, alt.Column("task:N", title=None, sort=list(dict.fromkeys(data["task"]))))
+    chart = facet(panels, data, "task", list(dict.fromkeys(data["task"])))
     return finish(chart.resolve_scale(y="independent"), "Accuracy by task and method, one point per seed",
                   f"{'; '.join(legend)}. Scales differ and do not start at 0.")
 
@@ -96,8 +95,7 @@ def differences_from_baseline(differences: pd.DataFrame, comparisons: pd.DataFra
     points = base.mark_circle(size=26, opacity=0.9).encode(x=x, yOffset=_offset(alt.YOffset))
     word = base.transform_filter("isValid(datum.word)").mark_text(dy=-15, fontSize=10).encode(x="mean:Q", text="word:N")
     panels = alt.layer(band, spread, rule, mean, points, word).properties(width=150, height=40 * len(methods))
-    order = list(dict.fromkeys(data["metric"]))
-    return finish(facet(panels, data, alt.Column("metric:N", title=None, sort=order)),
+    return finish(facet(panels, data, "metric", list(dict.fromkeys(data["metric"]))),
                   f"Difference from {BASELINE} within each seed",
                   ["point: one seed; tick: mean; bar: its 95 % interval over seeds and examples (hierarchical "
                    "bootstrap), not corrected for the number of comparisons;",
@@ -189,9 +187,7 @@ def reliability_diagram(table: pd.DataFrame) -> alt.Chart:
     error = alt.Chart().transform_filter("isValid(datum.error)").mark_text(align="left", fontSize=10).encode(
         x=alt.datum(4), y=alt.datum(92), text="error:N")
     panels = alt.layer(diagonal, line, points, error).properties(width=125, height=125)
-    chart = panels.facet(data=data, column=alt.Column("distill_type:N", title=None, sort=methods),
-                         row=alt.Row("row:N", title=None, sort=list(dict.fromkeys(data["row"])), header=side_header()))
-    return finish(chart, "Accuracy by confidence in the choice made",
+    return finish(facet(panels, data, "distill_type", methods, row="row"), "Accuracy by confidence in the choice made",
                   "all seeds' answers together, in bins of equal width; under the diagonal: too sure; "
                   "error: expected calibration error, 0 to 1")
 

@@ -57,7 +57,7 @@ def learning_curves(curves: pd.DataFrame, metric: str) -> alt.Chart:
         legend.append("line: mean over seeds; band: one standard deviation; faint: each seed")
     if len(methods) > 1 and BASELINE in methods:
         legend.append(f"dashed: mean of {BASELINE}")
-    return finish(facet(panels, data, alt.Column("distill_type:N", title=None, sort=methods)),
+    return finish(facet(panels, data, "distill_type", methods),
                   f"{words(metric).capitalize()} by epoch", "; ".join([*legend, "scale not from 0"]))
 
 

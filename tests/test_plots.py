@@ -3,9 +3,11 @@
 import json
 import zlib
 
+import altair as alt
 import numpy as np
 import pandas as pd
 import pytest
+import vl_convert
 
 from kd_utils import plots
 from kd_utils.config import METHODS
@@ -99,3 +101,26 @@ def test_heatmap_of_a_long_text_shows_its_beginning():
 def test_heatmap_refuses_a_map_that_does_not_fit_its_tokens():
     with pytest.raises(ValueError, match=r"\(2, 3, 3\).*2 tokens"):
         plots.attention_heatmap(np.zeros((2, 3, 3)), ["a", "b"])
+
+
+def test_a_panel_without_data_keeps_its_place_and_moves_no_other():
+    """As of `attention` where hidden_layers was swept: behind it panels stood at names of other methods."""
+    methods, settings = ["black_box", "hidden_state", "attention"], ["b=1", "b=2", "a=1", "a=2"]
+    drawn = {(setting, method) for setting in settings for method in methods
+             if method == "black_box" or setting.startswith("b") == (method == "hidden_state")}
+    data = pd.DataFrame([{"setting": setting, "distill_type": method, "value": methods.index(method)}
+                         for setting, method in sorted(drawn)])
+    data = data.sort_values("setting", key=lambda names: names.map(settings.index), kind="stable")
+    points = alt.Chart().mark_circle().encode(y="value:Q", color=plots.method_colour(methods))
+    chart = plots.facet(points, data, "distill_type", methods)
+
+    def groups(item, name):
+        here = item["items"] if item.get("name") == name else []
+        return here + [found for inner in item.get("items", []) for found in groups(inner, name)]
+
+    cells = groups(vl_convert.vegalite_to_scenegraph(chart.to_dict())["scenegraph"], "cell")
+    cells = sorted(cells, key=lambda cell: (cell.get("y", 0), cell.get("x", 0)))
+    marks = [[mark["fill"] for mark in [*groups(cell, "child_marks"), *groups(cell, "child_layer_0_marks")]
+              if mark.get("opacity")] for cell in cells]
+    assert marks == [[plots.COLOURS[method]] if (setting, method) in drawn else []
+                     for setting in settings for method in methods]

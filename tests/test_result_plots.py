@@ -136,8 +136,9 @@ def test_no_rule_without_what_it_stands_for():
 
 def test_further_settings_get_a_row_of_panels_with_the_references_in_each():
     chart = rp.accuracy_by_task(swept_accuracies(2)).to_dict()
-    assert chart["facet"]["row"]["field"] == "setting" and chart["facet"]["row"]["sort"] == GAMMAS
     rows = rows_of(rp.accuracy_by_task(swept_accuracies(2)))
+    assert chart["facet"]["row"]["field"] == "panel_row"
+    assert {(r["panel_row"], r["setting"]) for r in rows} == set(enumerate(GAMMAS))
     for setting in GAMMAS:
         mine = [r for r in rows if r["setting"] == setting]
         assert {r["distill_type"] for r in mine} == {"task_only", "black_box", "hidden_state"}
