@@ -86,6 +86,7 @@ class Compared:
         single: (S,) which of the places are followed by one token on each side, so that distributions over it can be
             compared; None: all are.
         spans: what follows the other places; None if there are none.
+        direct: every example has the same tokens on both sides.
         counts: this batch's normaliser for each term; normalisers: the whole batch's, when this is a part of it.
     """
 
@@ -94,6 +95,7 @@ class Compared:
     maps: dict[str, Maps]
     single: Tensor | None
     spans: Spans | None
+    direct: bool
     counts: dict[str, int]
     normalisers: dict[str, int]
 
@@ -129,7 +131,7 @@ def compared(examples: list[CachedExample], rows: list[CachedExample], width: in
     counts = {"kd": sum(map(len, ours)), "hidden": sum(map(len, ours)),
               "attention": heads * (entries if attention_normaliser == "entries" else queries)}
     places = tensor([places + b * width for b, places in enumerate(ours)])
-    return Compared(places, signals, maps, single, spans, counts, counts)
+    return Compared(places, signals, maps, single, spans, all(same), counts, counts)
 
 
 def groups_of(teacher: CachedExample, student: CachedExample) -> Groups:
@@ -198,7 +200,7 @@ def _followed(rows: list[CachedExample], examples: list[CachedExample], groups: 
             count += 1
     if not count:
         return None, None
-    if "hidden" not in rows[0].signals:  # of top-k logits nobody knows which tokens' are kept
+    if "hidden" not in rows[0].signals:
         return tensor(single), None
     hidden = tensor([rows[b].signals["hidden"][places] for places, _, _, b in teacher])
     columns = [tensor([part[k] for part in side]) for side in (student, teacher) for k in range(3)]

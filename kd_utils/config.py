@@ -205,6 +205,13 @@ class TrialConfig(Config):
             raise ValueError("every weight of the loss is 0: set alpha, beta or a gamma above 0")
         return self
 
+    @model_validator(mode="after")
+    def _other_teachers(self) -> Self:
+        if self.name in teacher_weights(self.more_teachers):
+            raise ValueError(f"more_teachers names {self.name}, the trial's own experiment, whose teacher has the rest "
+                             "of the weight: name others")
+        return self
+
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each loss term that the method has (DESIGN's table: which method has which term)."""

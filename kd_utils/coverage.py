@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .alignment import align
 from .cache import CachedExample
+from .compared import groups_of
 from .heads import Head
 from .vocabulary import Vocabulary, shared_pieces
 
@@ -32,7 +32,7 @@ def token_agreement(teacher: list[CachedExample], student: list[CachedExample],
     shared = set(shared_pieces(*vocabularies).teacher.tolist())
     counts = []
     for theirs, ours, task in zip(teacher, student, tasks, strict=True):
-        groups = align(theirs.ends, ours.ends)
+        groups = groups_of(theirs, ours)
         counts.append({"task": task, "rows": 1, "teacher tokens": len(theirs.tokens),
                        "student tokens": len(ours.tokens), "groups": len(groups), "single": int(groups.single.sum()),
                        "shared": sum(token in shared for token in theirs.tokens.tolist())})

@@ -87,7 +87,9 @@ def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.M
 
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(_load(AutoConfig, name, revision, ("*.json",)), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(_load(AutoConfig, name, revision, ("*.json",)),
+                                                     dtype=torch.float32)
+        return model.eval()  # without dropout, as a model with weights is loaded
     model = load_causal_lm(name, revision)
     return model if init == "pretrained" else keep_layers(model, evenly_spaced(model.config.num_hidden_layers, layers))
 

@@ -46,8 +46,9 @@ def loss_terms(signals: Signals, head: Head, *, batch: Batch, terms: Collection[
         logits = head.logits(signals.hidden.flatten(0, 1)[batch.predicting])
         values["task"] = task_cross_entropy(logits, batch.targets, batch.whole_answers)
     terms = [term for term in terms if term != "task"]
-    mixes = len(views) > 1 and "kd" in terms and logit_loss == "kl" and all(
-        view.head and view.shared is None and compared.single is None for view, compared in zip(views, batch.teachers))
+    whole = {compared.normalisers["kd"] for compared in batch.teachers}  # of all micro-batches: unequal, some were cut
+    mixes = len(views) > 1 and "kd" in terms and logit_loss == "kl" and len(whole) == 1 and all(
+        view.head and view.shared is None and compared.direct for view, compared in zip(views, batch.teachers))
     for view, compared in zip(views, batch.teachers):
         own = [term for term in terms if term != "kd" or not mixes]
         for name, value in view.terms(signals, head, compared, own, temperature, logit_loss).items():

@@ -88,8 +88,9 @@ def _check_row(manifest: dict[str, Any], row: CachedExample) -> float:
         if array.shape != shape:
             raise CacheError(f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}")
         if not np.isfinite(array).all():
+            remedy = "signals to 'top_k'" if column == signal_of(column) else f"{signal_of(column)}_layers to others"
             raise CacheError(f"row {row.example_id}: {column} has values that are not finite: the teacher overflowed "
-                             "float16; set signals to 'top_k' and run 02 again")
+                             f"float16; set {remedy} and run 02 again")
         if signal_of(column) == "attention":
             worst = max(worst, _check_map(row.example_id, array, n))
     if not 0 < row.answer_start < n:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .compared import Compared
 from .cache import TOP_K, TeacherCache
+from .compared import Compared
 from .config import TrialConfig
+from .heads import Head
 from .layers import column, layer_pairs
 from .logit_losses import Shared, forward_kl_top_k, kd_loss, span_kl, span_log_probs, uld_loss
 from .losses import attention_mse, hidden_mse
-from .heads import Head
 from .signals import Signals
 from .student import make_projector, mixed_seed
 from .vocabulary import SharedPieces, Vocabulary, same_pieces, shared_pieces
@@ -99,10 +99,11 @@ class TeacherView(nn.Module):
     def _kd(self, students: Tensor, head: Head, compared: Compared, temperature: float, logit_loss: str) -> Tensor:
         """The sum over places."""
         signals, places = compared.signals, compared.places
-        if self.head is None:
-            logits = head.logits(students[places])
-            mass = signals["log_mass"][:, self.temperatures.index(temperature)]
-            return forward_kl_top_k(logits, signals["top_logits"], signals["top_ids"].long(), mass, temperature).sum()
+        if self.head is None:  # of a longer group's tokens nobody knows whether they are among the largest
+            keep = slice(None) if compared.single is None else compared.single
+            mass = signals["log_mass"][keep, self.temperatures.index(temperature)]
+            return forward_kl_top_k(head.logits(students[places[keep]]), signals["top_logits"][keep],
+                                    signals["top_ids"][keep].long(), mass, temperature).sum()
         if logit_loss == "uld":
             return uld_loss(students[places], head, signals["hidden"], self.head, temperature, 1)
         theirs = signals["hidden"]
@@ -147,6 +148,9 @@ def view_of(cache: TeacherCache, model: nn.Module, vocabulary: Vocabulary, confi
                                model.config.num_hidden_layers, config.seed) if term in terms else []
              for term, choice in (("hidden", config.hidden_layers), ("attention", config.attention_layers))}
     require_signals(manifest, pairs, terms, config.temperature)
+    if config.logit_loss == "uld" and manifest["signals"] == "top_k" and "kd" in terms:
+        raise ValueError("the cache holds top-k logits, and logit_loss 'uld' sorts the whole distribution: set signals "
+                         "to 'white_box' and run 02 again, or logit_loss to 'kl'")
     theirs = cache.vocabulary()
     sizes = (shape["vocab_size"], model.config.vocab_size)
     same = sizes[0] == sizes[1] and same_pieces(theirs, vocabulary)

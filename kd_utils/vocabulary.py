@@ -39,7 +39,7 @@ class Vocabulary:
                              "tokenizer.json (a fast tokenizer)")
         decoder = str(backend.decoder)
         spelled = _from_byte_level if "ByteLevel(" in decoder else _from_sentencepiece if "▁" in decoder else str.encode
-        roles = {tokenizer.eos_token_id: "end", tokenizer.bos_token_id: "begin"}
+        roles = {tokenizer.bos_token_id: "begin", tokenizer.eos_token_id: "end"}  # one token may be both: then the end
         special = {*tokenizer.all_special_ids,
                    *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)}
         ids = {index: piece for piece, index in tokenizer.get_vocab().items()}

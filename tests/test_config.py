@@ -160,7 +160,7 @@ def test_the_untrained_student_has_one_row():
 
 
 @pytest.mark.parametrize("value", ["other", "other=", "other=1", "other=0", "other=0.0", "a=0.5 b=0.5", "a=0.1 a=0.1",
-                                   "../a=0.5", "a=-.5", "a=1e-1"])
+                                   "../a=0.5", "a=-.5", "a=1e-1", "toy=0.4"])
 def test_teachers_need_weights_that_leave_some_to_the_trials_own(value):
     with pytest.raises(ValueError, match="more_teachers"):
         TrialConfig(**{**DEFAULTS, "more_teachers": value})

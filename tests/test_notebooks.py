@@ -220,8 +220,10 @@ def test_06_lines_up_a_student_of_another_tokenizer_with_the_same_cache(home, tm
     assert "teacher's pieces" in shown and "of them one token on each side" in shown
     assert "mass on shared pieces, T = 2" in shown and "llama3" in shown
     assert shown.count('"image/png": "iVBOR') == 2
-    wrong = run(home, "papermill", notebook_path("06_any_teacher"), out, "-p", "example", "abc", "--no-progress-bar")
-    assert wrong.returncode != 0 and "no validation row of toy has this id" in wrong.stderr
+    for key, value, message in (("example", "abc", "no validation row of toy has this id"),
+                                ("map_head", "64", "map_head = 64: give 0 to ")):
+        wrong = run(home, "papermill", notebook_path("06_any_teacher"), out, "-p", key, value, "--no-progress-bar")
+        assert wrong.returncode != 0 and message in wrong.stderr
 
 
 def test_a_second_teacher_with_a_tokenizer_of_its_own(home):

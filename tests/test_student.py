@@ -54,6 +54,7 @@ def test_random_students_are_alike(tmp_path):
     two = build_student(str(tmp_path / "m"), "random", 1)
     assert torch.equal(one.lm_head.weight, two.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, tiny_llama(seed=9).lm_head.weight)
+    assert not one.training  # nobody asked for dropout yet
     loaded = build_student(str(tmp_path / "m"), "pretrained", 1)
     assert torch.equal(loaded.lm_head.weight, tiny_llama(seed=9).lm_head.weight)
 

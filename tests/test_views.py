@@ -12,7 +12,7 @@ from kd_utils.cache import CachedExample, TeacherCache
 from kd_utils.cache_writer import write_cache
 from kd_utils.config import TrialConfig
 from kd_utils.heads import Head, output_head
-from kd_utils.logit_losses import Shared, span_kl
+from kd_utils.logit_losses import Shared, forward_kl_top_k, span_kl
 from kd_utils.losses import weighted_sum
 from kd_utils.parameters import notebook_defaults
 from kd_utils.signals import decode_map, forward_signals
@@ -179,6 +179,53 @@ def test_several_teachers_count_by_their_weights():
     assert together["task"] == alone[0]["task"]
 
 
+@pytest.mark.parametrize("case", ["a begin token less", "a row cut differently"])
+def test_teachers_of_one_vocabulary_with_other_tokens_are_not_mixed_place_by_place(case):
+    """Their KLs are added, whatever the micro-batches. Where tokens agree, mixing has the same gradient."""
+    students = example_rows([6, 8, 5])
+    for row in students:
+        row.ends = np.arange(len(row.tokens), dtype=np.int32) * 2  # the first has no bytes
+    teachers = [tiny_llama(width=48, layers=3, seed=5 + k) for k in range(2)]
+    others = [CachedExample(row.example_id, row.tokens[1:], row.answer_start - 1, row.ends[1:]) for row in students]
+    if case == "a row cut differently":
+        cut = students[0]
+        tokens, ends = np.delete(cut.tokens, 2), np.delete(cut.ends, 2)  # where the student has two, it has one
+        others = [CachedExample(cut.example_id, tokens, cut.answer_start - 1, ends), *students[1:]]
+    run = [signal_function(model, signals="white_box") for model in teachers]
+    cached = [list(run[0](students)), list(run[1](others))]
+    views = [TeacherView(Head(stored_lm_head(model)), (32, 48), hidden_pairs=[], map_pairs=[], teacher_layers=3,
+                         index=k, weight=(0.3, 0.7)[k]) for k, model in enumerate(teachers)]
+
+    def gradient(size, chosen=(0, 1), rows=cached):
+        student = tiny_llama(seed=1)
+        for batch in split_batch(students, size, [rows[k] for k in chosen]):
+            terms = loss_terms(forward_signals(student, batch.input_ids), output_head(student), batch=batch,
+                               terms=("kd",), views=[views[k] for k in chosen], temperature=2.0)
+            terms["kd"].backward()
+        return [p.grad for p in student.parameters()]
+
+    whole = gradient(3)
+    torch.testing.assert_close(gradient(1), whole, atol=1e-6, rtol=1e-4)
+    for rows in (cached, [cached[0], list(run[1](students))]):
+        apart = [a + b for a, b in zip(gradient(3, (0,), rows), gradient(3, (1,), rows))]
+        torch.testing.assert_close(gradient(3, rows=rows), apart, atol=1e-6, rtol=1e-4)
+
+
+def test_a_top_k_cache_says_nothing_of_places_before_longer_groups():
+    teacher, student = tiny_llama(width=48, layers=3), tiny_llama(seed=1)
+    rows = list(signal_function(teacher, signals="top_k", top_k=8, temperatures=[2.0])([TEACHER_ROW]))
+    batch = collate([STUDENT_ROW], [rows])
+    assert batch.teachers[0].single.tolist() == [2, 3]
+    view = TeacherView(None, (32, 48), hidden_pairs=[], map_pairs=[], teacher_layers=3, temperatures=[2.0])
+    signals = forward_signals(student, batch.input_ids)
+    [found] = loss_terms(signals, output_head(student), batch=batch, terms=("kd",), views=[view],
+                         temperature=2.0).values()
+    top = {name: torch.from_numpy(array[[4, 5]]) for name, array in rows[0].signals.items()}
+    wanted = forward_kl_top_k(signals.hidden[0, [3, 4]] @ student.lm_head.weight.T, top["top_logits"],
+                              top["top_ids"].long(), top["log_mass"][:, 0], 2.0)
+    torch.testing.assert_close(found, wanted.sum() / 4)
+
+
 def test_heads_are_averaged_in_groups_whatever_their_numbers():
     assert head_mix("none", 4, 4) is None
     torch.testing.assert_close(head_mix("mean_groups", 2, 4), torch.tensor([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]]))
@@ -292,6 +339,8 @@ def test_what_does_not_agree_is_compared_over_shared_pieces(tmp_path):
     ({"signals": "top_k"}, {"distill_type": "hidden_state"}, "no hidden: set signals to 'white_box'"),
     ({"signals": "top_k", "temperatures": [1.0, 2.0]}, {"distill_type": "black_box", "temperature": 3.0},
      "exact at temperature .1.0, 2.0. only, not 3.0"),
+    ({"signals": "top_k", "temperatures": [2.0]}, {"distill_type": "black_box", "logit_loss": "uld"},
+     "'uld' sorts the whole distribution: set signals to 'white_box'"),
     ({"signals": "top_k", "temperatures": [1.0, 2.0]}, {"distill_type": "black_box", "student": "other"},
      "another tokenizer than the student and its cache holds top-k logits"),
 ])

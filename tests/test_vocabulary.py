@@ -61,6 +61,15 @@ def test_special_tokens_may_differ_but_not_the_end():
     assert not same_pieces(whole, Vocabulary([b"a", b"b", b"end", b"pad", b"c"], [*kinds, PIECE]))
 
 
+def test_a_token_that_both_begins_and_ends_texts_is_the_end():
+    """As of GPT-2, GPT-NeoX and OLMo 2: matched with a student's begin token, its mass would never reach `</s>`."""
+    one = tiny_tokenizer(begin=True)
+    one.bos_token = one.eos_token
+    found = shared_pieces(Vocabulary.of(one), Vocabulary.of(tiny_tokenizer(begin=True)))
+    partner = dict(zip(found.teacher.tolist(), found.student.tolist()))
+    assert partner[one.eos_token_id] == tiny_tokenizer(begin=True).eos_token_id
+
+
 def test_tokenizers_that_differ_in_special_tokens_alone_have_the_same_pieces(shared):
     teacher, student = tiny_tokenizer(begin=True), tiny_tokenizer(begin=False)
     student.add_special_tokens({"pad_token": "<pad>"})
@@ -112,6 +121,27 @@ def check(real, text):
 @example("\u0301e\u200d👩🏽‍🚀\r\n\t  ")
 def test_any_text_is_lined_up(real, text):
     check(real, text)
+
+
+@pytest.fixture(scope="module")
+def beginning(shared):
+    """As `real`, with a begin token before every text, as the hub's own files have it."""
+    tokenizers = {name: AutoTokenizer.from_pretrained(shared / "tokenizers" / name, add_bos_token=True)
+                  for name in NAMES}
+    return {name: (tokenizer, Vocabulary.of(tokenizer)) for name, tokenizer in tokenizers.items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60))
+@example(" a▁b ▁")
+def test_any_text_is_lined_up_behind_a_begin_token_on_either_side(real, beginning, text):
+    check(beginning, text)
+    for name in NAMES:
+        (ids, without), (begun, behind) = (ends_of(side, name, text) for side in (real, beginning))
+        assert begun == [beginning[name][0].bos_token_id, *ids] and behind.tolist() == [0, *without]
+        if without[0] > 0:  # else it is paired with the dummy space, which has no bytes either
+            found = align(behind, without)  # the begin token joins the first group
+            assert found.teacher.tolist() == (found.student + 1).tolist() and found.teacher[-1] == len(ids)
 
 
 @pytest.mark.parametrize("task", TASKS)
