@@ -259,7 +259,7 @@ def test_a_stopped_command_leaves_no_trial_running_on_the_cluster_and_goes_on(ho
     assert list(events(home)["what"]) == ["begins"] * 3 + ["ends"]
 
 
-@pytest.mark.skipif(os.environ.get("KD_FAULTS") != "long", reason="half an hour: a part of make faults")
+@pytest.mark.skipif(os.environ.get("KD_FAULTS") != "long", reason="long: a part of make faults")
 def test_nodes_are_lost_again_and_again_and_more_trials_than_gpus_come_to_their_end(nodes, tmp_path, tried):
     home = project(tmp_path / "project", seed=list(range(14)))
     rng = random.Random(0)
