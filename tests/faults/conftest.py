@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,8 @@ import pytest
 from sweeps import LONG, SMALL, Command
 
 TALLY: Counter[str] = Counter()
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
@@ -41,8 +45,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("undisturbed")
     (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
     (home / "grid2.yaml").write_text("distill_type: [black_box, combined]\nseed: [0, 1]\n")
-    status, output = Command(home, "sweep", home / "small.yaml", "--grid", home / "grid2.yaml").wait()
+    command = Command(home, "sweep", home / "small.yaml", "--grid", home / "grid2.yaml")
+    status, output = command.wait()
     assert status == 0, output[-3000:]
+    (home / "seconds").write_text(str(time.monotonic() - command.began))
     return home
 
 
