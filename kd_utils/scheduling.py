@@ -50,7 +50,10 @@ def ray_running(address: str | None) -> Iterator[None]:
     sockets = tempfile.mkdtemp(prefix="kd-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
     on_sigterm, earlier = signal.getsignal(signal.SIGTERM), set(psutil.Process().children(recursive=True))
     try:
-        _start_ray(address, sockets)
+        try:
+            _start_ray(address, sockets)
+        except SystemExit:  # of the handler of SIGTERM that Ray puts there while it starts
+            raise KeyboardInterrupt from None
         if on_sigterm and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there, which leaves with status 1
         yield
