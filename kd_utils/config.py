@@ -6,7 +6,6 @@ exist, of what type and in which range. A file in `papermill_params/` holds what
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .fields import (Count, Device, Layers, MoreTeachers, Name, NamedPlaces, Place, PlaceOrBlank, PositiveFloat,
-                     PositiveInt, Seed, Weight, teacher_weights)
+                     PositiveInt, Seed, Weight, in_one_line, teacher_weights)
 
 #: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the shared
 #: folder that holds `artifacts/` and `runs/`: a node's own KD_ROOT, or else the place where the sweep was started.
@@ -57,7 +56,7 @@ class Config(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(_one_line(error, type(self))) from None
+            raise ValueError(in_one_line(error, type(self))) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -301,26 +300,3 @@ NOTEBOOKS: dict[str, type[Config]] = {
     "05_measure_speed": SpeedConfig,
     "06_any_teacher": AlignmentConfig,
 }
-
-
-def shown(value: Any) -> str:
-    """A value as an error's one line shows it: its repr, cut where it is long."""
-    try:
-        text = " ".join(repr(value).splitlines())
-    except Exception:  # an int of more than 4,300 digits has no repr, and a stranger's may fail
-        text = f"a value of type {type(value).__name__}"
-    return text if len(text) <= 150 else f"{text[:120]}... ({len(text):,} characters)"
-
-
-def _one_line(error: ValidationError, config: type[Config]) -> str:
-    parts = []
-    for item in error.errors():
-        key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
-        if item["type"] == "int_parsing_size":  # pydantic's words name no limit
-            message = "Input should be positive and less than 2147483648"
-        if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, config.model_fields, n=1)
-            message = "no such parameter" + (f", did you mean {near[0]!r}?" if near else "")
-        value = "" if not key or item["type"] == "missing" else f" = {shown(item['input'])}"
-        parts.append(f"{key}{value}: {message}" if key else message)
-    return f"{config.__name__}: " + "; ".join(parts)

@@ -1,12 +1,13 @@
-"""What single parameters may be: the types of the configs' fields, and text that stands for more than one value."""
+"""What single parameters may be, the types of the configs' fields, and how one that may not is told in one line."""
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from .layers import check_layers
 
@@ -62,3 +63,27 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # more overflows in one or 
 Count = Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Weight = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def shown(value: Any) -> str:
+    """A value as an error's one line shows it: its repr, cut where it is long."""
+    try:
+        text = " ".join(repr(value).splitlines())
+    except Exception:  # an int of more than 4,300 digits has no repr, and a stranger's may fail
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 150 else f"{text[:120]}... ({len(text):,} characters)"
+
+
+def in_one_line(error: ValidationError, config: type[BaseModel]) -> str:
+    """All that is wrong with a config: of each parameter its key, its value and what is allowed."""
+    parts = []
+    for item in error.errors():
+        key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+        if item["type"] == "int_parsing_size":  # pydantic's words name no limit
+            message = "Input should be positive and less than 2147483648"
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, config.model_fields, n=1)
+            message = "no such parameter" + (f", did you mean {near[0]!r}?" if near else "")
+        value = "" if not key or item["type"] == "missing" else f" = {shown(item['input'])}"
+        parts.append(f"{key}{value}: {message}" if key else message)
+    return f"{config.__name__}: " + "; ".join(parts)

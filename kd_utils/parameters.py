@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from .config import NOTEBOOKS, Config, TrialConfig, shown
+from .config import NOTEBOOKS, Config, TrialConfig
+from .fields import shown
 
 #: Keys of 03 that say where a trial's files go and not what it is.
 NOT_SWEPT = ("name", "artifacts_dir", "run_dir", "trial", "device", "save_student", "checkpoint_seconds")
