@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from traitlets.config import Config
+
 from . import config, records
 from . import parameters as parameter_files
 from .files import sha256_file
@@ -21,6 +23,7 @@ from .sealed import write_sealed
 from .source_code import changed, code_of
 
 POLL_SECONDS = 0.2
+LONGEST_SOCKET_PATH = 90  # macOS takes 103 characters, Linux 107; some are added to the connection file's
 
 
 class NotebookFailed(RuntimeError):
@@ -62,13 +65,14 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
     for leftover in target.parent.glob(f".{target.stem}.partial-*"):  # of an execution that was killed
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     aside = target.with_name(f".{target.stem}.partial-{os.getpid()}.ipynb")
+    sockets = tempfile.TemporaryDirectory(prefix="kd-", ignore_cleanup_errors=True)
     try:
         # The kernel starts beside the code, so that on a cluster it imports what travelled, not the shared folder's.
         # papermill formats both paths, so that braces in a folder's name would be taken for fields.
         source, out = (str(path).replace("{", "{{").replace("}", "}}") for path in
                        (parameter_files.notebook_path(stem), aside))
         papermill.execute_notebook(source, out, parameters, cwd=code_root(),
-                                   kernel_name="python3", progress_bar=progress_bar,
+                                   kernel_name="python3", progress_bar=progress_bar, config=_kernel(sockets.name),
                                    coalesce_streams=True,  # of a progress bar the last state is kept
                                    # All is on disk by then, and torch takes a second to leave by itself.
                                    shutdown_kernel="immediate",
@@ -78,6 +82,20 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
         cause = _cause(error)
         kept = keep_failure(target, stem, cause)
         raise NotebookFailed(target.stem, cause, config.short_path(failed) if kept else "") from None
+    finally:
+        sockets.cleanup()
+
+
+def _kernel(folder: str) -> Config:
+    """How papermill talks to its kernel: through sockets in `folder`, which only their owner reads.
+
+    TCP ports, the default, are chosen first and bound by the kernel later: of kernels that start side by side on a
+    machine two may choose one port, and the later dies. A path that is too long for a socket leaves it at ports.
+    """
+    connection = os.path.join(folder, "kernel.json")
+    if os.name != "posix" or len(os.fsencode(connection)) > LONGEST_SOCKET_PATH:
+        return Config()
+    return Config(KernelManager={"transport": "ipc", "connection_file": connection})
 
 
 def keep_failure(target: Path, stem: str, cause: str) -> bool:

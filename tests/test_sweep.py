@@ -9,7 +9,7 @@ import pytest
 import yaml
 from stubs import stub_notebooks, stub_project, sweep_in  # noqa: F401 (one is a fixture)
 
-from kd_utils import execution, runs
+from kd_utils import runs
 from kd_utils.__main__ import main
 from kd_utils.display import Progress
 
@@ -61,25 +61,6 @@ def test_progress_counts_and_tells_the_time_left(monkeypatch):
     progress.finished("a")
     progress.broke("b", "why")
     assert progress.summary().startswith("6 of 8 done, 0 running, 1 failed, 1 waiting, about ")
-
-
-def test_epochs_are_read_only_when_their_line_is_whole(tmp_path):
-    path = tmp_path / "epochs.jsonl"
-    rows = execution._new_rows(path)
-    assert next(rows) == []
-    path.write_text('{"epoch": 1}\n{"epo')
-    assert next(rows) == [{"epoch": 1}]
-    path.write_text('{"epoch": 1}\n{"epoch": 2}\n')
-    assert next(rows) == [{"epoch": 2}]
-
-
-def test_a_failed_notebook_is_kept_with_its_cause_and_no_place_is_taken(stub_notebooks, monkeypatch):
-    target = stub_notebooks / "runs" / "stub" / "04_analyse_results.ipynb"
-    monkeypatch.setattr(execution, "code_root", lambda: Path(__file__).parents[1])
-    with pytest.raises(execution.NotebookFailed, match="04_analyse_results failed: ValueError: AnalysisConfig: name"):
-        execution.execute("04_analyse_results", target, {"name": "../up"}, dict)
-    assert [path.name for path in target.parent.iterdir()] == ["04_analyse_results.failed.ipynb"]
-    assert "Traceback" in (target.parent / "04_analyse_results.failed.ipynb").read_text()
 
 
 def test_a_sweep_through_ray_and_papermill_and_again(tmp_path):
