@@ -9,6 +9,7 @@ BENCH ?=
 MODEL ?=
 DATA ?=
 LIMIT ?=
+JOBS ?= 2
 .DEFAULT_GOAL := help
 .PHONY: help setup lm-eval sweep test faults bench parity lab smol-weights clean
 
@@ -42,10 +43,11 @@ $(LM_EVAL)/.ready: $(VENV)/.ready benchmarks/lm_eval_requirements.txt
 sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml, default toy; GRID=papermill_params/grid-X.yaml)
 	$(RUN) -m kd_utils sweep $(PARAMS) $(if $(GRID),--grid $(GRID))
 
-# The second line is Run All: notebooks 01 to 04, in order, with their own defaults, in a project root of its own (05 and
-# 06 are executed by tests, in small). One thread: on a busy machine two that wait for each other take many times as long.
-test: setup lm-eval smol-weights ## every test, notebooks included
-	$(RUN) -m pytest
+# Whole files of tests go to JOBS processes: half of their time they wait, for Ray's start and for kernels. The second line
+# is Run All: notebooks 01 to 04, in order, with their own defaults, in a project root of its own (05 and 06 are executed by
+# tests, in small). One thread: on a busy machine two that wait for each other take many times as long.
+test: setup lm-eval smol-weights ## every test, notebooks included, in two processes (JOBS=N for N)
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest --nbval-lax notebooks/0[1-4]*.ipynb
 
