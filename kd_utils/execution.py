@@ -23,6 +23,7 @@ from .sealed import write_sealed
 from .source_code import changed, code_of
 
 POLL_SECONDS = 0.2
+START_SECONDS = 300  # of a kernel: papermill's 60 are short where many read one shared disk
 LONGEST_SOCKET_PATH = 90  # macOS takes 103 characters, Linux 107; some are added to the connection file's
 
 
@@ -73,6 +74,7 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
                        (parameter_files.notebook_path(stem), aside))
         papermill.execute_notebook(source, out, parameters, cwd=code_root(),
                                    kernel_name="python3", progress_bar=progress_bar, config=_kernel(sockets.name),
+                                   start_timeout=START_SECONDS,
                                    coalesce_streams=True,  # of a progress bar the last state is kept
                                    # All is on disk by then, and torch takes a second to leave by itself.
                                    shutdown_kernel="immediate",
@@ -243,7 +245,7 @@ def _cause(error: Exception) -> str:
         text = f"{error.ename}: {error.evalue}"
         if "OutOfMemory" in error.ename or error.ename.endswith("MemoryError") or "can't allocate memory" in text:
             text = f"out of memory, lower micro_batch_size and eval_batch_size ({text})"
-    elif type(error).__name__ == "DeadKernelError":
+    elif type(error).__name__ == "DeadKernelError" or str(error).startswith("Kernel died"):  # or while it started
         text = "the kernel died: killed, or out of memory"
     else:
         text = f"{type(error).__name__}: {error}"

@@ -53,6 +53,15 @@ def test_kernels_that_start_side_by_side_take_no_port_of_each_other(notebook, mo
     assert shown.data["text/plain"] == "'ipc'"
 
 
+def test_a_kernel_that_dies_while_it_starts_is_told_like_one_that_dies_later(notebook, monkeypatch):
+    target, _ = notebook
+    monkeypatch.setattr(execution, "LONGEST_SOCKET_PATH", 0)
+    with socket.create_server(("127.0.0.1", 0)) as others:
+        monkeypatch.setattr(LocalPortCache, "find_available_port", lambda *_: others.getsockname()[1])
+        with pytest.raises(execution.NotebookFailed, match="04_analyse_results failed: the kernel died: killed, or"):
+            execution.execute("04_analyse_results", target, {}, dict)
+
+
 def test_a_folder_too_deep_for_sockets_does_not_stop_a_notebook(notebook, tmp_path, monkeypatch):
     target, does = notebook
     does("2 + 2")
