@@ -160,10 +160,14 @@ def span_log_probs(hidden: Tensor, head: Head | Tensor, targets: Tensor, span: T
         span: (P,) which of the `spans` groups each belongs to.
     """
     head, total = _as_head(head), torch.zeros(spans, device=hidden.device)
-    for start in range(0, len(hidden), 512):
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head.logits(hidden.to(head.weight.dtype)).float() / temperature
+        return -F.cross_entropy(logits, targets, reduction="none")
+
+    for start in range(0, len(hidden), 512):  # worked out again in the backward pass, and not kept
         rows = slice(start, start + 512)
-        logits = head.logits(hidden[rows].to(head.weight.dtype)).float() / temperature
-        total = total.index_add(0, span[rows], -F.cross_entropy(logits, targets[rows], reduction="none"))
+        total = total.index_add(0, span[rows], checkpoint(part, hidden[rows], targets[rows], use_reentrant=False))
     return total
 
 

@@ -21,17 +21,22 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
         The prompt's ids and the answer's ids (no end token); both are non-empty.
 
     Raises:
-        ValueError: the prompt is empty, or the answer has no token of its own.
+        ValueError: the prompt is empty, the answer has no token of its own, or the tokenizer ends texts by itself.
     """
     stripped = prompt.rstrip()
     prompt, answer = stripped, prompt[len(stripped):] + answer
     if not prompt:
         raise ValueError(f"the prompt before {answer[:40]!r} is empty: a model needs a token to start from")
     prompt_ids = tokenizer.encode(prompt)
+    if len(prompt_ids) > 1 and prompt_ids[-1] != tokenizer.unk_token_id and prompt_ids[-1] in tokenizer.all_special_ids:
+        last = tokenizer.convert_ids_to_tokens(prompt_ids[-1])
+        if not prompt.endswith(last):  # it would stand between prompt and answer, and shift the cut
+            raise ValueError(f"the tokenizer ends every text with {last!r}: set add_eos_token to false in its "
+                             "tokenizer_config.json, or choose another tokenizer")
     answer_ids = tokenizer.encode(prompt + answer)[len(prompt_ids):]
     if not answer_ids:
         raise ValueError(f"answer {answer[:40]!r} has no token of its own after {prompt[-40:]!r}: this tokenizer "
-                         "cannot be used (it joins them, or ends every text with a special token)")
+                         "joins them and cannot be used")
     return prompt_ids, answer_ids
 
 

@@ -143,20 +143,24 @@ def view_of(cache: TeacherCache, model: nn.Module, vocabulary: Vocabulary, confi
     Raises:
         ValueError: what the two cannot be compared in, or what the cache lacks, and the remedy.
     """
-    manifest, shape, terms = cache.manifest, cache.manifest["shape"], config.weights
+    manifest, terms, own = cache.manifest, config.weights, model.config.get_text_config()
+    shape = manifest["shape"]
     pairs = {term: layer_pairs(choice, config.paired_layers, shape["num_hidden_layers"],
-                               model.config.num_hidden_layers, config.seed) if term in terms else []
+                               own.num_hidden_layers, config.seed) if term in terms else []
              for term, choice in (("hidden", config.hidden_layers), ("attention", config.attention_layers))}
     require_signals(manifest, pairs, terms, config.temperature)
     if config.logit_loss == "uld" and manifest["signals"] == "top_k" and "kd" in terms:
         raise ValueError("the cache holds top-k logits, and logit_loss 'uld' sorts the whole distribution: set signals "
                          "to 'white_box' and run 02 again, or logit_loss to 'kl'")
     theirs = cache.vocabulary()
-    sizes = (shape["vocab_size"], model.config.vocab_size)
-    same = sizes[0] == sizes[1] and same_pieces(theirs, vocabulary)
-    if not same and manifest["signals"] == "top_k" and "kd" in terms:
-        raise ValueError("the teacher has another tokenizer than the student and its cache holds top-k logits: set "
-                         "signals to 'white_box' and run 02 again")
+    sizes, top_k = (shape["vocab_size"], own.vocab_size), manifest["signals"] == "top_k"
+    # Of one tokenizer, models may have more output rows than it has ids: each has its own number of unused ones.
+    same = same_pieces(theirs, vocabulary) and (sizes[0] == sizes[1] or top_k and sizes[0] < sizes[1])
+    if not same and top_k and "kd" in terms:
+        other = "has another tokenizer than the student" if not same_pieces(theirs, vocabulary) else \
+            f"has {sizes[0]:,} output rows (the student {sizes[1]:,})"
+        raise ValueError(f"the teacher {other} and its cache holds top-k logits: set signals to 'white_box' and run 02 "
+                         "again")
     shared = None
     if not same and "kd" in terms:
         pieces = within(shared_pieces(theirs, vocabulary), *sizes)
@@ -165,8 +169,8 @@ def view_of(cache: TeacherCache, model: nn.Module, vocabulary: Vocabulary, confi
     head = None if weight_of_head is None else Head(weight_of_head.float().to(device), **manifest["head"])
     mix = None
     if "attention" in terms:
-        mix = head_mix(config.head_mapping, model.config.num_attention_heads, shape["num_attention_heads"])
-    view = TeacherView(head, (model.config.hidden_size, manifest.get("hidden_size", 1)), shared=shared,
+        mix = head_mix(config.head_mapping, own.num_attention_heads, shape["num_attention_heads"])
+    view = TeacherView(head, (own.hidden_size, manifest.get("hidden_size", 1)), shared=shared,
                        hidden_pairs=pairs["hidden"], map_pairs=pairs["attention"],
                        teacher_layers=shape["num_hidden_layers"], mix=mix, learned=config.head_mapping == "learned"
                        and mix is not None, temperatures=manifest["temperatures"], seed=config.seed, index=index,

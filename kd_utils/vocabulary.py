@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,8 +41,8 @@ class Vocabulary:
         decoder = str(backend.decoder)
         spelled = _from_byte_level if "ByteLevel(" in decoder else _from_sentencepiece if "▁" in decoder else str.encode
         roles = {tokenizer.bos_token_id: "begin", tokenizer.eos_token_id: "end"}  # one token may be both: then the end
-        special = {*tokenizer.all_special_ids,
-                   *(index for index, token in tokenizer.added_tokens_decoder.items() if token.special)}
+        added = tokenizer.added_tokens_decoder  # made anew at each look
+        special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
         ids = {index: piece for piece, index in tokenizer.get_vocab().items()}
         pieces, kinds = [], []
         for index in range(max(ids, default=-1) + 1):
@@ -50,8 +51,8 @@ class Vocabulary:
                 kind, text = NONE, b""
             elif index in special:
                 kind, text = SPECIAL, roles.get(index, piece).encode()
-            elif index in tokenizer.added_tokens_decoder:  # stands in the text as it is
-                kind, text = PIECE, piece.encode()
+            elif index in added:  # stands in the text as it is, but for a space's mark: Gemma has runs of them
+                kind, text = PIECE, (piece.replace("▁", " ") if spelled is _from_sentencepiece else piece).encode()
             else:
                 kind, text = (BYTE if _is_fallback(piece, decoder) else PIECE), spelled(piece)
             pieces.append(text)
@@ -99,8 +100,12 @@ def _ends_by_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> np.ndarra
     bytes_before = np.concatenate([[0], np.cumsum([len(character.encode()) for character in text])])
     characters = np.zeros(len(ids), np.int64)
     for k, (first, last) in enumerate(offsets):
-        cut = k + 1 < len(offsets) and first < last and offsets[k + 1][0] < last  # the next has a part of it too
-        characters[k] = max(characters[k - 1] if k else 0, first if cut else last)
+        before = characters[k - 1] if k else 0
+        following = next((start for start, end in offsets[k + 1:] if start < end), len(text)) if first < last else 0
+        cut = following < last  # the next has a part of its last character too
+        while last < following and unicodedata.combining(text[last]):  # composed with it by a normaliser
+            last += 1
+        characters[k] = before if cut else max(before, last)
     characters[len(own):] = len(text)
     if len(own):
         characters[len(own) - 1] = len(text)  # white space at the end that a normaliser dropped

@@ -123,3 +123,14 @@ def test_uld_compares_sorted_probabilities_whatever_their_ids():
         loss, (p - q).abs().sum(-1).mean())))
     order = torch.randperm(7)
     assert uld_loss(ours, head, ours.detach(), head[order], 1.0) < 1e-5
+
+
+def test_a_groups_logits_are_not_kept_for_the_backward_pass():
+    hidden, head = random(1500, 8).requires_grad_(), random(4000, 8, seed=1)
+    kept, span, targets = [], torch.arange(1500) // 2, torch.arange(1500)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        total = span_log_probs(hidden, head, targets, span, 750, 2.0).sum()
+    assert max(kept) <= head.numel() and sum(kept) < 1500 * 4000 / 10
+    [gradient] = torch.autograd.grad(total, hidden)
+    whole = -F.cross_entropy(hidden @ head.T / 2, targets, reduction="sum")
+    torch.testing.assert_close(gradient, torch.autograd.grad(whole, hidden)[0])

@@ -102,3 +102,13 @@ def test_a_folders_tokenizer_files_and_no_others(tmp_path):
     assert tokenizer_files(tmp_path) == before
     (tmp_path / "tokenizer_config.json").write_text("{}")
     assert tokenizer_files(tmp_path) != before
+
+
+def test_a_tokenizer_that_ends_every_text_is_refused_and_a_text_that_ends_so_is_not(shared):
+    ends = AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama2", add_eos_token=True)
+    assert ends.encode("a fine film")[-1] == ends.eos_token_id
+    with pytest.raises(ValueError, match="ends every text with '</s>': set add_eos_token to false"):
+        encode_example(ends, "a fine film\nAnswer:", " positive, I think")
+    plain = AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama2")
+    prompt_ids, answer_ids = encode_pair(plain, "what is </s>", " positive")
+    assert prompt_ids[-1] == plain.eos_token_id and plain.decode(answer_ids).strip() == "positive"

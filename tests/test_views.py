@@ -331,6 +331,14 @@ def test_what_does_not_agree_is_compared_over_shared_pieces(tmp_path):
     assert len(larger.shared.student_rest) == 120 - 97
 
 
+def test_a_top_k_teacher_of_the_same_tokenizer_may_have_fewer_output_rows(tmp_path):
+    cache = make_cache(tmp_path / "c", tiny_llama(width=48), signals="top_k", temperatures=[1.0, 2.0])
+    view = view_of(cache, tiny_llama(vocab=120), VOCABULARY, config(distill_type="black_box"), CPU)
+    assert view.shared is None
+    with pytest.raises(ValueError, match="the teacher has another tokenizer"):
+        view_of(cache, tiny_llama(vocab=120), Vocabulary([b"x"], [PIECE]), config(distill_type="black_box"), CPU)
+
+
 @pytest.mark.parametrize("header, changes, message", [
     ({"shape": {"num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 97}}, {}, "set head_mapping to"),
     ({}, {"hidden_layers": "uniform"}, "holds the teacher's hidden of layers 2, not of 1: set hidden_layers in the"),
@@ -343,6 +351,9 @@ def test_what_does_not_agree_is_compared_over_shared_pieces(tmp_path):
      "'uld' sorts the whole distribution: set signals to 'white_box'"),
     ({"signals": "top_k", "temperatures": [1.0, 2.0]}, {"distill_type": "black_box", "student": "other"},
      "another tokenizer than the student and its cache holds top-k logits"),
+    ({"signals": "top_k", "temperatures": [1.0, 2.0], "shape": {"num_hidden_layers": 2, "num_attention_heads": 4,
+                                                              "vocab_size": 120}}, {"distill_type": "black_box"},
+     "the teacher has 120 output rows \\(the student 97\\) and its cache holds top-k logits"),
 ])
 def test_what_cannot_be_compared_is_refused(tmp_path, header, changes, message):
     cache = make_cache(tmp_path / "c", tiny_llama(width=48), **header)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kd_utils.alignment import align
@@ -171,3 +171,45 @@ def test_a_begin_token_has_no_bytes_and_joined_tokens_are_refused():
     assert ends[0] == 0 and ends[-1] == 16
     with pytest.raises(ValueError, match="joined into one token"):
         byte_ends(tokenizer, vocabulary, "Answer: positive", ids[:-1])
+
+
+def test_runs_of_spaces_that_were_added_spell_spaces_where_pieces_do(real):
+    """Gemma adds its runs of spaces as tokens, in the spelling of its pieces."""
+    backend = Tokenizer.from_str(real["llama2"][0].backend_tokenizer.to_str())
+    backend.add_tokens([AddedToken("\u2581" * 20, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert Vocabulary.of(tokenizer).pieces[32_000] == b" " * 20 == tokenizer.decode([450, 32_000])[-20:].encode()
+
+
+def test_a_large_number_of_added_tokens_is_looked_at_once(real, monkeypatch):
+    tokenizer, looks = real["llama3"][0], []
+    added = type(tokenizer).added_tokens_decoder.fget
+    monkeypatch.setattr(type(tokenizer), "added_tokens_decoder", property(lambda self: looks.append(1) or added(self)))
+    Vocabulary.of(tokenizer)
+    assert len(looks) < 10
+
+
+class Offsets:
+    """A tokenizer that says of a text what it was told to: (id, first character, last character) of each token."""
+
+    all_special_ids: list[int] = []
+
+    def __init__(self, *tokens):
+        self.tokens = tokens
+
+    def __call__(self, text, return_offsets_mapping):
+        return {"input_ids": [token for token, _, _ in self.tokens],
+                "offset_mapping": [(first, last) for _, first, last in self.tokens]}
+
+
+@pytest.mark.parametrize(("text", "tokens", "ends"), [
+    # A space and a part of a character, then the rest of the character: both cut tokens end where nothing ended yet.
+    ("open \U0001fae0 now", [(0, 0, 4), (1, 4, 6), (2, 5, 6), (3, 5, 6), (4, 6, 10)], [4, 4, 4, 9, 13]),
+    # Composed by a normaliser: the offset of its character stops before the mark that was composed with it.
+    ("cafe\u0301 x", [(0, 0, 2), (1, 2, 4), (2, 5, 7)], [2, 6, 8]),
+    # Not composed: the mark is a token of its own.
+    ("cafe\u0301 x", [(0, 0, 2), (1, 2, 4), (2, 4, 5), (3, 5, 7)], [2, 4, 6, 8]),
+])
+def test_ends_by_offsets_close_no_group_inside_a_character(text, tokens, ends):
+    nothing = Vocabulary([b"?"] * 5, [PIECE] * 5)
+    assert byte_ends(Offsets(*tokens), nothing, text, [token for token, _, _ in tokens]).tolist() == ends
