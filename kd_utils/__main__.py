@@ -40,9 +40,10 @@ def sweep(options: argparse.Namespace) -> int:
     from .parameters import load_grid, load_parameters
 
     parameters, grid = load_parameters(options.parameters), load_grid(options.grid)
-    run_dir = Path(options.run_dir or planning.default_run_dir(parameters, options.grid)).absolute()
+    run_dir = Path(options.run_dir or planning.default_run_dir(parameters, options.grid)).expanduser().absolute()
     chosen = planning.select(planning.plan(parameters, grid, run_dir), options.only, grid)
     if options.dry_run:
+        sweeps.require_own(run_dir, parameters)
         why = {stem: sweeps.why_to_run(stem, run_dir, parameters) for stem in (planning.PREPARE, planning.CACHE)}
         for stem, reason in why.items():
             print(f"{stem:<32} {f'to run: {reason}' if reason else 'done'}")
@@ -58,10 +59,10 @@ def sweep(options: argparse.Namespace) -> int:
         return 0
     results = sweeps.run_sweep(parameters, grid, only=options.only, run_dir=run_dir, address=options.address,
                                cpus_per_trial=options.cpus_per_trial, gpus_per_trial=options.gpus_per_trial)
-    verdict = run_dir / runs.VERDICT
-    print(verdict.read_text(encoding="utf-8") if verdict.exists() else tables.coverage(results))
-    print(f"Records: {config.short_path(run_dir)}/ (one executed notebook per trial in trials/, {runs.SUMMARY}, "
-          "04_analyse_results.ipynb)")
+    analysed, verdict = "done" in set(results["status"]), run_dir / runs.VERDICT
+    print(verdict.read_text(encoding="utf-8") if analysed and verdict.exists() else tables.coverage(results))
+    print(f"Records: {config.short_path(run_dir)}/ (one executed notebook per trial in trials/, {runs.SUMMARY}"
+          + ", 04_analyse_results.ipynb" * analysed + ")")
     of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
     return 0 if (of_chosen["status"] == "done").all() else 1
 
@@ -87,7 +88,8 @@ def bench(options: argparse.Namespace) -> int:
     from .parameters import load_parameters, notebook_config
 
     parameters = load_parameters(options.parameters) if options.parameters else {}
-    run_dir = Path(options.run_dir or config.resolve(notebook_config(SPEED, parameters).run_dir)).absolute()
+    run_dir = config.resolve(notebook_config(SPEED, parameters).run_dir)
+    run_dir = Path(options.run_dir or run_dir).expanduser().absolute()
     values = injected(SPEED, parameters | {"run_dir": config.short_path(run_dir)})
     in_thread(lambda: execute(SPEED, run_dir / f"{SPEED}.ipynb", values, dict, progress_bar=sys.stderr.isatty()))
     record = json.loads((run_dir / "speed.json").read_text(encoding="utf-8"))

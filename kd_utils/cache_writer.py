@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,11 +105,18 @@ def assemble_cache(folder: Path, examples: dict[str, list[CachedExample]], write
         _remove_half_files(folder)
         try:
             manifest = check_files(folder)
-            os.utime(folder / "manifest.json")  # `find_cache` takes the newest: this is the one asked for last
         except CacheError:  # not finished, or damaged: what is whole is kept, the rest is written again
             manifest = _assemble(folder, examples, write, lm_head, vocabulary, header, shard_examples)
+        _make_newest(folder / "manifest.json")
         shutil.rmtree(_notes(folder), ignore_errors=True)
     return manifest
+
+
+def _make_newest(manifest: Path) -> None:
+    """`find_cache` takes the newest: this is the one asked for last, also where a clock was ahead before."""
+    others = [path.stat().st_mtime_ns for path in manifest.parents[1].glob("*/manifest.json") if path != manifest]
+    newest = max([time.time_ns(), *(other + 10**9 for other in others)])  # some file systems keep whole seconds
+    os.utime(manifest, ns=(newest, newest))
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from .sealed import RecordError
 
 STAGES = ("01_prepare_data", "02_cache_teacher", "04_analyse_results")
 #: What paired trials must have in common beside their config; `versions` are those that numbers come from.
-ALIKE = ("student", "precision", "code", "git_commit", "versions")
+ALIKE = ("cache", "student", "precision", "code", "git_commit", "versions")
 COMPUTING = ("python", "torch", "transformers", "tokenizers", "numpy")
 LONGEST = 1000  # characters of a line, of which any may be a stranger's
 

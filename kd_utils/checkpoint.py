@@ -38,8 +38,9 @@ class Checkpoint:
         weights = self.path.with_name(f"{self.path.stem}-epoch{epoch}.safetensors")
         with written_aside(weights) as aside:
             save_file(self._tensors(), aside)
+            checksum = sha256_file(aside)
         write_sealed(self.path, {"key": self.key, "epoch": epoch, "state": plain(state, finite=True),
-                                 "weights": {"file": weights.name, "sha256": sha256_file(weights)}}, "checksums")
+                                 "weights": {"file": weights.name, "sha256": checksum}}, "checksums")
         self._remove_others(weights)
 
     def load(self) -> dict[str, Any] | None:

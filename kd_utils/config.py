@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from .fields import (Count, Device, Layers, MoreTeachers, Name, NamedPlaces, Place, PlaceOrBlank, PositiveFloat,
                      PositiveInt, Seed, Weight, in_one_line, teacher_weights)
+from .files import sha256_json
 
 #: Every relative path of a config starts here. On a cluster the code travels by itself, so KD_ROOT names the shared
 #: folder that holds `artifacts/` and `runs/`: a node's own KD_ROOT, or else the place where the sweep was started.
@@ -42,6 +43,13 @@ def short_path(path: str | Path) -> str:
     """The path relative to the project's root where it lies inside it, for text that goes into records."""
     path = Path(path)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else str(path)
+
+
+def run_label(run_dir: str | Path) -> str:
+    """A name for a run's checkpoints and students that no other run has: NAME of `runs/NAME`, else with a digest."""
+    place = short_path(resolve(run_dir))
+    name = Path(place).name
+    return name if Path(place) == Path("runs", name) else f"{name}-{sha256_json(place)[:8]}"
 
 
 class Config(BaseModel):

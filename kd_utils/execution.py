@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -24,7 +25,6 @@ from .source_code import changed, code_of
 
 POLL_SECONDS = 0.2
 START_SECONDS = 300  # of a kernel: papermill's 60 are short where many read one shared disk
-LONGEST_SOCKET_PATH = 90  # macOS takes 103 characters, Linux 107; some are added to the connection file's
 
 
 class NotebookFailed(RuntimeError):
@@ -92,10 +92,14 @@ def _kernel(folder: str) -> Config:
     """How papermill talks to its kernel: through sockets in `folder`, which only their owner reads.
 
     TCP ports, the default, are chosen first and bound by the kernel later: of kernels that start side by side on a
-    machine two may choose one port, and the later dies. A path that is too long for a socket leaves it at ports.
+    machine two may choose one port, and the later dies. Where there can be no socket, it is left at ports: the path may
+    be too long, or the file system of a kind that has none.
     """
     connection = os.path.join(folder, "kernel.json")
-    if os.name != "posix" or len(os.fsencode(connection)) > LONGEST_SOCKET_PATH:
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(f"{connection}-probe")  # longer than theirs
+    except (OSError, AttributeError):
         return Config()
     return Config(KernelManager={"transport": "ipc", "connection_file": connection})
 

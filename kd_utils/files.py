@@ -42,15 +42,19 @@ def written_folder(folder: Path) -> Iterator[Path]:
     A folder cannot be renamed over another, so for a moment there is none: what reads it must be able to make it again.
     """
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
+    old = aside.with_name(f"{aside.name}.old-{os.getpid()}")
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         with full_disk_named(folder):
             aside.mkdir(parents=True)
             yield aside
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                folder.rename(old)  # at once and whole: what somebody has open on NFS cannot be removed
             aside.rename(folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager
@@ -91,6 +95,11 @@ def locked(folder: Path, what: str, remedy: str = "wait for it or stop it") -> I
                 file.seek(0)
                 holder = file.read().strip() or "another process"
             raise ValueError(f"{folder.name} is in use by {holder}: {remedy}") from None
+        except OSError as error:
+            with file:
+                path.unlink(missing_ok=True)
+            raise OSError(error.errno, f"{path}: this file system gives no locks ({error.strerror}), which keep two "
+                                       "processes out of one folder: put the folder on one that does") from None
         # The one before may have removed the file between our opening and locking it: then it guards nothing.
         if _is_at(file, path):
             break

@@ -103,13 +103,15 @@ def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
         if not isinstance(node, yaml.SequenceNode) or node.tag != "tag:yaml.org,2002:seq" or not node.value:
             raise ValueError(f"{path}: {key} must be a list of one or more scalars, got {_source(loader, node)}")
         grid[key] = [_scalar(loader, item, f"{path}: each value of {key}") for item in node.value]
-        for value in grid[key]:
+        for at, value in enumerate(grid[key]):
             if isinstance(value, str) and not re.fullmatch("[ -~]+", value):
                 raise ValueError(f"{path}: in {key}: {shown(value)} must be ASCII: it becomes a part of a trial's name")
             try:
-                TrialConfig(**{**defaults, key: value})
+                meant = getattr(TrialConfig(**{**defaults, key: value}), key)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
+            # YAML reads 1e-4 as text, and 3.0 is no seed: the plan has what the trial will have. 1 stays 1 in a name.
+            grid[key][at] = value if isinstance(meant, float) and isinstance(value, int) else meant
     longest = "_".join(f"{key}={max(map(str, values), key=len)}" for key, values in grid.items())
     if len(longest) > MOST_NAME:
         raise ValueError(f"{path}: a trial would be called {shown(longest)}: at most {MOST_NAME} characters")

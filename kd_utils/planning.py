@@ -11,6 +11,8 @@ from typing import Any
 from . import config, records
 from . import parameters as parameter_files
 from .execution import injected
+from .fields import shown
+from .parameters import MOST_NAME
 
 PREPARE, CACHE, TRAIN, ANALYSE, *_ = config.NOTEBOOKS
 
@@ -57,6 +59,8 @@ def plan(parameters: dict[str, Any], grid: dict[str, list[Any]], run_dir: str | 
             continue  # what differs means nothing to this method: one trial serves for all of them
         swept = {"distill_type": chosen.distill_type, "seed": chosen.seed} | used
         name = records.trial_name(**swept)
+        if len(name) > MOST_NAME:
+            raise ValueError(f"a trial would be called {shown(name)}: at most {MOST_NAME} characters")
         inject = injected(TRAIN, {**parameters, **swept}) | swept | place | {"trial": name}
         unused = [key for key in grid if key in chosen.without_effect]
         trial = Trial(name, swept, chosen.fingerprint(), len(chosen.epoch_numbers), inject, unused)

@@ -27,6 +27,8 @@ from .source_code import changed, code_of
 if TYPE_CHECKING:
     import pandas as pd
 
+ANALYSES = ("comparisons.csv", "analysis.csv")  # which 04 writes, beside the verdict
+
 
 def status(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, runs.Status]:
     """Of each trial, whether it is done with this config, code and student, and with the cache that there is now."""
@@ -98,6 +100,12 @@ def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
 
     settings = parameter_files.notebook_config(stem, parameters)
     if stem == PREPARE:
+        made = config.resolve(settings.artifacts_dir) / "embedded"
+        for name in (parameter_files.notebook_config(TRAIN, parameters).student,
+                     parameter_files.notebook_config(CACHE, parameters).teacher):
+            if settings.build != "none" and config.resolve(name).is_relative_to(made) \
+                    and not list(config.resolve(name).glob("*.safetensors")):
+                return f"{name} is not there any more"
         return data.why_stale(settings.data_path, settings)
     prepared = data.read_manifest(settings.data_path)
     manifest = cache.read_manifest(cache.find_cache(settings.artifacts, settings.name))
@@ -128,6 +136,7 @@ def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: s
     run_dir = Path(os.path.abspath(run_dir or default_run_dir(parameters)))
     trials = plan(parameters, grid, run_dir)
     chosen = select(trials, only, grid)
+    require_own(run_dir, parameters)
     with locked(run_dir, "a sweep", "wait for it or stop it, or give this one another --run-dir"):
         if _is_done(chosen, run_dir, parameters):
             _write_plan(run_dir, parameters, grid, trials)
@@ -141,7 +150,24 @@ def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: s
             _execute_stage(ANALYSE, run_dir, parameters | {"run_dir": config.short_path(run_dir)},
                            lambda: {"wrote": {path.name: sha256_file(path) for path in sorted(run_dir.iterdir())
                                               if path.name == runs.VERDICT or path.suffix == ".csv"}})
+        else:  # what an earlier plan's trials showed is not this one's
+            for name in (f"{ANALYSE}.ipynb", runs.VERDICT, *ANALYSES):
+                (run_dir / name).unlink(missing_ok=True)
     return results
+
+
+def require_own(run_dir: Path, parameters: dict[str, Any]) -> None:
+    """Raise a ValueError if the run's folder holds another experiment, whose trials this sweep would replace."""
+    name, earlier = parameter_files.notebook_config(PREPARE, parameters).name, _earlier_plan(run_dir)
+    if earlier.get("name", name) != name:
+        raise ValueError(f"{config.short_path(run_dir)} holds experiment {earlier['name']!r}, and this is {name!r}: "
+                         "give another --run-dir, or remove that folder")
+
+
+def _earlier_plan(run_dir: Path) -> dict[str, Any]:
+    with suppress(RecordError):
+        return runs.read_plan(run_dir) or {}
+    return {}
 
 
 def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial], chosen: list[Trial],
@@ -174,7 +200,7 @@ def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Tr
         results = _write_summary(run_dir)
     if (results["status"] == "done").all():  # of a trial that was killed between its record and its last breath
         shutil.rmtree(config.resolve(parameter_files.notebook_config(TRAIN, parameters).artifacts_dir) / "checkpoints"
-                      / run_dir.name, ignore_errors=True)
+                      / config.run_label(run_dir), ignore_errors=True)
     return results
 
 
@@ -213,11 +239,18 @@ def _student(name: str, cache: dict[str, Any]) -> str:
 
 
 def _write_plan(run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial]) -> None:
-    """Write `sweep.json`: what is to be run, and what of; before 01 and 02 there is no cache to name."""
+    """Write `sweep.json`: what is to be run, and what of.
+
+    Where there is no cache now, the earlier plan's is named still, if there is one: its trials are of no other.
+    """
     cache, made = _artifact(CACHE, parameters), made_of(trials, parameters)
+    if cache is None and (earlier := _earlier_plan(run_dir)):
+        cache = earlier
+        made = made._replace(**{key: earlier.get(key, getattr(made, key)) for key in (
+            "more_caches", "tokenizer", "students")})
     document = {"format": records.FORMAT, "name": parameter_files.notebook_config(PREPARE, parameters).name,
                 "parameters": parameters, "grid": grid,
-                "cache": cache and {key: cache["cache"][key] for key in ("name", "content_hash")},
+                "cache": cache and cache["cache"] and {key: cache["cache"][key] for key in ("name", "content_hash")},
                 "more_caches": made.more_caches, "tokenizer": made.tokenizer, "students": made.students,
                 "code": made.code,
                 "trials": [dataclasses.asdict(trial) for trial in trials]}

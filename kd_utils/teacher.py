@@ -59,7 +59,9 @@ def encode_table(tokenizer: Any, table: pd.DataFrame, where: str = "the table", 
 
 
 def model_fingerprint(name: str, revision: str = "") -> str:
-    """What a model is, by content: a digest of a folder's weights and config, or the hub's commit.
+    """What a model is, by content: a digest of a folder's weights and configs, or the hub's commit.
+
+    Take it before the model is loaded: what was made of one that is replaced meanwhile must not bear the new one's.
 
     Raises:
         FileNotFoundError: a folder without safetensors.
@@ -70,6 +72,7 @@ def model_fingerprint(name: str, revision: str = "") -> str:
     files = sorted([*Path(source).glob("*.safetensors"), Path(source) / "config.json"])
     if len(files) < 2:
         raise FileNotFoundError(f"{name} holds no *.safetensors: save the model with `save_pretrained`")
+    files += Path(source).glob("generation_config.json")  # a repetition penalty in it changes generated answers
     return sha256_json({path.name: sha256_file(path) for path in files})
 
 
@@ -139,35 +142,36 @@ def cached_layers(config: CacheConfig, model: nn.Module) -> dict[str, list[int]]
     """The layers, counted from 1, whose "hidden" states and "attention" maps the cache is to hold."""
     if config.signals != "white_box":
         return {"hidden": [], "attention": []}
-    total = model.config.num_hidden_layers
+    total = model.config.get_text_config().num_hidden_layers  # of a model that sees pictures too
     chosen = {signal: teacher_layers(choice, config.paired_layers, total) for signal, choice in (
         ("hidden", config.hidden_layers), ("attention", config.attention_layers))}
     return chosen | {"hidden": sorted({*chosen["hidden"], total})}  # the last one's gives the logits
 
 
-def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, model: nn.Module, tokenizer: Any,
-                 accuracy: dict[str, float]) -> dict[str, Any]:
+def cache_header(config: CacheConfig, prepared: PreparedData, teacher: str, base: str, tuned: str, model: nn.Module,
+                 tokenizer: Any, accuracy: dict[str, float]) -> dict[str, Any]:
     """What a manifest says besides its files: where the signals come from (`key` decides the folder), and shapes.
 
     Args:
         config: parameters of 02.
         prepared: the data that is cached.
         teacher: the name that `prepare_teacher` gave.
+        base, tuned: `model_fingerprint` of the teacher as it came and of `teacher`, from before they were loaded.
         model, tokenizer: the teacher, loaded.
         accuracy: its accuracy on the validation rows.
     """
     white_box = config.signals == "white_box"
     wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
-    shape = {key: getattr(model.config, key) for key in wanted if hasattr(model.config, key)}
+    text = model.config.get_text_config()
+    shape = {key: getattr(text, key) for key in wanted if hasattr(text, key)}
     temperatures = [] if white_box else sorted({1.0, config.temperature})
-    code, base = cache_code(), model_fingerprint(config.teacher, config.teacher_revision)
-    tuned = base if teacher == config.teacher else model_fingerprint(teacher)
-    layers, fingerprint = cached_layers(config, model), tokenizer_fingerprint(tokenizer)
+    code, layers, fingerprint = cache_code(), cached_layers(config, model), tokenizer_fingerprint(tokenizer)
     key = {"data": prepared.data_hash, "base_teacher": config.teacher, "teacher": tuned, "tokenizer": fingerprint,
            "signals": config.signals, "layers": layers, "temperatures": temperatures,
            "attention_dtype": config.attention_dtype if white_box else None,
            "top_k": None if white_box else config.top_k, "teacher_dtype": str(model.dtype),
-           "shard_examples": config.shard_examples, "code": sha256_json(code)}
+           "shard_examples": config.shard_examples, "code": sha256_json(code),
+           "max_new_tokens": config.max_new_tokens}  # with it the teacher's accuracy is measured
     specific = ({"hidden_size": shape["hidden_size"], "heads": shape["num_attention_heads"],
                  "head": {"scale": output_head(model).scale, "cap": output_head(model).cap}} if white_box else
                 {"top_k": config.top_k})
@@ -202,7 +206,10 @@ def signal_function(model: nn.Module, *, signals: str, top_k: int = 64, temperat
         layers: of "white_box": as `cached_layers` gives them; None: the last.
     """
     device, map_dtype = next(model.parameters()).device, getattr(torch, attention_dtype)
-    total = model.config.num_hidden_layers
+    text = model.config.get_text_config()
+    if signals == "top_k" and top_k > text.vocab_size:
+        raise ValueError(f"top_k is {top_k}, and the teacher has {text.vocab_size} logits: ask for fewer")
+    total = text.num_hidden_layers
     layers = layers or {"hidden": [total], "attention": [total]}
 
     @torch.inference_mode()

@@ -1,7 +1,9 @@
 """The cache by round trip, by interruption and by damage."""
 
 import json
+import os
 import shutil
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -314,3 +316,14 @@ def test_stored_bytes_add_up_to_the_shards(cache):
     stored = cache.stored_bytes()
     assert set(stored) == {"hidden", "attention", "other"} and min(stored.values()) > 0
     assert sum(stored.values()) == sum(shard["bytes"] for shard in cache.manifest["shards"])
+
+
+def test_a_clock_that_was_ahead_does_not_decide_which_cache_is_the_newest(tmp_path):
+    model = tiny_llama()
+    first = write_named(tmp_path, "toy", {"teacher": "a"}, model)
+    ahead = time.time() + 7200
+    os.utime(first / "manifest.json", (ahead, ahead))
+    second = write_named(tmp_path, "toy", {"teacher": "b"}, model)
+    assert find_cache(tmp_path, "toy") == second
+    assert write_named(tmp_path, "toy", {"teacher": "a"}, model) == first
+    assert find_cache(tmp_path, "toy") == first, "asked for last"

@@ -9,7 +9,7 @@ import time
 import pytest
 import yaml
 
-from kd_utils.config import METHODS, NOTEBOOKS, ROOT, AnalysisConfig, TrialConfig, resolve, short_path
+from kd_utils.config import METHODS, NOTEBOOKS, ROOT, AnalysisConfig, TrialConfig, resolve, run_label, short_path
 from kd_utils.parameters import notebook_config, notebook_defaults, notebook_path
 
 DEFAULTS = notebook_defaults("03_train_student")
@@ -201,3 +201,10 @@ def test_importing_the_package_is_cheap():
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True)
     assert time.perf_counter() - start < 3  # a guard on a busy machine; alone it is well under 0.3 s
+
+
+def test_runs_of_one_name_at_two_places_have_two_labels():
+    own = run_label("runs/toy")
+    assert own == run_label(ROOT / "runs" / "toy") == "toy"
+    others = {run_label(place) for place in ("/x/toy", "/y/toy", "runs/more/toy", "toy")}
+    assert len(others | {own}) == 5 and all(label.startswith("toy-") for label in others)

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,3 +194,27 @@ def test_threads_that_race_for_a_folder_never_both_hold_it(tmp_path):
     for thread in threads:
         thread.join()
     assert set(most) == {1} and len(held) >= 50 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_of_which_something_cannot_be_removed_is_replaced_all_the_same(tmp_path, monkeypatch):
+    """On NFS a file that somebody has open stays, under another name, until it is closed."""
+    folder, remove = tmp_path / "trial", shutil.rmtree
+    with written_folder(folder) as aside:
+        (aside / "metrics.json").write_text("old")
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **how: None if (path / "metrics.json").exists()
+                        else remove(path, **how))
+    with written_folder(folder) as aside:
+        (aside / "metrics.json").write_text("new")
+    assert (folder / "metrics.json").read_text() == "new"
+    assert all(path.name.startswith(".trial.partial-") for path in tmp_path.iterdir() if path != folder)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(OSError, match=r"toy/\.lock: this file system gives no locks .*put the folder on one that does"):
+        with locked(tmp_path / "toy", "a sweep"):
+            pass
+    assert not (tmp_path / "toy" / ".lock").exists()

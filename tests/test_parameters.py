@@ -97,3 +97,12 @@ def test_names_that_papermill_injected():
              "# Parameters by hand\ne = 1"]
     assert injected_names(cells) == ["a", "b"]
     assert injected_names(["# Parameters\nx, y = 1, 2\nz[0] = 1"]) == ["x", "y"]
+
+
+def test_a_grids_values_are_what_a_trial_will_have(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text('seed: ["0", 10, 3.0]\nlearning_rate: [1e-4, 0.001]\ngamma_hidden: [1, 0.5]\n')
+    grid = load_grid(path)
+    assert grid == {"seed": [0, 10, 3], "learning_rate": [1e-4, 0.001], "gamma_hidden": [1, 0.5]}
+    assert [str(value) for values in grid.values() for value in values] == ["0", "10", "3", "0.0001", "0.001", "1",
+                                                                            "0.5"]

@@ -117,3 +117,9 @@ def test_only_chooses_trials(stub_notebooks, only, names):
 def test_only_refuses_what_the_grid_does_not_have(stub_notebooks, only):
     with pytest.raises(ValueError, match="--only"):
         planning.select(planning.plan({}, GRID, stub_notebooks / "runs" / "x"), only, GRID)
+
+
+def test_a_name_that_is_too_long_with_method_and_seed_is_refused(stub_notebooks):
+    grid = {"distill_type": ["black_box"], "seed": [0], "student": ["s" * 186]}
+    with pytest.raises(ValueError, match="a trial would be called 'black_box_seed0_student=s.*at most 200 characters"):
+        planning.plan({}, grid, stub_notebooks / "runs" / "x")

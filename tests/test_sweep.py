@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from stubs import stub_notebooks, stub_project, sweep_in  # noqa: F401 (one is a fixture)
+from stubs import run_dir, stub_notebooks, stub_project, sweep_in, write_plan  # noqa: F401 (two are fixtures)
 
-from kd_utils import runs
+from kd_utils import planning, runs, sweep
 from kd_utils.__main__ import main
 from kd_utils.display import Progress
 
@@ -39,6 +39,46 @@ def test_wrong_input_is_one_line_and_status_2(stub_notebooks, monkeypatch, capsy
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_run_folder_in_home_is_there_and_not_called_tilde(stub_notebooks, monkeypatch, capsys):
+    (stub_notebooks / "p.yaml").write_text("epochs: 1\n")
+    monkeypatch.setenv("HOME", str(stub_notebooks / "home"))
+    assert main(["sweep", str(stub_notebooks / "p.yaml"), "--run-dir=~/toy", "--dry-run"]) == 0
+    assert "records: home/toy\n" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_experiment_is_not_swept_over(stub_notebooks, capsys):
+    (stub_notebooks / "p.yaml").write_text("epochs: 1\n")
+    write_plan(stub_notebooks / "runs" / "stub", name="other")
+    for more in ((), ("--dry-run",)):
+        assert main(["sweep", str(stub_notebooks / "p.yaml"), *more]) == 2
+        error = capsys.readouterr().err
+        assert "runs/stub holds experiment 'other', and this is 'stub': give another --run-dir" in error
+
+
+def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
+    """Without it trials of two caches would count as done beside each other."""
+    parameters = {"name": "stub"}
+    trials = planning.plan(parameters, {"distill_type": ["black_box"], "seed": [0]}, run_dir)
+    earlier = runs.read_plan(run_dir)
+    sweep._write_plan(run_dir, parameters, {}, trials)
+    plan = runs.read_plan(run_dir)
+    assert len(plan["trials"]) == 1 and plan["code"] != earlier["code"]
+    for key in ("cache", "more_caches", "tokenizer", "students"):
+        assert plan[key] == earlier[key] != {}
+
+
+def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
+    models = {name: stub_notebooks / "artifacts" / "embedded" / "toy" / name for name in ("student", "teacher")}
+    for folder in models.values():
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    parameters = {key: f"artifacts/embedded/toy/{key}" for key in models} | {"build": "toy"}
+    assert "not there" not in sweep._why_stale(planning.PREPARE, parameters)
+    (models["student"] / "model.safetensors").unlink()
+    assert sweep._why_stale(planning.PREPARE, parameters) == "artifacts/embedded/toy/student is not there any more"
+    assert "not there" not in sweep._why_stale(planning.PREPARE, parameters | {"build": "none"})
 
 
 def test_the_command_line_answers_at_once():
@@ -108,3 +148,12 @@ def test_a_sweep_through_ray_and_papermill_and_again(tmp_path):
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"teacher": "other", "epochs": 4}))
     assert ("attention_seed3                  stale: config changed: epochs was 3, is 4"
             in sweep_in(tmp_path, *command, "--dry-run").stdout)
+
+    (run_dir / "verdict.txt").write_text("attention is better\n")
+    (tmp_path / "artifacts" / "fail-attention_seed3").touch()
+    (tmp_path / "artifacts" / "fail-black_box_seed3").touch()
+    fifth = sweep_in(tmp_path, *command)
+    assert fifth.returncode == 1 and "0 of 2 trials are done; 2 failed" in fifth.stdout, fifth.stdout + fifth.stderr
+    assert "is better" not in fifth.stdout and "04_analyse" not in fifth.stdout, "that was another plan's"
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "01_prepare_data.ipynb", "02_cache_teacher.ipynb", "results_summary.csv", "sweep.json", "trials"]

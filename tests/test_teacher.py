@@ -1,11 +1,13 @@
 """The teacher: fingerprints by content, fine-tuned once, signals the same in any batch."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from kd_utils import teacher
 from kd_utils.parameters import notebook_config
@@ -131,3 +133,39 @@ def test_a_cache_holds_the_layers_that_are_compared_and_the_last_hidden_state(ch
     else:
         assert columns["hidden"] == "float16" and columns.get("attention", "uint8") == "uint8"
         assert len(columns) == len(layers["hidden"]) + len(layers["attention"])
+
+
+def test_a_generation_config_counts_as_it_changes_answers(base):
+    before = model_fingerprint(base)
+    path = base / "generation_config.json"
+    path.write_text('{"repetition_penalty": 1.8}')
+    assert model_fingerprint(base) != before
+    path.unlink(missing_ok=True)
+
+
+def test_the_teachers_accuracy_is_of_the_caches_own_setting(base):
+    """Of another longest answer it is another accuracy, so the cache is another one too."""
+    tokenizer, prepared = tiny_tokenizer(begin=False), SimpleNamespace(data_hash="d")
+    model = tiny_model(tokenizer)
+    headers = [teacher.cache_header(config_for(base, max_new_tokens=longest), prepared, str(base), "b", "t", model,
+                                    tokenizer, {}) for longest in (2, 24, 24)]
+    assert headers[0]["key"] != headers[1]["key"] == headers[2]["key"]
+    assert headers[0]["base_fingerprint"] == "b" and headers[0]["key"]["teacher"] == "t"
+
+
+def test_more_top_logits_than_there_are_is_one_line():
+    with pytest.raises(ValueError, match="top_k is 128, and the teacher has 97 logits: ask for fewer"):
+        signal_function(tiny_llama(), signals="top_k", top_k=128, temperatures=[1.0])
+
+
+def test_a_model_that_sees_pictures_too_gives_its_texts_signals():
+    text = Gemma3TextConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                            num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)
+    model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4,
+                                                        image_token_index=96)).eval()
+    layers = cached_layers(notebook_config("02_cache_teacher", {"name": "t"}), model)
+    assert layers == {"hidden": [2], "attention": [2]}
+    [row] = signal_function(model, signals="white_box", layers=layers)(example_rows([5]))
+    assert row.signals["hidden"].shape == (5, 32) and row.signals["attention"].shape == (4, 15)
