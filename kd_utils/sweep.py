@@ -31,8 +31,13 @@ ANALYSES = ("comparisons.csv", "analysis.csv")  # which 04 writes, beside the ve
 
 
 def status(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, runs.Status]:
-    """Of each trial, whether it is done with this config, code and student, and with the cache that there is now."""
+    """Of each trial, whether it is done with this config, code and student, and with the cache that there is now.
+
+    Where there is none, it is the earlier plan's: trials of two caches are never done beside each other.
+    """
     made = made_of(trials, parameters)
+    if not made.cache:
+        made = _as_planned(made, _earlier_plan(run_dir))
     return {t.trial: runs.trial_status(run_dir, t.trial, t.config_hash, made, t.parameters) for t in trials}
 
 
@@ -164,6 +169,12 @@ def require_own(run_dir: Path, parameters: dict[str, Any]) -> None:
                          "give another --run-dir, or remove that folder")
 
 
+def _as_planned(made: runs.Made, earlier: dict[str, Any]) -> runs.Made:
+    """With what a plan (or {}) names besides the code."""
+    named = {key: earlier.get(key, getattr(made, key)) for key in ("more_caches", "tokenizer", "students")}
+    return made._replace(cache=(earlier.get("cache") or {}).get("content_hash", ""), **named)
+
+
 def _earlier_plan(run_dir: Path) -> dict[str, Any]:
     with suppress(RecordError):
         return runs.read_plan(run_dir) or {}
@@ -244,13 +255,12 @@ def _write_plan(run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[
     Where there is no cache now, the earlier plan's is named still, if there is one: its trials are of no other.
     """
     cache, made = _artifact(CACHE, parameters), made_of(trials, parameters)
-    if cache is None and (earlier := _earlier_plan(run_dir)):
-        cache = earlier
-        made = made._replace(**{key: earlier.get(key, getattr(made, key)) for key in (
-            "more_caches", "tokenizer", "students")})
+    if cache is None:
+        cache = earlier = _earlier_plan(run_dir)
+        made = _as_planned(made, earlier)
     document = {"format": records.FORMAT, "name": parameter_files.notebook_config(PREPARE, parameters).name,
                 "parameters": parameters, "grid": grid,
-                "cache": cache and cache["cache"] and {key: cache["cache"][key] for key in ("name", "content_hash")},
+                "cache": {key: cache["cache"][key] for key in ("name", "content_hash")} if cache.get("cache") else None,
                 "more_caches": made.more_caches, "tokenizer": made.tokenizer, "students": made.students,
                 "code": made.code,
                 "trials": [dataclasses.asdict(trial) for trial in trials]}

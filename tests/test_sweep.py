@@ -1,5 +1,6 @@
 """The sweep: its command line, and one real run through Ray and papermill over stub notebooks."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from stubs import run_dir, stub_notebooks, stub_project, sweep_in, write_plan  # noqa: F401 (two are fixtures)
+from stubs import (metrics_of, run_dir, stub_notebooks, stub_project, sweep_in,  # noqa: F401 (two are fixtures)
+                   write_plan, write_trial)
 
 from kd_utils import planning, runs, sweep
 from kd_utils.__main__ import main
@@ -67,6 +69,12 @@ def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
     assert len(plan["trials"]) == 1 and plan["code"] != earlier["code"]
     for key in ("cache", "more_caches", "tokenizer", "students"):
         assert plan[key] == earlier[key] != {}
+    config_hash = metrics_of("black_box", 1)["config_hash"]
+    other = dataclasses.replace(trials[0], trial="black_box_seed1", config_hash=config_hash)
+    write_trial(run_dir, "black_box", 1, code=plan["code"])
+    assert sweep.status([other], run_dir, parameters)["black_box_seed1"].state == "done"
+    write_trial(run_dir, "black_box", 1, code=plan["code"], cache=metrics_of()["cache"] | {"content_hash": "other"})
+    assert sweep.status([other], run_dir, parameters)["black_box_seed1"].why.startswith("teacher cache changed")
 
 
 def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
