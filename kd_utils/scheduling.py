@@ -232,7 +232,7 @@ def _start_ray(address: str | None, sockets: str) -> None:
         # Ray sends its token to an address given by hand only when it is told to: that choice stays the user's.
         if address in (None, "local"):
             home = "; it keeps a token in ~/.ray: where HOME cannot be written, name a file that holds one in " \
-                   "RAY_AUTH_TOKEN_PATH" if isinstance(error, OSError) else ""
+                   "RAY_AUTH_TOKEN_PATH" if type(error) in (OSError, PermissionError, FileNotFoundError) else ""
             raise ValueError(f"Ray does not start on this machine ({_in_words(error)}){home}") from None
         raise ValueError(f"no Ray cluster can be joined at {address} ({_in_words(error)}): see `ray status` there; if "
                          "it asks for a token, set RAY_AUTH_MODE=token") from None

@@ -99,11 +99,13 @@ def _ends_by_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> np.ndarra
         raise ValueError(f"its tokens do not spell {text[-40:]!r}: prompt and answer are joined into one token")
     bytes_before = np.concatenate([[0], np.cumsum([len(character.encode()) for character in text])])
     characters = np.zeros(len(ids), np.int64)
-    for k, (first, last) in enumerate(offsets):
+    starts = [len(text)]  # of what follows each token, from the last one back
+    for first, last in reversed(offsets[1:]):
+        starts.append(first if first < last else starts[-1])
+    for k, ((first, last), following) in enumerate(zip(offsets, reversed(starts))):
         before = characters[k - 1] if k else 0
-        following = next((start for start, end in offsets[k + 1:] if start < end), len(text)) if first < last else 0
-        cut = following < last  # the next has a part of its last character too
-        while last < following and unicodedata.combining(text[last]):  # composed with it by a normaliser
+        cut = first < last and following < last  # the next has a part of its last character too
+        while first < last < following and unicodedata.combining(text[last]):  # composed with it by a normaliser
             last += 1
         characters[k] = before if cut else max(before, last)
     characters[len(own):] = len(text)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import socket
 import subprocess
 import sys
@@ -94,6 +95,24 @@ with ray_running(None):
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (ran.returncode, ran.stdout.splitlines()) == (0, ["shut down", "caught; 0 left"]), ran.stderr
+
+
+def test_a_home_that_cannot_be_written_is_told_with_the_way_around(tmp_path):
+    code = """
+from kd_utils.scheduling import ray_running
+try:
+    with ray_running(None):
+        print("runs")
+except ValueError as error:
+    print(error)
+"""
+    def told(**more):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                              env={**os.environ, "HOME": "/proc/nohome", **more}).stdout.strip()
+
+    assert told().endswith("where HOME cannot be written, name a file that holds one in RAY_AUTH_TOKEN_PATH")
+    (tmp_path / "token").write_text("0123456789abcdef" * 4)
+    assert told(RAY_AUTH_TOKEN_PATH=str(tmp_path / "token")) == "runs"
 
 
 def test_a_cluster_that_does_not_answer_is_told_at_once():
