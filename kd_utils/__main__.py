@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from . import config, planning, runs, tables
+    from . import config, planning, runs, staleness, tables
     from . import sweep as sweeps
     from .parameters import load_grid, load_parameters
 
@@ -44,10 +44,10 @@ def sweep(options: argparse.Namespace) -> int:
     chosen = planning.select(planning.plan(parameters, grid, run_dir), options.only, grid)
     if options.dry_run:
         sweeps.require_own(run_dir, parameters)
-        why = {stem: sweeps.why_to_run(stem, run_dir, parameters) for stem in (planning.PREPARE, planning.CACHE)}
+        why = {stem: staleness.why_to_run(stem, run_dir, parameters) for stem in (planning.PREPARE, planning.CACHE)}
         for stem, reason in why.items():
             print(f"{stem:<32} {f'to run: {reason}' if reason else 'done'}")
-        states = sweeps.status(chosen, run_dir, parameters)
+        states = staleness.status(chosen, run_dir, parameters)
         for name, state in states.items():
             print(f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why))
         done = sum(state.state == "done" for state in states.values())

@@ -82,7 +82,7 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
         _finish(aside, target, stem, about())
     except Exception as error:
         cause = _cause(error)
-        kept = keep_failure(target, stem, cause)
+        kept = keep_failure(target, stem, cause, aside)
         raise NotebookFailed(target.stem, cause, config.short_path(failed) if kept else "") from None
     finally:
         sockets.cleanup()
@@ -104,8 +104,11 @@ def _kernel(folder: str) -> Config:
     return Config(KernelManager={"transport": "ipc", "connection_file": connection})
 
 
-def keep_failure(target: Path, stem: str, cause: str) -> bool:
+def keep_failure(target: Path, stem: str, cause: str, aside: Path | None = None) -> bool:
     """Put what there is of a failed execution to `<target's stem>.failed.ipynb`, with the cause in its metadata.
+
+    Args:
+        aside: where papermill wrote, as far as it came; None: of a process that is gone, so it is looked for.
 
     Returns:
         Whether that could be done: the disk may be full.
@@ -113,7 +116,9 @@ def keep_failure(target: Path, stem: str, cause: str) -> bool:
     failed = target.with_name(f"{target.stem}.failed.ipynb")
     # Nothing aside: it failed before papermill wrote anything, so the source stands for it.
     source = parameter_files.notebook_path(stem)
-    aside = next(target.parent.glob(f".{target.stem}.partial-*.ipynb"), source)
+    # One's own alone: a process whose sweep was killed may outlive it, and the next sweep's be at this trial already.
+    aside = next((target.parent.glob(f".{target.stem}.partial-*.ipynb") if aside is None
+                  else filter(Path.exists, [aside])), source)
     try:
         try:
             _finish(aside, failed, stem, {"failure": cause})

@@ -14,108 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from . import config, records, runs
 from . import parameters as parameter_files
-from .cache import CacheError, find_cache, read_manifest
+from .cache import CacheError, find_cache
 from .display import Progress
 from .execution import execute, in_thread, injected
-from .fields import teacher_weights
-from .files import locked, sha256_file, sha256_json, written_aside
+from .files import locked, sha256_file, written_aside
 from .planning import ANALYSE, CACHE, PREPARE, TRAIN, Trial, default_run_dir, plan, select
 from .scheduling import fitting_gpus, ray_running, require_same_view, run_trials
-from .sealed import RecordError, write_sealed
-from .source_code import changed, code_of
+from .sealed import write_sealed
+from .source_code import code_of
+from .staleness import artifact_of, earlier_plan, made_of, more_caches, stage_key, status, why_to_run
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ANALYSES = ("comparisons.csv", "analysis.csv")  # which 04 writes, beside the verdict
-
-
-def status(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, runs.Status]:
-    """Of each trial, whether it is done with this config, code and student, and with the cache that there is now.
-
-    Where there is none, it is the earlier plan's: trials of two caches are never done beside each other.
-    """
-    made = made_of(trials, parameters)
-    if not made.cache:
-        made = _as_planned(made, _earlier_plan(run_dir))
-    return {t.trial: runs.trial_status(run_dir, t.trial, t.config_hash, made, t.parameters) for t in trials}
-
-
-def made_of(trials: list[Trial], parameters: dict[str, Any]) -> runs.Made:
-    """What these trials are made of as things are now: the code always, cache and students where there are any."""
-    cache = _artifact(CACHE, parameters)
-    if cache is None:
-        return runs.Made(code=code_of(TRAIN))
-    named = {trial.parameters.get("student", parameter_files.notebook_defaults(TRAIN)["student"]) for trial in trials}
-    return runs.Made(cache["cache"]["content_hash"], {name: _student(name, cache) for name in sorted(named)},
-                     code_of(TRAIN), {name: read_manifest(folder)["content_hash"]
-                                      for name, folder in _more_caches(trials, parameters).items()},
-                     _tokenizer(parameters))
-
-
-def _tokenizer(parameters: dict[str, Any]) -> str:
-    """Fingerprint of the tokenizer that the data was prepared with, the student's; "" where no data is."""
-    from . import data
-
-    try:
-        return data.read_manifest(parameter_files.notebook_config(PREPARE, parameters).data_path)[
-            "tokenizer_fingerprint"]
-    except (ValueError, FileNotFoundError):
-        return ""
-
-
-def _more_caches(trials: list[Trial], parameters: dict[str, Any]) -> dict[str, Path]:
-    """Other experiments whose teachers these trials have, and their caches' folders, of those that there are."""
-    settings, folders = parameter_files.notebook_config(CACHE, parameters), {}
-    names = {name for trial in trials for name in
-             teacher_weights(trial.parameters.get("more_teachers", parameters.get("more_teachers", "")))}
-    for name in sorted(names):
-        with suppress(CacheError):  # 03 says that there is none
-            folders[name] = find_cache(settings.artifacts, name)
-    return folders
-
-
-def stage_is_done(stem: str, run_dir: Path, parameters: dict[str, Any]) -> bool:
-    """Whether 01 or 02 was executed here from this code with these parameters, and what it made is still there."""
-    return not why_to_run(stem, run_dir, parameters)
-
-
-def why_to_run(stem: str, run_dir: Path, parameters: dict[str, Any]) -> str:
-    """Why 01 or 02 has to be executed (again), in one line; "" if it has not."""
-    path = run_dir / f"{stem}.ipynb"
-    if not path.exists():
-        return "not run yet"
-    try:
-        about = runs.read_notebook(path)["metadata"]["kd_utils"]
-    except RecordError as error:
-        return str(error)
-    artifact = _artifact(stem, parameters)
-    if artifact is None:
-        return "what it made is not there any more, or damaged"
-    key = _stage_key(stem, parameters, artifact)
-    if files := changed(about.get("code", {}), key["code"]):
-        return f"code changed: {files}"
-    other = [name for name, value in key.items() if about.get(name) != value]
-    return f"changed since: {', '.join(other)}" if other else _why_stale(stem, parameters)
-
-
-def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
-    """Why data or cache are not what their sources would make now; "" if they are."""
-    from . import cache, data, verification
-
-    settings = parameter_files.notebook_config(stem, parameters)
-    if stem == PREPARE:
-        made = config.resolve(settings.artifacts_dir) / "embedded"
-        for name in (parameter_files.notebook_config(TRAIN, parameters).student,
-                     parameter_files.notebook_config(CACHE, parameters).teacher):
-            if settings.build != "none" and config.resolve(name).is_relative_to(made) \
-                    and not list(config.resolve(name).glob("*.safetensors")):
-                return f"{name} is not there any more"
-        return data.why_stale(settings.data_path, settings)
-    prepared = data.read_manifest(settings.data_path)
-    manifest = cache.read_manifest(cache.find_cache(settings.artifacts, settings.name))
-    why = verification.why_stale(manifest, data_hash=prepared["data_hash"], teacher=settings.teacher)
-    return f"the cache {why}" if why else ""
 
 
 def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: str = "",
@@ -163,22 +75,10 @@ def run_sweep(parameters: dict[str, Any], grid: dict[str, list[Any]], *, only: s
 
 def require_own(run_dir: Path, parameters: dict[str, Any]) -> None:
     """Raise a ValueError if the run's folder holds another experiment, whose trials this sweep would replace."""
-    name, earlier = parameter_files.notebook_config(PREPARE, parameters).name, _earlier_plan(run_dir)
+    name, earlier = parameter_files.notebook_config(PREPARE, parameters).name, earlier_plan(run_dir)
     if earlier.get("name", name) != name:
         raise ValueError(f"{config.short_path(run_dir)} holds experiment {earlier['name']!r}, and this is {name!r}: "
                          "give another --run-dir, or remove that folder")
-
-
-def _as_planned(made: runs.Made, earlier: dict[str, Any]) -> runs.Made:
-    """With what a plan (or {}) names besides the code."""
-    named = {key: earlier.get(key, getattr(made, key)) for key in ("more_caches", "tokenizer", "students")}
-    return made._replace(cache=(earlier.get("cache") or {}).get("content_hash", ""), **named)
-
-
-def _earlier_plan(run_dir: Path) -> dict[str, Any]:
-    with suppress(RecordError):
-        return runs.read_plan(run_dir) or {}
-    return {}
 
 
 def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial], chosen: list[Trial],
@@ -216,7 +116,7 @@ def _run(parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Tr
 
 
 def _is_done(chosen: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> bool:
-    if not all(stage_is_done(stem, run_dir, parameters) for stem in (PREPARE, CACHE)):
+    if any(why_to_run(stem, run_dir, parameters) for stem in (PREPARE, CACHE)):
         return False
     return all(state.state == "done" for state in status(chosen, run_dir, parameters).values())
 
@@ -234,60 +134,20 @@ def _shared_files(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]
     paths = [run_dir / runs.PLAN, settings.data_path / "manifest.json"]
     with suppress(CacheError):
         paths.append(find_cache(settings.artifacts, settings.name) / "manifest.json")
-    paths += [folder / "manifest.json" for folder in _more_caches(trials, parameters).values()]
+    paths += [folder / "manifest.json" for folder in more_caches(trials, parameters).values()]
     return {config.short_path(path): sha256_file(path) for path in paths if path.is_file()}
 
 
-def _student(name: str, cache: dict[str, Any]) -> str:
-    """Fingerprint of the initial weights that trials of this `student` start from; "" where there is none yet."""
-    from .teacher import model_fingerprint
-
-    name, revision = (cache["teacher"], cache["teacher_revision"]) if name == "teacher" else (name, "")
-    try:
-        return model_fingerprint(name, revision)
-    except (FileNotFoundError, ValueError, OSError):
-        return ""  # 03 says what is wrong with it
-
-
 def _write_plan(run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial]) -> None:
-    """Write `sweep.json`: what is to be run, and what of.
-
-    Where there is no cache now, the earlier plan's is named still, if there is one: its trials are of no other.
-    """
-    cache, made = _artifact(CACHE, parameters), made_of(trials, parameters)
-    if cache is None:
-        cache = earlier = _earlier_plan(run_dir)
-        made = _as_planned(made, earlier)
+    """Write `sweep.json`: what is to be run, and what of (`made_of`, the earlier plan's where there is no cache)."""
+    made = made_of(trials, run_dir, parameters)
+    cache = (artifact_of(CACHE, parameters) or earlier_plan(run_dir)).get("cache")
     document = {"format": records.FORMAT, "name": parameter_files.notebook_config(PREPARE, parameters).name,
                 "parameters": parameters, "grid": grid,
-                "cache": {key: cache["cache"][key] for key in ("name", "content_hash")} if cache.get("cache") else None,
+                "cache": {key: cache[key] for key in ("name", "content_hash")} if cache else None,
                 "more_caches": made.more_caches, "tokenizer": made.tokenizer, "students": made.students,
-                "code": made.code,
-                "trials": [dataclasses.asdict(trial) for trial in trials]}
+                "code": made.code, "trials": [dataclasses.asdict(trial) for trial in trials]}
     write_sealed(run_dir / runs.PLAN, document, "checksums")
-
-
-def _artifact(stem: str, parameters: dict[str, Any]) -> dict[str, Any] | None:
-    """What identifies the data and, for 02, the teacher cache that are there now; None when they are not there."""
-    settings = parameter_files.notebook_config(stem, parameters)
-    manifest = settings.data_path / "manifest.json"
-    if not manifest.is_file():
-        return None
-    artifact: dict[str, Any] = {"data": sha256_file(manifest)}
-    if stem == CACHE:
-        try:
-            folder = find_cache(settings.artifacts, settings.name)
-            cache = read_manifest(folder)
-        except CacheError:
-            return None
-        artifact["cache"] = {"name": folder.name, **{key: cache.get(key, "") for key in (
-            "content_hash", "teacher", "teacher_revision", "data_hash")}}
-    return artifact
-
-
-def _stage_key(stem: str, parameters: dict[str, Any], artifact: dict[str, Any]) -> dict[str, Any]:
-    settings = parameter_files.notebook_config(stem, parameters).model_dump()
-    return {"code": code_of(stem), "parameters": sha256_json(settings), "artifact": artifact}
 
 
 def _prepare(run_dir: Path, parameters: dict[str, Any], address: str | None) -> None:
@@ -300,10 +160,10 @@ def _prepare(run_dir: Path, parameters: dict[str, Any], address: str | None) -> 
             continue
 
         def about(stem: str = stem) -> dict[str, Any]:
-            artifact = _artifact(stem, parameters)
-            if artifact is None:
+            key = stage_key(stem, parameters)
+            if key is None:
                 raise ValueError(f"{stem} ran to its end, but what it makes is not under artifacts_dir")
-            return _stage_key(stem, parameters, artifact)
+            return key
 
         progress.say(f"{stem}: running ({why})")
         _execute_stage(stem, run_dir, parameters, about, address)

@@ -44,6 +44,17 @@ def test_a_failed_notebook_is_kept_with_its_cause_and_no_place_is_taken(notebook
     assert "Traceback" in (target.parent / "04_analyse_results.failed.ipynb").read_text()
 
 
+def test_one_that_fails_does_not_take_what_another_process_writes(notebook):
+    """A worker whose sweep was killed may outlive it, and the next sweep be at its trial already."""
+    target, does = notebook
+    others = target.with_name(f".{target.stem}.partial-1.ipynb")
+    does(f"import pathlib; pathlib.Path({str(others)!r}).write_text('others'); raise ValueError('late')")
+    with pytest.raises(execution.NotebookFailed, match="ValueError: late"):
+        execution.execute("04_analyse_results", target, {}, dict)
+    assert others.read_text() == "others"
+    assert "ValueError: late" in target.with_name(f"{target.stem}.failed.ipynb").read_text()
+
+
 def test_kernels_that_start_side_by_side_take_no_port_of_each_other(notebook, monkeypatch):
     target, does = notebook
     does("from ipykernel.connect import get_connection_info\nget_connection_info(unpack=True)['transport']")

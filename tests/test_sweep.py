@@ -1,6 +1,5 @@
 """The sweep: its command line, and one real run through Ray and papermill over stub notebooks."""
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from stubs import (metrics_of, run_dir, stub_notebooks, stub_project, sweep_in,  # noqa: F401 (two are fixtures)
-                   write_plan, write_trial)
+from stubs import stub_notebooks, stub_project, sweep_in, write_plan  # noqa: F401 (one is a fixture)
 
-from kd_utils import planning, runs, sweep
+from kd_utils import runs
 from kd_utils.__main__ import main
 from kd_utils.display import Progress
 
@@ -57,36 +55,6 @@ def test_a_folder_of_another_experiment_is_not_swept_over(stub_notebooks, capsys
         assert main(["sweep", str(stub_notebooks / "p.yaml"), *more]) == 2
         error = capsys.readouterr().err
         assert "runs/stub holds experiment 'other', and this is 'stub': give another --run-dir" in error
-
-
-def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
-    """Without it trials of two caches would count as done beside each other."""
-    parameters = {"name": "stub"}
-    trials = planning.plan(parameters, {"distill_type": ["black_box"], "seed": [0]}, run_dir)
-    earlier = runs.read_plan(run_dir)
-    sweep._write_plan(run_dir, parameters, {}, trials)
-    plan = runs.read_plan(run_dir)
-    assert len(plan["trials"]) == 1 and plan["code"] != earlier["code"]
-    for key in ("cache", "more_caches", "tokenizer", "students"):
-        assert plan[key] == earlier[key] != {}
-    config_hash = metrics_of("black_box", 1)["config_hash"]
-    other = dataclasses.replace(trials[0], trial="black_box_seed1", config_hash=config_hash)
-    write_trial(run_dir, "black_box", 1, code=plan["code"])
-    assert sweep.status([other], run_dir, parameters)["black_box_seed1"].state == "done"
-    write_trial(run_dir, "black_box", 1, code=plan["code"], cache=metrics_of()["cache"] | {"content_hash": "other"})
-    assert sweep.status([other], run_dir, parameters)["black_box_seed1"].why.startswith("teacher cache changed")
-
-
-def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
-    models = {name: stub_notebooks / "artifacts" / "embedded" / "toy" / name for name in ("student", "teacher")}
-    for folder in models.values():
-        folder.mkdir(parents=True)
-        (folder / "model.safetensors").touch()
-    parameters = {key: f"artifacts/embedded/toy/{key}" for key in models} | {"build": "toy"}
-    assert "not there" not in sweep._why_stale(planning.PREPARE, parameters)
-    (models["student"] / "model.safetensors").unlink()
-    assert sweep._why_stale(planning.PREPARE, parameters) == "artifacts/embedded/toy/student is not there any more"
-    assert "not there" not in sweep._why_stale(planning.PREPARE, parameters | {"build": "none"})
 
 
 def test_the_command_line_answers_at_once():

@@ -264,11 +264,12 @@ def test_an_edit_while_a_sweep_runs_a_second_sweep_and_a_kill_end_in_trials_of_o
     again = Sweep(home, *one_by_one)
     told = begun(home, 2, again)
     again.kill("driver")
-    again.wait()
+    _, output = again.wait()
+    assert "black_box_seed0: stale, code changed: kd_utils/records.py" in output, output
     assert ended(told["pid"])
     hold(home, False)
     status, output = Sweep(home).wait()
-    assert status == 0 and "black_box_seed0: stale, code changed: kd_utils/records.py" in output, output
+    assert status == 0, output
     assert check_run(run_dir) == []
     assert len({json.dumps(record["code"]) for record in runs.done_records(run_dir)}) == 1
     assert list(events(home)["trial"].value_counts().sort_index()) == [5, 2, 2]
