@@ -24,7 +24,7 @@ from .sealed import write_sealed
 from .source_code import changed, code_of
 
 POLL_SECONDS = 0.2
-START_SECONDS = 300  # of a kernel: papermill's 60 are short where many read one shared disk
+KERNEL_SECONDS = 300  # for a kernel to start, or to send an output: papermill's 60 and 4 are short beside 27 others
 
 
 class NotebookFailed(RuntimeError):
@@ -73,8 +73,7 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
         source, out = (str(path).replace("{", "{{").replace("}", "}}") for path in
                        (parameter_files.notebook_path(stem), aside))
         papermill.execute_notebook(source, out, parameters, cwd=code_root(),
-                                   kernel_name="python3", progress_bar=progress_bar, config=_kernel(sockets.name),
-                                   start_timeout=START_SECONDS,
+                                   kernel_name="python3", progress_bar=progress_bar, **kernel_settings(sockets.name),
                                    coalesce_streams=True,  # of a progress bar the last state is kept
                                    # All is on disk by then, and torch takes a second to leave by itself.
                                    shutdown_kernel="immediate",
@@ -88,20 +87,21 @@ def execute(stem: str, target: Path, parameters: dict[str, Any], about: Callable
         sockets.cleanup()
 
 
-def _kernel(folder: str) -> Config:
-    """How papermill talks to its kernel: through sockets in `folder`, which only their owner reads.
+def kernel_settings(folder: str) -> dict[str, Any]:
+    """How papermill talks to its kernel: with patience, and through sockets in `folder`, which only their owner reads.
 
     TCP ports, the default, are chosen first and bound by the kernel later: of kernels that start side by side on a
     machine two may choose one port, and the later dies. Where there can be no socket, it is left at ports: the path may
     be too long, or the file system of a kind that has none.
     """
+    patience = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
     connection = os.path.join(folder, "kernel.json")
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.bind(f"{connection}-probe")  # longer than theirs
     except (OSError, AttributeError):
-        return Config()
-    return Config(KernelManager={"transport": "ipc", "connection_file": connection})
+        return patience
+    return {**patience, "config": Config(KernelManager={"transport": "ipc", "connection_file": connection})}
 
 
 def keep_failure(target: Path, stem: str, cause: str, aside: Path | None = None) -> bool:

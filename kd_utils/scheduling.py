@@ -65,7 +65,13 @@ def ray_running(address: str | None) -> Iterator[None]:
             while closing.is_alive():
                 catch_again()  # Ray's C++ side sets SIGTERM back to killing at once, a second before it is done
                 closing.join(0.01)
-            for process in started:  # its agents would wait a minute for an answer of those that are gone
+            stopped: set[psutil.Process] = set()
+            while new := set(psutil.Process().children(recursive=True)) - earlier - stopped:
+                for process in new:  # Ray may have been starting still: a process that is stopped starts no others
+                    with suppress(psutil.Error):
+                        process.suspend()
+                stopped |= new
+            for process in started | stopped:  # its agents would wait a minute for an answer of those that are gone
                 with suppress(psutil.Error):
                     process.kill()
             shutil.rmtree(sockets, ignore_errors=True)

@@ -109,7 +109,7 @@ def sweep_in(project: Path, *arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(project)}
     environment.pop("KD_ROOT", None)
     return subprocess.run([sys.executable, "-m", "kd_utils", *arguments], cwd=project, env=environment,
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=1500)
 
 
 #: What a made-up run is made of; of its two validation examples the first is right.

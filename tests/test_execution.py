@@ -7,7 +7,6 @@ import nbformat
 import pytest
 from jupyter_client import LocalPortCache
 from stubs import stub_notebooks  # noqa: F401 (a fixture)
-from traitlets.config import Config
 
 from kd_utils import execution
 
@@ -67,7 +66,7 @@ def test_kernels_that_start_side_by_side_take_no_port_of_each_other(notebook, mo
 
 def test_a_kernel_that_dies_while_it_starts_is_told_like_one_that_dies_later(notebook, monkeypatch):
     target, _ = notebook
-    monkeypatch.setattr(execution, "_kernel", lambda folder: Config())  # over ports
+    monkeypatch.setattr(execution, "kernel_settings", lambda folder: {})  # over ports
     with socket.create_server(("127.0.0.1", 0)) as others:
         monkeypatch.setattr(LocalPortCache, "find_available_port", lambda *_: others.getsockname()[1])
         with pytest.raises(execution.NotebookFailed, match="04_analyse_results failed: the kernel died: killed, or"):

@@ -92,7 +92,8 @@ def test_a_really_full_place_is_named(tmp_path):
     code = "import resource, sys; from pathlib import Path; from kd_utils.files import write_json\n" \
            "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n" \
            "write_json(Path(sys.argv[1]), ['x' * 1000])"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.json"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.json"], capture_output=True, text=True,
+                          timeout=600)
     assert f"[Errno {errno.EFBIG}] file too large while writing {tmp_path.name}/a.json: make room" in done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -168,7 +169,7 @@ def test_a_folder_that_cannot_be_is_an_error_at_once(tmp_path):
 def test_processes_that_race_for_a_folder_never_both_hold_it(tmp_path):
     command = [sys.executable, "-c", RACE, tmp_path / "run", tmp_path / "inside"]
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    outputs = [racer.communicate(timeout=120) for racer in racers]
+    outputs = [racer.communicate(timeout=600) for racer in racers]
     assert outputs == [("50\n", "")] * 3
     assert not list(tmp_path.iterdir())
 

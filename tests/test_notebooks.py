@@ -20,11 +20,13 @@ SMALL = {"sst2_train": 24, "sst2_validation": 9, "mmlu_train": 16, "mmlu_validat
          "micro_batch_size": 3, "max_new_tokens": 8}
 ATTENTION = "attention_seed0_gamma_attention=0.1"  # the default weight, in a grid that sweeps it
 TRIALS = [ATTENTION, "attention_seed0_gamma_attention=10.0", "black_box_seed0", "task_only_seed0", "untrained_seed0"]
+PAPERMILL = ROOT / "tests" / "papermill_cli.py"
 GRID = "distill_type: [untrained, task_only, black_box, attention]\ngamma_attention: [0.1, 10.0]\nseed: [0]\n"
 
 
-def run(home, *command, **env):
-    return subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, text=True, capture_output=True,
+def run(home, command, *arguments, **env):
+    what = ["-m", command] if isinstance(command, str) else [command]
+    return subprocess.run([sys.executable, *map(str, [*what, *arguments])], cwd=ROOT, text=True, capture_output=True,
                           env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": "1", **env})
 
 
@@ -117,7 +119,7 @@ def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, record, comparison
     shutil.copytree(ROOT / "runs" / record, tmp_path / "runs" / record)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     out = tmp_path / "04.ipynb"
-    done = run(tmp_path, "papermill", notebook_path("04_analyse_results"), out, "-p", "name", record[11:],
+    done = run(tmp_path, PAPERMILL, notebook_path("04_analyse_results"), out, "-p", "name", record[11:],
                "--no-progress-bar")
     assert done.returncode == 0, done.stderr[-3000:]
     compared = pd.read_csv(tmp_path / "artifacts" / "analysis" / record / "comparisons.csv")
@@ -134,7 +136,7 @@ def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, record, comparison
 def by_hand(home):
     """03 by papermill alone, with the parameter file that serves all notebooks."""
     out = home / "out.ipynb"
-    done = run(home, "papermill", notebook_path("03_train_student"), out, "-f", home / "small.yaml",
+    done = run(home, PAPERMILL, notebook_path("03_train_student"), out, "-f", home / "small.yaml",
                "-p", "distill_type", "attention", "-p", "seed", "0", "--no-progress-bar")
     assert done.returncode == 0, done.stderr[-3000:]
     return home / "runs" / "explore" / "trials" / "attention_seed0"
@@ -189,7 +191,7 @@ def test_verify_looks_at_the_cache(home):
 ])
 def test_03_refuses_bad_parameters_before_any_model_is_loaded(home, tmp_path, parameter, message):
     out = tmp_path / "out.ipynb"
-    done = run(home, "papermill", notebook_path("03_train_student"), out, *parameter, "--no-progress-bar")
+    done = run(home, PAPERMILL, notebook_path("03_train_student"), out, *parameter, "--no-progress-bar")
     assert done.returncode != 0 and message in done.stderr
     executed = [cell for cell in nbformat.read(out, 4).cells if cell.cell_type == "code" and cell.execution_count]
     assert not any("build_student(" in cell.source and "import" not in cell.source for cell in executed)
@@ -213,7 +215,7 @@ def test_05_measures_and_leaves_a_record(tmp_path):
 
 def test_06_lines_up_a_student_of_another_tokenizer_with_the_same_cache(home, tmp_path, shared):
     out = tmp_path / "06.ipynb"
-    done = run(home, "papermill", notebook_path("06_any_teacher"), out, "-p", "mass_rows", "3", "-p",
+    done = run(home, PAPERMILL, notebook_path("06_any_teacher"), out, "-p", "mass_rows", "3", "-p",
                "teacher_tokenizers", f"llama3={shared / 'tokenizers' / 'llama3'}", "--no-progress-bar")
     assert done.returncode == 0, done.stderr[-3000:]
     shown = out.read_text()
@@ -222,7 +224,7 @@ def test_06_lines_up_a_student_of_another_tokenizer_with_the_same_cache(home, tm
     assert shown.count('"image/png": "iVBOR') == 2
     for key, value, message in (("example", "abc", "no validation row of toy has this id"),
                                 ("map_head", "64", "map_head = 64: give 0 to ")):
-        wrong = run(home, "papermill", notebook_path("06_any_teacher"), out, "-p", key, value, "--no-progress-bar")
+        wrong = run(home, PAPERMILL, notebook_path("06_any_teacher"), out, "-p", key, value, "--no-progress-bar")
         assert wrong.returncode != 0 and message in wrong.stderr
 
 
@@ -237,7 +239,7 @@ def test_a_second_teacher_with_a_tokenizer_of_its_own(home):
     def make_other(**changes):
         (home / "other.yaml").write_text("\n".join(f"{key}: {value}" for key, value in {**other, **changes}.items()))
         for stem in ("01_prepare_data", "02_cache_teacher"):
-            done = run(home, "papermill", notebook_path(stem), home / f"{stem}.ipynb", "-f", home / "other.yaml",
+            done = run(home, PAPERMILL, notebook_path(stem), home / f"{stem}.ipynb", "-f", home / "other.yaml",
                        "--no-progress-bar")
             assert done.returncode == 0, done.stderr[-3000:]
 

@@ -34,8 +34,9 @@ def model_folder(folder, tokenizer, width, name="llama2"):
 
 def papermill(home, stem, parameters):
     (home / "p.yaml").write_text(yaml.safe_dump(parameters))
-    return subprocess.run([sys.executable, "-m", "papermill", notebook_path(stem), home / f"{stem}.ipynb", "-f",
-                           home / "p.yaml", "--no-progress-bar"], cwd=ROOT, capture_output=True, text=True,
+    return subprocess.run([sys.executable, ROOT / "tests" / "papermill_cli.py", notebook_path(stem),
+                           home / f"{stem}.ipynb", "-f", home / "p.yaml", "--no-progress-bar"], cwd=ROOT,
+                          capture_output=True, text=True,
                           env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": "1"})
 
 

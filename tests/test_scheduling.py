@@ -73,7 +73,7 @@ with ray_running(None):
         if any(word.endswith("dashboard.py") for word in words) and f"--session-dir={session}" in words:
             print(*(word for word in words if word.startswith("--host")))
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert ran.stdout.splitlines() == ["--host=127.0.0.1"], ran.stderr
 
 
@@ -93,7 +93,7 @@ def shut_down_and_be_told_to_end():
 with ray_running(None):
     ray.shutdown = shut_down_and_be_told_to_end
 """
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert (ran.returncode, ran.stdout.splitlines()) == (0, ["shut down", "caught; 0 left"]), ran.stderr
 
 
@@ -107,7 +107,7 @@ except ValueError as error:
     print(error)
 """
     def told(**more):
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600,
                               env={**os.environ, "HOME": "/proc/nohome", **more}).stdout.strip()
 
     assert told().endswith("where HOME cannot be written, name a file that holds one in RAY_AUTH_TOKEN_PATH")

@@ -41,7 +41,7 @@ def tell(what):
         file.write(json.dumps({"trial": trial, "what": what, "time": time.time(), "pid": os.getpid(),
                                "node": os.environ.get("KD_NODE")}) + "\\n")
 tell("begins")
-until = time.monotonic() + 240
+until = time.monotonic() + 1500
 while (artifacts / "hold").exists() and time.monotonic() < until:
     time.sleep(0.1)
 if (fault := artifacts / f"fault-{trial}").exists():
@@ -109,7 +109,7 @@ def events(project: Path) -> pd.DataFrame:
     return pd.DataFrame(map(json.loads, lines), columns=["trial", "what", "time", "pid", "node"])
 
 
-def begun(project: Path, trials: int, sweep: Sweep, within: float = 240) -> pd.DataFrame:
+def begun(project: Path, trials: int, sweep: Sweep, within: float = 1200) -> pd.DataFrame:
     """Wait until so many executions have begun, and return what they told."""
     until = time.monotonic() + within
     while ((told := events(project))["what"] == "begins").sum() < trials:
@@ -121,7 +121,7 @@ def begun(project: Path, trials: int, sweep: Sweep, within: float = 240) -> pd.D
 
 
 def hold(project: Path, on: bool) -> None:
-    """Whether the trials wait; after four minutes they go on anyway."""
+    """Whether the trials wait; after 25 minutes they go on anyway."""
     path = project / "artifacts" / "hold"
     path.touch() if on else path.unlink()
 
@@ -132,7 +132,7 @@ def fault(project: Path, trial: str, code: str) -> None:
     path.write_text(code) if code else path.unlink()
 
 
-def ended(pids: Collection[int], within: float = 20) -> bool:
+def ended(pids: Collection[int], within: float = 120) -> bool:
     """Whether these processes end within so many seconds."""
     until = time.monotonic() + within
     while any(map(psutil.pid_exists, pids)) and time.monotonic() < until:
@@ -158,7 +158,8 @@ def most_at_once(told: pd.DataFrame) -> int:
 def cluster(**gpus: int) -> Iterator[Cluster]:
     """A cluster with a node of each name and so many logical GPUs, for the block; nothing of it is left behind."""
     mark = uuid.uuid4().hex
-    ours = {"KD_MARK": mark, "RAY_TMPDIR": tempfile.mkdtemp(prefix="kd-", dir="/tmp"), "RAY_USAGE_STATS_ENABLED": "0"}
+    ours = {"KD_MARK": mark, "RAY_TMPDIR": tempfile.mkdtemp(prefix="kd-", dir="/tmp"), "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_memory_monitor_refresh_ms": "0"}  # the starts are counted: Ray is to kill none to save memory
     before = {key: os.environ.get(key) for key in (*ours, "KD_ROOT")}
     os.environ.update(ours)
     os.environ.pop("KD_ROOT", None)
@@ -179,11 +180,13 @@ def cluster(**gpus: int) -> Iterator[Cluster]:
 
 def add_node(cluster: Cluster, name: str, gpus: int, **environment: str) -> Any:
     """One more node, which unpacks the code at a place of its own; its trials tell `name` as their node."""
-    return cluster.add_node(num_cpus=1, num_gpus=gpus, include_dashboard=False, include_log_monitor=False,
+    node = cluster.add_node(wait=False, num_cpus=1, num_gpus=gpus, include_dashboard=False, include_log_monitor=False,
                             temp_dir=f"{os.environ['RAY_TMPDIR']}/{name}", env_vars={"KD_NODE": name, **environment})
+    cluster._wait_for_node(node, timeout=300)
+    return node
 
 
-def left_behind(mark: str, within: float = 15) -> list[str]:
+def left_behind(mark: str, within: float = 50) -> list[str]:
     """Processes with this in their environment that still run after so many seconds."""
     until = time.monotonic() + within
     while True:

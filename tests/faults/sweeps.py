@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -41,13 +43,13 @@ class Command:
                 if process.status() != psutil.STATUS_ZOMBIE and self.mark in _environment(process.pid):
                     words = " ".join(process.cmdline())
                     if not kind or kind == "kernel" and "ipykernel_launcher" in words \
-                            or kind == "worker" and words.startswith("ray::") and "IDLE" not in words:
+                            or kind == "worker" and re.match("ray::.*_seed", words):  # Ray's agents are "ray::" too
                         found.append(process)
             except psutil.Error:
                 continue
         return found
 
-    def wait(self, timeout: float = 300) -> tuple[int, str]:
+    def wait(self, timeout: float = 1500) -> tuple[int, str]:
         """Status and what it printed."""
         output, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, output
@@ -57,17 +59,18 @@ class Command:
         if kind == "driver":
             self.process.kill()
             return True
-        victims = self.alive(kind)
-        for victim in victims[:1]:
-            victim.kill()
-        return bool(victims)
+        for victim in self.alive(kind):
+            with suppress(psutil.NoSuchProcess):  # it has just ended
+                victim.kill()
+                return True
+        return False
 
     def orphans(self, within: float) -> list[str]:
         """What still runs so many seconds after the command's end, by name."""
         until = time.monotonic() + within
         while (left := self.alive()) and time.monotonic() < until:
             time.sleep(0.2)
-        return [" ".join(process.cmdline())[:80] for process in left]
+        return [str(process) for process in left]
 
     def interrupt(self, how: str = "Ctrl-C") -> None:
         """Ctrl-C as a terminal sends it, to the whole process group; or "to the driver" alone; or SIGTERM to it."""

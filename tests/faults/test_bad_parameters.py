@@ -12,6 +12,7 @@ import functools
 import json
 import subprocess
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from papermill.translators import PythonTranslator
 from kd_utils import config, parameters, sweep
 from kd_utils.__main__ import main
 from kd_utils.config import NOTEBOOKS, TrialConfig
+from kd_utils.execution import kernel_settings
 from kd_utils.parameters import injected_names, load_grid, load_parameters, notebook_defaults
 
 PACKAGE = Path(config.__file__).parent
@@ -370,7 +372,9 @@ def test_one_real_execution_brings_every_string_through(tmp_path, tried):
               "names = kd_utils.parameters.injected_names(In)\n"
               "open('read.json', 'w').write(json.dumps([values, names]))")
     nbformat.write(notebook(source, "\n".join(f"{name} = None" for name in values)), tmp_path / "n.ipynb")
-    papermill.execute_notebook("n.ipynb", "out.ipynb", values, kernel_name="python3", progress_bar=False)
+    with tempfile.TemporaryDirectory(prefix="kd-") as sockets:
+        papermill.execute_notebook("n.ipynb", "out.ipynb", values, kernel_name="python3", progress_bar=False,
+                                   **kernel_settings(sockets))
     read, names = json.loads((tmp_path / "read.json").read_text())
     assert read == values and names == list(values) and not (tmp_path / "HACKED").exists()
     assert nbformat.read(tmp_path / "out.ipynb", 4).metadata.papermill.parameters == values

@@ -33,7 +33,7 @@ def swept(nodes, tmp_path_factory):
     lose(nodes, next(node for node in nodes.worker_nodes if node.get_resource_and_label_spec().num_gpus == 8))
     assert ended(told[told["node"] == "c"]["pid"]), "kernels outlive their node"
     hold(home, False)
-    status, output = sweep.wait(500)
+    status, output = sweep.wait()
     return home, status, output, told
 
 
@@ -225,7 +225,7 @@ def test_a_node_that_joins_later_and_sees_another_folder_fails_the_trial_with_th
         command = sweep(home, nodes, *BIG)
         begun(home, 1, command)
         late = add_node(nodes, "late", 16, KD_ROOT=str(tmp_path / "nothing"))
-        until = time.monotonic() + 60
+        until = time.monotonic() + 600
         while not list(home.glob("runs/stub/trials/*.failed.ipynb")) and time.monotonic() < until:
             time.sleep(0.1)
         hold(home, False)
@@ -266,13 +266,13 @@ def test_nodes_are_lost_again_and_again_and_more_trials_than_gpus_come_to_their_
     command = sweep(home, nodes, *ON_GPU)
     spare = {add_node(nodes, "0", 8): "0"}
     for number in range(1, 6):
-        begun(home, 10 * number, command, within=600)
+        begun(home, 10 * number, command, within=1500)
         time.sleep(rng.uniform(0, 5))
         node = rng.choice(list(spare))
         spare[add_node(nodes, str(number), 8)] = str(number)
         lose(nodes, node)
         del spare[node]
-    status, output = command.wait(900)
+    status, output = command.wait()
     for node in spare:
         lose(nodes, node)
     assert status == 0, output

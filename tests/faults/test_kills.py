@@ -26,14 +26,14 @@ def whole_trials(run_dir) -> dict[str, int]:
 
 def kill_soon(command, kind: str, rng: random.Random) -> bool:
     """Kill one of a kind at a random moment of its life; False if the command came to its end before."""
-    until = time.monotonic() + 90
+    until = time.monotonic() + 600
     while command.process.poll() is None:
         if kind == "driver" or command.alive(kind):
             time.sleep(rng.uniform(0, 6 if kind == "driver" else 3))
             if command.process.poll() is None and command.kill(kind):
                 return True
         time.sleep(0.1)
-        assert time.monotonic() < until, f"no {kind} to kill in 90 seconds"
+        assert time.monotonic() < until, f"no {kind} to kill in 600 seconds"
     return False
 
 
@@ -46,7 +46,7 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undis
         if kill_soon(command, kind, rng):
             kills[kind] += 1
         if kind == "driver" or command.process.poll() is not None:
-            command.process.wait(60)
+            command.process.wait(600)
             assert command.orphans(within=100) == []  # Ray's agents wait a minute for an answer of the dead
             now = whole_trials(run_dir)
             assert finished.items() <= now.items(), "a finished trial was lost, or run again"
@@ -56,8 +56,8 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undis
                 del now[lost]
             finished, command = now, sweep(prepared)
     status, output = command.wait()
-    if status == 1:  # a killed kernel leaves its trial failed, for the same command to do again
-        assert "the kernel died" in output
+    if status == 1:  # a killed kernel leaves its trial failed, as a fourth worker does: the same command does it again
+        assert "the kernel died" in output or "was lost 4 times" in output
         status, output = sweep(prepared).wait()
     assert status == 0, output[-2000:]
     assert finished.items() <= whole_trials(run_dir).items()

@@ -10,6 +10,7 @@ import pandas as pd
 import psutil
 import stubs
 import yaml
+from ray._private.utils import get_num_cpus
 
 EPOCH_SECONDS = "time.sleep(0.3)"
 
@@ -24,7 +25,8 @@ def test_a_sweep_of_many_short_trials(tmp_path, times, tried):
     (project / "grid.yaml").write_text(yaml.safe_dump(
         {"distill_type": ["black_box", "hidden_state", "attention", "combined"], "seed": list(range(count // 4))}))
     environment = {key: value for key, value in os.environ.items() if key != "KD_ROOT"} | {"PYTHONPATH": str(project)}
-    command = [sys.executable, "-m", "kd_utils", "sweep", "p.yaml", "--grid", "grid.yaml"]
+    command = [sys.executable, "-m", "kd_utils", "sweep", "p.yaml", "--grid", "grid.yaml",
+               "--cpus-per-trial", str(max(1, get_num_cpus() // 4))]  # so that there is a time to look at the driver
     with open(project / "log.txt", "w") as log:
         driver = subprocess.Popen(command, cwd=project, env=environment, stdout=log, stderr=subprocess.STDOUT)
         process, memory, executed = psutil.Process(driver.pid), [], project / "artifacts" / "executed.txt"

@@ -13,7 +13,7 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_trial(prepared, tried, p
     with (prepared / "small.yaml").open("a") as file:
         file.write(f"\n{parameter}: {value}\n")
     process = start(prepared, "diverged")
-    output = process.communicate(timeout=300)[0]
+    output = process.communicate(timeout=1500)[0]
     assert process.returncode != 0 and said in output and "FloatingPointError" in output, output[-3000:]
     assert not (run / "trials" / TRIAL).exists() and not (prepared / "artifacts" / "students" / "diverged").exists()
     tried("trial fails: not finite, raising cell, kernel killed, out of memory")
