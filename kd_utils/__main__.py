@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from . import config, planning, runs, staleness, tables
+    from . import check, config, planning, runs, staleness, tables
     from . import sweep as sweeps
     from .parameters import load_grid, load_parameters
 
@@ -63,6 +63,8 @@ def sweep(options: argparse.Namespace) -> int:
     print(verdict.read_text(encoding="utf-8") if analysed and verdict.exists() else tables.coverage(results))
     print(f"Records: {config.short_path(run_dir)}/ (one executed notebook per trial in trials/, {runs.SUMMARY}"
           + ", 04_analyse_results.ipynb" * analysed + ")")
+    for problem in check.differences(run_dir, runs.trials_with_status(run_dir)):  # of a package, say, since upgraded
+        print(f"warning: {problem}: remove those of one kind from trials/ and run again", file=sys.stderr)
     of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
     return 0 if (of_chosen["status"] == "done").all() else 1
 

@@ -74,7 +74,7 @@ def _problems(run_dir: Path) -> list[str]:
     for planned, state in trials:
         if state.state == "done":
             problems += [f"{planned['trial']}: {problem}" for problem in _check_trial(run_dir, planned)]
-    return (problems + _check_stages(run_dir) + _check_names(run_dir, trials) + _check_alike(run_dir, trials)
+    return (problems + _check_stages(run_dir) + _check_names(run_dir, trials) + differences(run_dir, trials)
             + _check_summary(run_dir))
 
 
@@ -159,8 +159,8 @@ def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> 
     return problems
 
 
-def _check_alike(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
-    """Paired trials start from the same weights, round alike and run the same code: whether all that are done did."""
+def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
+    """What the trials that are done differ in and must not: pairs have the same initial weights, rounding and code."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for planned, state in trials:
         if state.state == "done":

@@ -5,6 +5,7 @@ Here notebooks are stubs that run in this process, one trial after the other; th
 
 import json
 import os
+import shutil
 import time
 from contextlib import nullcontext
 from functools import lru_cache
@@ -14,7 +15,7 @@ import pytest
 from clusters import Sweep, begun, ended, events, hold, project
 from stubs import stub_project
 
-from kd_utils import cache, config, execution, parameters, runs, source_code, sweep
+from kd_utils import cache, config, environment, execution, parameters, runs, source_code, sweep
 from kd_utils.__main__ import main
 from kd_utils.check import check_run
 from kd_utils.sealed import write_sealed
@@ -224,6 +225,21 @@ def test_what_cannot_change_a_result_makes_nothing_stale(home, change, capsys):
     assert set(planned(home, capsys).values()) == {"done"}
     assert swept(home, 0.75) == 0
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_trials_of_another_torch_are_told_of_though_they_are_not_run_again(home, capsys, monkeypatch, tried):
+    real = environment.environment
+    shutil.rmtree(home / "runs" / "stub" / "trials" / "attention_seed1")
+    monkeypatch.setattr(environment, "environment", lambda: (now := real()) | {
+        "versions": now["versions"] | {"torch": "1.0"}})
+    assert swept(home, 0.25) == 0
+    assert "warning: trials differ in versions: black_box_seed0, black_box_seed1 and 1 more against attention_seed1: " \
+        "remove those of one kind from trials/ and run again" in capsys.readouterr().err
+    for name in ("black_box_seed0", "black_box_seed1", "attention_seed0"):
+        shutil.rmtree(home / "runs" / "stub" / "trials" / name)
+    assert swept(home, 0.25) == 0
+    assert "warning" not in capsys.readouterr().err
+    tried("data, tokenizer, teacher, student, config or code changed")
 
 
 def test_a_trial_during_which_the_code_changed_is_not_taken_for_one_of_the_new_code(home, capsys, tried):
