@@ -128,7 +128,7 @@ def _read_yaml(path: Path) -> tuple[yaml.SafeLoader, dict[str, yaml.Node]]:
     cost nothing, and no key is given twice, of which YAML would keep the last.
     """
     if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path} has more than {MOST_BYTES:,} bytes: it is no parameter file")
+        raise ValueError(f"{path} is too long: a parameter or grid file has at most {MOST_BYTES:,} bytes")
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()

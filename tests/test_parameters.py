@@ -34,7 +34,7 @@ def test_every_parameter_file_builds_all_four_configs(path):
     ("a: b: c", "is not YAML: mapping values are not allowed here in line 1, column 5"),
     ("a: " + 100_000 * "[", "nested too deeply"),
     ('name: "\\UFFFFFFFF"', "is not YAML: an escape or a version in it is out of range"),
-    ("name: " + 1_000_000 * "x", "more than 1,000,000 bytes"),
+    ("name: " + 1_000_000 * "x", "at most 1,000,000 bytes"),
     ("!!python/object/apply:os.system ['true']", "must be flat"),
     ("seed: !!python/object/apply:os.system ['true']", "seed must be one scalar"),
 ], ids=lambda text: text[:40])
