@@ -17,11 +17,11 @@ def environment() -> dict[str, Any]:
     """Where a trial ran: `git_commit`, `versions`, `device`. No host name and no path of the machine is in it."""
     device: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count(), "machine": platform.machine(),
                               "system": platform.system()}
-    if threads := os.environ.get("OMP_NUM_THREADS"):
-        device["threads"] = int(threads)
     torch = sys.modules.get("torch")  # this module stays light: torch is described where it is in use already
-    if torch is not None and torch.cuda.is_available():
-        device["gpu"] = torch.cuda.get_device_name()
+    if torch is not None:
+        device["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            device["gpu"] = torch.cuda.get_device_name()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -26,6 +27,7 @@ def test_environment_says_nothing_of_the_machine_but_its_kind():
     about = environment()
     assert set(about) == {"git_commit", "versions", "device"}
     assert about["versions"]["python"] == sys.version.split()[0] and about["versions"]["pandas"] == pd.__version__
+    assert about["device"]["threads"] == torch.get_num_threads()
     text = json.dumps(about)
     assert os.uname().nodename not in text and str(Path.home()) not in text and "/" not in text.replace("//", "")
 

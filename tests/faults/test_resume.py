@@ -18,14 +18,14 @@ from kd_utils.records import read_record
 TRIAL = "combined_seed0"  # all the terms, and a projector that trains
 
 
-def start(home, run):
+def start(home, run, threads=1):
     command = [sys.executable, ROOT / "tests" / "papermill_cli.py", ROOT / "notebooks" / "03_train_student.ipynb",
                home / f"{run}.ipynb", "-f", home / "small.yaml", "-p", "distill_type", "combined",
                "-p", "run_dir", f"runs/{run}", "--no-progress-bar",
                "-p", "epochs", "8"]  # so many that one is killed long before its end
     return subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,
                             stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": str(threads)})
 
 
 def kill(process):
@@ -75,11 +75,11 @@ def test_a_trial_killed_after_an_epoch_goes_on_to_the_same_bits(with_dropout, ep
         tried("trial resumed from its checkpoint, bit-identical")
 
 
-@pytest.mark.parametrize("damage", ["weights", "state", "code"])
-def test_a_state_that_is_damaged_or_of_other_code_is_not_used(with_dropout, damage):
-    """The trial begins again, and its numbers are right all the same."""
+@pytest.mark.parametrize("damage", ["weights", "state", "code", "threads"])
+def test_a_state_that_is_damaged_or_of_other_code_or_threads_is_not_used(with_dropout, damage):
+    """The trial begins again, and its numbers are right all the same. Two threads add sums up in another order."""
     folder = with_dropout / "artifacts" / "checkpoints" / damage
-    process = start(with_dropout, damage)
+    process = start(with_dropout, damage, threads=2 if damage == "threads" else 1)
     while not (folder / f"{TRIAL}.json").exists():
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.02)
@@ -92,7 +92,7 @@ def test_a_state_that_is_damaged_or_of_other_code_is_not_used(with_dropout, dama
         state = read_sealed(path, "checksums")
         state["key"]["code"]["kd_utils/losses.py"] = "0" * 12
         write_sealed(path, state, "checksums")
-    else:
+    elif damage != "threads":
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1
         path.write_bytes(data)
