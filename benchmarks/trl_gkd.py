@@ -1,21 +1,25 @@
-"""Examples per second and peak memory: TRL's `GKDTrainer`, off-policy, its teacher online, against ours from a cache.
+"""Examples per second and peak memory: TRL's `GKDTrainer`, off-policy, its teacher online, against
+ours from a cache.
 
     python benchmarks/trl_gkd.py --trl-python TRL_ENV/bin/python
 
-TRL has an environment of its own (`pip install trl`; written against 1.16's `trl.experimental.gkd`). Every measurement
-is a fresh process, the sides in turn. Nothing is downloaded.
+TRL has an environment of its own (`pip install trl`; written against 1.16's
+`trl.experimental.gkd`). Every measurement is a fresh process, the sides in turn. Nothing is
+downloaded.
 
-**The loss is one and the same.** GKD with `beta=0` is KL(teacher || student) over the whole vocabulary, summed over the
-tokens that predict the answer and divided by their number in the batch; there is no cross-entropy term. Its
-`temperature` reaches sampling only (`compute_loss` does not hand it on), so T = 1 and T^2 does not show. With us that
-is `{"kd": 1.0}`, `distill_tokens="answer"`, T = 1. The first batch's two losses must agree, or the run stops.
+**The loss is one and the same.** GKD with `beta=0` is KL(teacher || student) over the whole
+vocabulary, summed over the tokens that predict the answer and divided by their number in the batch;
+there is no cross-entropy term. Its `temperature` reaches sampling only (`compute_loss` does not
+hand it on), so T = 1 and T^2 does not show. With us that is `{"kd": 1.0}`,
+`distill_tokens="answer"`, T = 1. The first batch's two losses must agree, or the run stops.
 
-**Made equal:** weights, rows, batches and their order (ours, given to TRL as one long epoch that its own sampler takes
-in sequence), padded widths, AdamW at a constant 1e-4, clipping at 1.0, float32 on a CPU (bfloat16 autocast and a
-bfloat16 teacher on a GPU), no gradient checkpointing, which TRL turns on by default.
-**TRL's way:** logits of both models at every token, padding on the left with a mask, its own collator on ready token
-ids, no weight decay on norms, fused AdamW; `trainer.train()` is timed whole. **Ours:** reading the cache is in the
-time. The teacher pass that wrote it, attention maps included, is timed apart and added where the table says so.
+**Made equal:** weights, rows, batches and their order (ours, given to TRL as one long epoch that
+its own sampler takes in sequence), padded widths, AdamW at a constant 1e-4, clipping at 1.0,
+float32 on a CPU (bfloat16 autocast and a bfloat16 teacher on a GPU), no gradient checkpointing,
+which TRL turns on by default. **TRL's way:** logits of both models at every token, padding on the
+left with a mask, its own collator on ready token ids, no weight decay on norms, fused AdamW;
+`trainer.train()` is timed whole. **Ours:** reading the cache is in the time. The teacher pass that
+wrote it, attention maps included, is timed apart and added where the table says so.
 """
 
 from __future__ import annotations
@@ -36,29 +40,50 @@ from typing import Any
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 8, 1e-4, 0.01, 1.0
 TRIAL_EPOCHS, TRIALS = 3, 28  # what one teacher pass serves in the benchmark
 TEACHER_BATCH_TOKENS = 8192  # notebook 02's default
-TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}  # between the first losses, relative: float16 cache, bfloat16 products
+TOLERANCE = {
+    "cpu": 1e-3,
+    "cuda": 3e-2,
+}  # between the first losses, relative: float16 cache, bfloat16 products
 #: Weights of the terms, distilled tokens, temperature.
-METHODS = {"ours": ({"kd": 1.0}, "answer", 1.0),
-           "ours-combined": ({"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}, "all", 2.0)}
+METHODS = {
+    "ours": ({"kd": 1.0}, "answer", 1.0),
+    "ours-combined": ({"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}, "all", 2.0),
+}
 
 
-# ------------------------------------------------------------------------- the sides, each in a process of its own
+# ------------------------------------------------------------------------- the sides, each in a
+# process of its own
+
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Write teacher, student, rows by id, and every epoch's batches as ids."""
-    from kd_utils.speed import SHAPES, random_model, random_rows
-    from kd_utils.batches import epoch_batches
+    from kd_utils.distill.batches import epoch_batches
+    from kd_utils.speed.measuring import SHAPES, random_model, random_rows
 
     for seed, (role, shape) in enumerate(SHAPES[args.shapes].items()):
         random_model(shape, seed=seed).save_pretrained(args.work / role)
     rows = random_rows(args.rows, SHAPES[args.shapes]["student"]["vocab_size"])
     lengths = [len(row.tokens) for row in rows]
-    epochs = [[[rows[i].example_id for i in batch] for batch in epoch_batches(lengths, BATCH_SIZE, 0, epoch)]
-              for epoch in range(1, args.epochs + 1)]
-    (args.work / "rows.json").write_text(json.dumps(
-        {"rows": {row.example_id: [row.answer_start, row.tokens.tolist()] for row in rows}, "epochs": epochs}))
-    return {"shapes": {"name": args.shapes, **SHAPES[args.shapes]}, "tokens_per_epoch": sum(lengths),
-            "answer_tokens_per_epoch": sum(lengths) - sum(row.answer_start for row in rows)}
+    epochs = [
+        [
+            [rows[i].example_id for i in batch]
+            for batch in epoch_batches(lengths, BATCH_SIZE, 0, epoch)
+        ]
+        for epoch in range(1, args.epochs + 1)
+    ]
+    (args.work / "rows.json").write_text(
+        json.dumps(
+            {
+                "rows": {row.example_id: [row.answer_start, row.tokens.tolist()] for row in rows},
+                "epochs": epochs,
+            }
+        )
+    )
+    return {
+        "shapes": {"name": args.shapes, **SHAPES[args.shapes]},
+        "tokens_per_epoch": sum(lengths),
+        "answer_tokens_per_epoch": sum(lengths) - sum(row.answer_start for row in rows),
+    }
 
 
 def train_trl(args: argparse.Namespace) -> dict[str, Any]:
@@ -78,26 +103,62 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
             return loss
 
     student = AutoModelForCausalLM.from_pretrained(args.work / "student", dtype=torch.float32)
-    teacher = AutoModelForCausalLM.from_pretrained(args.work / "teacher",
-                                                   dtype=torch.bfloat16 if on_gpu else torch.float32)
-    vocabulary = {str(token): token for token in range(student.config.vocab_size)}  # a stand-in: it never sees text
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")),
-                                        pad_token="0", bos_token="1", eos_token="2")
+    teacher = AutoModelForCausalLM.from_pretrained(
+        args.work / "teacher", dtype=torch.bfloat16 if on_gpu else torch.float32
+    )
+    vocabulary = {
+        str(token): token for token in range(student.config.vocab_size)
+    }  # a stand-in: it never sees text
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")),
+        pad_token="0",
+        bos_token="1",
+        eos_token="2",
+    )
     rows, epochs = json.loads((args.work / "rows.json").read_text()).values()
     ordered = [rows[example_id] for batches in epochs for batch in batches for example_id in batch]
-    dataset = Dataset.from_list([
-        {"prompt": "", "input_ids": tokens, "completion_mask": [0] * start + [1] * (len(tokens) - start)}
-        for start, tokens in ordered])
+    dataset = Dataset.from_list(
+        [
+            {
+                "prompt": "",
+                "input_ids": tokens,
+                "completion_mask": [0] * start + [1] * (len(tokens) - start),
+            }
+            for start, tokens in ordered
+        ]
+    )
     config = GKDConfig(
-        output_dir=str(args.work / "trl"), lmbda=0.0, beta=0.0, temperature=1.0, seq_kd=False, num_train_epochs=1,
-        per_device_train_batch_size=BATCH_SIZE, train_sampling_strategy="sequential", learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM, lr_scheduler_type="constant", use_cpu=not on_gpu,
-        bf16=on_gpu, gradient_checkpointing=False, logging_strategy="no", save_strategy="no", eval_strategy="no",
-        report_to="none", disable_tqdm=True)
+        output_dir=str(args.work / "trl"),
+        lmbda=0.0,
+        beta=0.0,
+        temperature=1.0,
+        seq_kd=False,
+        num_train_epochs=1,
+        per_device_train_batch_size=BATCH_SIZE,
+        train_sampling_strategy="sequential",
+        learning_rate=LEARNING_RATE,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
+        lr_scheduler_type="constant",
+        use_cpu=not on_gpu,
+        bf16=on_gpu,
+        gradient_checkpointing=False,
+        logging_strategy="no",
+        save_strategy="no",
+        eval_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
     trainer = Recorded(student, teacher, config, train_dataset=dataset, processing_class=tokenizer)
     start = clocks()
     trainer.train()
-    return measured(args.device, start, losses, examples=len(ordered), tokens=sum(len(ids) for _, ids in ordered))
+    return measured(
+        args.device,
+        start,
+        losses,
+        examples=len(ordered),
+        tokens=sum(len(ids) for _, ids in ordered),
+    )
 
 
 def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,36 +166,58 @@ def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from kd_utils.bench import header
-    from kd_utils.cache import CachedExample
-    from kd_utils.cache_writer import write_cache
-    from kd_utils.student import amp_dtype, load_causal_lm
-    from kd_utils.teacher import signal_function, stored_lm_head
+    from kd_utils.cache.writer import write_cache
+    from kd_utils.models.devices import amp_dtype
+    from kd_utils.models.loading import load_causal_lm
+    from kd_utils.speed.floors import header
+    from kd_utils.teacher.extraction import signal_function, stored_lm_head
+    from kd_utils.tokens.encoding import CachedExample
 
     device = torch.device(args.device)
-    teacher = load_causal_lm(str(args.work / "teacher"), dtype=amp_dtype(device, "auto")).to(device).eval()
-    rows = [CachedExample(example_id, np.asarray(tokens, np.int32), start) for example_id, (start, tokens)
-            in json.loads((args.work / "rows.json").read_text())["rows"].items()]
+    teacher = (
+        load_causal_lm(str(args.work / "teacher"), dtype=amp_dtype(device, "auto"))
+        .to(device)
+        .eval()
+    )
+    rows = [
+        CachedExample(example_id, np.asarray(tokens, np.int32), start)
+        for example_id, (start, tokens) in json.loads((args.work / "rows.json").read_text())[
+            "rows"
+        ].items()
+    ]
     start = clocks()
     run = signal_function(teacher, signals="white_box", attention_dtype="float16")
-    manifest = write_cache(args.cache, {"train": rows}, run, stored_lm_head(teacher), header(teacher, "float16"),
-                           shard_examples=256, batch_tokens=TEACHER_BATCH_TOKENS)
-    return measured(args.device, start, examples=len(rows), tokens=sum(len(row.tokens) for row in rows),
-                    cache_mb=sum(shard["bytes"] for shard in manifest["shards"]) / 2**20)
+    manifest = write_cache(
+        args.cache,
+        {"train": rows},
+        run,
+        stored_lm_head(teacher),
+        header(teacher, "float16"),
+        shard_examples=256,
+        batch_tokens=TEACHER_BATCH_TOKENS,
+    )
+    return measured(
+        args.device,
+        start,
+        examples=len(rows),
+        tokens=sum(len(row.tokens) for row in rows),
+        cache_mb=sum(shard["bytes"] for shard in manifest["shards"]) / 2**20,
+    )
 
 
 def train_ours(args: argparse.Namespace) -> dict[str, Any]:
     """Notebook 03's loop over the same batches, from the cache."""
     import torch
 
-    from kd_utils.batches import prefetched, split_batch
-    from kd_utils.cache import TeacherCache
-    from kd_utils.heads import Head, output_head
-    from kd_utils.losses import weighted_sum
-    from kd_utils.signals import forward_signals
-    from kd_utils.student import autocast, load_causal_lm
-    from kd_utils.training import loss_terms, seed_step
-    from kd_utils.views import TeacherView
+    from kd_utils.cache.teacher_cache import TeacherCache
+    from kd_utils.distill.batches import prefetched, split_batch
+    from kd_utils.distill.losses import weighted_sum
+    from kd_utils.distill.teacher_terms import TeacherView
+    from kd_utils.distill.training import loss_terms, seed_step
+    from kd_utils.models.devices import autocast
+    from kd_utils.models.loading import load_causal_lm
+    from kd_utils.models.output_head import Head, output_head
+    from kd_utils.models.signals import forward_signals
 
     weights, distill_tokens, temperature = METHODS[args.side]
     device = torch.device(args.device)
@@ -143,25 +226,44 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
     head = Head(cache.lm_head().float().to(device))
     [total] = cache.manifest["layers"]["hidden"]
     last = (total, model.config.num_hidden_layers)
-    view = TeacherView(head, (model.config.hidden_size, head.weight.shape[1]), teacher_layers=total,
-                       hidden_pairs=[last] * ("hidden" in weights), map_pairs=[last] * ("attention" in weights))
+    view = TeacherView(
+        head,
+        (model.config.hidden_size, head.weight.shape[1]),
+        teacher_layers=total,
+        hidden_pairs=[last] * ("hidden" in weights),
+        map_pairs=[last] * ("attention" in weights),
+    )
     view.to(device)
     cache.read_only(view.columns(weights))
-    steps = [batch for batches in json.loads((args.work / "rows.json").read_text())["epochs"] for batch in batches]
+    steps = [
+        batch
+        for batches in json.loads((args.work / "rows.json").read_text())["epochs"]
+        for batch in batches
+    ]
     losses = []
 
     def step_batches(ids: list[str]) -> list:
-        return split_batch([cache[i] for i in ids], BATCH_SIZE, distill_tokens=distill_tokens, device=device)
+        return split_batch(
+            [cache[i] for i in ids], BATCH_SIZE, distill_tokens=distill_tokens, device=device
+        )
 
     start = clocks()
     parameters = [*model.parameters(), *view.trainable(weights)]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
+    )
     for global_step, [batch] in enumerate(prefetched(step_batches, steps)):
         seed_step(0, global_step)
         with autocast(device, "auto"):
             signals = forward_signals(model, batch.input_ids, want_map="attention" in weights)
-            terms = loss_terms(signals, output_head(model), batch=batch, terms=tuple(weights), views=[view],
-                               temperature=temperature)
+            terms = loss_terms(
+                signals,
+                output_head(model),
+                batch=batch,
+                terms=tuple(weights),
+                views=[view],
+                temperature=temperature,
+            )
             loss = weighted_sum(terms, weights)
         loss.backward()
         losses.append(loss.detach())
@@ -169,34 +271,57 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     ids = [i for batch in steps for i in batch]
-    return measured(args.device, start, losses, examples=len(ids), tokens=sum(cache.lengths[i] for i in ids))
+    return measured(
+        args.device, start, losses, examples=len(ids), tokens=sum(cache.lengths[i] for i in ids)
+    )
 
 
 def clocks() -> tuple[float, float]:
-    """Seconds of the wall and of this process's threads: far apart from run to run, the machine was shared."""
+    """Seconds of the wall and of this process's threads: far apart from run to run, the machine was
+    shared.
+    """
     return time.perf_counter(), time.process_time()
 
 
-def measured(device: str, start: tuple[float, float], losses: list | tuple = (), **values: Any) -> dict[str, Any]:
-    """Seconds since `start`, peak memory (the GPU's allocations, or the resident set), losses, versions."""
+def measured(
+    device: str, start: tuple[float, float], losses: list | tuple = (), **values: Any
+) -> dict[str, Any]:
+    """Seconds since `start`, peak memory (the GPU's allocations, or the resident set), losses,
+    versions.
+    """
     import torch
 
     if device == "cuda":
         torch.cuda.synchronize()
     seconds, cpu_seconds = (now - then for now, then in zip(clocks(), start))
-    peak = (torch.cuda.max_memory_allocated() / 2**20 if device == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10)
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if device == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
     packages = ("torch", "transformers", *(("trl", "accelerate") if "trl" in sys.modules else ()))
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak, **values,
-            "threads": torch.get_num_threads(),
-            "losses": {"first": float(losses[0]), "last": float(losses[-1])} if losses else {},
-            "versions": {package: version(package) for package in packages}}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "peak_mb": peak,
+        **values,
+        "threads": torch.get_num_threads(),
+        "losses": {"first": float(losses[0]), "last": float(losses[-1])} if losses else {},
+        "versions": {package: version(package) for package in packages},
+    }
 
 
-SIDES = {"prepare": prepare, "cache": cache_teacher, "trl": train_trl, "ours": train_ours, "ours-combined": train_ours}
+SIDES = {
+    "prepare": prepare,
+    "cache": cache_teacher,
+    "trl": train_trl,
+    "ours": train_ours,
+    "ours-combined": train_ours,
+}
 
 
 # ------------------------------------------------------------------------------------------------------ the driver
+
 
 def in_process(args: argparse.Namespace, side: str, work: str, cache: str = "") -> dict[str, Any]:
     """What `side` measures in a fresh process.
@@ -204,13 +329,35 @@ def in_process(args: argparse.Namespace, side: str, work: str, cache: str = "") 
     Raises:
         RuntimeError: it failed; with the end of its standard error.
     """
-    command = [args.trl_python if side == "trl" else sys.executable, __file__, "--side", side, "--work", work,
-               "--cache", f"{work}/{cache}", "--shapes", args.shapes, "--rows", str(args.rows),
-               "--epochs", str(args.epochs), "--device", args.device]
-    done = subprocess.run(command, check=False, capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [
+        args.trl_python if side == "trl" else sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--work",
+        work,
+        "--cache",
+        f"{work}/{cache}",
+        "--shapes",
+        args.shapes,
+        "--rows",
+        str(args.rows),
+        "--epochs",
+        str(args.epochs),
+        "--device",
+        args.device,
+    ]
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     if done.returncode:
-        raise RuntimeError(f"side {side} failed (exit status {done.returncode}):\n{done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"side {side} failed (exit status {done.returncode}):\n{done.stderr[-3000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -222,44 +369,84 @@ def compared_losses(trl: float, ours: float, tolerance: float) -> dict[str, floa
     """
     difference = abs(trl - ours) / abs(trl)
     if not difference <= tolerance:
-        raise ValueError(f"the first batch's loss is {trl:.6f} in TRL and {ours:.6f} here, {difference:.1e} apart "
-                         f"where {tolerance:.0e} is allowed: make rows, weights and loss equal before comparing speed")
+        raise ValueError(
+            f"the first batch's loss is {trl:.6f} in TRL and {ours:.6f} here, {difference:.1e} "
+            f"apart "
+            f"where {tolerance:.0e} is allowed: make rows, weights and loss equal before comparing "
+            f"speed"
+        )
     return {"trl": trl, "ours": ours, "relative_difference": difference, "tolerance": tolerance}
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]], epochs: int) -> list[dict[str, Any]]:
-    """A row per way of counting: median seconds for one epoch, examples per second, times TRL's, peak memory."""
+    """A row per way of counting: median seconds for one epoch, examples per second, times TRL's,
+    peak memory.
+    """
     seconds = {side: median(run["seconds"] for run in each) for side, each in runs.items()}
     train = {side: seconds[side] / epochs for side in ("trl", *METHODS)}
-    served = {"1 epoch": 1, f"a trial, {TRIAL_EPOCHS} epochs": TRIAL_EPOCHS,
-              f"{TRIALS} trials of {TRIAL_EPOCHS}": TRIALS * TRIAL_EPOCHS}
+    served = {
+        "1 epoch": 1,
+        f"a trial, {TRIAL_EPOCHS} epochs": TRIAL_EPOCHS,
+        f"{TRIALS} trials of {TRIAL_EPOCHS}": TRIALS * TRIAL_EPOCHS,
+    }
     table = [("teacher pass, cache written", "cache", seconds["cache"], "measured")]
     table += [(f"{side}, training", side, train[side], f"measured / {epochs}") for side in train]
-    table += [(f"ours, with the pass over {name}", "ours", train["ours"] + seconds["cache"] / epochs_served,
-               f"training + teacher pass / {epochs_served}") for name, epochs_served in served.items()]
-    return [{"counted": counted, "seconds_per_epoch": value, "arithmetic": arithmetic,
-             "examples_per_second": runs["cache"][0]["examples"] / value, "times_trl": train["trl"] / value,
-             "peak_mb": median(run["peak_mb"] for run in runs[side])} for counted, side, value, arithmetic in table]
+    table += [
+        (
+            f"ours, with the pass over {name}",
+            "ours",
+            train["ours"] + seconds["cache"] / epochs_served,
+            f"training + teacher pass / {epochs_served}",
+        )
+        for name, epochs_served in served.items()
+    ]
+    return [
+        {
+            "counted": counted,
+            "seconds_per_epoch": value,
+            "arithmetic": arithmetic,
+            "examples_per_second": runs["cache"][0]["examples"] / value,
+            "times_trl": train["trl"] / value,
+            "peak_mb": median(run["peak_mb"] for run in runs[side]),
+        }
+        for counted, side, value, arithmetic in table
+    ]
 
 
 def drive(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every side `repeats` times, in turn."""
-    from kd_utils.environment import environment
+    from kd_utils.records.environment import environment
 
-    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("cache", "trl", *METHODS)}  # ours reads the cache
+    runs: dict[str, list[dict[str, Any]]] = {
+        side: [] for side in ("cache", "trl", *METHODS)
+    }  # ours reads the cache
     with tempfile.TemporaryDirectory() as work:
         rows = in_process(args, "prepare", work)
         for repeat in range(args.repeats):
             for side, each in runs.items():
                 each.append(in_process(args, side, work, f"cache-{repeat}"))
-                print(f"{repeat + 1}/{args.repeats}  {side:<14}{each[-1]['seconds']:9.2f} s", flush=True)
-            first = compared_losses(*(runs[side][-1]["losses"]["first"] for side in ("trl", "ours")),
-                                    TOLERANCE[args.device])
+                print(
+                    f"{repeat + 1}/{args.repeats}  {side:<14}{each[-1]['seconds']:9.2f} s",
+                    flush=True,
+                )
+            first = compared_losses(
+                *(runs[side][-1]["losses"]["first"] for side in ("trl", "ours")),
+                TOLERANCE[args.device],
+            )
     where = environment()
-    return {"commit": where["git_commit"], "device": {"used": args.device, **where["device"]},
-            "versions": {side: runs[side][0]["versions"] for side in ("trl", "ours")}, **rows, "rows": args.rows,
-            "epochs": args.epochs, "batch_size": BATCH_SIZE, "repeats": args.repeats, "first_loss": first,
-            "summary": summarise(runs, args.epochs), "runs": runs}
+    return {
+        "commit": where["git_commit"],
+        "device": {"used": args.device, **where["device"]},
+        "versions": {side: runs[side][0]["versions"] for side in ("trl", "ours")},
+        **rows,
+        "rows": args.rows,
+        "epochs": args.epochs,
+        "batch_size": BATCH_SIZE,
+        "repeats": args.repeats,
+        "first_loss": first,
+        "summary": summarise(runs, args.epochs),
+        "runs": runs,
+    }
 
 
 def main() -> None:
@@ -270,23 +457,32 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=TOLERANCE, default="cpu")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "runs/bench/trl_gkd.json")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parents[1] / "runs/bench/trl_gkd.json"
+    )
     for internal, kind in (("--side", str), ("--work", Path), ("--cache", Path)):
         parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         print(json.dumps(SIDES[args.side](args)))
         return
-    if not args.trl_python or args.rows % BATCH_SIZE:  # a short batch within TRL's long epoch would shift all others
+    if (
+        not args.trl_python or args.rows % BATCH_SIZE
+    ):  # a short batch within TRL's long epoch would shift all others
         parser.error(f"give --trl-python, and --rows as a multiple of {BATCH_SIZE}")
     result = drive(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(result, indent=2) + "\n")
     first = result["first_loss"]
-    print(f"\nfirst loss: TRL {first['trl']:.6f}, ours {first['ours']:.6f}, {first['relative_difference']:.1e} apart\n")
+    print(
+        f"\nfirst loss: TRL {first['trl']:.6f}, ours {first['ours']:.6f}, "
+        f"{first['relative_difference']:.1e} apart\n"
+    )
     print(f"{'':<56}{'examples/s':>11}{'times TRL':>11}{'peak MB':>9}")
     for row in result["summary"]:
-        print(f"{row['counted']:<56}{row['examples_per_second']:>11.2f}{row['times_trl']:>11.2f}{row['peak_mb']:>9.0f}")
+        print(
+            f"{row['counted']:<56}{row['examples_per_second']:>11.2f}{row['times_trl']:>11.2f}{row['peak_mb']:>9.0f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
-"""Our logit losses across tokenizers beside TRL's GOLD, on the same logits, ids and byte ends: what is equal, what not.
+"""Our logit losses across tokenizers beside TRL's GOLD, on the same logits, ids and byte ends: what
+is equal, what not.
 
     python benchmarks/trl_gold.py --trl-python TRL_ENV/bin/python
 
-TRL has an environment of its own (`pip install trl`; written against 1.16's `trl.experimental.gold`). GOLD's numbers
-are those of its `ULDLoss`, called as its trainer calls it, with `uld_token_merge_strategy="bayesian"` (its default
-looks one position further on), `beta=0` (over matched pieces that is KL(teacher || student)) and the end token kept,
-which it leaves out by default. A group's loss is what it returns where nothing else is labelled.
+TRL has an environment of its own (`pip install trl`; written against 1.16's
+`trl.experimental.gold`). GOLD's numbers are those of its `ULDLoss`, called as its trainer calls it,
+with `uld_token_merge_strategy="bayesian"` (its default looks one position further on), `beta=0`
+(over matched pieces that is KL(teacher || student)) and the end token kept, which it leaves out by
+default. A group's loss is what it returns where nothing else is labelled.
 
-**Made equal:** real rows and tokenizers, each vocabulary at its size. Logits are drawn: N(0, 1/4), the token that
-follows raised to a probability of about 0.1 to 0.9. So the sizes of the numbers mean little; which are equal, and why
-others are not, does not depend on them. No probability lies below 1e-8, where GOLD cuts them off. The hidden states
-given to our losses are unit vectors: the head's weight is the logits, and its gradient is theirs.
-**Must be equal, or the exit status is 1:** groups, sorted distances and their gradients where a group is one token on
-each side, KL over matched pieces, the probability of a text of several tokens. **Differs:** the other lines say why.
+**Made equal:** real rows and tokenizers, each vocabulary at its size. Logits are drawn: N(0, 1/4),
+the token that follows raised to a probability of about 0.1 to 0.9. So the sizes of the numbers mean
+little; which are equal, and why others are not, does not depend on them. No probability lies below
+1e-8, where GOLD cuts them off. The hidden states given to our losses are unit vectors: the head's
+weight is the logits, and its gradient is theirs. **Must be equal, or the exit status is 1:**
+groups, sorted distances and their gradients where a group is one token on each side, KL over
+matched pieces, the probability of a text of several tokens. **Differs:** the other lines say why.
 """
 
 from __future__ import annotations
@@ -37,12 +40,17 @@ TEMPERATURES = (1.0, 2.0)
 TOLERANCE = 5e-5  # relative to the largest value; float32, sums over 128 thousand pieces
 SIDES = ("student", "teacher")
 #: Byte ends (student's, teacher's), and whether both must group them alike.
-CASES = {"a begin token on one side": ([0, 2, 4], [2, 4], True),
-         "a begin token on both, a bare space on one": ([0, 0, 3], [0, 3], True),
-         "an end token on one side": ([2, 4, 4], [2, 4], False), "two texts": ([2, 4], [2, 5], False)}
+CASES = {
+    "a begin token on one side": ([0, 2, 4], [2, 4], True),
+    "a begin token on both, a bare space on one": ([0, 0, 3], [0, 3], True),
+    "an end token on one side": ([2, 4, 4], [2, 4], False),
+    "two texts": ([2, 4], [2, 5], False),
+}
 
 
-# ------------------------------------------------------------------------- the sides, each in a process of its own
+# ------------------------------------------------------------------------- the sides, each in a
+# process of its own
+
 
 def read(path: Path) -> Any:
     """What another of these processes saved; tensors stay on disk until they are looked at."""
@@ -50,17 +58,26 @@ def read(path: Path) -> Any:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write each row of each pair: ids, byte ends, where the answer starts, and logits at every position."""
-    from kd_utils.student import load_tokenizer
-    from kd_utils.tasks import load_task
-    from kd_utils.tokens import encode_example
-    from kd_utils.vocabulary import Vocabulary, byte_ends
+    """Write each row of each pair: ids, byte ends, where the answer starts, and logits at every
+    position.
+    """
+    from kd_utils.data.tasks import load_task
+    from kd_utils.models.loading import load_tokenizer
+    from kd_utils.tokens.encoding import encode_example
+    from kd_utils.tokens.vocabulary import Vocabulary, byte_ends
 
-    texts = [(row.prompt, row.answer) for task, split in ROWS.items() for row in load_task(
-        task, split, data_dir=args.shared / "data", limit=args.rows).head(args.rows).itertuples()]
+    texts = [
+        (row.prompt, row.answer)
+        for task, split in ROWS.items()
+        for row in load_task(task, split, data_dir=args.shared / "data", limit=args.rows)
+        .head(args.rows)
+        .itertuples()
+    ]
     draw = torch.Generator().manual_seed(0)
     for teacher in TEACHERS:
-        tokenizers = [load_tokenizer(str(args.shared / "tokenizers" / name)) for name in (STUDENT, teacher)]
+        tokenizers = [
+            load_tokenizer(str(args.shared / "tokenizers" / name)) for name in (STUDENT, teacher)
+        ]
         vocabularies = [Vocabulary.of(tokenizer) for tokenizer in tokenizers]
         for number, (prompt, answer) in enumerate(texts):
             row: dict[str, Any] = {"text": prompt + answer}
@@ -68,11 +85,19 @@ def prepare(args: argparse.Namespace) -> None:
                 asked, answered = encode_example(tokenizer, prompt, answer)
                 ids, size = asked + answered, len(vocabulary.pieces)
                 logits = torch.randn(len(ids), size, generator=draw) / 2
-                logits[range(len(ids) - 1), ids[1:]] = math.log(size) + 4 * torch.rand(len(ids) - 1, generator=draw) - 2
-                row[side] = {"ids": torch.tensor(ids), "start": len(asked), "logits": logits,
-                             "ends": torch.tensor(byte_ends(tokenizer, vocabulary, row["text"], ids))}
+                logits[range(len(ids) - 1), ids[1:]] = (
+                    math.log(size) + 4 * torch.rand(len(ids) - 1, generator=draw) - 2
+                )
+                row[side] = {
+                    "ids": torch.tensor(ids),
+                    "start": len(asked),
+                    "logits": logits,
+                    "ends": torch.tensor(byte_ends(tokenizer, vocabulary, row["text"], ids)),
+                }
             if len(bases := {int(row[side]["ends"][row[side]["start"] - 1]) for side in SIDES}) > 1:
-                raise ValueError(f"the answer to {prompt[-40:]!r} starts at bytes {bases}: choose other rows")
+                raise ValueError(
+                    f"the answer to {prompt[-40:]!r} starts at bytes {bases}: choose other rows"
+                )
             torch.save(row, args.work / f"{teacher}-{number:03}.pt")
 
 
@@ -82,8 +107,10 @@ def gold(args: argparse.Namespace) -> dict[str, str]:
     from trl.experimental.gold.gold_trainer import ULDLoss
     from trl.experimental.utils import encode_with_byte_offsets
 
-    tokenizers = {name: AutoTokenizer.from_pretrained(args.shared / "tokenizers" / name)
-                  for name in (*TEACHERS, STUDENT)}
+    tokenizers = {
+        name: AutoTokenizer.from_pretrained(args.shared / "tokenizers" / name)
+        for name in (*TEACHERS, STUDENT)
+    }
 
     def own_ends(name: str, texts: list[str]) -> Any:
         try:
@@ -93,16 +120,33 @@ def gold(args: argparse.Namespace) -> dict[str, str]:
         return [(ids, [end for _, end in offsets]) for ids, offsets in encoded]
 
     for teacher in TEACHERS:
-        paths, pair = sorted(args.work.glob(f"{teacher}-*.pt")), (tokenizers[STUDENT], tokenizers[teacher], "cpu")
+        paths, pair = (
+            sorted(args.work.glob(f"{teacher}-*.pt")),
+            (tokenizers[STUDENT], tokenizers[teacher], "cpu"),
+        )
         distances = {T: ULDLoss(gold_config(args.work, T), *pair) for T in TEMPERATURES}
         hybrid = ULDLoss(gold_config(args.work, 1.0, uld_use_hybrid_loss=True), *pair)
-        torch.save({"rows": [gold_row(read(path), distances, hybrid) for path in paths],
-                    "pieces": sorted(hybrid._vocab_mapping.items()),
-                    "ends": {name: own_ends(name, [read(path)["text"] for path in paths])
-                             for name in (teacher, STUDENT)}}, args.work / f"gold-{teacher}.pt")
-    (args.work / "cases.json").write_text(json.dumps({
-        name: ULDLoss._align_by_byte_offsets(*([(0, end) for end in ends] for ends in case[:2]))
-        for name, case in CASES.items()}))
+        torch.save(
+            {
+                "rows": [gold_row(read(path), distances, hybrid) for path in paths],
+                "pieces": sorted(hybrid._vocab_mapping.items()),
+                "ends": {
+                    name: own_ends(name, [read(path)["text"] for path in paths])
+                    for name in (teacher, STUDENT)
+                },
+            },
+            args.work / f"gold-{teacher}.pt",
+        )
+    (args.work / "cases.json").write_text(
+        json.dumps(
+            {
+                name: ULDLoss._align_by_byte_offsets(
+                    *([(0, end) for end in ends] for ends in case[:2])
+                )
+                for name, case in CASES.items()
+            }
+        )
+    )
     return {package: version(package) for package in ("trl", "torch", "transformers")}
 
 
@@ -110,97 +154,182 @@ def gold_config(work: Path, temperature: float, **options: Any) -> Any:
     from trl.experimental.gold import GOLDConfig
 
     return GOLDConfig(
-        output_dir=str(work / "trl"), use_cpu=True, bf16=False, report_to="none", use_uld_loss=True, beta=0.0,
-        uld_token_merge_strategy="bayesian", uld_student_temperature=temperature, uld_teacher_temperature=temperature,
-        uld_skip_student_eos=False, uld_skip_teacher_eos=False, **options)
+        output_dir=str(work / "trl"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        use_uld_loss=True,
+        beta=0.0,
+        uld_token_merge_strategy="bayesian",
+        uld_student_temperature=temperature,
+        uld_teacher_temperature=temperature,
+        uld_skip_student_eos=False,
+        uld_skip_teacher_eos=False,
+        **options,
+    )
 
 
 def gold_row(row: dict[str, Any], distances: dict[float, Any], hybrid: Any) -> dict[str, Any]:
     """GOLD's numbers of one row, group by group."""
     sides = [row[name] for name in SIDES]
     starts = [side["start"] for side in sides]
-    offsets = [torch.stack([side["ends"]] * 2, -1) - side["ends"][side["start"] - 1] for side in sides]
-    groups = hybrid._align_by_byte_offsets(*(each[start:].tolist() for each, start in zip(offsets, starts)))
-    out = {"whole_groups": list(hybrid._align_by_byte_offsets(*(each.tolist() for each in offsets))),
-           "groups": [[[k + start for k in group] for group in side] for side, start in zip(groups, starts)]}
+    offsets = [
+        torch.stack([side["ends"]] * 2, -1) - side["ends"][side["start"] - 1] for side in sides
+    ]
+    groups = hybrid._align_by_byte_offsets(
+        *(each[start:].tolist() for each, start in zip(offsets, starts))
+    )
+    out = {
+        "whole_groups": list(hybrid._align_by_byte_offsets(*(each.tolist() for each in offsets))),
+        "groups": [
+            [[k + start for k in group] for group in side] for side, start in zip(groups, starts)
+        ],
+    }
 
     def value(loss: Any, spans: Any, logits: torch.Tensor = sides[0]["logits"]) -> torch.Tensor:
         labels = [torch.full_like(side["ids"], -100) for side in sides]
         for label, side, span in zip(labels, sides, spans):
             label[list(span)] = side["ids"][list(span)]
-        return loss(logits[None], sides[1]["logits"][None], *(label[None] for label in labels),
-                    *(side["ids"][None] for side in sides), *(each[None] for each in offsets))
+        return loss(
+            logits[None],
+            sides[1]["logits"][None],
+            *(label[None] for label in labels),
+            *(side["ids"][None] for side in sides),
+            *(each[None] for each in offsets),
+        )
 
     pairs = list(zip(*out["groups"]))
     with torch.no_grad():
-        out |= {f"uld {T}": torch.stack([value(loss, pair) for pair in pairs]) for T, loss in distances.items()}
-        parts = [(value(hybrid, pair), hybrid.last_matched_loss, hybrid.last_unmatched_loss) for pair in pairs]
+        out |= {
+            f"uld {T}": torch.stack([value(loss, pair) for pair in pairs])
+            for T, loss in distances.items()
+        }
+        parts = [
+            (value(hybrid, pair), hybrid.last_matched_loss, hybrid.last_unmatched_loss)
+            for pair in pairs
+        ]
         out |= dict(zip(("hybrid", "matched", "unmatched"), map(torch.stack, zip(*parts))))
         for name, side, start, its in zip(SIDES, sides, starts, groups):
-            probs, ids = side["logits"][start - 1:-1].softmax(-1), side["ids"][start:]
+            probs, ids = side["logits"][start - 1 : -1].softmax(-1), side["ids"][start:]
             assert probs.min() > 1e-8
             merged = hybrid._merge_probabilities_with_alignment_groups(probs, its, ids.tolist())
-            out[name] = {"mass": merged.sum(-1), "joint": merged[range(len(its)), ids[[each[-1] for each in its]]]}
+            out[name] = {
+                "mass": merged.sum(-1),
+                "joint": merged[range(len(its)), ids[[each[-1] for each in its]]],
+            }
     answer = [range(start, len(side["ids"])) for start, side in zip(starts, sides)]
     for name, loss in (("uld", distances[1.0]), ("hybrid", hybrid)):
         whole = value(loss, answer, leaf := sides[0]["logits"].clone().requires_grad_())
-        out |= {f"whole {name}": whole.detach(), f"gradient {name}": torch.autograd.grad(whole, leaf)[0]}
+        out |= {
+            f"whole {name}": whole.detach(),
+            f"gradient {name}": torch.autograd.grad(whole, leaf)[0],
+        }
     return out
 
 
-def our_row(row: dict[str, Any], theirs: dict[str, Any], shared: Any, by_string: Any) -> dict[str, Any]:
+def our_row(
+    row: dict[str, Any], theirs: dict[str, Any], shared: Any, by_string: Any
+) -> dict[str, Any]:
     """Our numbers of one row, group by group, and how the gradients compare."""
-    from kd_utils.alignment import align
-    from kd_utils.batches import collate
-    from kd_utils.cache import CachedExample
-    from kd_utils.heads import Head
-    from kd_utils.logit_losses import kd_loss, span_kl, span_log_probs, uld_loss
-    from kd_utils.signals import Signals
-    from kd_utils.views import TeacherView
+    from kd_utils.distill.batches import collate
+    from kd_utils.distill.logit_losses import kd_loss, span_kl, span_log_probs, uld_loss
+    from kd_utils.distill.teacher_terms import TeacherView
+    from kd_utils.models.output_head import Head
+    from kd_utils.models.signals import Signals
+    from kd_utils.tokens.alignment import align
+    from kd_utils.tokens.encoding import CachedExample
 
     eye = {name: torch.eye(len(row[name]["ids"])) for name in SIDES}
-    head = {name: Head(row[name]["logits"].T.contiguous().requires_grad_(name == "student")) for name in SIDES}
-    student, teacher = (CachedExample("", row[name]["ids"].numpy(), row[name]["start"], row[name]["ends"].numpy(),
-                                      {"hidden": eye[name].half().numpy()}) for name in SIDES)
+    head = {
+        name: Head(row[name]["logits"].T.contiguous().requires_grad_(name == "student"))
+        for name in SIDES
+    }
+    student, teacher = (
+        CachedExample(
+            "",
+            row[name]["ids"].numpy(),
+            row[name]["start"],
+            row[name]["ends"].numpy(),
+            {"hidden": eye[name].half().numpy()},
+        )
+        for name in SIDES
+    )
     found = align(teacher.ends, student.ends)
     out: dict[str, Any] = {"whole_groups": [tokens_of(found.student), tokens_of(found.teacher)]}
     pairs = [pair for pair in zip(*out["whole_groups"]) if pair[0][0] >= student.answer_start]
     groups = dict(zip(SIDES, map(list, zip(*pairs))))
-    out |= {"groups": list(groups.values()), "single": torch.tensor([len(s) == len(t) == 1 for s, t in pairs])}
+    out |= {
+        "groups": list(groups.values()),
+        "single": torch.tensor([len(s) == len(t) == 1 for s, t in pairs]),
+    }
     before = {name: [group[0] - 1 for group in its] for name, its in groups.items()}
     batch = collate([student], [[teacher]], distill_tokens="answer").teachers[0]
     assert batch.places.tolist() == before["student"]
 
     def at_each(loss: Any, temperature: float, **options: Any) -> torch.Tensor:
-        return torch.stack([loss(eye["student"][[s]], head["student"], eye["teacher"][[t]], head["teacher"],
-                                 temperature, **options) for s, t in zip(*before.values())])
+        return torch.stack(
+            [
+                loss(
+                    eye["student"][[s]],
+                    head["student"],
+                    eye["teacher"][[t]],
+                    head["teacher"],
+                    temperature,
+                    **options,
+                )
+                for s, t in zip(*before.values())
+            ]
+        )
 
     def chain(name: str, until: int | None) -> torch.Tensor:
         spans = [(token, k) for k, group in enumerate(groups[name]) for token in group[:until]]
         tokens, span = torch.tensor(spans, dtype=torch.long).reshape(-1, 2).T
-        return span_log_probs(eye[name][tokens - 1], head[name], row[name]["ids"][tokens], span, len(pairs), 1.0)
+        return span_log_probs(
+            eye[name][tokens - 1], head[name], row[name]["ids"][tokens], span, len(pairs), 1.0
+        )
 
     with torch.no_grad():
         out |= {f"uld {T}": at_each(uld_loss, T) for T in TEMPERATURES}
         for key, each in (("bytes", shared), ("string", by_string)):
-            q, p = (row[name]["logits"][before[name]].double().softmax(-1)[:, rest].sum(-1)
-                    for name, rest in zip(SIDES, (each.student_rest, each.teacher_rest)))
+            q, p = (
+                row[name]["logits"][before[name]].double().softmax(-1)[:, rest].sum(-1)
+                for name, rest in zip(SIDES, (each.student_rest, each.teacher_rest))
+            )
             out |= {f"kl {key}": at_each(kd_loss, 1.0, shared=each), f"rest {key}": p}
             out[f"bucket {key}"] = p * (p / q).log()
-        out |= {name: {"joint": chain(name, None).exp(), "mass": chain(name, -1).exp()} for name in SIDES}
+        out |= {
+            name: {"joint": chain(name, None).exp(), "mass": chain(name, -1).exp()}
+            for name in SIDES
+        }
         out["span"] = span_kl(chain("student", None), chain("teacher", None), 1.0)
-    view = TeacherView(head["teacher"], (1, 1), hidden_pairs=[], map_pairs=[], teacher_layers=1, shared=shared)
+    view = TeacherView(
+        head["teacher"], (1, 1), hidden_pairs=[], map_pairs=[], teacher_layers=1, shared=shared
+    )
     single, slopes = torch.tensor(before["student"])[out["single"]], {}
     for loss in ("uld", "kl"):
-        whole = view.terms(Signals(eye["student"][None], {}, {}, 1), head["student"], batch, {"kd"}, 1.0, loss)["kd"]
-        out[f"whole {loss}"], [slopes[loss]] = whole.detach(), torch.autograd.grad(whole, head["student"].weight)
+        whole = view.terms(
+            Signals(eye["student"][None], {}, {}, 1), head["student"], batch, {"kd"}, 1.0, loss
+        )["kd"]
+        out[f"whole {loss}"], [slopes[loss]] = (
+            whole.detach(),
+            torch.autograd.grad(whole, head["student"].weight),
+        )
         for other in ("uld", "hybrid"):
-            each = (slopes[loss].T.double().flatten(), theirs[f"gradient {other}"].double().flatten())
+            each = (
+                slopes[loss].T.double().flatten(),
+                theirs[f"gradient {other}"].double().flatten(),
+            )
             out[f"cosine {other} {loss}"] = torch.cosine_similarity(*each, dim=0)
-    out["slopes"] = [each[single] * len(pairs) for each in (theirs["gradient uld"], slopes["uld"].T)]
+    out["slopes"] = [
+        each[single] * len(pairs) for each in (theirs["gradient uld"], slopes["uld"].T)
+    ]
     ends = [0, *student.ends.tolist()]
-    return out | {"text": [row["text"].encode()[ends[group[0]]:ends[group[-1] + 1]].decode(errors="replace")
-                           for group in groups["student"]]}
+    return out | {
+        "text": [
+            row["text"].encode()[ends[group[0]] : ends[group[-1] + 1]].decode(errors="replace")
+            for group in groups["student"]
+        ]
+    }
 
 
 def tokens_of(last: np.ndarray) -> list[list[int]]:
@@ -210,10 +339,12 @@ def tokens_of(last: np.ndarray) -> list[list[int]]:
 
 def ours(args: argparse.Namespace) -> list[list[Any]]:
     """Lines: what, GOLD's, ours, largest difference, whether it must be 0, and why it is not."""
-    from kd_utils.alignment import align
+    from kd_utils.tokens.alignment import align
 
     def shown(groups: Any) -> str:
-        return " ".join("+".join(map(str, s)) + ":" + "+".join(map(str, t)) for s, t in zip(*groups))
+        return " ".join(
+            "+".join(map(str, s)) + ":" + "+".join(map(str, t)) for s, t in zip(*groups)
+        )
 
     lines = []
     for name, theirs in json.loads((args.work / "cases.json").read_text()).items():
@@ -223,21 +354,38 @@ def ours(args: argparse.Namespace) -> list[list[Any]]:
             mine = shown([tokens_of(found.student), tokens_of(found.teacher)])
         except ValueError:
             mine = "ValueError"
-        why = ("GOLD does not check" if mine == "ValueError" else "our last group takes what is left over; GOLD makes "
-               "a group of it, dropped later where one side is empty")
-        lines.append([f"groups (student:teacher), {name}, ends {student} {teacher}", shown(theirs), mine,
-                      float(mine != shown(theirs)), must, "" if must else why])
-    return lines + [[f"{teacher}: {what}", *rest] for teacher in TEACHERS
-                    for what, *rest in lines_of_pair(args, teacher)]
+        why = (
+            "GOLD does not check"
+            if mine == "ValueError"
+            else "our last group takes what is left over; GOLD makes "
+            "a group of it, dropped later where one side is empty"
+        )
+        lines.append(
+            [
+                f"groups (student:teacher), {name}, ends {student} {teacher}",
+                shown(theirs),
+                mine,
+                float(mine != shown(theirs)),
+                must,
+                "" if must else why,
+            ]
+        )
+    return lines + [
+        [f"{teacher}: {what}", *rest]
+        for teacher in TEACHERS
+        for what, *rest in lines_of_pair(args, teacher)
+    ]
 
 
 def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
-    from kd_utils.logit_losses import Shared
-    from kd_utils.student import load_tokenizer
-    from kd_utils.vocabulary import Vocabulary, byte_ends, shared_pieces
+    from kd_utils.distill.logit_losses import Shared
+    from kd_utils.models.loading import load_tokenizer
+    from kd_utils.tokens.vocabulary import Vocabulary, byte_ends, shared_pieces
 
     gold, paths = read(args.work / f"gold-{teacher}.pt"), sorted(args.work.glob(f"{teacher}-*.pt"))
-    tokenizers = {name: load_tokenizer(str(args.shared / "tokenizers" / name)) for name in (teacher, STUDENT)}
+    tokenizers = {
+        name: load_tokenizer(str(args.shared / "tokenizers" / name)) for name in (teacher, STUDENT)
+    }
     known = {name: Vocabulary.of(tokenizer) for name, tokenizer in tokenizers.items()}
     sizes, pieces = [len(each.pieces) for each in known.values()], shared_pieces(*known.values())
     shared = Shared.of(torch.from_numpy(pieces.teacher), torch.from_numpy(pieces.student), *sizes)
@@ -255,77 +403,182 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
         """Their means; without a reason they must be equal."""
         if len(theirs):
             apart = ((theirs - mine).abs().max() / theirs.abs().max()).item()
-            lines.append([f"{what} ({len(theirs)})", f"{theirs.mean():.6f}", f"{mine.mean():.6f}", apart, not why, why])
+            lines.append(
+                [
+                    f"{what} ({len(theirs)})",
+                    f"{theirs.mean():.6f}",
+                    f"{mine.mean():.6f}",
+                    apart,
+                    not why,
+                    why,
+                ]
+            )
 
     def counts(what: str, theirs: int, mine: int, apart: int, why: str = "") -> None:
         lines.append([what, str(theirs), str(mine), float(apart), not why, why])
 
     for name, encoded in gold["ends"].items():
         if isinstance(encoded, str):
-            lines.append([f"byte ends by {name}", "refused", "in use", None, False, f"{encoded}; ours are given to it"])
+            lines.append(
+                [
+                    f"byte ends by {name}",
+                    "refused",
+                    "in use",
+                    None,
+                    False,
+                    f"{encoded}; ours are given to it",
+                ]
+            )
             continue
-        mine = [byte_ends(tokenizers[name], known[name], read(path)["text"], ids).tolist()
-                for path, (ids, _) in zip(paths, encoded)]
-        wrong = sum(a != b for ends, (_, theirs) in zip(mine, encoded) for a, b in zip(ends, theirs))
+        mine = [
+            byte_ends(tokenizers[name], known[name], read(path)["text"], ids).tolist()
+            for path, (ids, _) in zip(paths, encoded)
+        ]
+        wrong = sum(
+            a != b for ends, (_, theirs) in zip(mine, encoded) for a, b in zip(ends, theirs)
+        )
         counts(f"byte ends by {name}, tokens", *[sum(map(len, mine))] * 2, wrong)
-    for what, key in (("whole rows", "whole_groups"), ("answers alone, bytes counted from their start", "groups")):
-        found = [{(k, str(pair)) for k, row in enumerate(side) for pair in zip(*row[key])} for side in both]
+    for what, key in (
+        ("whole rows", "whole_groups"),
+        ("answers alone, bytes counted from their start", "groups"),
+    ):
+        found = [
+            {(k, str(pair)) for k, row in enumerate(side) for pair in zip(*row[key])}
+            for side in both
+        ]
         counts(f"groups of {what}", *map(len, found), len(found[0] ^ found[1]))
         if found[0] != found[1]:  # nothing below can be compared
             return lines
     for T in TEMPERATURES:
-        line(f"sorted distance, T={T:g}, 1:1 groups", *(joined(side, f"uld {T}")[single] for side in both))
+        line(
+            f"sorted distance, T={T:g}, 1:1 groups",
+            *(joined(side, f"uld {T}")[single] for side in both),
+        )
     slopes = [torch.cat([row["slopes"][k] for row in rows]) for k in range(2)]
-    lines.append([f"norms of its gradients, 1:1 groups ({len(slopes[0])})",
-                  *(f"{each.norm(dim=-1).mean():.6f}" for each in slopes),
-                  ((slopes[0] - slopes[1]).abs().max() / slopes[0].abs().max()).item(), True, ""])
+    lines.append(
+        [
+            f"norms of its gradients, 1:1 groups ({len(slopes[0])})",
+            *(f"{each.norm(dim=-1).mean():.6f}" for each in slopes),
+            ((slopes[0] - slopes[1]).abs().max() / slopes[0].abs().max()).item(),
+            True,
+            "",
+        ]
+    )
     plain = [[its for its, row in zip(side, rows) if row["single"].all()] for side in both]
-    line("whole sorted distance, rows of 1:1 groups", *(joined(side, "whole uld") for side in plain))
+    line(
+        "whole sorted distance, rows of 1:1 groups", *(joined(side, "whole uld") for side in plain)
+    )
     means = torch.stack([joined([row], "uld 1.0").mean() for row in gold["rows"]])
-    line("GOLD's own distances, averaged", means.mean()[None], joined(gold["rows"], "uld 1.0").mean()[None],
-         "GOLD weighs every row alike, we every group of the batch")
+    line(
+        "GOLD's own distances, averaged",
+        means.mean()[None],
+        joined(gold["rows"], "uld 1.0").mean()[None],
+        "GOLD weighs every row alike, we every group of the batch",
+    )
 
     pairs = [set(gold["pieces"]), set(zip(pieces.teacher.tolist(), pieces.student.tolist()))]
-    other = [(t, s) for t, s in gold["pieces"] if known[teacher].pieces[t] != known[STUDENT].pieces[s]]
-    named = "".join(f", as {known[teacher].pieces[t]!r} and {known[STUDENT].pieces[s]!r}" for t, s in other[-1:])
-    counts("matched pieces", *map(len, pairs), len(pairs[0] ^ pairs[1]), "GOLD matches what is written alike (Ġthe is "
-           f"not ▁the); {len(other)} of its pairs spell other bytes{named}")
-    line("teacher's mass on other pieces", joined(rows, "rest string"), joined(rows, "rest bytes"), "fewer are matched"
-         if len(pairs[0]) < len(pairs[1]) else "as many are matched, some bytes to other ids")
-    matched, unmatched, hybrid = (joined(gold["rows"], key)[single] for key in ("matched", "unmatched", "hybrid"))
-    line("KL over GOLD's matches, ours less its bucket, 1:1 groups", matched,
-         (joined(rows, "kl string") - joined(rows, "bucket string"))[single])
+    other = [
+        (t, s) for t, s in gold["pieces"] if known[teacher].pieces[t] != known[STUDENT].pieces[s]
+    ]
+    named = "".join(
+        f", as {known[teacher].pieces[t]!r} and {known[STUDENT].pieces[s]!r}" for t, s in other[-1:]
+    )
+    counts(
+        "matched pieces",
+        *map(len, pairs),
+        len(pairs[0] ^ pairs[1]),
+        "GOLD matches what is written alike (Ġthe is "
+        f"not ▁the); {len(other)} of its pairs spell other bytes{named}",
+    )
+    line(
+        "teacher's mass on other pieces",
+        joined(rows, "rest string"),
+        joined(rows, "rest bytes"),
+        "fewer are matched"
+        if len(pairs[0]) < len(pairs[1])
+        else "as many are matched, some bytes to other ids",
+    )
+    matched, unmatched, hybrid = (
+        joined(gold["rows"], key)[single] for key in ("matched", "unmatched", "hybrid")
+    )
+    line(
+        "KL over GOLD's matches, ours less its bucket, 1:1 groups",
+        matched,
+        (joined(rows, "kl string") - joined(rows, "bucket string"))[single],
+    )
     weight, bucket = len(gold["pieces"]) / sizes[0], joined(rows, "bucket bytes")[single].mean()
-    line("hybrid = w KL + (1 - w) sorted rest, 1:1 groups", hybrid, weight * matched + (1 - weight) * unmatched)
-    line("hybrid against our KL, 1:1 groups", hybrid, joined(rows, "kl bytes")[single],
-         f"GOLD: {weight:.3f} x {matched.mean():.3f} + {1 - weight:.3f} x {unmatched.mean():.3f}, w by number of "
-         f"pieces; ours: pieces matched by bytes, and one exact bucket for the rest, whose part is {bucket:.3f}")
+    line(
+        "hybrid = w KL + (1 - w) sorted rest, 1:1 groups",
+        hybrid,
+        weight * matched + (1 - weight) * unmatched,
+    )
+    line(
+        "hybrid against our KL, 1:1 groups",
+        hybrid,
+        joined(rows, "kl bytes")[single],
+        f"GOLD: {weight:.3f} x {matched.mean():.3f} + {1 - weight:.3f} x {unmatched.mean():.3f}, w "
+        f"by number of "
+        f"pieces; ours: pieces matched by bytes, and one exact bucket for the rest, whose part is "
+        f"{bucket:.3f}",
+    )
 
     for name in SIDES:
-        line(f"{name}'s probability of a longer group", *(joined(side, name, "joint")[long] for side in both))
-        line(f"{name}'s: sum of GOLD's vector, probability of the earlier tokens",
-             *(joined(side, name, "mass")[long] for side in both))
+        line(
+            f"{name}'s probability of a longer group",
+            *(joined(side, name, "joint")[long] for side in both),
+        )
+        line(
+            f"{name}'s: sum of GOLD's vector, probability of the earlier tokens",
+            *(joined(side, name, "mass")[long] for side in both),
+        )
     theirs, span = joined(gold["rows"], "uld 1.0")[long], joined(rows, "span")[long]
-    mass, joint = ([joined(gold["rows"], name, key)[long] for name in SIDES] for key in ("mass", "joint"))
+    mass, joint = (
+        [joined(gold["rows"], name, key)[long] for name in SIDES] for key in ("mass", "joint")
+    )
     if len(theirs):
         gap = ((mass[0] - mass[1]).abs() / theirs).mean()
-        line("distance against our two-outcome KL, longer groups", theirs, span, "GOLD compares vectors over the last "
-             f"token, whose masses are not 1: their difference is {gap:.0%} of it; ours is of the text or any other")
-        line("distance against our sorted distance, longer groups", theirs, joined(rows, "uld 1.0")[long],
-             "ours is taken before the group's first token, where both sum to 1")
+        line(
+            "distance against our two-outcome KL, longer groups",
+            theirs,
+            span,
+            "GOLD compares vectors over the last "
+            f"token, whose masses are not 1: their difference is {gap:.0%} of it; ours is of the "
+            f"text or any other",
+        )
+        line(
+            "distance against our sorted distance, longer groups",
+            theirs,
+            joined(rows, "uld 1.0")[long],
+            "ours is taken before the group's first token, where both sum to 1",
+        )
         k = int(span.argmin())
         text = [text for row in rows for text, one in zip(row["text"], row["single"]) if not one][k]
-        line(f"the one where our KL is smallest, {text!r}", theirs[[k]], span[[k]], "student and teacher give it "
-             "{:.3f} and {:.3f}, GOLD's vectors sum to {:.3f} and {:.3f}".format(
-                 *(each[k] for each in (*joint, *mass))))
+        line(
+            f"the one where our KL is smallest, {text!r}",
+            theirs[[k]],
+            span[[k]],
+            "student and teacher give it "
+            "{:.3f} and {:.3f}, GOLD's vectors sum to {:.3f} and {:.3f}".format(
+                *(each[k] for each in (*joint, *mass))
+            ),
+        )
     for what in ("uld uld", "uld kl", "hybrid kl"):
         cosines = joined(rows, f"cosine {what}")
-        lines.append([f"gradients' cosine, GOLD's and ours: {what}", "", f"{cosines.mean():.3f}", None, False,
-                      f"mean over rows, {cosines.min():.3f} at least; for information"])
+        lines.append(
+            [
+                f"gradients' cosine, GOLD's and ours: {what}",
+                "",
+                f"{cosines.mean():.3f}",
+                None,
+                False,
+                f"mean over rows, {cosines.min():.3f} at least; for information",
+            ]
+        )
     return lines
 
 
 # ------------------------------------------------------------------------------------------------------ the driver
+
 
 def in_process(python: str, side: str, args: argparse.Namespace, work: str) -> Any:
     """What `side` prints, run in a fresh process.
@@ -333,23 +586,48 @@ def in_process(python: str, side: str, args: argparse.Namespace, work: str) -> A
     Raises:
         RuntimeError: it failed; with the end of its standard error.
     """
-    command = [python, __file__, "--side", side, "--work", work, "--shared", str(args.shared), "--rows", str(args.rows)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True,
-                          env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    command = [
+        python,
+        __file__,
+        "--side",
+        side,
+        "--work",
+        work,
+        "--shared",
+        str(args.shared),
+        "--rows",
+        str(args.rows),
+    ]
+    done = subprocess.run(
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     if done.returncode:
-        raise RuntimeError(f"side {side} failed (exit status {done.returncode}):\n{done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"side {side} failed (exit status {done.returncode}):\n{done.stderr[-3000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def verdict(difference: float | None, must: bool, why: str) -> str:
-    """The last column: a line that must be equal says whether it is, the others why they are not."""
+    """The last column: a line that must be equal says whether it is, the others why they are
+    not.
+    """
     return why if not must else "equal" if difference <= TOLERANCE else "NOT EQUAL, and must be"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="Python of an environment with TRL")
-    parser.add_argument("--shared", type=Path, default=Path(__file__).parents[2] / "shared", help="tokenizers and data")
+    parser.add_argument(
+        "--shared",
+        type=Path,
+        default=Path(__file__).parents[2] / "shared",
+        help="tokenizers and data",
+    )
     parser.add_argument("--rows", type=int, default=2, help="of each task")
     for internal, kind in (("--side", str), ("--work", Path)):
         parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
@@ -363,11 +641,17 @@ def main() -> int:
         in_process(sys.executable, "prepare", args, work)
         versions = in_process(args.trl_python, "gold", args, work)
         lines = in_process(sys.executable, "ours", args, work)
-    print(", ".join(map(" ".join, versions.items())), "\n\nwhat (how many, means) | GOLD | ours | largest difference, "
-          "relative | equal, or why not")
+    print(
+        ", ".join(map(" ".join, versions.items())),
+        "\n\nwhat (how many, means) | GOLD | ours | largest difference, "
+        "relative | equal, or why not",
+    )
     verdicts = [verdict(*line[3:]) for line in lines]
     for (what, theirs, mine, difference, *_), said in zip(lines, verdicts):
-        print(f"{what} | {theirs} | {mine} | {'' if difference is None else f'{difference:.1e}'} | {said}")
+        print(
+            f"{what} | {theirs} | {mine} | {'' if difference is None else f'{difference:.1e}'} | "
+            f"{said}"
+        )
     failed = sum(said.startswith("NOT EQUAL") for said in verdicts)
     print(f"\n{sum(line[4] for line in lines)} lines must be equal, {failed} are not")
     return int(failed > 0)

@@ -1,4 +1,6 @@
-"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit: 0 well, 1 failed, 2 wrong input, 130 stopped."""
+"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit: 0 well, 1 failed, 2 wrong
+input, 130 stopped.
+"""
 
 from __future__ import annotations
 
@@ -22,100 +24,172 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        from .execution import NotebookFailed
+        from kd_utils.sweep.execution import NotebookFailed
 
         if not isinstance(error, NotebookFailed):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        kept = "; what is done is kept: run the same command again to go on" if options.run is sweep else ""
+        kept = (
+            "; what is done is kept: run the same command again to go on"
+            if options.run is sweep
+            else ""
+        )
         print(f"\nstopped{kept}", file=sys.stderr)
         return INTERRUPTED
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from . import check, config, planning, runs, staleness, tables
-    from . import sweep as sweeps
-    from .parameters import load_grid, load_parameters
+    from kd_utils.analysis import tables
+    from kd_utils.config import project_paths
+    from kd_utils.config.parameter_files import load_grid, load_parameters
+    from kd_utils.records import check, run_folder
+    from kd_utils.sweep import planning, staleness, sweep
 
     parameters, grid = load_parameters(options.parameters), load_grid(options.grid)
-    run_dir = Path(options.run_dir or planning.default_run_dir(parameters, options.grid)).expanduser().absolute()
+    run_dir = (
+        Path(options.run_dir or planning.default_run_dir(parameters, options.grid))
+        .expanduser()
+        .absolute()
+    )
     chosen = planning.select(planning.plan(parameters, grid, run_dir), options.only, grid)
     if options.dry_run:
-        sweeps.require_own(run_dir, parameters)
-        why = {stem: staleness.why_to_run(stem, run_dir, parameters) for stem in (planning.PREPARE, planning.CACHE)}
+        sweep.require_own(run_dir, parameters)
+        why = {
+            stem: staleness.why_to_run(stem, run_dir, parameters)
+            for stem in (planning.PREPARE, planning.CACHE)
+        }
         for stem, reason in why.items():
             print(f"{stem:<32} {f'to run: {reason}' if reason else 'done'}")
         states = staleness.status(chosen, run_dir, parameters)
         for name, state in states.items():
             print(f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why))
         done = sum(state.state == "done" for state in states.values())
-        print(f"{done} of {len(states)} trials are done, {len(states) - done} to run; "
-              f"records: {config.short_path(run_dir)}")
+        print(
+            f"{done} of {len(states)} trials are done, {len(states) - done} to run; "
+            f"records: {project_paths.short_path(run_dir)}"
+        )
         if done and any(why.values()):
-            print("If data or cache come out otherwise than they were, the trials that are done are to run again too")
+            print(
+                "If data or cache come out otherwise than they were, the trials that are done are "
+                "to run again too"
+            )
         _print_reach(chosen)
         return 0
-    results = sweeps.run_sweep(parameters, grid, only=options.only, run_dir=run_dir, address=options.address,
-                               cpus_per_trial=options.cpus_per_trial, gpus_per_trial=options.gpus_per_trial)
-    analysed, verdict = "done" in set(results["status"]), run_dir / runs.VERDICT
-    print(verdict.read_text(encoding="utf-8") if analysed and verdict.exists() else tables.coverage(results))
-    print(f"Records: {config.short_path(run_dir)}/ (one executed notebook per trial in trials/, {runs.SUMMARY}"
-          + ", 04_analyse_results.ipynb" * analysed + ")")
-    for problem in check.differences(run_dir, runs.trials_with_status(run_dir)):  # of a package, say, since upgraded
-        print(f"warning: {problem}: remove those of one kind from trials/ and run again", file=sys.stderr)
+    results = sweep.run_sweep(
+        parameters,
+        grid,
+        only=options.only,
+        run_dir=run_dir,
+        address=options.address,
+        cpus_per_trial=options.cpus_per_trial,
+        gpus_per_trial=options.gpus_per_trial,
+    )
+    analysed, verdict = "done" in set(results["status"]), run_dir / run_folder.VERDICT
+    print(
+        verdict.read_text(encoding="utf-8")
+        if analysed and verdict.exists()
+        else tables.coverage(results)
+    )
+    print(
+        f"Records: {project_paths.short_path(run_dir)}/ (one executed notebook per trial in "
+        f"trials/, {run_folder.SUMMARY}" + ", 04_analyse_results.ipynb" * analysed + ")"
+    )
+    for problem in check.differences(
+        run_dir, run_folder.trials_with_status(run_dir)
+    ):  # of a package, say, since upgraded
+        print(
+            f"warning: {problem}: remove those of one kind from trials/ and run again",
+            file=sys.stderr,
+        )
     of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
     return 0 if (of_chosen["status"] == "done").all() else 1
 
 
 def _print_reach(trials: list[Any]) -> None:
-    """What these trials could show at best: a family too large for its pairs finds nothing, however large it is."""
+    """What these trials could show at best: a family too large for its pairs finds nothing, however
+    large it is.
+    """
     import pandas as pd
 
-    from . import comparisons, stats, tables
+    from kd_utils.analysis import comparisons, stats, tables
 
-    planned = pd.DataFrame([
-        {"trial": trial.trial, "status": "done", **{f"config/{key}": value for key, value in trial.swept.items()}}
-        for trial in trials])
+    planned = pd.DataFrame(
+        [
+            {
+                "trial": trial.trial,
+                "status": "done",
+                **{f"config/{key}": value for key, value in trial.swept.items()},
+            }
+            for trial in trials
+        ]
+    )
     for row in comparisons.reach(tables.planned_trials(planned)).itertuples():
-        verdict = "can be significant" if row.smallest_p < stats.ALPHA else "CANNOT be significant: give more seeds"
-        print(f"question {row.question}: {row.comparisons} comparisons of {row.pairs} pairs, smallest corrected p "
-              f"{row.smallest_p:.3f}, {verdict}")
+        verdict = (
+            "can be significant"
+            if row.smallest_p < stats.ALPHA
+            else "CANNOT be significant: give more seeds"
+        )
+        print(
+            f"question {row.question}: {row.comparisons} comparisons of {row.pairs} pairs, "
+            f"smallest corrected p "
+            f"{row.smallest_p:.3f}, {verdict}"
+        )
 
 
 def bench(options: argparse.Namespace) -> int:
-    from . import config
-    from .execution import execute, in_thread, injected
-    from .parameters import load_parameters, notebook_config
+    from kd_utils.config import project_paths
+    from kd_utils.config.parameter_files import load_parameters, notebook_config
+    from kd_utils.sweep.execution import execute, in_thread, injected
 
     parameters = load_parameters(options.parameters) if options.parameters else {}
-    run_dir = config.resolve(notebook_config(SPEED, parameters).run_dir)
+    run_dir = project_paths.resolve(notebook_config(SPEED, parameters).run_dir)
     run_dir = Path(options.run_dir or run_dir).expanduser().absolute()
-    values = injected(SPEED, parameters | {"run_dir": config.short_path(run_dir)})
-    in_thread(lambda: execute(SPEED, run_dir / f"{SPEED}.ipynb", values, dict, progress_bar=sys.stderr.isatty()))
+    values = injected(SPEED, parameters | {"run_dir": project_paths.short_path(run_dir)})
+    in_thread(
+        lambda: execute(
+            SPEED, run_dir / f"{SPEED}.ipynb", values, dict, progress_bar=sys.stderr.isatty()
+        )
+    )
     record = json.loads((run_dir / "speed.json").read_text(encoding="utf-8"))
     for key, value in record.items():
         if isinstance(value, float):
             print(f"{key:<32} {value:.4g}")
-    print(f"Record: {config.short_path(run_dir)}/ (speed.json and {SPEED}.ipynb, with its charts)")
+    print(
+        f"Record: {project_paths.short_path(run_dir)}/ (speed.json and {SPEED}.ipynb, with its "
+        f"charts)"
+    )
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from .evaluation import evaluate_folder
+    from kd_utils.evaluation.scoring import evaluate_folder
 
-    table = evaluate_folder(options.model_dir, options.task, options.split, options.out, data_dir=options.data_dir,
-                            limit=options.limit, num_fewshot=options.num_fewshot, batch_size=options.batch_size,
-                            max_new_tokens=options.max_new_tokens, precision=options.precision, progress=True)
-    print(f"{options.task} {options.split}: accuracy {100 * table['correct'].mean():.2f} % of {len(table)} rows; "
-          f"written to {options.out}")
+    table = evaluate_folder(
+        options.model_dir,
+        options.task,
+        options.split,
+        options.out,
+        data_dir=options.data_dir,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        precision=options.precision,
+        progress=True,
+    )
+    print(
+        f"{options.task} {options.split}: accuracy {100 * table['correct'].mean():.2f} % of "
+        f"{len(table)} rows; "
+        f"written to {options.out}"
+    )
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
-    from .cache import CacheError
-    from .verification import verify as verify_cache
+    from kd_utils.cache.manifest import CacheError
+    from kd_utils.cache.verification import verify as verify_cache
 
     if not options.cache_dir.is_dir():
         raise FileNotFoundError(f"no cache folder {options.cache_dir}")
@@ -129,7 +203,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
-    from .check import check_run, count_done
+    from kd_utils.records.check import check_run, count_done
 
     problems = check_run(options.run_dir)
     for problem in problems:
@@ -140,47 +214,96 @@ def check(options: argparse.Namespace) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m kd_utils", description="White-box distillation benchmark.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kd_utils", description="White-box distillation benchmark."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    add = commands.add_parser("sweep", help="run a parameter file times a grid; only what is missing")
+    add = commands.add_parser(
+        "sweep", help="run a parameter file times a grid; only what is missing"
+    )
     add.set_defaults(run=sweep)
-    add.add_argument("parameters", metavar="PARAMS.yaml", help="what differs from the notebooks' defaults")
-    add.add_argument("--grid", metavar="FILE", help="lists of values (default: all methods x 7 seeds)")
-    add.add_argument("--only", default="", metavar="KEY=VALUES,...",
-                     help="run a part: distill_type=attention,seed=0-2 (several values: seed=0-2+5)")
-    add.add_argument("--run-dir", metavar="DIR",
-                     help="where the records go (default: runs/NAME, or runs/NAME-X with --grid grid-X.yaml)")
+    add.add_argument(
+        "parameters", metavar="PARAMS.yaml", help="what differs from the notebooks' defaults"
+    )
+    add.add_argument(
+        "--grid", metavar="FILE", help="lists of values (default: all methods x 7 seeds)"
+    )
+    add.add_argument(
+        "--only",
+        default="",
+        metavar="KEY=VALUES,...",
+        help="run a part: distill_type=attention,seed=0-2 (several values: seed=0-2+5)",
+    )
+    add.add_argument(
+        "--run-dir",
+        metavar="DIR",
+        help="where the records go (default: runs/NAME, or runs/NAME-X with --grid grid-X.yaml)",
+    )
     add.add_argument("--address", help="a Ray cluster (auto, or HOST:PORT); default: this machine")
     add.add_argument("--cpus-per-trial", type=float, default=1, metavar="N")
-    add.add_argument("--gpus-per-trial", type=float, metavar="N",
-                     help="fractions too (default: 1 where there is a GPU)")
-    add.add_argument("--dry-run", action="store_true", help="show the trials, and which are already done")
+    add.add_argument(
+        "--gpus-per-trial",
+        type=float,
+        metavar="N",
+        help="fractions too (default: 1 where there is a GPU)",
+    )
+    add.add_argument(
+        "--dry-run", action="store_true", help="show the trials, and which are already done"
+    )
 
     add = commands.add_parser("bench", help="measure the speed: execute notebook 05")
     add.set_defaults(run=bench)
-    add.add_argument("parameters", metavar="PARAMS.yaml", nargs="?", help="default: small shapes, for 2 CPU cores")
+    add.add_argument(
+        "parameters",
+        metavar="PARAMS.yaml",
+        nargs="?",
+        help="default: small shapes, for 2 CPU cores",
+    )
     add.add_argument("--run-dir", metavar="DIR", help="where the record goes (default: runs/bench)")
 
-    add = commands.add_parser("evaluate", help="score a causal LM folder, with prompts and scoring of the trials")
+    add = commands.add_parser(
+        "evaluate", help="score a causal LM folder, with prompts and scoring of the trials"
+    )
     add.set_defaults(run=evaluate)
     add.add_argument("model_dir", metavar="MODEL_DIR", type=Path)
-    add.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with the hub's schema (default: the hub)")
+    add.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with the hub's schema (default: the hub)",
+    )
     add.add_argument("--task", required=True, choices=["sst2", "mmlu", "gsm8k"])
     add.add_argument("--split", required=True, metavar="S")
-    add.add_argument("--limit", type=int, metavar="N", help="the first N rows (MMLU: of each subject)")
-    add.add_argument("--num-fewshot", type=int, default=0, metavar="K", help="solved examples before each prompt")
+    add.add_argument(
+        "--limit", type=int, metavar="N", help="the first N rows (MMLU: of each subject)"
+    )
+    add.add_argument(
+        "--num-fewshot", type=int, default=0, metavar="K", help="solved examples before each prompt"
+    )
     add.add_argument("--batch-size", type=int, default=8, metavar="N")
-    add.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="GSM8K's longest answer (as lm-eval)")
-    add.add_argument("--precision", default="float32", choices=["auto", "float32", "bfloat16"],
-                     help="auto: bfloat16 autocast on a GPU, as trials use")
+    add.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="GSM8K's longest answer (as lm-eval)",
+    )
+    add.add_argument(
+        "--precision",
+        default="float32",
+        choices=["auto", "float32", "bfloat16"],
+        help="auto: bfloat16 autocast on a GPU, as trials use",
+    )
     add.add_argument("--out", required=True, type=Path, metavar="FILE.parquet")
 
     add = commands.add_parser("verify", help="look at everything in a teacher cache")
     add.set_defaults(run=verify)
     add.add_argument("cache_dir", metavar="CACHE_DIR", type=Path)
 
-    add = commands.add_parser("check", help="say whether a run's records are whole, or exactly what is wrong")
+    add = commands.add_parser(
+        "check", help="say whether a run's records are whole, or exactly what is wrong"
+    )
     add.set_defaults(run=check)
     add.add_argument("run_dir", metavar="RUN_DIR", type=Path)
     return parser
@@ -193,9 +316,13 @@ def _interrupt(*signal_and_frame: Any) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
     status = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # too late to stop anything: the status is that of what was done
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # too late to stop anything: the status is that of what was done
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if status == INTERRUPTED:  # Ray, interrupted while it starts, can crash the interpreter's own end
+    if (
+        status == INTERRUPTED
+    ):  # Ray, interrupted while it starts, can crash the interpreter's own end
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from stubs import run_dir, stub_notebooks  # noqa: F401 (fixtures of many tests)
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
-torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives, above all on a busy machine
+torch.set_num_threads(
+    1
+)  # tiny models: a second thread costs more than it gives, above all on a busy machine
 
 
 @pytest.fixture(scope="session")

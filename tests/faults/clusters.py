@@ -1,4 +1,6 @@
-"""A Ray cluster of several nodes on this machine, and stub trials that tell when and where they ran."""
+"""A Ray cluster of several nodes on this machine, and stub trials that tell when and where they
+ran.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,15 @@ from stubs import stub_project
 from sweeps import Command
 from sweeps import _environment as process_environment
 
-#: 03 as a stub: it tells of itself in events.jsonl, waits while there is a file `hold`, fails as `fault-TRIAL` says.
-#: Its predictions are ready-made: pandas would cost more than all the rest.
+#: 03 as a stub: it tells of itself in events.jsonl, waits while there is a file `hold`, fails as
+#: `fault-TRIAL` says. Its predictions are ready-made: pandas would cost more than all the rest.
 TRIAL = """
 import json, os, shutil, signal, time
-from kd_utils import records
-from kd_utils.config import TrialConfig, resolve
-from kd_utils.environment import environment
-from kd_utils.source_code import code_of
+from kd_utils.records import trial_record as records
+from kd_utils.config.project_paths import resolve
+from kd_utils.config.trial import TrialConfig
+from kd_utils.records.environment import environment
+from kd_utils.records.source_code import code_of
 config, code = TrialConfig.from_notebook(globals()), code_of("03_train_student")
 trial, artifacts = config.trial, config.artifacts
 class Predictions(list):
@@ -76,29 +79,48 @@ def project(folder: Path, **grid: list[Any]) -> Path:
     document["cells"][1]["source"] = TRIAL.strip()
     notebook.write_text(json.dumps(document))
     (folder / "p.yaml").write_text("epochs: 1\n")
-    (folder / "grid.yaml").write_text(yaml.safe_dump({"distill_type": METHODS, "seed": list(range(7))} | grid))
+    (folder / "grid.yaml").write_text(
+        yaml.safe_dump({"distill_type": METHODS, "seed": list(range(7))} | grid)
+    )
     (folder / "artifacts").mkdir()
-    pd.DataFrame({"example_id": ["a", "b"], "task": "sst2", "correct": [True, False],
-                  "loglikelihoods": [[-1.0, -2.0]] * 2}).to_parquet(folder / "artifacts" / "predictions.parquet")
+    pd.DataFrame(
+        {
+            "example_id": ["a", "b"],
+            "task": "sst2",
+            "correct": [True, False],
+            "loglikelihoods": [[-1.0, -2.0]] * 2,
+        }
+    ).to_parquet(folder / "artifacts" / "predictions.parquet")
     return folder
 
 
 class Sweep(Command):
     """`python -m kd_utils sweep p.yaml --grid grid.yaml ...` in a project of stubs, on its own copy of the package."""
 
-    def __init__(self, project: Path, *arguments: str, command: str = "sweep", **environment: str) -> None:
+    def __init__(
+        self, project: Path, *arguments: str, command: str = "sweep", **environment: str
+    ) -> None:
         self.project, self.began = project, time.monotonic()
         self.mark = f"KD_MARK={uuid.uuid4().hex}"
         first = ("p.yaml", "--grid", "grid.yaml") if command == "sweep" else ()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kd_utils", command, *first, *arguments], cwd=project, text=True,
-            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=environment_of(project) | {"KD_MARK": self.mark.partition("=")[2], **environment})
+            [sys.executable, "-m", "kd_utils", command, *first, *arguments],
+            cwd=project,
+            text=True,
+            start_new_session=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment_of(project) | {"KD_MARK": self.mark.partition("=")[2], **environment},
+        )
 
 
 def environment_of(project: Path) -> dict[str, str]:
     """Of a process that runs the project's own copy of the package, at the place where that is."""
-    inherited = {key: value for key, value in os.environ.items() if key not in ("KD_ROOT", "RAY_TMPDIR", "RAY_ADDRESS")}
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("KD_ROOT", "RAY_TMPDIR", "RAY_ADDRESS")
+    }
     return inherited | {"PYTHONPATH": str(project), "OMP_NUM_THREADS": "1"}
 
 
@@ -115,7 +137,9 @@ def begun(project: Path, trials: int, sweep: Sweep, within: float = 1200) -> pd.
     while ((told := events(project))["what"] == "begins").sum() < trials:
         if sweep.process.poll() is not None or time.monotonic() > until:
             sweep.process.kill()
-            raise AssertionError(f"only {len(told)} of {trials} began: {sweep.process.communicate()[0]}")
+            raise AssertionError(
+                f"only {len(told)} of {trials} began: {sweep.process.communicate()[0]}"
+            )
         time.sleep(0.1)
     return told
 
@@ -149,17 +173,25 @@ def forget(project: Path, *trials: str) -> None:
 
 
 def most_at_once(told: pd.DataFrame) -> int:
-    """The largest number of executions that ran side by side; one that was never told to end goes on for ever."""
+    """The largest number of executions that ran side by side; one that was never told to end goes
+    on for ever.
+    """
     steps = told.sort_values("time", kind="stable")["what"].map({"begins": 1, "ends": -1})
     return int(steps.cumsum().max())
 
 
 @contextmanager
 def cluster(**gpus: int) -> Iterator[Cluster]:
-    """A cluster with a node of each name and so many logical GPUs, for the block; nothing of it is left behind."""
+    """A cluster with a node of each name and so many logical GPUs, for the block; nothing of it is
+    left behind.
+    """
     mark = uuid.uuid4().hex
-    ours = {"KD_MARK": mark, "RAY_TMPDIR": tempfile.mkdtemp(prefix="kd-", dir="/tmp"), "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_memory_monitor_refresh_ms": "0"}  # the starts are counted: Ray is to kill none to save memory
+    ours = {
+        "KD_MARK": mark,
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="kd-", dir="/tmp"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_memory_monitor_refresh_ms": "0",
+    }  # the starts are counted: Ray is to kill none to save memory
     before = {key: os.environ.get(key) for key in (*ours, "KD_ROOT")}
     os.environ.update(ours)
     os.environ.pop("KD_ROOT", None)
@@ -179,9 +211,18 @@ def cluster(**gpus: int) -> Iterator[Cluster]:
 
 
 def add_node(cluster: Cluster, name: str, gpus: int, **environment: str) -> Any:
-    """One more node, which unpacks the code at a place of its own; its trials tell `name` as their node."""
-    node = cluster.add_node(wait=False, num_cpus=1, num_gpus=gpus, include_dashboard=False, include_log_monitor=False,
-                            temp_dir=f"{os.environ['RAY_TMPDIR']}/{name}", env_vars={"KD_NODE": name, **environment})
+    """One more node, which unpacks the code at a place of its own; its trials tell `name` as their
+    node.
+    """
+    node = cluster.add_node(
+        wait=False,
+        num_cpus=1,
+        num_gpus=gpus,
+        include_dashboard=False,
+        include_log_monitor=False,
+        temp_dir=f"{os.environ['RAY_TMPDIR']}/{name}",
+        env_vars={"KD_NODE": name, **environment},
+    )
     cluster._wait_for_node(node, timeout=300)
     return node
 
@@ -193,7 +234,9 @@ def left_behind(mark: str, within: float = 50) -> list[str]:
         left = []
         for process in psutil.process_iter():
             try:
-                if process.status() != psutil.STATUS_ZOMBIE and mark in process_environment(process.pid):
+                if process.status() != psutil.STATUS_ZOMBIE and mark in process_environment(
+                    process.pid
+                ):
                     left.append(" ".join(process.cmdline())[:80])
             except psutil.Error:
                 continue

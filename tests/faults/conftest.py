@@ -1,6 +1,8 @@
-"""What the fault suite shares: how often each fault is tried, here and under `make faults`, and the tally of it.
+"""What the fault suite shares: how often each fault is tried, here and under `make faults`, and the
+tally of it.
 
-With KD_FAULTS=long (`make faults`) faults are tried more often; with KD_FAULTS_RECORD=FILE the tally is written there.
+With KD_FAULTS=long (`make faults`) faults are tried more often; with KD_FAULTS_RECORD=FILE the
+tally is written there.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import pytest
 from sweeps import LONG, SMALL, Command
 
 TALLY: Counter[str] = Counter()
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children would ignore it too
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's background job, whose children would ignore it too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -30,18 +34,24 @@ def times() -> Callable[[int, int], int]:
 
 @pytest.fixture
 def tried() -> Callable[[str, int], None]:
-    """`tried(fault, n)`: n more of this fault held. Call it after the assertions; names stand in the README's table."""
+    """`tried(fault, n)`: n more of this fault held. Call it after the assertions; names stand in
+    the README's table.
+    """
     return lambda fault, n=1: TALLY.update({fault: n})
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if path := os.environ.get("KD_FAULTS_RECORD"):
-        Path(path).write_text(json.dumps(dict(sorted(TALLY.items())), indent=1) + "\n", encoding="utf-8")
+        Path(path).write_text(
+            json.dumps(dict(sorted(TALLY.items())), indent=1) + "\n", encoding="utf-8"
+        )
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project root with one whole sweep of four trials, `runs/toy-2`, and the files that it was started with."""
+    """A project root with one whole sweep of four trials, `runs/toy-2`, and the files that it was
+    started with.
+    """
     home = tmp_path_factory.mktemp("undisturbed")
     (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
     (home / "grid2.yaml").write_text("distill_type: [black_box, combined]\nseed: [0, 1]\n")

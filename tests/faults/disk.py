@@ -18,9 +18,12 @@ from pathlib import Path
 import pytest
 from kill_points import contents, forked
 
-NO_DISK = 90  # exit status of what comes before the command: the tmpfs could not be set up, or is too small to start
+# exit status of what comes before the command: the tmpfs could not be set up, or is too small to
+# start
+NO_DISK = 90
 
-# The folder stays visible at $2, so that its content can be copied there and back; the command sees the tmpfs.
+# The folder stays visible at $2, so that its content can be copied there and back; the command sees
+# the tmpfs.
 SCRIPT = """
 mount --bind "$1" "$2" && mount -t tmpfs -o "size=$3" tmpfs "$1" && cp -a "$2/." "$1/" || exit %d
 folder=$1 kept=$2; shift 3
@@ -33,21 +36,28 @@ exit $status
 @lru_cache(maxsize=1)
 def _why_not() -> str:
     try:
-        done = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/mnt"],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            ["unshare", "-rm", "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/mnt"],
+            capture_output=True,
+            text=True,
+        )
     except FileNotFoundError:
         return "no `unshare` here"
     return " ".join(done.stderr.split()) if done.returncode else ""
 
 
-def run_on_small_disk(command: list[str], folder: Path, size: int,
-                      env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command for which `folder` is a disk of `size` bytes; what it leaves there is in `folder` afterwards.
+def run_on_small_disk(
+    command: list[str], folder: Path, size: int, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command for which `folder` is a disk of `size` bytes; what it leaves there is in
+    `folder` afterwards.
 
     Args:
         command: the program and its arguments.
-        folder: made where it is not there; what is in it is on the small disk when the command starts.
-        size: in bytes; the tmpfs rounds up to whole pages of 4 KiB, and each file and folder takes whole pages of it.
+        folder: made where it is not there; what is in it is on the small disk when the command
+            starts.
+        size: in bytes; the tmpfs rounds up to whole pages of 4 KiB, and each file and folder takes
+            whole pages of it.
         env: variables beside this process's.
 
     Returns:
@@ -57,25 +67,57 @@ def run_on_small_disk(command: list[str], folder: Path, size: int,
         pytest.skip(f"no disk can be filled here: {why}")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as kept:
-        done = subprocess.run(["unshare", "-rm", "sh", "-c", SCRIPT, "sh", folder.resolve(), kept, str(size),
-                               *map(str, command)], capture_output=True, text=True, env={**os.environ, **(env or {})})
-    assert done.returncode != NO_DISK, f"the disk of {size:,} bytes could not be set up: {done.stderr}"
+        done = subprocess.run(
+            [
+                "unshare",
+                "-rm",
+                "sh",
+                "-c",
+                SCRIPT,
+                "sh",
+                folder.resolve(),
+                kept,
+                str(size),
+                *map(str, command),
+            ],
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(env or {})},
+        )
+    assert done.returncode != NO_DISK, (
+        f"the disk of {size:,} bytes could not be set up: {done.stderr}"
+    )
     return done
 
 
-def run_with_file_limit(command: list[str], size: int,
-                        env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command that can write no file larger than `size` bytes (RLIMIT_FSIZE), which needs no rights at all."""
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **(env or {})},
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
+def run_with_file_limit(
+    command: list[str], size: int, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that can write no file larger than `size` bytes (RLIMIT_FSIZE), which needs no
+    rights at all.
+    """
+    return subprocess.run(
+        list(map(str, command)),
+        capture_output=True,
+        text=True,
+        env={**os.environ, **(env or {})},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
+    )
 
 
-def full_at_every_size(work: Path, begin: Callable[[], None], action: Callable[[], None], look: Callable[[], None], *,
-                       most: int) -> list[str]:
-    """In `run_on_small_disk`'s command: an action on disks with 0, 1, 2, ... free pages, until one is large enough.
+def full_at_every_size(
+    work: Path,
+    begin: Callable[[], None],
+    action: Callable[[], None],
+    look: Callable[[], None],
+    *,
+    most: int,
+) -> list[str]:
+    """In `run_on_small_disk`'s command: an action on disks with 0, 1, 2, ... free pages, until one
+    is large enough.
 
-    After each, no file is half written, `look` passes, and with room the action ends with the very files that it leaves
-    on a disk that has it.
+    After each, no file is half written, `look` passes, and with room the action ends with the very
+    files that it leaves on a disk that has it.
 
     Args:
         work: a folder on the small disk, which is its parent.
@@ -103,6 +145,7 @@ def full_at_every_size(work: Path, begin: Callable[[], None], action: Callable[[
     def attempt() -> str:
         """The error of the action, or ""."""
         with tempfile.TemporaryFile("w+") as answer:
+
             def tell() -> None:
                 try:
                     action()
@@ -129,8 +172,11 @@ def full_at_every_size(work: Path, begin: Callable[[], None], action: Callable[[
         errors.append(error)
         left = contents(work)
         assert not [name for name in left if ".partial-" in name], left
-        assert all(digest in (before.get(name), expected.get(name)) for name, digest in left.items()
-                   if not any(part.startswith(".") for part in Path(name).parts)), left
+        assert all(
+            digest in (before.get(name), expected.get(name))
+            for name, digest in left.items()
+            if not any(part.startswith(".") for part in Path(name).parts)
+        ), left
         look()
         resize(2**14)
         assert not attempt() and contents(work) == expected, f"{free} pages free: {error}"

@@ -18,17 +18,31 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from kd_utils.files import sha256_file
+from kd_utils.store.files import sha256_file
 
-EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "fcntl.flock"}
-#: What Python's audit events do not tell of, since it happens in C: a kill before each and one after each.
-WRAPPED = [("os", "fsync"), ("pyarrow.parquet", "ParquetWriter.write_table"),
-           ("pyarrow.parquet", "ParquetWriter.close"), ("pyarrow.parquet", "write_table"),
-           ("safetensors.torch", "save_file")]
+EVENTS = {
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.truncate",
+    "os.utime",
+    "fcntl.flock",
+}
+#: What Python's audit events do not tell of, since it happens in C: a kill before each and one
+#: after each.
+WRAPPED = [
+    ("os", "fsync"),
+    ("pyarrow.parquet", "ParquetWriter.write_table"),
+    ("pyarrow.parquet", "ParquetWriter.close"),
+    ("pyarrow.parquet", "write_table"),
+    ("safetensors.torch", "save_file"),
+]
 
 
 def kill_at(step: int) -> Callable[[], int]:
-    """From now on count what this process does to the disk, and let it die at the `step`-th, before it is done.
+    """From now on count what this process does to the disk, and let it die at the `step`-th, before
+    it is done.
 
     Returns:
         What gives the count.
@@ -58,7 +72,11 @@ def kill_at(step: int) -> Callable[[], int]:
 
 
 def _writes(mode: str | None, flags: int) -> bool:
-    return any(letter in mode for letter in "wax+") if mode else bool(flags & (os.O_WRONLY | os.O_RDWR))
+    return (
+        any(letter in mode for letter in "wax+")
+        if mode
+        else bool(flags & (os.O_WRONLY | os.O_RDWR))
+    )
 
 
 def _counted(function: Callable, count: Callable[[], None]) -> Callable:
@@ -114,14 +132,24 @@ def count_steps(action: Callable[[], None]) -> int:
 
 def contents(folder: Path) -> dict[str, str]:
     """Digests of all files, hidden ones too, and every folder."""
-    return {str(path.relative_to(folder)): sha256_file(path) if path.is_file() else "" for path in
-            sorted(folder.rglob("*"))}
+    return {
+        str(path.relative_to(folder)): sha256_file(path) if path.is_file() else ""
+        for path in sorted(folder.rglob("*"))
+    }
 
 
-def survives(work: Path, begin: Callable[[], None], action: Callable[[], None], look: Callable[[], None], *,
-             every: bool, moments: int, sample: int = 0) -> dict[str, Any]:
-    """Kill an action in all these ways; after each, what is there must pass `look`, and the action again must end with
-    the very files that an undisturbed one leaves.
+def survives(
+    work: Path,
+    begin: Callable[[], None],
+    action: Callable[[], None],
+    look: Callable[[], None],
+    *,
+    every: bool,
+    moments: int,
+    sample: int = 0,
+) -> dict[str, Any]:
+    """Kill an action in all these ways; after each, what is there must pass `look`, and the action
+    again must end with the very files that an undisturbed one leaves.
 
     Args:
         work: the folder that it all happens in; made anew each time.

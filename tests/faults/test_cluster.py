@@ -1,4 +1,6 @@
-"""A cluster of several nodes, here on one machine: how many at once, nodes lost, trials that fail, other views."""
+"""A cluster of several nodes, here on one machine: how many at once, nodes lost, trials that fail,
+other views.
+"""
 
 import os
 import random
@@ -7,13 +9,33 @@ import time
 
 import pandas as pd
 import pytest
-from clusters import (KILLED, MEMORY, ON_GPU, RAISES, Sweep, add_node, begun, cluster, ended, events, fault, forget,
-                      hold, most_at_once, project)
+from clusters import (
+    KILLED,
+    MEMORY,
+    ON_GPU,
+    RAISES,
+    Sweep,
+    add_node,
+    begun,
+    cluster,
+    ended,
+    events,
+    fault,
+    forget,
+    hold,
+    most_at_once,
+    project,
+)
 
-from kd_utils.check import check_run
+from kd_utils.records.check import check_run
 
 GPUS = {"a": 10, "b": 10, "c": 8}
-BIG = ("--gpus-per-trial", "16", "--cpus-per-trial", "0.1")  # fits on no node but those of 16 that a test adds
+BIG = (
+    "--gpus-per-trial",
+    "16",
+    "--cpus-per-trial",
+    "0.1",
+)  # fits on no node but those of 16 that a test adds
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +47,19 @@ def nodes():
 
 @pytest.fixture(scope="module")
 def swept(nodes, tmp_path_factory):
-    """28 trials; while all of them run, "c" is lost: project, status, what was printed, what they had told by then."""
+    """28 trials; while all of them run, "c" is lost: project, status, what was printed, what they
+    had told by then.
+    """
     home = project(tmp_path_factory.mktemp("swept") / "project")
     hold(home, True)
     sweep = Sweep(home, "--address", nodes.address, *ON_GPU)
     told = begun(home, 28, sweep)
-    lose(nodes, next(node for node in nodes.worker_nodes if node.get_resource_and_label_spec().num_gpus == 8))
+    lose(
+        nodes,
+        next(
+            node for node in nodes.worker_nodes if node.get_resource_and_label_spec().num_gpus == 8
+        ),
+    )
     assert ended(told[told["node"] == "c"]["pid"]), "kernels outlive their node"
     hold(home, False)
     status, output = sweep.wait()
@@ -54,7 +83,9 @@ def sweep(home, nodes, *arguments):
 
 def test_28_trials_run_side_by_side_on_28_gpus_and_never_more_than_a_node_has(swept, tried):
     home, _, _, told = swept
-    assert len(told) == told["trial"].nunique() == 28 and set(told["what"]) == {"begins"}, "all ran at the same time"
+    assert len(told) == told["trial"].nunique() == 28 and set(told["what"]) == {"begins"}, (
+        "all ran at the same time"
+    )
     assert told["node"].value_counts().to_dict() == GPUS
     for node, rows in events(home).groupby("node"):
         assert most_at_once(rows) <= GPUS[node]
@@ -76,7 +107,8 @@ def test_trials_of_a_lost_node_go_to_others_and_nobody_elses_run_twice(swept, tr
     summary = pd.read_csv(home / "runs" / "stub" / "results_summary.csv")
     assert len(summary) == 28 and (summary["status"] == "done").all()
     assert sorted(path.name for path in (home / "runs" / "stub" / "trials").iterdir()) == sorted(
-        f"{trial}{end}" for trial in summary["trial"] for end in ("", ".ipynb"))
+        f"{trial}{end}" for trial in summary["trial"] for end in ("", ".ipynb")
+    )
     assert check_run(home / "runs" / "stub") == []
     tried("Ray node lost mid-sweep")
 
@@ -85,7 +117,9 @@ def said_plainly(output):
     """No log of Ray's, no traceback, no line that fills a screen."""
     for line in output.splitlines():
         assert len(line) < 400 and not line.startswith((" ", "\x1b")), output
-        assert not any(noise in line for noise in ("Traceback", "(raylet)", "ray::", "WARNING", "RayError")), output
+        assert not any(
+            noise in line for noise in ("Traceback", "(raylet)", "ray::", "WARNING", "RayError")
+        ), output
 
 
 def test_one_that_fails_does_not_stop_27_others_and_tells_why(home, nodes, tried):
@@ -104,7 +138,9 @@ def test_one_that_fails_does_not_stop_27_others_and_tells_why(home, nodes, tried
     hold(home, False)
     status, output = command.wait()
     assert status == 1 and "25 of 28 trials are done; 3 failed: " in output, output
-    assert sorted(events(home).query("what == 'begins'")["trial"]) == sorted(missing), "each once, and no other"
+    assert sorted(events(home).query("what == 'begins'")["trial"]) == sorted(missing), (
+        "each once, and no other"
+    )
     causes = failed(run_dir)
     assert causes[raises] == "FloatingPointError: the loss is not finite"
     assert causes[killed].startswith("the kernel died")
@@ -130,7 +166,9 @@ def failed(run_dir):
     return summary[summary["status"] == "failed"]["why"].to_dict()
 
 
-def test_nodes_that_see_no_cache_or_another_are_refused_before_training(home, nodes, tmp_path, tried):
+def test_nodes_that_see_no_cache_or_another_are_refused_before_training(
+    home, nodes, tmp_path, tried
+):
     forget(home, "combined_seed6")
     shutil.copytree(home / "artifacts", tmp_path / "cache" / "artifacts")
     shutil.copytree(home / "runs", tmp_path / "cache" / "runs")
@@ -143,16 +181,21 @@ def test_nodes_that_see_no_cache_or_another_are_refused_before_training(home, no
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "runs").symlink_to(home / "runs")
     before = contents(home)
-    others = [add_node(nodes, name, 1, KD_ROOT=str(tmp_path / name)) for name in ("nothing", "cache", "plan", "data")]
+    others = [
+        add_node(nodes, name, 1, KD_ROOT=str(tmp_path / name))
+        for name in ("nothing", "cache", "plan", "data")
+    ]
     try:
         status, output = sweep(home, nodes, *ON_GPU).wait()
         assert status == 2, output
         [error] = [line for line in output.splitlines() if line.startswith("error: ")]
         address = others[0].node_ip_address
-        for problem in (f"{tmp_path}/nothing/runs/stub/sweep.json: No such file",
-                        f"{tmp_path}/plan/runs/stub/sweep.json is not the sweep's: another content",
-                        f"{manifest} is not the sweep's: another content",
-                        f"{tmp_path}/data/artifacts/data/stub/manifest.json: No such file"):
+        for problem in (
+            f"{tmp_path}/nothing/runs/stub/sweep.json: No such file",
+            f"{tmp_path}/plan/runs/stub/sweep.json is not the sweep's: another content",
+            f"{manifest} is not the sweep's: another content",
+            f"{tmp_path}/data/artifacts/data/stub/manifest.json: No such file",
+        ):
             assert f"node {address}: {problem}" in error
         assert error.count(f"node {address}: ") == 4 and "set KD_ROOT to it" in error
         assert output.splitlines()[-1] == error and "Traceback" not in output
@@ -166,16 +209,33 @@ def test_nodes_that_see_no_cache_or_another_are_refused_before_training(home, no
 
 def contents(home):
     """Every file but the table of results, which says that a record is missing."""
-    return {path: path.read_bytes() for folder in ("artifacts", "runs") for path in (home / folder).rglob("*")
-            if path.is_file() and path.name != "results_summary.csv"}
+    return {
+        path: path.read_bytes()
+        for folder in ("artifacts", "runs")
+        for path in (home / folder).rglob("*")
+        if path.is_file() and path.name != "results_summary.csv"
+    }
 
 
 def test_a_cluster_on_which_no_trial_fits_is_told_at_once(nodes, tmp_path, tried):
     home = project(tmp_path / "project")
     for arguments, device, message in (
-            (("--gpus-per-trial", "11"), "auto", "a trial asks for 1 CPUs and 11 GPUs, but the machines have: "),
-            (("--cpus-per-trial", "99"), "auto", "a trial asks for 99 CPUs and 1 GPUs, but the machines have: "),
-            (("--gpus-per-trial", "0"), "cuda", "device = 'cuda', but a trial gets 0 GPUs (the machines have: ")):
+        (
+            ("--gpus-per-trial", "11"),
+            "auto",
+            "a trial asks for 1 CPUs and 11 GPUs, but the machines have: ",
+        ),
+        (
+            ("--cpus-per-trial", "99"),
+            "auto",
+            "a trial asks for 99 CPUs and 1 GPUs, but the machines have: ",
+        ),
+        (
+            ("--gpus-per-trial", "0"),
+            "cuda",
+            "device = 'cuda', but a trial gets 0 GPUs (the machines have: ",
+        ),
+    ):
         (home / "p.yaml").write_text(f"device: {device}\n")
         status, output = sweep(home, nodes, *arguments).wait()
         refused(home, status, output, message)
@@ -198,7 +258,9 @@ def refused(home, status, output, message):
     assert not list((home / "runs").glob("*")) and not (home / "artifacts" / "data").exists()
 
 
-def test_a_node_that_sees_the_folder_at_another_path_works_and_its_path_is_in_no_record(home, nodes, tmp_path, tried):
+def test_a_node_that_sees_the_folder_at_another_path_works_and_its_path_is_in_no_record(
+    home, nodes, tmp_path, tried
+):
     forget(home, "combined_seed6")
     (tmp_path / "elsewhere").mkdir()
     for folder in ("artifacts", "runs"):
@@ -217,7 +279,9 @@ def test_a_node_that_sees_the_folder_at_another_path_works_and_its_path_is_in_no
     tried("node that sees no or another cache")
 
 
-def test_a_node_that_joins_later_and_sees_another_folder_fails_the_trial_with_the_reason(home, nodes, tmp_path, tried):
+def test_a_node_that_joins_later_and_sees_another_folder_fails_the_trial_with_the_reason(
+    home, nodes, tmp_path, tried
+):
     forget(home, "combined_seed5", "combined_seed6")
     hold(home, True)
     good, late = add_node(nodes, "good", 16), None
@@ -238,7 +302,9 @@ def test_a_node_that_joins_later_and_sees_another_folder_fails_the_trial_with_th
     assert cause == f"{tmp_path}/nothing/runs/stub/sweep.json: No such file or directory"
     assert f"{trial}: FAILED: {cause}" in output
     assert list(events(home)["node"]) == ["good"] * 2
-    assert not (tmp_path / "nothing").exists(), "nothing is written where the node thinks that the folder is"
+    assert not (tmp_path / "nothing").exists(), (
+        "nothing is written where the node thinks that the folder is"
+    )
     tried("node that sees no or another cache")
 
 
@@ -252,7 +318,9 @@ def test_a_stopped_command_leaves_no_trial_running_on_the_cluster_and_goes_on(ho
         status, output = command.wait()
         assert ended(told["pid"]), "its kernel goes on without it"
         if stop == "Ctrl-C":
-            assert status == 130 and output.splitlines()[-1].startswith("stopped; what is done is kept"), output
+            assert status == 130 and output.splitlines()[-1].startswith(
+                "stopped; what is done is kept"
+            ), output
     hold(home, False)
     status, output = sweep(home, nodes, *ON_GPU).wait()
     assert status == 0 and check_run(home / "runs" / "stub") == [], output
@@ -260,7 +328,9 @@ def test_a_stopped_command_leaves_no_trial_running_on_the_cluster_and_goes_on(ho
 
 
 @pytest.mark.skipif(os.environ.get("KD_FAULTS") != "long", reason="long: a part of make faults")
-def test_nodes_are_lost_again_and_again_and_more_trials_than_gpus_come_to_their_end(nodes, tmp_path, tried):
+def test_nodes_are_lost_again_and_again_and_more_trials_than_gpus_come_to_their_end(
+    nodes, tmp_path, tried
+):
     home = project(tmp_path / "project", seed=list(range(14)))
     rng = random.Random(0)
     command = sweep(home, nodes, *ON_GPU)
@@ -280,5 +350,8 @@ def test_nodes_are_lost_again_and_again_and_more_trials_than_gpus_come_to_their_
     for name, told in events(home).groupby("node"):
         assert most_at_once(told.groupby("pid").filter(lambda rows: len(rows) == 2)) <= 10, name
     assert check_run(home / "runs" / "stub") == []
-    assert len(pd.read_csv(home / "runs" / "stub" / "results_summary.csv").query("status == 'done'")) == 56
+    assert (
+        len(pd.read_csv(home / "runs" / "stub" / "results_summary.csv").query("status == 'done'"))
+        == 56
+    )
     tried("Ray node lost mid-sweep", 5)

@@ -1,4 +1,6 @@
-"""Any bit of a cache or of prepared data flipped, any file cut, missing or another's: found before use, and named."""
+"""Any bit of a cache or of prepared data flipped, any file cut, missing or another's: found before
+use, and named.
+"""
 
 from __future__ import annotations
 
@@ -16,37 +18,76 @@ import pytest
 from tiny import example_rows, tiny_llama, tiny_tokenizer, write_task_files
 
 from kd_utils.__main__ import main
-from kd_utils.cache import cache_code, find_cache, key_digest
-from kd_utils.cache_writer import write_cache
-from kd_utils.config import DataConfig
-from kd_utils.data import load_prepared, prepare, save_prepared
-from kd_utils.teacher import signal_function, stored_lm_head
-from kd_utils.verification import open_verified, verify
-from kd_utils.vocabulary import Vocabulary
+from kd_utils.cache.manifest import cache_code, find_cache, key_digest
+from kd_utils.cache.verification import open_verified, verify
+from kd_utils.cache.writer import write_cache
+from kd_utils.config.stages import DataConfig
+from kd_utils.data.prepared_data import load_prepared, prepare, save_prepared
+from kd_utils.teacher.extraction import signal_function, stored_lm_head
+from kd_utils.tokens.vocabulary import Vocabulary
 
 
 def make_cache(artifacts: Path, seed: int) -> Path:
-    """A cache of two shards; another seed is another teacher and other examples of the same lengths."""
+    """A cache of two shards; another seed is another teacher and other examples of the same
+    lengths.
+    """
     model, key = tiny_llama(seed=seed), {"data": str(seed)}
     run = signal_function(model, signals="white_box")
-    examples = {"train": [replace(row, example_id=f"{row.example_id}of{seed}")
-                          for row in example_rows([5, 9, 3, 12], seed=seed)]}
-    header = {"name": "toy", "key": key, "signals": "white_box", "heads": 4, "hidden_size": 32, "temperatures": [],
-              "dtypes": {"hidden": "float16", "attention": "float16"}, "data_hash": str(seed), "base_teacher": "m",
-              "teacher_accuracy": {"macro": 0.9523809523809523, "sst2": 1e-05},
-              "code": cache_code()}
+    examples = {
+        "train": [
+            replace(row, example_id=f"{row.example_id}of{seed}")
+            for row in example_rows([5, 9, 3, 12], seed=seed)
+        ]
+    }
+    header = {
+        "name": "toy",
+        "key": key,
+        "signals": "white_box",
+        "heads": 4,
+        "hidden_size": 32,
+        "temperatures": [],
+        "dtypes": {"hidden": "float16", "attention": "float16"},
+        "data_hash": str(seed),
+        "base_teacher": "m",
+        "teacher_accuracy": {"macro": 0.9523809523809523, "sst2": 1e-05},
+        "code": cache_code(),
+    }
     folder = artifacts / "cache" / f"toy-2026-01-01-{key_digest(key)}"
-    write_cache(folder, examples, run, stored_lm_head(model), header, shard_examples=2, batch_tokens=64,
-                vocabulary=Vocabulary([b"piece %d of %d" % (i, seed) for i in range(97)], ["piece"] * 97))
-    verify(folder, {"train": pd.DataFrame({"example_id": [row.example_id for row in examples["train"]]})}, run)
+    write_cache(
+        folder,
+        examples,
+        run,
+        stored_lm_head(model),
+        header,
+        shard_examples=2,
+        batch_tokens=64,
+        vocabulary=Vocabulary([b"piece %d of %d" % (i, seed) for i in range(97)], ["piece"] * 97),
+    )
+    verify(
+        folder,
+        {"train": pd.DataFrame({"example_id": [row.example_id for row in examples["train"]]})},
+        run,
+    )
     return folder
 
 
 def make_data(folder: Path, seed: int) -> Path:
     raw = write_task_files(folder.parent / "raw")
-    config = DataConfig(name=folder.name, artifacts_dir="artifacts", build="none", data_dir=str(raw), max_length=512,
-                        tokenizer="a/hub-model", data_seed=seed, sst2_train=0, sst2_validation=2, mmlu_train=2,
-                        mmlu_validation=2, gsm8k_train=0, gsm8k_validation=1)
+    config = DataConfig(
+        name=folder.name,
+        artifacts_dir="artifacts",
+        build="none",
+        data_dir=str(raw),
+        max_length=512,
+        tokenizer="a/hub-model",
+        data_seed=seed,
+        sst2_train=0,
+        sst2_validation=2,
+        mmlu_train=2,
+        mmlu_validation=2,
+        gsm8k_train=0,
+        gsm8k_validation=1,
+    )
     return save_prepared(prepare(config, tiny_tokenizer(begin=False)), folder)
 
 
@@ -73,16 +114,28 @@ def files(places) -> list[tuple[Path, Path, Callable[[], object]]]:
     found = []
     for folder, other, opens in places:
         opens(folder)
-        found += [(path, other / path.name, lambda folder=folder, opens=opens: opens(folder))
-                  for path in sorted(folder.iterdir())]
+        found += [
+            (path, other / path.name, lambda folder=folder, opens=opens: opens(folder))
+            for path in sorted(folder.iterdir())
+        ]
     assert [path.name for path, _, _ in found] == [
-        "lm_head.safetensors", "manifest.json", "train-00000.parquet", "train-00001.parquet", "verified.json",
-        "vocabulary.parquet", "manifest.json", "train.parquet", "validation.parquet"]
+        "lm_head.safetensors",
+        "manifest.json",
+        "train-00000.parquet",
+        "train-00001.parquet",
+        "verified.json",
+        "vocabulary.parquet",
+        "manifest.json",
+        "train.parquet",
+        "validation.parquet",
+    ]
     return found
 
 
 def require_found(path: Path, data: bytes | None, opens: Callable[[], object], what: str) -> None:
-    """Put `data` (None: nothing) into a file: opening must fail in one line that names it and says what to do."""
+    """Put `data` (None: nothing) into a file: opening must fail in one line that names it and says
+    what to do.
+    """
     whole = path.read_bytes()
     if data is None:
         path.unlink()
@@ -95,8 +148,13 @@ def require_found(path: Path, data: bytes | None, opens: Callable[[], object], w
     finally:
         path.write_bytes(whole)
     message = str(caught.value)
-    # Without its manifest a folder is no cache, and without its verification none that was verified.
-    nameless = data is None and path.name in ("manifest.json", "verified.json") and path.parent.parent.name == "cache"
+    # Without its manifest a folder is no cache, and without its verification none that was
+    # verified.
+    nameless = (
+        data is None
+        and path.name in ("manifest.json", "verified.json")
+        and path.parent.parent.name == "cache"
+    )
     assert nameless or path.name in message, f"{path.name}, {what}: {message}"
     assert len(message.splitlines()) == 1 and re.search("run (notebook )?0[12]", message), message
 
@@ -118,7 +176,11 @@ def test_a_number_written_another_way_is_found_too(places, tried):
     """0.95238095238095231 and 1E-05 are read as the very numbers that were written."""
     for path, _, opens in files(places):
         if path.name == "manifest.json" and "cache" in path.parts:
-            for old, new in ((b"0.9523809523809523", b"0.95238095238095231"), (b"1e-05", b"1E-05"), (b"{", b"{ ")):
+            for old, new in (
+                (b"0.9523809523809523", b"0.95238095238095231"),
+                (b"1e-05", b"1E-05"),
+                (b"{", b"{ "),
+            ):
                 assert old in path.read_bytes()
                 require_found(path, path.read_bytes().replace(old, new, 1), opens, new.decode())
                 tried("byte of cache or prepared data flipped", 1)
@@ -143,9 +205,13 @@ def test_a_whole_folder_of_another_is_found_before_use(places, tmp_path, tried):
     (cache, other_cache, _), (data, _, _) = places
     copied = tmp_path / "0" / "cache" / cache.name
     shutil.copytree(other_cache, copied)
-    with pytest.raises(ValueError, match=f"{cache.name}/manifest.json is that of toy-DATE-{other_cache.name[-8:]}"):
+    with pytest.raises(
+        ValueError, match=f"{cache.name}/manifest.json is that of toy-DATE-{other_cache.name[-8:]}"
+    ):
         open_cache(copied)
-    with pytest.raises(ValueError, match="other/manifest.json is that of 'toy': it was copied here"):
+    with pytest.raises(
+        ValueError, match="other/manifest.json is that of 'toy': it was copied here"
+    ):
         load_prepared(shutil.copytree(data, tmp_path / "other"))
     tried("file of cache or prepared data truncated, missing or foreign", 2)
 
@@ -156,14 +222,22 @@ def test_the_command_line_says_so_with_status_1(places, capsys, tried):
     count = 0
     for path in sorted(cache.iterdir()):
         whole = path.read_bytes()
-        for change in (lambda: path.write_bytes(whole[:-2]), lambda: path.write_bytes(whole.replace(b"e", b"f", 1)),
-                       lambda: shutil.copy(other / path.name, path)):
+        for change in (
+            lambda: path.write_bytes(whole[:-2]),
+            lambda: path.write_bytes(whole.replace(b"e", b"f", 1)),
+            lambda: shutil.copy(other / path.name, path),
+        ):
             change()
             capsys.readouterr()
             status = main(["verify", str(cache)])
             shown = capsys.readouterr()
             path.write_bytes(whole)
-            assert status == 1 and shown.out == "" and shown.err.count("\n") == 1 and path.name in shown.err, shown
+            assert (
+                status == 1
+                and shown.out == ""
+                and shown.err.count("\n") == 1
+                and path.name in shown.err
+            ), shown
             count += 1
     tried("file of cache or prepared data truncated, missing or foreign", count)
 
@@ -173,6 +247,13 @@ def test_the_real_command_too(places):
     shard = cache / "train-00001.parquet"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:40] + bytes([whole[40] ^ 1]) + whole[41:])
-    done = subprocess.run([sys.executable, "-m", "kd_utils", "verify", str(cache)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "kd_utils", "verify", str(cache)], capture_output=True, text=True
+    )
     shard.write_bytes(whole)
-    assert done.returncode == 1 and done.stdout == "" and shard.name in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and done.stdout == ""
+        and shard.name in done.stderr
+        and "Traceback" not in done.stderr
+    )

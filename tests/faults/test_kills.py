@@ -1,4 +1,6 @@
-"""Kernels, Ray's workers and the driver killed at random moments, and Ctrl-C: what is left, and what comes of it."""
+"""Kernels, Ray's workers and the driver killed at random moments, and Ctrl-C: what is left, and
+what comes of it.
+"""
 
 import random
 import shutil
@@ -8,8 +10,8 @@ import time
 import pytest
 from sweeps import Command, record, results
 
-from kd_utils.check import check_run
-from kd_utils.runs import trials_with_status
+from kd_utils.records.check import check_run
+from kd_utils.records.run_folder import trials_with_status
 
 
 def sweep(home, **environment):
@@ -17,15 +19,22 @@ def sweep(home, **environment):
 
 
 def whole_trials(run_dir) -> dict[str, int]:
-    """Finished trials, and when their records were written: one that is run again has another time."""
+    """Finished trials, and when their records were written: one that is run again has another
+    time.
+    """
     if not (run_dir / "sweep.json").exists():
         return {}
-    return {trial["trial"]: (run_dir / "trials" / trial["trial"] / "metrics.json").stat().st_mtime_ns
-            for trial, state in trials_with_status(run_dir) if state.state == "done"}
+    return {
+        trial["trial"]: (run_dir / "trials" / trial["trial"] / "metrics.json").stat().st_mtime_ns
+        for trial, state in trials_with_status(run_dir)
+        if state.state == "done"
+    }
 
 
 def kill_soon(command, kind: str, rng: random.Random) -> bool:
-    """Kill one of a kind at a random moment of its life; False if the command came to its end before."""
+    """Kill one of a kind at a random moment of its life; False if the command came to its end
+    before.
+    """
     until = time.monotonic() + 600
     while command.process.poll() is None:
         if kind == "driver" or command.alive(kind):
@@ -37,7 +46,9 @@ def kill_soon(command, kind: str, rng: random.Random) -> bool:
     return False
 
 
-def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undisturbed, prepared, times, tried):
+def test_killed_again_and_again_the_same_command_comes_to_the_same_results(
+    undisturbed, prepared, times, tried
+):
     run_dir, rng = prepared / "runs" / "toy-2", random.Random(0)
     wanted, kills, finished = times(8, 50), {"kernel": 0, "worker": 0, "driver": 0}, {}
     command = sweep(prepared)
@@ -47,7 +58,9 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undis
             kills[kind] += 1
         if kind == "driver" or command.process.poll() is not None:
             command.process.wait(600)
-            assert command.orphans(within=100) == []  # Ray's agents wait a minute for an answer of the dead
+            assert (
+                command.orphans(within=100) == []
+            )  # Ray's agents wait a minute for an answer of the dead
             now = whole_trials(run_dir)
             assert finished.items() <= now.items(), "a finished trial was lost, or run again"
             if len(now) == len(results(undisturbed / "runs" / "toy-2")):
@@ -56,7 +69,11 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undis
                 del now[lost]
             finished, command = now, sweep(prepared)
     status, output = command.wait()
-    if status == 1:  # a killed kernel leaves its trial failed, as a fourth worker does: the same command does it again
+    if (
+        status == 1
+        # a killed kernel leaves its trial failed, as a fourth worker does: the same command does it
+        # again
+    ):
         assert "the kernel died" in output or "was lost 4 times" in output
         status, output = sweep(prepared).wait()
     assert status == 0, output[-2000:]
@@ -70,11 +87,17 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(undis
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "to the driver", "SIGTERM"])
-def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(undisturbed, prepared, times, tried, how):
-    """At a random moment: while Ray starts, at 01 or 02, while trials run; and the same command goes on."""
+def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(
+    undisturbed, prepared, times, tried, how
+):
+    """At a random moment: while Ray starts, at 01 or 02, while trials run; and the same command
+    goes on.
+    """
     rng, run_dir = random.Random(how), prepared / "runs" / "toy-2"
     shutil.rmtree(prepared / "artifacts" / "cache")  # 02 is to be done again too
-    longest = 0.5 * float((undisturbed / "seconds").read_text())  # 01 and, mostly, 02 are done already
+    longest = 0.5 * float(
+        (undisturbed / "seconds").read_text()
+    )  # 01 and, mostly, 02 are done already
     for moment in [rng.uniform(0.3, longest) for _ in range(times(2, 12))]:
         command = sweep(prepared)
         while time.monotonic() - command.began < moment and command.process.poll() is None:
@@ -93,7 +116,10 @@ def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(undisturbed,
         # While Ray starts, a handler of its C++ side may be in force, which aborts.
         if how != "SIGTERM" or "01_prepare_data" in output or status != -signal.SIGABRT:
             assert status == 130, output
-            assert output.splitlines()[-1] == "stopped; what is done is kept: run the same command again to go on"
+            assert (
+                output.splitlines()[-1]
+                == "stopped; what is done is kept: run the same command again to go on"
+            )
             assert "Traceback" not in output
         assert before.items() <= whole_trials(run_dir).items()
         tried("SIGTERM" if how == "SIGTERM" else "Ctrl-C")

@@ -1,4 +1,6 @@
-"""A run's folder with any byte changed, any part missing or of another run: all found, and redone by a sweep."""
+"""A run's folder with any byte changed, any part missing or of another run: all found, and redone
+by a sweep.
+"""
 
 import random
 import shutil
@@ -7,9 +9,9 @@ from unittest import mock
 
 import pytest
 import stubs
-from stubs import files_of, run_dir  # noqa: F401 (one is a fixture)
+from stubs import files_of
 
-from kd_utils import check, runs
+from kd_utils.records import check, run_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,13 +23,21 @@ def names_of(path, run_dir):
 
 
 def require_found(path, run_dir, what):
-    """The fault in this file is found and named; the file's trial, where it is a trial's, is not done."""
+    """The fault in this file is found and named; the file's trial, where it is a trial's, is not
+    done.
+    """
     name, problems = names_of(path, run_dir), check.check_run(run_dir)
-    assert any(name in problem for problem in problems), f"{what} of {path.relative_to(run_dir)}: {problems}"
+    assert any(name in problem for problem in problems), (
+        f"{what} of {path.relative_to(run_dir)}: {problems}"
+    )
     if "trials" in path.parts[-3:]:
-        [planned] = [trial for trial in runs.read_plan(run_dir)["trials"] if trial["trial"] == name]
-        state = runs.trial_status(run_dir, name, planned["config_hash"]).state
-        assert state in ("broken", "stale", "missing"), f"{what} of {name}: a sweep would not redo it"
+        [planned] = [
+            trial for trial in run_folder.read_plan(run_dir)["trials"] if trial["trial"] == name
+        ]
+        state = run_folder.trial_status(run_dir, name, planned["config_hash"]).state
+        assert state in ("broken", "stale", "missing"), (
+            f"{what} of {name}: a sweep would not redo it"
+        )
 
 
 def flip(run_dir, n, seed):
@@ -36,7 +46,7 @@ def flip(run_dir, n, seed):
         path = randomly.choice(files)
         whole = path.read_bytes()
         at, bit = randomly.randrange(len(whole)), randomly.randrange(8)
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1:])
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
         require_found(path, run_dir, f"bit {bit} of byte {at}")
         path.write_bytes(whole)
     assert check.check_run(run_dir) == []
@@ -49,7 +59,11 @@ def test_any_flipped_bit_is_found_and_its_trial_is_redone(run_dir, times, tried)
 
 def test_any_flipped_bit_of_a_real_run_is_found(tmp_path, times, tried):
     shutil.copytree(ROOT / "runs" / "2026-11-22-toy-3", tmp_path / "toy")
-    for vouched_by_nothing in ("analysis.csv", "comparisons.csv", "verdict.txt"):  # 04 did not yet say what it wrote
+    for vouched_by_nothing in (
+        "analysis.csv",
+        "comparisons.csv",
+        "verdict.txt",
+    ):  # 04 did not yet say what it wrote
         (tmp_path / "toy" / vouched_by_nothing).unlink()
     flip(tmp_path / "toy", n := times(8, 200), seed=2)
     tried("byte of a record flipped", n)
@@ -59,8 +73,19 @@ def test_whatever_is_cut_off_or_missing_is_found(run_dir, times, tried):
     randomly, n = random.Random(3), 0
     for path in files_of(run_dir):
         whole = path.read_bytes()
-        cuts = [0, 1, len(whole) - 1, *(randomly.randrange(len(whole)) for _ in range(times(1, 20)))]
-        for data in [*(whole[:cut] for cut in cuts), whole + b"\0", whole + b" ", whole + whole, b"\0" * len(whole)]:
+        cuts = [
+            0,
+            1,
+            len(whole) - 1,
+            *(randomly.randrange(len(whole)) for _ in range(times(1, 20))),
+        ]
+        for data in [
+            *(whole[:cut] for cut in cuts),
+            whole + b"\0",
+            whole + b" ",
+            whole + whole,
+            b"\0" * len(whole),
+        ]:
             path.write_bytes(data)
             require_found(path, run_dir, f"{len(data)} bytes in place of {len(whole)}")
             n += 1
@@ -73,7 +98,9 @@ def test_whatever_is_cut_off_or_missing_is_found(run_dir, times, tried):
         n += 2
     for folder in [path for path in run_dir.rglob("*") if path.is_dir()]:
         folder.rename(run_dir.parent / "aside")
-        assert any(folder.name in problem or ": missing" in problem for problem in check.check_run(run_dir))
+        assert any(
+            folder.name in problem or ": missing" in problem for problem in check.check_run(run_dir)
+        )
         folder.write_text("a file in place of the folder")
         assert check.check_run(run_dir)
         folder.unlink()
@@ -84,19 +111,25 @@ def test_whatever_is_cut_off_or_missing_is_found(run_dir, times, tried):
 
 
 def test_a_file_of_another_trial_or_run_is_found(run_dir, times, tried):
-    with mock.patch.dict(stubs.MADE, cache="l" * 64, students={"tiny": "g" * 64}, code={"kd_utils/losses.py": "1"}):
+    with mock.patch.dict(
+        stubs.MADE, cache="l" * 64, students={"tiny": "g" * 64}, code={"kd_utils/losses.py": "1"}
+    ):
         stranger = stubs.whole_run(run_dir.parent / "of-other-code", more=0.1)
     repeated = stubs.whole_run(run_dir.parent / "of-the-same-code", more=0.2)
     runs_files = [files_of(folder) for folder in (run_dir, stranger, repeated)]
     randomly, n = random.Random(4), 0
     for path in files_of(run_dir):
         whole = path.read_bytes()
-        of_its_name = [source for files in runs_files for source in files if source.name == path.name]
-        of_its_kind = [source for files in runs_files for source in files if source.suffix == path.suffix]
+        of_its_name = [
+            source for files in runs_files for source in files if source.name == path.name
+        ]
+        of_its_kind = [
+            source for files in runs_files for source in files if source.suffix == path.suffix
+        ]
         chosen = of_its_name + randomly.sample(of_its_kind, min(times(4, 99), len(of_its_kind)))
         for source in (source for source in chosen if source.read_bytes() != whole):
             path.write_bytes(source.read_bytes())
-            if path.name == runs.PLAN:
+            if path.name == run_folder.PLAN:
                 assert check.check_run(run_dir), f"{source} in place of {path.name}"
             else:
                 require_found(path, run_dir, f"{source} in place")
@@ -109,7 +142,10 @@ def test_a_file_of_another_trial_or_run_is_found(run_dir, times, tried):
                 (trials / f"{name}{suffix}").rename(run_dir.parent / f"aside{suffix}")
             shutil.copytree(other / "trials" / "attention_seed0", trials / name)
             shutil.copy(other / "trials" / "attention_seed0.ipynb", trials / f"{name}.ipynb")
-            assert any(name in problem or runs.SUMMARY in problem for problem in check.check_run(run_dir))
+            assert any(
+                name in problem or run_folder.SUMMARY in problem
+                for problem in check.check_run(run_dir)
+            )
             shutil.rmtree(trials / name)
             for suffix in ("", ".ipynb"):
                 (run_dir.parent / f"aside{suffix}").rename(trials / f"{name}{suffix}")
@@ -118,16 +154,27 @@ def test_a_file_of_another_trial_or_run_is_found(run_dir, times, tried):
     tried("record truncated, missing or of another run", n)
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "runs").glob("20*")), ids=lambda folder: folder.name)
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "runs").glob("20*")), ids=lambda folder: folder.name
+)
 def test_every_record_of_this_project_is_as_it_was_written(folder):
     problems, (done, planned) = check.check_run(folder), check.count_done(folder)
-    if not (folder / runs.PLAN).exists():  # speeds, which no sweep wrote
-        assert problems == [f"{runs.PLAN} is missing: no sweep wrote this folder, so what should be in it is not known"]
+    if not (folder / run_folder.PLAN).exists():  # speeds, which no sweep wrote
+        assert problems == [
+            f"{run_folder.PLAN} is missing: no sweep wrote this folder, so what should be in it is "
+            f"not known"
+        ]
         return
     assert [problem for problem in problems if not problem.endswith(": missing")] == []
     assert done + len(problems) == planned
-    before = {"2026-11-22-toy-3": (36, 36), "2026-11-22-toy-2": (28, 28), "2026-11-22-toy": (28, 28),
-              "2026-11-22-toy-2-task-only": (7, 7), "2026-11-22-toy-gamma-attention": (48, 48),
-              "2026-11-22-smol": (8, 28), "2026-11-22-smol-2": (36, 36),
-              "2026-11-22-smol-cross": (6, 36)}
+    before = {
+        "2026-11-22-toy-3": (36, 36),
+        "2026-11-22-toy-2": (28, 28),
+        "2026-11-22-toy": (28, 28),
+        "2026-11-22-toy-2-task-only": (7, 7),
+        "2026-11-22-toy-gamma-attention": (48, 48),
+        "2026-11-22-smol": (8, 28),
+        "2026-11-22-smol-2": (36, 36),
+        "2026-11-22-smol-cross": (6, 36),
+    }
     assert (done, planned) == before.get(folder.name, (planned, planned))

@@ -1,4 +1,6 @@
-"""A trial that is killed and started again ends with the numbers, to the last bit, that it would have had."""
+"""A trial that is killed and started again ends with the numbers, to the last bit, that it would
+have had.
+"""
 
 import json
 import os
@@ -13,19 +15,39 @@ import psutil
 import pytest
 from sweeps import ROOT, record
 
-from kd_utils.records import read_record
+from kd_utils.records.trial_record import read_record
 
 TRIAL = "combined_seed0"  # all the terms, and a projector that trains
 
 
 def start(home, run, threads=1):
-    command = [sys.executable, ROOT / "tests" / "papermill_cli.py", ROOT / "notebooks" / "03_train_student.ipynb",
-               home / f"{run}.ipynb", "-f", home / "small.yaml", "-p", "distill_type", "combined",
-               "-p", "run_dir", f"runs/{run}", "--no-progress-bar",
-               "-p", "epochs", "8"]  # so many that one is killed long before its end
-    return subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": str(threads)})
+    command = [
+        sys.executable,
+        ROOT / "tests" / "papermill_cli.py",
+        ROOT / "notebooks" / "03_train_student.ipynb",
+        home / f"{run}.ipynb",
+        "-f",
+        home / "small.yaml",
+        "-p",
+        "distill_type",
+        "combined",
+        "-p",
+        "run_dir",
+        f"runs/{run}",
+        "--no-progress-bar",
+        "-p",
+        "epochs",
+        "8",
+    ]  # so many that one is killed long before its end
+    return subprocess.Popen(
+        list(map(str, command)),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": str(threads)},
+    )
 
 
 def kill(process):
@@ -38,15 +60,19 @@ def kill(process):
 
 @pytest.fixture(scope="module")
 def with_dropout(undisturbed, tmp_path_factory):
-    """A project root whose student drops attention weights, and the trial there, not interrupted, as `runs/whole`."""
+    """A project root whose student drops attention weights, and the trial there, not interrupted,
+    as `runs/whole`.
+    """
     home = tmp_path_factory.mktemp("dropout") / "home"
     shutil.copytree(undisturbed, home)
     path = home / "artifacts" / "embedded" / "toy" / "student" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.3}))
     process = start(home, "whole")
     assert process.wait(1500) == 0, process.stdout.read()[-3000:]
-    assert record(home / "runs" / "whole", TRIAL)[0][0] != record(undisturbed / "runs" / "toy-2", TRIAL)[0][0], \
-        "dropout has no effect, so nothing is said about it"
+    assert (
+        record(home / "runs" / "whole", TRIAL)[0][0]
+        != record(undisturbed / "runs" / "toy-2", TRIAL)[0][0]
+    ), "dropout has no effect, so nothing is said about it"
     return home
 
 
@@ -67,17 +93,26 @@ def test_a_trial_killed_after_an_epoch_goes_on_to_the_same_bits(with_dropout, ep
         again = start(with_dropout, run)
         output = again.communicate(timeout=1500)[0]
         assert again.returncode == 0, output[-3000:]
-        assert record(with_dropout / "runs" / run, TRIAL) == record(with_dropout / "runs" / "whole", TRIAL)
+        assert record(with_dropout / "runs" / run, TRIAL) == record(
+            with_dropout / "runs" / "whole", TRIAL
+        )
         metrics = read_record(with_dropout / "runs" / run / "trials" / TRIAL)
         assert metrics["resumed_after"] == reached >= epoch
-        assert f"going on after epoch {metrics['resumed_after']}" in (with_dropout / f"{run}.ipynb").read_text()
-        assert not saved.exists() and not list(saved.parent.glob("*.safetensors")), "the state goes when it is done"
+        assert (
+            f"going on after epoch {metrics['resumed_after']}"
+            in (with_dropout / f"{run}.ipynb").read_text()
+        )
+        assert not saved.exists() and not list(saved.parent.glob("*.safetensors")), (
+            "the state goes when it is done"
+        )
         tried("trial resumed from its checkpoint, bit-identical")
 
 
 @pytest.mark.parametrize("damage", ["weights", "state", "code", "threads"])
 def test_a_state_that_is_damaged_or_of_other_code_or_threads_is_not_used(with_dropout, damage):
-    """The trial begins again, and its numbers are right all the same. Two threads add sums up in another order."""
+    """The trial begins again, and its numbers are right all the same. Two threads add sums up in
+    another order.
+    """
     folder = with_dropout / "artifacts" / "checkpoints" / damage
     process = start(with_dropout, damage, threads=2 if damage == "threads" else 1)
     while not (folder / f"{TRIAL}.json").exists():
@@ -87,10 +122,10 @@ def test_a_state_that_is_damaged_or_of_other_code_or_threads_is_not_used(with_dr
     state = json.loads((folder / f"{TRIAL}.json").read_text())
     path = folder / (state["weights"]["file"] if damage == "weights" else f"{TRIAL}.json")
     if damage == "code":
-        from kd_utils.sealed import read_sealed, write_sealed
+        from kd_utils.store.sealed import read_sealed, write_sealed
 
         state = read_sealed(path, "checksums")
-        state["key"]["code"]["kd_utils/losses.py"] = "0" * 12
+        state["key"]["code"]["kd_utils/distill/losses.py"] = "0" * 12
         write_sealed(path, state, "checksums")
     elif damage != "threads":
         data = bytearray(path.read_bytes())
@@ -100,4 +135,6 @@ def test_a_state_that_is_damaged_or_of_other_code_or_threads_is_not_used(with_dr
     output = again.communicate(timeout=1500)[0]
     assert again.returncode == 0, output[-3000:]
     assert read_record(with_dropout / "runs" / damage / "trials" / TRIAL)["resumed_after"] is None
-    assert record(with_dropout / "runs" / damage, TRIAL) == record(with_dropout / "runs" / "whole", TRIAL)
+    assert record(with_dropout / "runs" / damage, TRIAL) == record(
+        with_dropout / "runs" / "whole", TRIAL
+    )

@@ -1,0 +1,1 @@
+"""The teacher's signals on disk: written, read and verified."""

@@ -1,0 +1,187 @@
+"""Writing a teacher cache: shards aside and renamed, the manifest last, a killed run goes on.
+
+The teacher runs in the calling thread; packing, compression and disk are the writers' work, so that
+a device does not wait for them. At most a few batches are in memory at any time, however much there
+is to write.
+
+Until the manifest stands, each finished shard has a note in the folder `.NAME.shards` beside the
+cache: its checksum and what it was made for. A run that goes on keeps the shards that agree with
+their notes, and no other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Full, Queue
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kd_utils.cache.teacher_cache import byte_planes
+from kd_utils.store.files import (
+    sha256_file,
+    sha256_json,
+    write_json,
+    written_aside,
+)
+from kd_utils.tokens.encoding import CachedExample
+
+if TYPE_CHECKING:
+    pass
+
+#: Starts the teacher on one batch; what it returns waits for the device and gives the rows with
+#: their signals.
+SignalsOf = Callable[[list[CachedExample]], Iterable[CachedExample]]
+
+WRITERS = 2  # shards that are packed and compressed side by side
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a cache, and the examples (with tokens, without signals) that go into it.
+
+    `made_for` is a digest of what the cache is made from and of which examples are in this shard.
+    """
+
+    file: str
+    split: str
+    rows: list[CachedExample]
+    made_for: str
+
+
+def plan_shards(
+    examples: dict[str, list[CachedExample]], shard_examples: int, key: dict[str, Any]
+) -> list[Shard]:
+    """Each split's examples by length, in shards of `shard_examples`; `key` is what the cache is
+    made from.
+    """
+    return [
+        Shard(
+            f"{split}-{start // shard_examples:05d}.parquet",
+            split,
+            rows,
+            sha256_json({"key": key, "rows": [row.example_id for row in rows]}),
+        )
+        for split, unordered in examples.items()
+        for ordered in [sorted(unordered, key=lambda row: (len(row.tokens), row.example_id))]
+        for start in range(0, len(ordered), shard_examples)
+        for rows in [ordered[start : start + shard_examples]]
+    ]
+
+
+def write_shards(
+    folder: Path,
+    shards: list[Shard],
+    signals_of: SignalsOf,
+    *,
+    batch_tokens: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Write each shard aside and rename it, while the teacher already runs over what comes next.
+
+    Raises:
+        Exception: whatever the teacher or a writer met; shards that are whole stay.
+    """
+    jobs: deque[Future] = deque()
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for shard in progress(shards):
+            while len(jobs) >= WRITERS:
+                jobs.popleft().result()
+            batches: Queue = Queue(maxsize=2)
+            try:
+                jobs.append(pool.submit(_write_shard, folder, shard, batches))
+                for batch in token_batches(shard.rows, batch_tokens):
+                    _hand_over(batches, signals_of(batch), jobs[-1])
+                _hand_over(batches, None, jobs[-1])
+            except BaseException as error:  # the writer must not wait for rows that will never come
+                while not batches.empty():
+                    batches.get_nowait()
+                batches.put(error)
+                raise
+        while jobs:
+            jobs.popleft().result()
+
+
+def _hand_over(batches: Queue, item: Any, job: Future) -> None:
+    """Put `item`, unless the writer is gone: then raise what it met."""
+    while True:
+        try:
+            return batches.put(item, timeout=0.2)
+        except Full:
+            if job.done():
+                return job.result()
+
+
+def token_batches(rows: list[CachedExample], batch_tokens: int) -> Iterator[list[CachedExample]]:
+    """Neighbours in batches whose padded size, rows x longest, is at most `batch_tokens` (one row
+    at the least).
+
+    A batch that has an eighth of them closes before a row that would leave a fifth of it padding.
+    """
+    batch: list[CachedExample] = []
+    longest = real = 0
+    for row in rows:
+        widest, padded = max(longest, len(row.tokens)), longest * len(batch)
+        grown = widest * (len(batch) + 1)
+        if batch and (
+            grown > batch_tokens
+            or padded > batch_tokens / 8
+            and real + len(row.tokens) < 0.8 * grown
+        ):
+            yield batch
+            batch, widest, real = [], len(row.tokens), 0
+        batch.append(row)
+        longest, real = widest, real + len(row.tokens)
+    if batch:
+        yield batch
+
+
+def _notes(folder: Path) -> Path:
+    """Where the finished shards of a cache without a manifest have their notes."""
+    return folder.with_name(f".{folder.name}.shards")
+
+
+def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
+    path, writer = folder / shard.file, None
+    with written_aside(path) as aside:
+        try:
+            while (batch := batches.get()) is not None:
+                if isinstance(batch, BaseException):
+                    raise RuntimeError("the teacher stopped") from batch
+                for row in batch:
+                    table = _table(row)
+                    writer = writer or pq.ParquetWriter(
+                        aside,
+                        table.schema,
+                        compression="zstd",
+                        compression_level=1,
+                        use_dictionary=False,
+                        write_statistics=False,
+                    )
+                    writer.write_table(table)
+        finally:
+            if writer:
+                writer.close()
+        # Before the shard takes its place: a note whose shard never came only makes it be written
+        # again.
+        write_json(
+            _notes(folder) / f"{shard.file}.json",
+            {"made_for": shard.made_for, "sha256": sha256_file(aside)},
+        )
+
+
+def _table(row: CachedExample) -> pa.Table:
+    values = {
+        "example_id": pa.array([row.example_id]),
+        "answer_start": pa.array([row.answer_start], pa.int32()),
+        "tokens": pa.array([row.tokens], pa.large_list(pa.int32())),
+        "ends": pa.array([[] if row.ends is None else row.ends], pa.large_list(pa.int32())),
+    }
+    for column, array in row.signals.items():
+        values |= byte_planes(column, array)
+    return pa.table(values)

@@ -1,0 +1,206 @@
+"""The teacher cache: its signals for every example, ragged, keyed by `example_id`, checksummed,
+resumable.
+
+A cache is a folder `NAME-DATE-KEY`: Parquet shards of one row group per example (so that one row is
+one read), `vocabulary.parquet` (what each id spells), `lm_head.safetensors`, and `manifest.json`,
+which is written last: without it there is no cache. Tokens are the teacher's own; where the
+student's differ, the two are lined up when it trains.
+
+| column | per example of n tokens |
+|---|---|
+| `example_id`, `tokens`, `answer_start` | key, int32 (n,), index of the answer's first token |
+| `ends` | int32 (n,) behind which byte of the text each token ends; empty if the tokens do not spell the text |
+| `hidden` | float16 (n, d) final hidden state, after the last norm: times `lm_head` it is the logits |
+| `attention` | float16 or uint8 (H, n (n + 1) / 2) last layer's map as `signals.encode_map` gives it |
+| `hidden_7`, `attention_7`, ... | the same of other layers that were asked for; the hidden state before any norm |
+| `top_logits`, `top_ids`, `log_mass` | instead of these: float32 (n, k), int32 (n, k), float32 (n, temperatures) |
+
+A signal is stored as byte planes: column `hidden.0` has the first byte of every value, `hidden.1`
+the second. Exponents then stand beside exponents and compress, mantissas beside mantissas
+(Parquet's BYTE_STREAM_SPLIT does the same, but the lists that it needs are read and written at half
+the speed). `manifest.json` has the dtypes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kd_utils.tokens.vocabulary import Vocabulary
+from kd_utils.cache.manifest import CacheError, _check_file, check_files
+from kd_utils.tokens.encoding import CachedExample
+
+TOP_K = ("top_logits", "top_ids", "log_mass")
+
+
+def signal_of(column: str) -> str:
+    """Which signal a column holds: "attention_7" is attention of the layer 7."""
+    return column.split("_")[0] if column.startswith(("hidden", "attention")) else column
+
+
+def byte_planes(column: str, values: np.ndarray) -> dict[str, pa.Array]:
+    """One example's values as columns: plane j has the j-th byte of each."""
+    planes = np.ascontiguousarray(values).reshape(-1).view(np.uint8).reshape(values.size, -1).T
+    ends = pa.py_buffer(np.array([0, values.size], np.int64))
+    # From buffers: `pa.array([memoryview])` never lets go of the view (pyarrow 26).
+    return {
+        f"{column}.{j}": pa.Array.from_buffers(
+            pa.large_binary(), 1, [None, ends, pa.py_buffer(np.ascontiguousarray(plane))]
+        )
+        for j, plane in enumerate(planes)
+    }
+
+
+def joined_planes(table: pa.Table, column: str, dtype: str) -> np.ndarray:
+    """The values of the one row in `table`, flat."""
+    width = np.dtype(dtype).itemsize
+    planes = [
+        np.frombuffer(table[f"{column}.{j}"].chunk(0)[0].as_buffer(), np.uint8)
+        for j in range(width)
+    ]
+    if width == 1:
+        return planes[0].view(dtype)
+    values = np.empty((planes[0].size, width), np.uint8)
+    for j, plane in enumerate(planes):
+        values[:, j] = plane
+    return values.view(dtype)[:, 0]
+
+
+class TeacherCache:
+    """Random access to a finished cache, all of whose files are looked at first.
+
+    Args:
+        folder: the cache's folder.
+        memory_bytes: rows read are kept in memory up to this many bytes, so that later epochs read
+            nothing.
+
+    Raises:
+        CacheError: a file that is missing, damaged or another cache's.
+    """
+
+    def __init__(self, folder: Path, *, memory_bytes: int = 2**30) -> None:
+        self.folder, self.manifest = folder, check_files(folder)
+        self.read_only(self.manifest["dtypes"])
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._place: dict[str, tuple[str, int]] = {}
+        self._room = memory_bytes
+        self.lengths: dict[str, int] = {}
+        self.splits: dict[str, list[str]] = {}
+        for shard in self.manifest["shards"]:
+            index = self._file(shard["file"]).read(["example_id", "tokens"])
+            ids = index["example_id"].to_pylist()
+            self._place.update(
+                {example_id: (shard["file"], group) for group, example_id in enumerate(ids)}
+            )
+            self.lengths.update(zip(ids, pc.list_value_length(index["tokens"]).to_pylist()))
+            self.splits.setdefault(shard["split"], []).extend(ids)
+
+    def read_only(self, signals: Collection[str]) -> None:
+        """From now on rows have these of the cache's signals; the others are not read."""
+        self._dtypes = {
+            name: dtype for name, dtype in self.manifest["dtypes"].items() if name in signals
+        }
+        self._columns = [
+            "example_id",
+            "tokens",
+            "answer_start",
+            "ends",
+            *(
+                f"{name}.{j}"
+                for name, dtype in self._dtypes.items()
+                for j in range(np.dtype(dtype).itemsize)
+            ),
+        ]
+        self._kept: dict[str, CachedExample] = {}
+
+    def _file(self, name: str) -> pq.ParquetFile:
+        if name not in self._files:
+            self._files[name] = pq.ParquetFile(self.folder / name, memory_map=True)
+        return self._files[name]
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def __contains__(self, example_id: str) -> bool:
+        return example_id in self._place
+
+    def __getitem__(self, example_id: str) -> CachedExample:
+        """The example's row.
+
+        Raises:
+            CacheError: no such example.
+        """
+        if example_id in self._kept:
+            return self._kept[example_id]
+        if example_id not in self._place:
+            raise CacheError(
+                f"{self.folder.name} has no row for example {example_id}: the data changed; run 02 "
+                f"again"
+            )
+        file, group = self._place[example_id]
+        row = self._shape(self._file(file).read_row_group(group, self._columns))
+        size = sum(value.nbytes for value in (row.tokens, row.ends, *row.signals.values()))
+        if size <= self._room:
+            self._room -= size
+            self._kept[example_id] = row
+        return row
+
+    def _shape(self, table: pa.Table) -> CachedExample:
+        row = CachedExample(
+            table["example_id"][0].as_py(),
+            table["tokens"].chunk(0).values.to_numpy(),
+            table["answer_start"][0].as_py(),
+            table["ends"].chunk(0).values.to_numpy(),
+        )
+        for column, dtype in self._dtypes.items():
+            rows = self.manifest["heads"] if signal_of(column) == "attention" else len(row.tokens)
+            row.signals[column] = joined_planes(table, column, dtype).reshape(rows, -1)
+        return row
+
+    def stored_bytes(self) -> dict[str, int]:
+        """What each signal takes in the shards, compressed; "other" is ids, tokens and the files'
+        footers.
+        """
+        stored = dict.fromkeys((*self.manifest["dtypes"], "other"), 0)
+        for shard in self.manifest["shards"]:
+            metadata, signals = self._file(shard["file"]).metadata, 0
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                for column in map(group.column, range(group.num_columns)):
+                    if (name := column.path_in_schema.split(".")[0]) in self.manifest["dtypes"]:
+                        stored[name] += column.total_compressed_size
+                        signals += column.total_compressed_size
+            stored["other"] += shard["bytes"] - signals
+        return stored
+
+    def vocabulary(self) -> Vocabulary:
+        """What the ids of the tokens, and the rows of `lm_head`, stand for.
+
+        Raises:
+            CacheError: the file was damaged since the cache was opened.
+        """
+        from kd_utils.tokens.vocabulary import Vocabulary
+
+        return Vocabulary.from_table(
+            pq.read_table(_check_file(self.folder, self.manifest["vocabulary"]))
+        )
+
+    def lm_head(self) -> Tensor | None:
+        """(V, d) the teacher's output layer, as stored; None in a top-k cache.
+
+        Raises:
+            CacheError: the file was damaged since the cache was opened.
+        """
+        from safetensors.torch import load_file
+
+        if "lm_head" not in self.manifest:
+            return None
+        return load_file(_check_file(self.folder, self.manifest["lm_head"]))["lm_head"]

@@ -1,0 +1,1 @@
+"""Which machines are there, and do they see the same files?"""

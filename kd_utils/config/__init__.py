@@ -1,0 +1,1 @@
+"""Which parameters are there, and which values may they have?"""

@@ -1,0 +1,102 @@
+"""Typed parameters: one frozen config per notebook, checked before anything is loaded.
+
+The defaults stand in the notebooks' cells tagged `parameters` and nowhere else; the classes here
+say which keys exist, of what type and in which range. A file in `papermill_params/` holds what
+differs from the defaults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from kd_utils.config.fields import (
+    Name,
+    Place,
+    in_one_line,
+)
+from kd_utils.config.project_paths import resolve
+
+#: Names, places and devices: parameters that no fingerprint holds.
+NEVER_IN_A_RESULT = frozenset(
+    {"name", "artifacts_dir", "run_dir", "trial", "device", "save_student", "checkpoint_seconds"}
+)
+
+
+class Config(BaseModel):
+    """What all notebooks share: names, places, and how a bad value is reported."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
+    )
+
+    name: Name
+    artifacts_dir: Place
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(in_one_line(error, type(self))) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_stands(cls, value: Any, info: Any) -> Any:
+        """Refuse what pydantic would take for something else, and text that files and libraries do
+        not take.
+        """
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+            raise ValueError("Input should be a number, not true or false")
+        if (
+            isinstance(value, bytes)
+            or isinstance(value, str)
+            and re.search(r"[\0\ud800-\udfff]", value)
+        ):
+            raise ValueError("Input should be plain text: no bytes, no NUL, no lone surrogates")
+        return value
+
+    @classmethod
+    def from_notebook(cls, namespace: dict[str, Any]) -> Self:
+        """The config from a notebook's `globals()`, after its `parameters` cell and what papermill
+        injected.
+
+        Raises:
+            ValueError: one line: key, value and what is allowed; also for an injected key that no
+                notebook declares.
+        """
+        from kd_utils.config.parameter_files import injected_names, unknown_keys_are_errors
+
+        unknown_keys_are_errors(injected_names(namespace.get("In", [])), "injected parameters")
+        if missing := [key for key in cls.model_fields if key not in namespace]:
+            raise ValueError(
+                f"the parameters cell does not define {', '.join(missing)}: restore it"
+            )
+        return cls(**{key: namespace[key] for key in cls.model_fields})
+
+    def __str__(self) -> str:
+        width = max(map(len, type(self).model_fields))
+        return "\n".join(f"{key:<{width}}  {value!r}" for key, value in self.model_dump().items())
+
+    @property
+    def artifacts(self) -> Path:
+        return resolve(self.artifacts_dir)
+
+    @property
+    def data_path(self) -> Path:
+        """Folder of the prepared data, `artifacts/data/NAME`."""
+        return self.artifacts / "data" / self.name
+
+    @property
+    def without_effect(self) -> set[str]:
+        """Parameters that cannot change a result because of what others say."""
+        return set()
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits over all values but those that cannot change a result."""
+        values = self.model_dump(exclude=NEVER_IN_A_RESULT | self.without_effect)
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

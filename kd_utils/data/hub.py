@@ -1,0 +1,156 @@
+"""The hub: a model's or dataset's files, fetched whole before anything is read, and what is wrong
+if they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+#: What is fetched from the hub to load a tokenizer, and a model: no pickle, no code.
+TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+
+MODEL_FILES = ("*.json", "*.safetensors")
+
+
+def hub_folder(
+    name: str,
+    files: Sequence[str],
+    *,
+    revision: str = "",
+    kind: str = "model",
+    otherwise: str = "name a folder that holds the model",
+) -> Path:
+    """The hub's files of a model or dataset, whole, in the hub's local cache: .../snapshots/COMMIT.
+
+    They are fetched before anything is loaded: transformers waits for minutes for a hub that does
+    not answer, and takes a tokenizer's file that it could not get for one that is not there. A
+    first request without retries shows in HF_HUB_ETAG_TIMEOUT (10) seconds whether there is a way
+    in; if not, what the cache holds is used.
+
+    Args:
+        name: the hub's `owner/name`.
+        files: patterns of the files to fetch.
+        revision: a branch, tag or commit; "" is `main`.
+        kind: "model" or "dataset"; a model's subfolders hold other formats of the same and are left
+            out.
+        otherwise: how to do without the hub, for the error.
+
+    Raises:
+        ConnectionError: in one line what is wrong (gate, name, revision, network, the hub) and the
+            remedy.
+    """
+    from huggingface_hub import snapshot_download
+
+    fetch = partial(
+        snapshot_download,
+        name,
+        repo_type=kind,
+        revision=revision or "main",
+        allow_patterns=list(files),
+        ignore_patterns=["*/*", "consolidated*"] if kind == "model" else None,
+    )
+    try:
+        _ask_hub(name, revision or "main", kind)
+        return Path(fetch())
+    except Exception as error:  # the hub's, httpx's, JSON's and the disk's own
+        with suppress(Exception):
+            return Path(fetch(local_files_only=True))
+        problem = _hub_problem(error, name, revision or "main", kind)
+        raise ConnectionError(
+            f"cannot get the {kind} {name} from the hub: {problem}, or {otherwise}"
+        ) from None
+
+
+def _ask_hub(name: str, revision: str, kind: str) -> None:
+    """One request: does the hub answer, let us in, and have this revision?"""
+    from huggingface_hub import constants, errors, get_hf_file_metadata, get_session, hf_hub_url
+
+    hooks = get_session().event_hooks
+    if _limit_wait not in hooks["request"]:
+        hooks["request"].append(_limit_wait)
+        hooks["response"].append(_refuse_to_wait)
+    url = hf_hub_url(
+        name, "config.json" if kind == "model" else "README.md", repo_type=kind, revision=revision
+    )
+    with suppress(errors.EntryNotFoundError):  # an answer too
+        if get_hf_file_metadata(url).commit_hash is None:
+            raise errors.FileMetadataError(
+                f"{constants.ENDPOINT} is not the hub: a login page, a wrong HF_ENDPOINT?"
+            )
+
+
+def _limit_wait(request: Any) -> None:
+    """A time limit for every request: huggingface_hub names none where it lists files, and a minute
+    elsewhere.
+    """
+    from huggingface_hub import constants
+
+    limit = max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
+    given = request.extensions["timeout"]
+    request.extensions["timeout"] = {
+        part: min(seconds or limit, limit) for part, seconds in given.items()
+    }
+
+
+def _refuse_to_wait(response: Any) -> None:
+    """Errors where huggingface_hub sleeps for as long as it is told to, or begins a download anew
+    without end.
+    """
+    from huggingface_hub.utils import hf_raise_for_status
+
+    if response.status_code == 429:
+        hf_raise_for_status(response)
+    if (
+        response.status_code == 200
+        and response.request.headers.get("Range", "bytes=0-") != "bytes=0-"
+    ):
+        raise ConnectionError(
+            "the download was cut off, and the server begins anew instead of going on"
+        )
+
+
+def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> str:
+    """What went wrong, by the class of the error or of what it came from, and the remedy."""
+    from huggingface_hub import errors
+
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    kinds = {base for link in chain for base in type(link).__mro__}
+    status = next(
+        (link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)), 0
+    )
+    page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{name}"
+    problems = {
+        f"it is gated: accept its licence on {page}, then log in with `hf auth login` or set HF_TOKEN": errors.GatedRepoError
+        in kinds,
+        "there is none of that name, or it is private: check the name, log in with `hf auth login` or set HF_TOKEN": errors.RepositoryNotFoundError
+        in kinds,
+        f"it has no revision {revision}: choose one of {page}/commits": errors.RevisionNotFoundError
+        in kinds,
+        f"the hub refuses the token (HTTP {status}): log in anew with `hf auth login`, or set "
+        f"HF_TOKEN to one that may "
+        f"read {page}": status in (401, 403),
+        "the hub limits requests (HTTP 429): try again in some minutes, log in with `hf auth login`": status
+        == 429,
+        f"the hub has a fault of its own (HTTP {status}): try again later": status >= 500,
+        "HF_HUB_OFFLINE is set and the cache does not hold it: unset it": errors.OfflineModeIsEnabled
+        in kinds,
+        f"the cache cannot be written ({one_line(error)}): make room, or set HF_HOME to another folder": getattr(
+            error, "errno", None
+        )
+        is not None,
+    }
+    return next(
+        (problem for problem, holds in problems.items() if holds),
+        f"no whole answer ({one_line(chain[-1])}): check the network, try again later",
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """An error's class and text, of whatever library, in one line of readable length."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

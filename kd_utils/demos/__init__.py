@@ -1,0 +1,1 @@
+"""Experiments that need no model hub: the toy benchmark and SmolLM2."""

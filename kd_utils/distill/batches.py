@@ -1,0 +1,146 @@
+"""What a training step is fed: padded examples, in which order, and with them what the teachers
+have to say.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_utils.distill.targets import Compared, compared, tensor_of
+from kd_utils.tokens.encoding import CachedExample, right_padded
+
+
+@dataclass
+class Batch:
+    """Right-padded examples.
+
+    Attributes:
+        input_ids: (B, T) int64.
+        lengths: real tokens of each example.
+        predicting: (A,) flat positions (b T + t) that predict an answer token; targets: (A,) those
+            tokens.
+        teachers: what is compared, a teacher at a time.
+        answers: answer tokens here; whole_answers: in the whole batch, when this is a part of it.
+    """
+
+    input_ids: Tensor
+    lengths: list[int]
+    predicting: Tensor
+    targets: Tensor
+    teachers: list[Compared]
+    answers: int
+    whole_answers: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Elements of each term here; those of the first teacher where there are several."""
+        return {"task": self.answers, **(self.teachers[0].counts if self.teachers else {})}
+
+
+def collate(
+    examples: list[CachedExample],
+    teachers: list[list[CachedExample]] | None = None,
+    *,
+    distill_tokens: str = "all",
+    attention_normaliser: str = "entries",
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Examples as tensors.
+
+    Args:
+        examples: with the student's tokens.
+        teachers: of each teacher, its cache's rows of the same examples, in the same order. None:
+            `examples` themselves have the signals, of a teacher with the student's tokens; without
+            any the batch is for the task loss alone.
+        distill_tokens: "all" real tokens, or those that predict the "answer".
+        attention_normaliser: what the maps' squared errors are divided by: their "entries" (a mean
+            over all), or their "queries" (summed over a row's keys, averaged over rows and heads).
+        device: where the tensors go.
+    """
+    device = torch.device(device)
+    input_ids, lengths = right_padded(examples)
+    predicting = np.concatenate(
+        [
+            np.arange(row.answer_start - 1, n - 1) + b * input_ids.shape[1]
+            for b, (row, n) in enumerate(zip(examples, lengths))
+        ]
+    )
+    if teachers is None:
+        teachers = [examples] if examples[0].signals else []
+    seen = [
+        compared(examples, rows, input_ids.shape[1], distill_tokens, attention_normaliser, device)
+        for rows in teachers
+    ]
+    return Batch(
+        tensor_of(input_ids, device),
+        lengths,
+        tensor_of(predicting, device),
+        tensor_of(input_ids.reshape(-1)[predicting + 1], device),
+        seen,
+        len(predicting),
+        len(predicting),
+    )
+
+
+def split_batch(
+    examples: list[CachedExample],
+    micro_batch_size: int,
+    teachers: list[list[CachedExample]] | None = None,
+    **options,
+) -> list[Batch]:
+    """One optimiser step's examples in parts that fit the memory; each part knows the whole batch's
+    normalisers.
+    """
+    slices = [slice(i, i + micro_batch_size) for i in range(0, len(examples), micro_batch_size)]
+    parts = [
+        collate(examples[part], teachers and [rows[part] for rows in teachers], **options)
+        for part in slices
+    ]
+    for k, sides in enumerate(zip(*(part.teachers for part in parts), strict=True)):
+        whole = {term: sum(each.counts[term] for each in sides) for term in sides[0].counts}
+        for part in parts:
+            part.teachers[k].normalisers = whole
+    answers = sum(part.answers for part in parts)
+    for part in parts:
+        part.whole_answers = answers
+    return parts
+
+
+def epoch_batches(
+    lengths: list[int], batch_size: int, seed: int, epoch: int, *, pool: int = 16
+) -> list[list[int]]:
+    """Indices in batches of similar length, shuffled; the same for every method at one seed.
+
+    The rows are shuffled, cut into pools of `pool` batches, sorted by length inside each pool, cut
+    into batches, and the batches are shuffled: little padding, and which rows meet changes from
+    epoch to epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(len(lengths))
+    pools = [order[i : i + pool * batch_size] for i in range(0, len(order), pool * batch_size)]
+    by_length = np.concatenate(
+        [p[np.argsort(np.asarray(lengths)[p], kind="stable")] for p in pools]
+    )
+    batches = [by_length[i : i + batch_size].tolist() for i in range(0, len(by_length), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:
+    """`make(item)` for each item, made ahead by a thread, so that reading and decoding overlap with
+    the step.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        pending: deque = deque()
+        for item in items:
+            pending.append(pool.submit(make, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

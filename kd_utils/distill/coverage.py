@@ -1,0 +1,81 @@
+"""How well a student's tokenizer can take a teacher's signals: shares of tokens, groups and
+probability.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from kd_utils.distill.targets import groups_of
+from kd_utils.models.output_head import Head
+from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.vocabulary import Vocabulary, shared_pieces
+
+
+def token_agreement(
+    teacher: list[CachedExample],
+    student: list[CachedExample],
+    vocabularies: tuple[Vocabulary, Vocabulary],
+    tasks: Iterable[str],
+) -> pd.DataFrame:
+    """How two tokenizations of the same rows line up, by task.
+
+    Args:
+        teacher, student: the rows as each side's tokens, with `ends`, in the same order.
+        vocabularies: the teacher's, the student's.
+        tasks: of each row.
+
+    Returns:
+        A row per task: `rows`; `teacher tokens`, `student tokens` and `groups` per row; `single
+            groups`, the share of
+        groups with one token on each side; `shared pieces`, the share of the teacher's tokens that
+        are pieces of both vocabularies; `hidden states`, the share of the student's tokens that end
+        a group, so that one is compared.
+    """
+    shared = set(shared_pieces(*vocabularies).teacher.tolist())
+    counts = []
+    for theirs, ours, task in zip(teacher, student, tasks, strict=True):
+        groups = groups_of(theirs, ours)
+        counts.append(
+            {
+                "task": task,
+                "rows": 1,
+                "teacher tokens": len(theirs.tokens),
+                "student tokens": len(ours.tokens),
+                "groups": len(groups),
+                "single": int(groups.single.sum()),
+                "shared": sum(token in shared for token in theirs.tokens.tolist()),
+            }
+        )
+    total = pd.DataFrame(counts).groupby("task", sort=False).sum()
+    shares = pd.DataFrame(
+        {
+            "single groups": total["single"] / total["groups"],
+            "shared pieces": total["shared"] / total["teacher tokens"],
+            "hidden states": total["groups"] / total["student tokens"],
+        }
+    )
+    lengths = total[["teacher tokens", "student tokens", "groups"]].div(total["rows"], axis=0)
+    return pd.concat([total["rows"], lengths, shares], axis=1)
+
+
+@torch.no_grad()
+def shared_mass(row: CachedExample, head: Head, pieces: Tensor, temperature: float) -> float:
+    """The probability that the teacher gives to these of its pieces, a mean over one example's
+    positions.
+
+    What is left goes to the rest bucket of `logit_losses.kd_loss`: there the student learns how
+    much, and not which.
+
+    Args:
+        row: with the teacher's final hidden states.
+        head: the teacher's.
+        pieces: (K,) ids.
+        temperature: T of softmax(z / T).
+    """
+    hidden = torch.from_numpy(row.signals["hidden"].astype("float32"))
+    return float((head.logits(hidden) / temperature).softmax(-1)[:, pieces].sum(-1).mean())

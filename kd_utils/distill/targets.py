@@ -1,0 +1,283 @@
+"""What one teacher has to say of a batch: its signals at the places where they can be compared with
+the student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kd_utils.models.attention_maps import causal_slice
+from kd_utils.tokens.alignment import Groups, align, identity
+from kd_utils.tokens.encoding import CachedExample
+
+
+@dataclass
+class Merge:
+    """How a side's map over tokens becomes one over groups: a group's last query, the sum over its
+    keys.
+
+    Attributes:
+        rows: (Q,) int64, the groups' last tokens among the query rows of the map that is merged.
+        group_of_key: (K,) int64, the group of each key.
+        groups: how many groups the keys have.
+    """
+
+    rows: Tensor
+    group_of_key: Tensor
+    groups: int
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """(H, queries, K) -> (H, Q, groups)."""
+        chosen = rows.index_select(1, self.rows)
+        merged = torch.zeros(*chosen.shape[:2], self.groups, device=rows.device)
+        return merged.index_add_(2, self.group_of_key, chosen)
+
+    def spread(self, slope: Tensor, queries: int) -> Tensor:
+        """The transpose, for gradients: (H, Q, groups) -> (H, queries, K); 0 in rows that no group
+        ends in.
+        """
+        spread = torch.zeros(len(slope), queries, len(self.group_of_key), device=slope.device)
+        return spread.index_copy_(1, self.rows, slope.index_select(2, self.group_of_key))
+
+
+@dataclass
+class Maps:
+    """One layer's teacher maps of a batch, example by example, and the student's query rows that
+    they belong to.
+
+    Attributes:
+        packed: (H, P) the teacher's query rows, as `signals.encode_map` stores them.
+        teacher_rows, student_rows: those rows as slices of positions.
+        merges: (teacher's, student's), where tokens differ; None where they are the same.
+    """
+
+    packed: list[Tensor]
+    teacher_rows: list[tuple[int, int]]
+    student_rows: list[tuple[int, int]]
+    merges: list[tuple[Merge, Merge] | None]
+
+
+@dataclass
+class Spans:
+    """Groups of more than one token: the positions that predict their tokens, on each side.
+
+    Attributes:
+        student: (P_s,) flat positions; student_targets: (P_s,) tokens that follow; student_span:
+            (P_s,) which group.
+        teacher: (P_t, d) hidden states; teacher_targets: (P_t,); teacher_span: (P_t,).
+        count: how many groups.
+    """
+
+    student: Tensor
+    student_targets: Tensor
+    student_span: Tensor
+    teacher: Tensor
+    teacher_targets: Tensor
+    teacher_span: Tensor
+    count: int
+
+
+@dataclass
+class Compared:
+    """What one teacher has to say of a batch. A place is the last token of a group, on either side.
+
+    Attributes:
+        places: (N,) flat student positions (b T + t) whose signals are compared.
+        signals: the teacher's there: `hidden` (N, d), `hidden_2`, ..., `top_logits`, `top_ids`,
+            `log_mass` (N, .).
+        maps: column of the cache -> its maps.
+        single: (S,) which of the places are followed by one token on each side, so that
+            distributions over it can be compared; None: all are.
+        spans: what follows the other places; None if there are none.
+        direct: every example has the same tokens on both sides.
+        counts: this batch's normaliser for each term; normalisers: the whole batch's, when this is
+            a part of it.
+    """
+
+    places: Tensor
+    signals: dict[str, Tensor]
+    maps: dict[str, Maps]
+    single: Tensor | None
+    spans: Spans | None
+    direct: bool
+    counts: dict[str, int]
+    normalisers: dict[str, int]
+
+
+def compared(
+    examples: list[CachedExample],
+    rows: list[CachedExample],
+    width: int,
+    distill_tokens: str,
+    attention_normaliser: str,
+    device: torch.device,
+) -> Compared:
+    """Line up one teacher's rows with the student's, and take the signals that are compared.
+
+    Args:
+        examples: with the student's tokens; rows: the teacher's of the same examples, with its
+            tokens and signals.
+        width: T of the batch, in which a position's flat place is b T + t.
+        distill_tokens, attention_normaliser, device: as in `batches.collate`.
+    """
+    groups = [groups_of(row, example) for row, example in zip(rows, examples)]
+    same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
+    wanted = [
+        slice(None) if distill_tokens == "all" else _before_answer(each, example)
+        for each, example in zip(groups, examples)
+    ]
+    theirs = [each.teacher[part] for each, part in zip(groups, wanted)]
+    ours = [each.student[part] for each, part in zip(groups, wanted)]
+
+    def tensor(arrays: list[np.ndarray]) -> Tensor:
+        return tensor_of(np.concatenate(arrays), device)
+
+    signals = {
+        name: tensor([row.signals[name][places] for row, places in zip(rows, theirs)])
+        for name in rows[0].signals
+        if not name.startswith("attention")
+    }
+    maps = {
+        name: _maps([row.signals[name] for row in rows], groups, theirs, ours, same, device)
+        for name in rows[0].signals
+        if name.startswith("attention")
+    }
+    single, spans = None, None
+    if not all(same):
+        single, spans = _followed(rows, examples, groups, wanted, width, tensor)
+    entries, queries = _map_sizes(groups, wanted)
+    heads = next((len(row.signals[name]) for row in rows[:1] for name in maps), 0)
+    counts = {
+        "kd": sum(map(len, ours)),
+        "hidden": sum(map(len, ours)),
+        "attention": heads * (entries if attention_normaliser == "entries" else queries),
+    }
+    places = tensor([places + b * width for b, places in enumerate(ours)])
+    return Compared(places, signals, maps, single, spans, all(same), counts, counts)
+
+
+def groups_of(teacher: CachedExample, student: CachedExample) -> Groups:
+    """How the two tokenizations of an example line up.
+
+    Raises:
+        ValueError: names the example whose tokens do not spell the same text.
+    """
+    if np.array_equal(teacher.tokens, student.tokens):
+        return identity(len(student.tokens))
+    for side, row in (("teacher", teacher), ("student", student)):
+        if row.ends is None or len(row.ends) != len(row.tokens):
+            raise ValueError(
+                f"row {row.example_id}: the {side}'s tokens do not spell its text (prompt and "
+                f"answer are "
+                "joined into one token), so the other side's cannot be lined up with them: leave "
+                "it out"
+            )
+    try:
+        return align(teacher.ends, student.ends)
+    except ValueError as error:
+        raise ValueError(f"row {student.example_id}: {error}: run 01 and 02 again") from None
+
+
+def _before_answer(groups: Groups, example: CachedExample) -> slice:
+    """The groups at whose end something of the answer is predicted."""
+    first = int(np.searchsorted(groups.student, example.answer_start - 1))
+    return slice(first, max(len(groups) - 1, first + 1))
+
+
+def _map_sizes(groups: list[Groups], wanted: list[slice]) -> tuple[int, int]:
+    """Causal entries and query rows of all merged maps, for one head."""
+    entries = queries = 0
+    for each, part in zip(groups, wanted):
+        first, last, _ = part.indices(len(each))
+        start, end = causal_slice(first, last)
+        entries, queries = entries + end - start, queries + last - first
+    return entries, queries
+
+
+def _maps(
+    packed: list[np.ndarray],
+    groups: list[Groups],
+    theirs: list[np.ndarray],
+    ours: list[np.ndarray],
+    same: list[bool],
+    device: torch.device,
+) -> Maps:
+    teacher_rows, student_rows = (
+        [(int(places[0]), int(places[-1]) + 1) for places in side] for side in (theirs, ours)
+    )
+    parts = [whole[:, slice(*causal_slice(*rows))] for whole, rows in zip(packed, teacher_rows)]
+    joined = tensor_of(
+        np.concatenate([part.reshape(-1) for part in parts]), device
+    )  # one transfer for all
+    tensors = [
+        piece.view(part.shape)
+        for piece, part in zip(joined.split([part.size for part in parts]), parts)
+    ]
+    merges = [
+        None
+        if equal
+        else (_merge(each.teacher, teacher, device), _merge(each.student, student, device))
+        for each, teacher, student, equal in zip(groups, theirs, ours, same)
+    ]
+    return Maps(tensors, teacher_rows, student_rows, merges)
+
+
+def _merge(last: np.ndarray, places: np.ndarray, device: torch.device) -> Merge:
+    """Of one side: `last` token of every group, and the `places` among them whose rows are
+    compared.
+    """
+    keys = np.searchsorted(last, np.arange(places[-1] + 1))
+    return Merge(tensor_of(places - places[0], device), tensor_of(keys, device), int(keys[-1]) + 1)
+
+
+def _followed(
+    rows: list[CachedExample],
+    examples: list[CachedExample],
+    groups: list[Groups],
+    wanted: list[slice],
+    width: int,
+    tensor: Callable[[list[np.ndarray]], Tensor],
+) -> tuple[Tensor | None, Spans | None]:
+    """Which places one token follows on each side (or nothing does), and the longer groups that
+    follow the others.
+    """
+    single, student, teacher, seen, count = [], [], [], 0, 0
+    for b, (row, example, each, part) in enumerate(zip(rows, examples, groups, wanted)):
+        first, last, _ = part.indices(len(each))
+        one = np.append(each.single, True)[first + 1 : last + 1]
+        single.append(np.flatnonzero(one) + seen)
+        seen += last - first
+        for g in np.flatnonzero(~one) + first:
+            student.append(_span(each.student, g, example, count, b * width))
+            teacher.append(_span(each.teacher, g, row, count, 0, b))
+            count += 1
+    if not count:
+        return None, None
+    if "hidden" not in rows[0].signals:
+        return tensor(single), None
+    hidden = tensor([rows[b].signals["hidden"][places] for places, _, _, b in teacher])
+    columns = [tensor([part[k] for part in side]) for side in (student, teacher) for k in range(3)]
+    return tensor(single), Spans(*columns[:3], hidden, *columns[4:], count)
+
+
+def _span(
+    last: np.ndarray, group: int, row: CachedExample, count: int, offset: int, b: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """The positions that predict the tokens of the group behind `group`, those tokens, and the
+    group's number.
+    """
+    places = np.arange(last[group], last[group + 1])
+    return places + offset, row.tokens[places + 1].astype(np.int64), np.full(len(places), count), b
+
+
+def tensor_of(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; a GPU does not wait for it."""
+    # A copy where needed: rows read from Parquet are read-only, and torch wants memory that it may
+    # write to.
+    host = torch.from_numpy(np.require(array, requirements=("C", "W")))
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -1,0 +1,217 @@
+"""What a training step computes and sums up; the loop itself stands in notebook 03."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kd_utils.distill.batches import Batch
+from kd_utils.distill.losses import task_cross_entropy
+from kd_utils.distill.teacher_terms import TeacherView, mixed_kd
+from kd_utils.models.devices import mixed_seed
+from kd_utils.models.output_head import Head, output_head
+from kd_utils.models.signals import Signals
+
+
+def seed_step(seed: int, global_step: int) -> None:
+    """Seed torch for one step, so that dropout is the same for all methods whatever else drew
+    random numbers.
+    """
+    torch.manual_seed(mixed_seed(seed, global_step))
+
+
+def loss_terms(
+    signals: Signals,
+    head: Head,
+    *,
+    batch: Batch,
+    terms: Collection[str],
+    views: Sequence[TeacherView] = (),
+    temperature: float = 1.0,
+    logit_loss: str = "kl",
+) -> dict[str, Tensor]:
+    """The terms that a method has, each divided by the whole batch's normaliser. DESIGN section 4.
+
+    Of several teachers each term is the weighted sum over them. Where all have the student's tokens
+    and vocabulary, their probabilities are mixed; else their KLs are, which has the same gradient
+    (the two differ by a constant).
+
+    Args:
+        signals: the student's, for `batch.input_ids`, with the layers that `views` compare.
+        head: the student's.
+        batch: with the teachers' signals.
+        terms: of "task", "kd", "hidden", "attention".
+        views: the teachers, in the order in which `batch.teachers` has them.
+        temperature: T of "kd".
+        logit_loss: "kl", or "uld": sorted probabilities.
+
+    Returns:
+        Scalars by term; units as in `losses` and `logit_losses`.
+    """
+    values: dict[str, Tensor] = {}
+    if "task" in terms:
+        logits = head.logits(signals.hidden.flatten(0, 1)[batch.predicting])
+        values["task"] = task_cross_entropy(logits, batch.targets, batch.whole_answers)
+    terms = [term for term in terms if term != "task"]
+    whole = {
+        compared.normalisers["kd"] for compared in batch.teachers
+    }  # of all micro-batches: unequal, some were cut
+    mixes = (
+        len(views) > 1
+        and "kd" in terms
+        and logit_loss == "kl"
+        and len(whole) == 1
+        and all(
+            view.head and view.shared is None and compared.direct
+            for view, compared in zip(views, batch.teachers)
+        )
+    )
+    for view, compared in zip(views, batch.teachers):
+        own = [term for term in terms if term != "kd" or not mixes]
+        for name, value in view.terms(
+            signals, head, compared, own, temperature, logit_loss
+        ).items():
+            values[name] = values.get(name, 0.0) + view.weight * value
+    if mixes:
+        values["kd"] = mixed_kd(list(views), signals, head, batch.teachers, temperature)
+    return {name: values[name] for name in ("task", "kd", "hidden", "attention") if name in values}
+
+
+def gradient_shares(
+    terms: dict[str, Tensor], weights: dict[str, float], student: nn.Module
+) -> dict[str, float]:
+    """Each weighted term's gradient norm on the student, over the sum of these norms; the graph is
+    kept.
+
+    A weight of 0.1 on a tiny mean squared error may do nothing at all: this is where a reader sees
+    it.
+    """
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(
+            weights[name] * term, parameters, retain_graph=True, allow_unused=True
+        )
+        norms[name] = (
+            torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
+        )
+    total = sum(norms.values()) or 1.0
+    return {f"grad_share/{name}": norm / total for name, norm in norms.items()}
+
+
+class Mean:
+    """Running means of named numbers; tensors are read only at the end, so that a GPU is not waited
+    for.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, values: dict[str, Tensor | float], counts: dict[str, float]) -> None:
+        """Add totals: each value is a sum over `counts` elements."""
+        for name, value in values.items():
+            value = value.detach().float() if isinstance(value, Tensor) else value
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0.0) + counts[name]
+
+    def add_part(self, values: dict[str, Tensor], parts: int) -> None:
+        """Add one micro-batch of `parts`; their values are divided by the whole batch's normaliser,
+        so they add up.
+        """
+        self.add(values, dict.fromkeys(values, 1 / parts))
+
+    def result(self, prefix: str = "") -> dict[str, float]:
+        return {
+            prefix + name: float(total) / self._counts[name] for name, total in self._sums.items()
+        }
+
+
+class FiniteSteps:
+    """Stops a trial whose loss or gradient is not finite.
+
+    Each step's numbers are looked at when the next step asks, since a GPU has them ready by then
+    and is not waited for.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, Tensor, dict[str, Tensor]] | None = None
+
+    def add(self, global_step: int, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
+        """A step's gradient norm, before clipping, and its (last micro-batch's) loss terms.
+
+        Raises:
+            FloatingPointError: the step before this one was not finite.
+        """
+        self.check()
+        self._last = (
+            global_step,
+            gradient_norm.detach(),
+            {name: term.detach() for name, term in terms.items()},
+        )
+
+    def check(self) -> None:
+        """Look at the last step too.
+
+        Raises:
+            FloatingPointError: it was not finite.
+        """
+        if self._last is None:
+            return
+        global_step, norm, terms = self._last
+        values = {
+            "gradient norm": norm.item(),
+            **{f"{name} loss": term.item() for name, term in terms.items()},
+        }
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise FloatingPointError(
+                f"training diverged at step {global_step}: {shown}; lower learning_rate or the "
+                "weight of the term that is not finite, or set precision to 'float32'"
+            )
+
+
+@torch.no_grad()
+def validation_losses(
+    student: nn.Module,
+    batches: Iterable[tuple[Batch, list[str]]],
+    signals_of: Callable[[Tensor], Signals],
+    terms_of: Callable[..., dict[str, Tensor]],
+) -> dict[str, float]:
+    """Unweighted loss terms over the validation rows, and token accuracy under teacher forcing.
+
+    Args:
+        student: in eval mode.
+        batches: (batch, task of each example).
+        signals_of: the student's signals for input ids.
+        terms_of: `loss_terms` with everything but signals, head and batch filled in.
+
+    Returns:
+        `validation_loss/TERM`: mean over the set's tokens (or entries; those of the first teacher),
+            not over batches;
+        `validation_loss`: the task term, nats per answer token, which all methods share;
+            `token_accuracy/TASK`: share
+        of answer tokens that are the argmax given the true ones before them. It is not accuracy.
+    """
+    losses, hits, head = Mean(), Mean(), output_head(student)
+    for batch, tasks in batches:
+        signals = signals_of(batch.input_ids)
+        terms = terms_of(signals, head, batch=batch)
+        losses.add(
+            {name: value * batch.counts[name] for name, value in terms.items()}, batch.counts
+        )
+        guesses = head.logits(signals.hidden.flatten(0, 1)[batch.predicting]).argmax(-1)
+        right = (guesses == batch.targets).cpu().numpy()
+        rows = (batch.predicting // batch.input_ids.shape[1]).cpu().numpy()
+        for b, task in enumerate(tasks):
+            mine = right[rows == b]
+            hits.add({task: float(mine.sum())}, {task: len(mine)})
+    values = losses.result("validation_loss/")
+    return {
+        "validation_loss": values["validation_loss/task"],
+        **values,
+        **hits.result("token_accuracy/"),
+    }

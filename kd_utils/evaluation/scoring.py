@@ -1,0 +1,307 @@
+"""Predictions and accuracy as lm-evaluation-harness 0.4.13 counts them, for `sst2`, `mmlu` and
+`gsm8k`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from kd_utils.config.stages import TASK_NAMES
+from kd_utils.data.tasks import load_task
+from kd_utils.evaluation.generation import (
+    batches,
+    context_length,
+    generate_answers,
+    score_generated,
+)
+from kd_utils.models.devices import autocast
+from kd_utils.models.loading import load_causal_lm, load_tokenizer
+from kd_utils.store.files import written_aside
+from kd_utils.tokens.encoding import encode_pair
+
+PREDICTION_COLUMNS = (
+    "example_id",
+    "task",
+    "prompt",
+    "gold",
+    "prediction",
+    "correct",
+    "loglikelihoods",
+    "generated",
+    "correct_flexible",
+)
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    table: pd.DataFrame,
+    *,
+    batch_size: int,
+    max_new_tokens: int = 256,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """One prediction per example.
+
+    SST-2 and MMLU: the choice with the largest sum of its tokens' natural-log probabilities, no
+    length normalisation, the first of a tie. GSM8K: greedy generation, exact match of the extracted
+    number. The batch size changes the speed and nothing else (in float32; lower precisions round
+    with the shape). Wrap the call in autocast for mixed precision.
+
+    Args:
+        model: any causal `transformers` model, on any device; left in the mode (train or eval) that
+            it was in.
+        tokenizer: its tokenizer; special tokens are those that it adds itself.
+        table: rows of `tasks.load_task` or of prepared data.
+        batch_size: sequences per forward pass.
+        max_new_tokens: GSM8K's longest generation, in tokens (the harness: 256).
+        progress: show a bar.
+
+    Returns:
+        A row per example, in the table's order: `example_id`, `task`, `prompt`, `gold`,
+            `prediction` (index of the
+        choice as a string, or the number of the strict match, "[invalid]" if there is none),
+        `correct` (bool), `loglikelihoods` (list of floats, nats, a value per choice; None for
+        GSM8K), `generated` (text up to the stop; None for choices), `correct_flexible` (bool, the
+        last number counts; None for choices).
+
+    Raises:
+        ValueError: a count below 1, no room in the model's context for a prompt and
+            `max_new_tokens`, an answer without a token of its own, or logits that are not finite.
+    """
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"batch_size = {batch_size} and max_new_tokens = {max_new_tokens} must be at least 1"
+        )
+    records: list[dict[str, Any]] = [{} for _ in range(len(table))]
+    has_choices = [len(choices) > 0 for choices in table["choices"]]
+    with _evaluating(model):
+        chosen = [place for place, choice in enumerate(has_choices) if choice]
+        scores = choice_loglikelihoods(
+            model, tokenizer, table.iloc[chosen], batch_size=batch_size, progress=progress
+        )
+        for place, values in zip(chosen, scores, strict=True):
+            gold = table["gold"].iloc[place]
+            prediction = str(values.index(max(values)))
+            records[place] = {
+                "prediction": prediction,
+                "correct": prediction == gold,
+                "loglikelihoods": values,
+            }
+        asked = [place for place, choice in enumerate(has_choices) if not choice]
+        texts = generate_answers(
+            model,
+            tokenizer,
+            table["prompt"].iloc[asked].tolist(),
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+        for place, text in zip(asked, texts, strict=True):
+            records[place] = {"generated": text, **score_generated(text, table["gold"].iloc[place])}
+    given = table[["example_id", "task", "prompt", "gold"]].reset_index(drop=True)
+    # Object columns: a missing value is None, and a bool stays a bool beside it.
+    made = {
+        column: pd.Series([record.get(column) for record in records], dtype=object)
+        for column in PREDICTION_COLUMNS[len(given.columns) :]
+    }
+    made["correct"] = made["correct"].astype(bool)
+    return given.assign(**made)
+
+
+def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
+    """Fractions of right predictions, each in [0, 1].
+
+    Returns:
+        `validation_accuracy` (over examples), `validation_accuracy/macro` (mean over tasks),
+        `validation_accuracy/TASK` for each task that is there, and
+        `validation_accuracy/gsm8k_flexible`.
+    """
+    if predictions.empty:
+        raise ValueError("no predictions: an accuracy needs at least one example")
+    per_task = predictions.groupby("task")["correct"].mean()
+    result = {
+        "validation_accuracy": float(predictions["correct"].mean()),
+        "validation_accuracy/macro": float(per_task.mean()),
+    }
+    result |= {
+        f"validation_accuracy/{task}": float(per_task[task])
+        for task in TASK_NAMES
+        if task in per_task.index
+    }
+    if "gsm8k" in per_task.index:
+        flexible = (
+            predictions.loc[predictions["task"] == "gsm8k", "correct_flexible"].astype(float).mean()
+        )
+        result["validation_accuracy/gsm8k_flexible"] = float(flexible)
+    return result
+
+
+@torch.inference_mode()
+def choice_loglikelihoods(
+    model: Any, tokenizer: Any, table: pd.DataFrame, *, batch_size: int, progress: bool = False
+) -> list[list[float]]:
+    """Sum of natural-log probabilities of each choice's tokens after its prompt: a list per
+    example.
+
+    Choices that share all their tokens but the last (" A" to " D") share one forward pass. A
+    sequence longer than the model's context loses tokens on the left, as in the harness, with a
+    warning.
+    """
+    limit = context_length(model, tokenizer)
+    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
+    cut = 0
+    for place, (prompt, choices) in enumerate(zip(table["prompt"], table["choices"], strict=True)):
+        for number, choice in enumerate(choices):
+            prompt_ids, choice_ids = encode_pair(tokenizer, prompt, choice)
+            ids = (prompt_ids + choice_ids)[:-1]
+            cut += len(ids) > limit
+            requests.setdefault(tuple(ids[-limit:]), []).append((place, number, choice_ids))
+    if cut:
+        warnings.warn(
+            f"{cut} sequences have more than the model's {limit} tokens and lost their beginning",
+            stacklevel=2,
+        )
+    scores = [[0.0] * len(choices) for choices in table["choices"]]
+    for batch in batches(list(requests), len, batch_size, "scoring", progress):
+        longest_choice = [max(len(ids) for *_, ids in requests[key]) for key in batch]
+        rows = _continuation_log_probs(model, batch, longest_choice)
+        for key, log_probs in zip(batch, rows, strict=True):
+            for place, number, ids in requests[key]:
+                picked = log_probs[-len(ids) :].gather(
+                    1, torch.tensor(ids, device=log_probs.device)[:, None]
+                )
+                scores[place][number] = float(picked.sum())
+    if any(value != value for values in scores for value in values):
+        raise ValueError(
+            "a log-likelihood is not a number: the model's training diverged, or its weights are "
+            "damaged"
+        )
+    return scores
+
+
+def _continuation_log_probs(
+    model: Any, batch: list[tuple[int, ...]], counts: list[int]
+) -> list[torch.Tensor]:
+    """Log-probabilities (float32, natural) at the last `counts[i]` positions of row i: a tensor
+    (count, V) per row.
+    """
+    width = max(map(len, batch))
+    # Right padding needs no mask in a causal model: no real position can see it.
+    input_ids = torch.tensor(
+        [[*ids, *[0] * (width - len(ids))] for ids in batch], device=model.device
+    )
+    # Only these positions go through the head: (B, kept, V) in place of (B, T, V).
+    kept = sorted(
+        {
+            len(ids) - back
+            for ids, count in zip(batch, counts, strict=True)
+            for back in range(1, count + 1)
+        }
+    )
+    column = {position: place for place, position in enumerate(kept)}
+    logits = model(
+        input_ids=input_ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=model.device)
+    ).logits
+    rows = []
+    for place, (ids, count) in enumerate(zip(batch, counts, strict=True)):
+        columns = [column[position] for position in range(len(ids) - count, len(ids))]
+        rows.append(torch.log_softmax(logits[place, columns].float(), dim=-1))
+    return rows
+
+
+def evaluate_folder(
+    model_dir: str | Path,
+    task: str,
+    split: str,
+    out: str | Path,
+    *,
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int = 0,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    precision: str = "float32",
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Evaluate a saved causal model and write one row per example, as `python -m kd_utils evaluate`
+    does.
+
+    Args:
+        model_dir: folder with a `transformers` model and its tokenizer.
+        out: parquet file to write, written aside and moved into place.
+        precision: "float32", "bfloat16" autocast, or "auto" (bfloat16 on a GPU).
+        The rest is as in `load_task` and `evaluate`.
+
+    Returns:
+        The table of the file: `row` (int), `prompt`, `gold`, `prediction`, `correct`; for choice
+            tasks gold and
+        prediction are ints and there is `loglikelihoods` (list of doubles, nats); for GSM8K they
+        are strings and there are `generated` and `correct_flexible`.
+
+    Raises:
+        FileNotFoundError: no model in the folder, or `out` is no place for a file.
+        ValueError: the folder holds no causal model with a tokenizer; what `load_task` raises.
+    """
+    model_dir, out = Path(model_dir), Path(out)
+    if not (model_dir / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no model in {model_dir} (config.json is missing): give a folder that save_pretrained "
+            "wrote"
+        )
+    if out.is_dir() or not out.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {out}: it must be a file in a folder that exists")
+    table = load_task(task, split, data_dir=data_dir, num_fewshot=num_fewshot, limit=limit)
+    model, tokenizer = _load_model(model_dir)
+    with autocast(model.device, precision):
+        predictions = evaluate(
+            model,
+            tokenizer,
+            table,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
+        )
+    result = pd.DataFrame({"row": table["row"]}).join(
+        predictions.drop(columns=["example_id", "task"])
+    )
+    if task == "gsm8k":
+        result = result.drop(columns="loglikelihoods").astype({"correct_flexible": bool})
+    else:
+        result = result.drop(columns=["generated", "correct_flexible"]).astype(
+            {"gold": int, "prediction": int}
+        )
+    with written_aside(out) as aside:
+        result.to_parquet(aside, index=False)
+    return result
+
+
+def _load_model(model_dir: Path) -> tuple[Any, Any]:
+    try:
+        tokenizer, model = (
+            load_tokenizer(str(model_dir.absolute())),
+            load_causal_lm(str(model_dir.absolute())),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{model_dir} is no causal model with its tokenizer: {error}; save both with "
+            "save_pretrained"
+        ) from None
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

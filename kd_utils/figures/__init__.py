@@ -1,0 +1,1 @@
+"""How does it look? Functions from tidy tables to charts."""

@@ -1,0 +1,54 @@
+"""Models: tokenizers and causal LMs from a folder or the hub, students made from them, the
+projector, devices.
+"""
+
+from __future__ import annotations
+
+import resource
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+
+
+def mixed_seed(*numbers: int) -> int:
+    """One seed out of several numbers. Shifting one up would not do: a CPU's generator takes the
+    lower 32 bits.
+    """
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` takes a GPU if there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device = {name!r}: use 'auto', 'cpu' or 'cuda'") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device = {name!r}, but torch sees no GPU here: use 'auto' or 'cpu'")
+    return device
+
+
+def amp_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What matrix products are computed in: `auto` means bfloat16 on a GPU and float32 on a CPU."""
+    half = precision == "bfloat16" or (precision == "auto" and device.type != "cpu")
+    return torch.bfloat16 if half else torch.float32
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bfloat16 autocast over float32 weights where `amp_dtype` says so, or nothing."""
+    dtype = amp_dtype(device, precision)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: the GPU's allocations, or this process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,75 @@
+"""Which layers of the teacher are compared with which of the student: pairs of numbers, counted
+from 1.
+"""
+
+from __future__ import annotations
+
+import random
+
+from kd_utils.config.fields import NAMED
+
+
+def layer_pairs(
+    choice: str, count: int, teacher_layers: int, student_layers: int, seed: int
+) -> list[tuple[int, int]]:
+    """(teacher's layer, student's layer), of layers 1 to L.
+
+    Args:
+        choice: "last"; "uniform": `count` evenly spaced layers of both, the last ones among them,
+            in order (TinyBERT's uniform mapping, Jiao et al. 2020); "reversed": the same layers,
+            the teacher's first with the student's last; "random": the same layers, paired at
+            random; or pairs like "16:11 32:22".
+        count: how many pairs of "uniform", "reversed" and "random".
+        teacher_layers, student_layers: how many there are.
+        seed: of "random".
+
+    Raises:
+        ValueError: more pairs, or a higher number, than a side has layers.
+    """
+    if choice == "last":
+        return [(teacher_layers, student_layers)]
+    if choice not in NAMED:
+        pairs = [tuple(map(int, pair.split(":"))) for pair in choice.split()]
+    else:
+        teacher, student = (spaced(count, total) for total in (teacher_layers, student_layers))
+        if choice == "reversed":
+            teacher = teacher[::-1]
+        if choice == "random":
+            random.Random(f"{seed}/layers").shuffle(teacher)
+        pairs = list(zip(teacher, student))
+    for teacher, student in pairs:
+        if teacher > teacher_layers or student > student_layers:
+            raise ValueError(
+                f"layers {teacher}:{student}: the teacher has {teacher_layers} layers, the student "
+                f"{student_layers}"
+            )
+    return pairs
+
+
+def teacher_layers(choice: str, count: int, total: int) -> list[int]:
+    """The teacher's layers that a cache must hold for this choice; "uniform", "reversed" and
+    "random" need the same.
+    """
+    if choice in ("reversed", "random"):
+        choice = "uniform"
+    student = total if choice in NAMED else max(int(pair.split(":")[1]) for pair in choice.split())
+    return sorted({teacher for teacher, _ in layer_pairs(choice, count, total, student, 0)})
+
+
+def spaced(count: int, total: int) -> list[int]:
+    """`count` of the layers 1 to `total`, evenly spaced, the last among them: spaced(3, 32) = 11 21
+    32.
+
+    Raises:
+        ValueError: more layers than there are.
+    """
+    if count > total:
+        raise ValueError(
+            f"paired_layers = {count}, but a model has {total} layers: choose {total} or fewer"
+        )
+    return [round(k * total / count) for k in range(1, count + 1)]
+
+
+def column(signal: str, layer: int, total: int) -> str:
+    """A signal's column in the cache: the last layer's has no number."""
+    return signal if layer == total else f"{signal}_{layer}"

@@ -1,0 +1,110 @@
+"""From the final hidden state to logits: a matrix product, which some families scale or
+soft-cap.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kd_utils.models.signals import forward_signals
+
+
+def lm_head_weight(model: nn.Module) -> Tensor:
+    """(V, d) weight of the output layer, tied or not.
+
+    Raises:
+        ValueError: the head has a bias, which hidden state times weight would lose.
+    """
+    head = model.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"{type(model).__name__}'s lm_head has a bias: set signals to 'top_k'")
+    return head.weight
+
+
+@dataclass
+class Head:
+    """How the final hidden state h becomes logits z: u = h W^T, then z = cap tanh(scale u / cap).
+
+    Attributes:
+        weight: W, (V, d).
+        scale: 1 but for Granite and Cohere.
+        cap: None (z = scale u) but for Gemma 2.
+    """
+
+    weight: Tensor
+    scale: float = 1.0
+    cap: float | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but a matrix product."""
+        return self.scale == 1.0 and self.cap is None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., V), in the order in which the models compute it; a plain head is the
+        matrix product.
+        """
+        logits = hidden @ self.weight.T
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """dz / du entry by entry, scale (1 - (z / cap)^2), from the logits z; without a cap the
+        number `scale`.
+        """
+        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
+
+
+def output_head(model: nn.Module) -> Head:
+    """The model's head, as its configuration tells; `require_known_head` checks that it is so.
+
+    Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
+    `final_logit_softcapping`.
+
+    Raises:
+        ValueError: the head has a bias.
+    """
+    config = model.config
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    return Head(lm_head_weight(model), scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def require_known_head(model: nn.Module, input_ids: Tensor, *, tolerance: float = 1e-5) -> float:
+    """Check that `output_head` makes of the hidden state what the model itself gives as logits.
+
+    Losses and cache rely on it. The operations are the same, so rounding explains next to nothing.
+
+    Args:
+        model: a causal LM.
+        input_ids: (B, T), right-padded.
+        tolerance: largest relative difference ||z - z'|| / ||z|| of the model's logits z and the
+            rebuilt ones z'.
+
+    Returns:
+        The relative difference.
+
+    Raises:
+        ValueError: the head does something that `Head` does not know.
+    """
+    logits = model(input_ids=input_ids, use_cache=False).logits.float()
+    rebuilt = (
+        output_head(model).logits(forward_signals(model, input_ids, want_map=False).hidden).float()
+    )
+    difference = float((logits - rebuilt).norm() / logits.norm())
+    if not difference <= tolerance:
+        raise ValueError(
+            f"{type(model).__name__}: logits rebuilt from its hidden state differ from its own by "
+            f"{difference:.2%}: its head does more than a matrix product, scaling and "
+            f"soft-capping. As a "
+            "teacher it can be cached with signals set to 'top_k' and teacher_epochs to 0; it "
+            "cannot be "
+            "fine-tuned or be a student here"
+        )
+    return difference

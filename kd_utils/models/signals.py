@@ -1,0 +1,219 @@
+"""A decoder's distillable signals: hidden states, attention maps, logits from the final hidden
+state.
+
+Teacher and student go through the same function. Attention runs fused (SDPA), but for the families
+that soft-cap their scores; of the layers asked for the queries and keys are kept, from which a map
+is computed example by example: no (B, H, T, T) tensor is built in training. Layers are numbered
+1..L, by the layer whose output it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kd_utils.models.attention_maps import (
+    UNKNOWN_TO_MAPS,
+    Attention,
+)
+
+# without "sdpa": transformers refuses names with it to the families that soft-cap
+IMPLEMENTATION = "keeps_queries"
+
+
+@dataclass
+class Signals:
+    """What one forward pass of a model with L = `layer_count` layers gives.
+
+    Attributes:
+        hidden: (B, T, d) final hidden state, after the model's last norm: `output_head` makes the
+            logits from it.
+        layers: layer number -> (B, T, d) hidden state after that layer, before any further norm;
+            L's is `hidden`.
+        attentions: layer number -> that layer's queries and keys.
+        layer_count: L.
+    """
+
+    hidden: Tensor
+    layers: dict[int, Tensor]
+    attentions: dict[int, Attention]
+    layer_count: int
+
+    @property
+    def attention(self) -> Attention | None:
+        """The last layer's queries and keys; None if its map was not asked for."""
+        return self.attentions.get(self.layer_count)
+
+    def state(self, layer: int) -> Tensor:
+        """(B, T, d) of one of the layers that were asked for, or the final one."""
+        return self.hidden if layer == self.layer_count else self.layers[layer]
+
+
+def _keeps_queries(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+):
+    """The attention function that transformers calls in every layer."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    for name, meaning in UNKNOWN_TO_MAPS.items():
+        if kwargs.get(name) is not None:  # SDPA would drop sinks without a word
+            raise ValueError(
+                f"{type(module).__name__} uses {meaning}, which are not captured here: as a "
+                f"teacher set "
+                "signals to 'top_k' and teacher_epochs to 0; it cannot be a student"
+            )
+    softcap = kwargs.get("softcap")
+    if getattr(module, "keeps_queries", False):
+        module.kept = Attention(
+            query, key, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5, softcap
+        )
+    attend = sdpa_attention_forward if softcap is None else _softcapped_attention
+    return attend(module, query, key, value, mask, **kwargs)
+
+
+def _softcapped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+):
+    """Gemma 2's own eager attention, as SDPA has no soft-capping; it wants an additive mask, SDPA's
+    is bool or None.
+    """
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        ).tril_()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(
+            ~mask, torch.finfo(query.dtype).min
+        )
+    return eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def attention_module(layer: nn.Module) -> nn.Module | None:
+    """The attention module within a decoder layer, or None (a layer of another kind, such as a
+    state space).
+    """
+    numbered = (module for module in layer.modules() if hasattr(module, "layer_idx"))
+    return next(
+        (module for module in numbered if type(module).__name__.endswith("Attention")), None
+    )
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of the model's decoder layers: that whose members hold attention.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and any(attention_module(layer) for layer in module):
+            return module
+    raise _not_captured(model)
+
+
+def layer_count(model: nn.Module) -> int:
+    """L, how many decoder layers the model has."""
+    return len(decoder_layers(model))
+
+
+def _not_captured(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} does not use transformers' attention interface, so its maps "
+        f"cannot "
+        "be captured: use a decoder of transformers >= 5 (Llama, Mistral, Qwen, Gemma, ...)"
+    )
+
+
+def _switch_attention(model: nn.Module) -> None:
+    """Have `model` call `_keeps_queries` in its layers, if it does not yet.
+
+    Raises:
+        ValueError: the model does not route its attention through
+            `transformers.AttentionInterface`.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config._attn_implementation != IMPLEMENTATION:
+        AttentionInterface.register(IMPLEMENTATION, _keeps_queries)
+        AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+        model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise _not_captured(model)
+
+
+def forward_signals(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    hidden_layers: Collection[int] = (),
+    map_layers: Collection[int] | None = None,
+    want_map: bool = True,
+) -> Signals:
+    """One forward pass of a causal LM, without its `lm_head`.
+
+    Batches padded on the right need no `attention_mask`: causal attention keeps real tokens from
+    ever seeing the padding behind them, and without a mask SDPA keeps its fastest kernel.
+
+    Args:
+        model: a `transformers` causal LM.
+        input_ids: (B, T) int64.
+        attention_mask: (B, T), 1 for real tokens; needed for left padding only.
+        hidden_layers: numbers (1..L) of the layers whose hidden states are kept; the final one
+            always is.
+        map_layers: numbers of the layers of which is kept what their maps are computed from. None:
+            the last one's.
+        want_map: with `map_layers` None, whether the last one's is kept.
+
+    Raises:
+        ValueError: there is no such layer, or its attention cannot be captured.
+    """
+    _switch_attention(model)
+    layers = decoder_layers(model)
+    if map_layers is None:
+        map_layers = (len(layers),) if want_map else ()
+    for number in (*hidden_layers, *map_layers):
+        if not 1 <= number <= len(layers):
+            raise ValueError(
+                f"layer {number}: {type(model).__name__} has {len(layers)} layers, numbered from 1"
+            )
+    attending = {number: attention_module(layers[number - 1]) for number in map_layers}
+    if lacking := [number for number, module in attending.items() if module is None]:
+        raise ValueError(
+            f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map"
+        )
+    states: dict[int, Tensor] = {}
+    hooks = [
+        layers[number - 1].register_forward_hook(partial(_keep_state, states, number))
+        for number in set(hidden_layers)
+    ]
+    try:
+        for module in attending.values():
+            module.keeps_queries, module.kept = True, None
+        hidden = model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        attentions = {number: module.kept for number, module in attending.items()}
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in attending.values():
+            module.keeps_queries, module.kept = False, None
+    if None in attentions.values():
+        raise _not_captured(model)
+    if len(layers) in states:
+        states[len(layers)] = hidden  # after the last norm
+    return Signals(hidden, states, attentions, len(layers))
+
+
+def _keep_state(
+    states: dict[int, Tensor], number: int, _layer: nn.Module, _args: tuple, output: Any
+) -> None:
+    states[number] = output[0] if isinstance(output, tuple) else output

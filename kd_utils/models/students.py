@@ -1,0 +1,86 @@
+"""Models: tokenizers and causal LMs from a folder or the hub, students made from them, the
+projector, devices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kd_utils.models.loading import (
+    _load,
+    load_causal_lm,
+)
+from kd_utils.models.signals import decoder_layers
+
+
+def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.Module:
+    """The student's initial weights, the same in every trial.
+
+    Args:
+        name: a folder or hub name; with `init="layers"` the model whose layers are taken.
+        init: "pretrained" takes the weights as they are; "layers" keeps the first, the last and
+            evenly spaced layers (DistilBERT's way, Sanh et al. 2019); "random" keeps the
+            architecture only.
+        layers: how many layers "layers" keeps.
+
+    Returns:
+        A float32 causal LM.
+    """
+    if init == "random":
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(
+                _load(AutoConfig, name, revision, ("*.json",)), dtype=torch.float32
+            )
+        return model.eval()  # without dropout, as a model with weights is loaded
+    model = load_causal_lm(name, revision)
+    return (
+        model
+        if init == "pretrained"
+        else keep_layers(model, evenly_spaced(model.config.num_hidden_layers, layers))
+    )
+
+
+def evenly_spaced(total: int, keep: int) -> list[int]:
+    """`keep` of `total` layer indices, the first and the last among them: evenly_spaced(30, 6) = 0
+    6 12 17 23 29.
+
+    Raises:
+        ValueError: more layers than there are, or fewer than two.
+    """
+    if not 2 <= keep <= total:
+        raise ValueError(
+            f"student_layers = {keep}: choose 2 to {total}, the model has {total} layers"
+        )
+    return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
+
+
+def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
+    """Drop all decoder layers but `indices` (rising, from 0), in place; the rest are renumbered."""
+    layers = decoder_layers(model)
+    total = len(layers)
+    for i in sorted(set(range(total)) - set(indices), reverse=True):
+        del layers[i]
+    for position, layer in enumerate(layers):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = position
+    model.config.num_hidden_layers = len(layers)
+    for name, value in vars(
+        model.config
+    ).items():  # one entry a layer: `layer_types`, SmolLM3's `no_rope_layers`
+        if "layer" in name and isinstance(value, list) and len(value) == total:
+            setattr(model.config, name, [value[i] for i in indices])
+    return model
+
+
+def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Linear:
+    """`Linear(d_student, d_teacher, bias=False)`; its initial weights are fixed by the seed,
+    whatever ran before.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(student_width, teacher_width, bias=False)

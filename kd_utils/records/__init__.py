@@ -1,0 +1,1 @@
+"""What did a trial leave behind, and what was it made from?"""

@@ -1,0 +1,256 @@
+"""`python -m kd_utils check RUN_DIR`: is a run's folder, anyone's, whole, or what exactly is wrong
+with it?
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from kd_utils.records.run_folder import (
+    PLAN,
+    SUMMARY,
+    Status,
+    collect,
+    read_notebook,
+    read_plan,
+    trials_with_status,
+)
+from kd_utils.records.trial_record import Metrics, Shape, read_record, require_shape
+from kd_utils.store.files import sha256_file
+from kd_utils.store.sealed import RecordError
+
+STAGES = ("01_prepare_data", "02_cache_teacher", "04_analyse_results")
+
+#: What paired trials must have in common beside their config; `versions` are those that numbers
+#: come from.
+ALIKE = ("cache", "student", "precision", "code", "git_commit", "versions")
+
+COMPUTING = ("python", "torch", "transformers", "tokenizers", "numpy")
+
+LONGEST = 1000  # characters of a line, of which any may be a stranger's
+
+
+class Stage(Shape):
+    """The metadata of a stage's notebook, where there is any."""
+
+    class Papermill(Shape):
+        input_path: str
+
+    class About(Shape):
+        class Artifact(Shape):
+            data: str
+            cache: Metrics.Cache | None = None
+
+        artifact: Artifact | None = None
+        wrote: dict[Annotated[str, Field(pattern=r"^[^/\x00]+$")], str] = {}
+
+    papermill: Papermill | None = None
+    kd_utils: About
+
+
+def check_run(run_dir: str | Path) -> list[str]:
+    """Everything that is wrong with a run's folder, one line each; an empty list for a whole run.
+
+    Nothing outside of the folder is read, whatever is in it.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise FileNotFoundError(f"no run folder {run_dir}")
+    try:
+        problems = _problems(run_dir)
+    except OSError as error:
+        problems = [f"{Path(str(error.filename)).name}: {error.strerror}"]
+    except (
+        RecordError,
+        RecursionError,
+    ) as error:  # changed while it was read, or nested to the very limit
+        problems = [str(error)]
+    return [_one_line(problem) for problem in problems]
+
+
+def _problems(run_dir: Path) -> list[str]:
+    if not (run_dir / PLAN).exists():
+        return [
+            f"{PLAN} is missing: no sweep wrote this folder, so what should be in it is not known"
+        ]
+    if odd := _odd(run_dir):
+        return odd
+    try:
+        trials = trials_with_status(run_dir)
+    except RecordError as error:
+        return [str(error)]
+    problems = [
+        f"{planned['trial']}: {state.state}" + (f": {state.why}" if state.why else "")
+        for planned, state in trials
+        if state.state != "done"
+    ]
+    for planned, state in trials:
+        if state.state == "done":
+            problems += [
+                f"{planned['trial']}: {problem}" for problem in _check_trial(run_dir, planned)
+            ]
+    return (
+        problems
+        + _check_stages(run_dir)
+        + _check_names(run_dir, trials)
+        + differences(run_dir, trials)
+        + _check_summary(run_dir)
+    )
+
+
+def count_done(run_dir: str | Path) -> tuple[int, int]:
+    """How many trials of a run are whole, of how many that are planned (or found, without a
+    plan).
+    """
+    try:
+        trials = [] if _odd(Path(run_dir)) else trials_with_status(run_dir)
+    except (RecordError, RecursionError, OSError):
+        return 0, 0
+    return sum(state.state == "done" for _, state in trials), len(trials)
+
+
+def _odd(run_dir: Path) -> list[str]:
+    """What is neither a file nor a folder: opened, it may lead out of the run's folder, or never
+    end.
+    """
+    paths = [
+        Path(folder, name)
+        for folder, folders, files in os.walk(run_dir)
+        for name in sorted(folders + files)
+    ]
+    return [
+        f"{path.relative_to(run_dir)} is a link or a device: nothing is read before it is gone"
+        for path in paths
+        if path.is_symlink() or not (path.is_file() or path.is_dir())
+    ]
+
+
+def _one_line(text: str) -> str:
+    text = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 40]}... ({len(text):,} characters)"
+
+
+def _check_trial(run_dir: Path, planned: dict[str, Any]) -> list[str]:
+    """Whether a whole record says the same in all its places: its plan, its config, its metrics,
+    its predictions.
+    """
+    import pandas as pd
+
+    folder = run_dir / "trials" / planned["trial"]
+    metrics, problems = read_record(folder), []
+    for key, value in planned["swept"].items():
+        if metrics["config"].get(key) != value:
+            problems.append(f"its {key} is {metrics['config'].get(key)!r}, the plan says {value!r}")
+    if "epochs" in planned and len(metrics["epochs"]) != planned["epochs"]:
+        problems.append(
+            f"it has {len(metrics['epochs'])} epochs, the plan says {planned['epochs']}"
+        )
+    try:
+        table = pd.read_parquet(folder / "predictions.parquet")
+        by_task = {
+            f"validation_accuracy/{task}": rows.mean()
+            for task, rows in table.groupby("task")["correct"]
+        }
+        repeated = int(table["example_id"].duplicated().sum())
+        for key, value in by_task.items():
+            if (
+                key in metrics["final"] and not abs(metrics["final"][key] - value) <= 1e-9
+            ):  # nor is it NaN
+                problems.append(f"{key} is {metrics['final'][key]}, its predictions say {value}")
+    except Exception as error:  # pandas and pyarrow raise anything at another's table
+        return [*problems, f"its predictions cannot be read ({type(error).__name__})"]
+    return problems + [f"{repeated} examples are predicted twice"] * bool(repeated)
+
+
+def _check_stages(run_dir: Path) -> list[str]:
+    """Whether the stages' notebooks are whole and of this run, and what they vouch for is as they
+    wrote it.
+    """
+    problems: list[str] = []
+    made: dict[str, set[str]] = {"data": set(), "teacher cache": set()}
+    if cache := read_plan(run_dir)["cache"]:
+        made["teacher cache"].add(cache["content_hash"])
+    for stage in STAGES:
+        try:
+            metadata = read_notebook(run_dir / f"{stage}.ipynb")["metadata"]
+            about = require_shape(Stage, metadata, f"{stage}.ipynb")
+        except RecordError as error:
+            problems.append(str(error))
+            continue
+        if about.papermill and about.papermill.input_path != f"notebooks/{stage}.ipynb":
+            problems.append(f"{stage}.ipynb is an execution of {about.papermill.input_path}")
+        if artifact := about.kd_utils.artifact:
+            made["data"].add(artifact.data)
+            made["teacher cache"] |= {artifact.cache.content_hash} if artifact.cache else set()
+        problems += [
+            f"{name} is not the file that {stage}.ipynb wrote: run the sweep again to write it anew"
+            for name, checksum in about.kd_utils.wrote.items()
+            if not (run_dir / name).is_file() or sha256_file(run_dir / name) != checksum
+        ]
+    return problems + [
+        f"{STAGES[0]}.ipynb, {STAGES[1]}.ipynb and {PLAN} are not of one run: the {what} differs"
+        for what, values in made.items()
+        if len(values) > 1
+    ]
+
+
+def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
+    """What lies in `trials/` and should not."""
+    names = Counter(planned["trial"] for planned, _ in trials)
+    problems = [f"{name} is planned {count} times" for name, count in names.items() if count > 1]
+    for path in sorted((run_dir / "trials").glob("*")):
+        if path.name.startswith("."):
+            problems.append(f"trials/{path.name} is left over from an execution that was stopped")
+        elif path.name.removesuffix(".ipynb").removesuffix(".failed") not in names:
+            problems.append(f"trials/{path.name} belongs to no planned trial")
+    return problems
+
+
+def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
+    """What the trials that are done differ in and must not: pairs have the same initial weights,
+    rounding and code.
+    """
+    kinds: dict[str, dict[str, list[str]]] = {}
+    for planned, state in trials:
+        if state.state == "done":
+            metrics = read_record(run_dir / "trials" / planned["trial"])
+            metrics["versions"] = {name: metrics["versions"].get(name) for name in COMPUTING}
+            if (
+                "code" in metrics
+            ):  # its digests say more than the commit, which changes with every text
+                del metrics["git_commit"]
+            for key in ALIKE:
+                # Students that are swept differ by intention.
+                kind = f"{key} {metrics['config'].get('student')}" if key == "student" else key
+                value = json.dumps(metrics.get(key), sort_keys=True)
+                kinds.setdefault(kind, {}).setdefault(value, []).append(planned["trial"])
+    return [
+        f"trials differ in {kind}: " + " against ".join(_some(names) for names in values.values())
+        for kind, values in kinds.items()
+        if len(values) > 1
+    ]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def _check_summary(run_dir: Path) -> list[str]:
+    """Whether `results_summary.csv` says what the records say."""
+    path = run_dir / SUMMARY
+    if not path.is_file():
+        return [f"{SUMMARY} is missing"]
+    if path.read_bytes() != collect(run_dir).to_csv(index=False).encode():
+        return [
+            f"{SUMMARY} does not say what the records say: run the sweep again to write it anew"
+        ]
+    return []

@@ -1,0 +1,151 @@
+"""The record that a trial leaves behind: how it is written, whole or not at all, and read back.
+
+A trial is whole when `trials/TRIAL/` (metrics.json, predictions.parquet) and the executed
+`trials/TRIAL.ipynb` are both there, unchanged since they were written (see `sealed`), and of the
+same execution.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kd_utils.store.files import sha256_file, written_folder
+from kd_utils.store.sealed import RecordError, label, plain, read_sealed, write_sealed
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = 1
+
+
+class Shape(BaseModel):
+    """What a document of ours must have; it may have more."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
+
+
+class Metrics(Shape):
+    """What every `metrics.json` has; with a default, what only newer ones have."""
+
+    class Cache(Shape):
+        name: str
+        content_hash: str
+
+    class Seconds(Shape):
+        total: float
+
+    config: dict[str, str | int | float | bool]
+    config_hash: str
+    cache: Cache
+    git_commit: str
+    versions: dict[str, str]
+    device: dict[str, Any]
+    started: str
+    seconds: Seconds
+    peak_memory_mb: float
+    epochs: list[dict[str, float]] = Field(min_length=1)
+    final: dict[str, float]
+    student: dict[str, str] = {}
+    tokenizer: str = ""
+    more_caches: dict[str, str] = {}
+    code: dict[str, str] = {}
+
+
+def trial_name(distill_type: str, seed: int, **other_swept: Any) -> str:
+    """`METHOD_seedN`, with every other swept key appended: `attention_seed3_temperature=4.0`."""
+    name = "_".join(
+        [
+            distill_type,
+            f"seed{seed}",
+            *(f"{key}={value}" for key, value in sorted(other_swept.items())),
+        ]
+    )
+    # A swept value may be a path ("teachers/a"): its name must stay one file name.
+    return "".join(c if c.isalnum() or c in "._=-+" else "-" for c in name)
+
+
+def report_epoch(row: dict[str, Any]) -> None:
+    """Append one epoch's metrics, as a JSON line, to the file that KD_PROGRESS names; nothing when
+    it is unset.
+    """
+    if path := os.environ.get("KD_PROGRESS"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(row, finite=False)) + "\n")
+
+
+def write_record(folder: str | Path, metrics: dict[str, Any], predictions: pd.DataFrame) -> None:
+    """Write a trial's `metrics.json` and `predictions.parquet` aside and rename them into place,
+    over an older record.
+
+    Args:
+        folder: `RUN_DIR/trials/TRIAL`.
+        metrics: `Metrics`' keys and any others; `format` and `checksums` are added here.
+        predictions: one row per validation example, as `evaluation.evaluate` returns them.
+
+    Raises:
+        RecordError: a key is missing, a number is not finite, or there are no predictions; nothing
+            is written then.
+    """
+    folder = Path(folder)
+    if missing := [
+        key
+        for key, field in Metrics.model_fields.items()
+        if field.is_required() and key not in metrics
+    ]:
+        raise RecordError(f"the record of {folder.name} has no {', '.join(missing)}")
+    if not len(predictions):
+        raise RecordError(f"the record of {folder.name} has no predictions")
+    metrics = {"format": FORMAT, **plain(metrics, finite=True), "checksums": {}}
+    # A folder cannot be renamed over another: killed in between, the trial is missing and done
+    # again.
+    with written_folder(folder) as aside:
+        predictions.to_parquet(aside / "predictions.parquet", index=False)
+        metrics["checksums"]["predictions.parquet"] = sha256_file(aside / "predictions.parquet")
+        write_sealed(aside / "metrics.json", metrics, "checksums")
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """A trial's metrics, after the checksums of `metrics.json` and `predictions.parquet` were found
+    right.
+
+    Raises:
+        RecordError: names the file, and what is wrong with it.
+    """
+    folder = Path(folder)
+    metrics = read_sealed(folder / "metrics.json", "checksums")
+    name = label(folder / "metrics.json")
+    if metrics.get("format") != FORMAT:
+        raise RecordError(f"{name} is not a record of format {FORMAT}")
+    require_shape(Metrics, metrics, name)
+    if metrics["final"] != metrics["epochs"][-1]:
+        raise RecordError(f"{name}: its final metrics are not those of its last epoch")
+    predictions_file = folder / "predictions.parquet"
+    try:
+        checksum = sha256_file(predictions_file)
+    except OSError as error:
+        raise RecordError(f"{label(predictions_file)}: {error.strerror}") from None
+    if checksum != metrics["checksums"].get("predictions.parquet"):
+        raise RecordError(
+            f"{label(predictions_file)} is not the file that metrics.json was written with: its "
+            f"checksum "
+            "differs"
+        )
+    return metrics
+
+
+def require_shape(model: type[Shape], document: dict[str, Any], name: str) -> Any:
+    """The document as a `model`.
+
+    Raises:
+        RecordError: names the first key that is missing or of another type.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecordError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

@@ -1,0 +1,1 @@
+"""Is a file whole, and may this process write it?"""

@@ -1,0 +1,1 @@
+"""What is still to run, and who runs it?"""

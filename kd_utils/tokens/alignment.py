@@ -1,0 +1,93 @@
+"""Two tokenizations of one text, lined up: the groups of tokens between the places where both
+end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Neighbouring tokens of both sides that spell the same bytes. In order, they tile both
+    sequences.
+
+    Attributes:
+        teacher, student: (G,) int64, index of each group's last token.
+    """
+
+    teacher: np.ndarray
+    student: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.teacher)
+
+    @property
+    def sizes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(G,), (G,): how many tokens of the teacher, and of the student, each group has."""
+        return np.diff(self.teacher, prepend=-1), np.diff(self.student, prepend=-1)
+
+    @property
+    def single(self) -> np.ndarray:
+        """(G,) bool: one token on each side."""
+        teacher, student = self.sizes
+        return (teacher == 1) & (student == 1)
+
+
+def align(teacher_ends: np.ndarray, student_ends: np.ndarray) -> Groups:
+    """Two pointers over byte ends: whichever side is behind goes on, and a group closes where both
+    ends meet.
+
+    Tokens without bytes (begin tokens, a leading space that is not in the text) pair with each
+    other where both sides have one, else they belong to the group that follows; at the text's end,
+    to the last one.
+
+    Args:
+        teacher_ends: (n_t,) behind which byte of the text each of the teacher's tokens ends
+            (`vocabulary.byte_ends`).
+        student_ends: (n_s,) the same of the student's.
+
+    Raises:
+        ValueError: the two do not end together, so they are not of one text.
+    """
+    teacher, student = teacher_ends.tolist(), student_ends.tolist()
+    if (teacher[-1:] or [0]) != (student[-1:] or [0]) or bool(teacher) != bool(student):
+        raise ValueError(
+            f"the teacher's {len(teacher)} tokens spell {teacher[-1] if teacher else 0} bytes and "
+            f"the "
+            f"student's {len(student)} spell {student[-1] if student else 0}: not one text"
+        )
+    places, i, j = [], 0, 0
+    while i < len(teacher) and j < len(student):
+        ahead = teacher[i] - student[j]
+        if ahead == 0:
+            places.append((i, j))
+        i, j = i + (ahead <= 0), j + (ahead >= 0)
+    if places:
+        places[-1] = (len(teacher) - 1, len(student) - 1)
+    last = np.array(places, np.int64).reshape(-1, 2)
+    return Groups(last[:, 0].copy(), last[:, 1].copy())
+
+
+def identity(length: int) -> Groups:
+    """The groups of a sequence with itself."""
+    return Groups(np.arange(length), np.arange(length))
+
+
+def merge_map(rows: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """An attention map over groups instead of tokens: a group's keys are summed, and its last query
+    speaks for it.
+
+    Each row still sums to one. This is the plain form, for figures and tests; `losses` does the
+    same in batches.
+
+    Args:
+        rows: (..., n, n) probabilities.
+        last: (G,) index of each group's last token.
+
+    Returns:
+        (..., G, G).
+    """
+    return np.add.reduceat(rows[..., last, :], np.concatenate([[0], last[:-1] + 1]), axis=-1)

@@ -1,0 +1,55 @@
+"""Retention: above chance, relative to the teacher, and silent where the teacher knows nothing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kd_utils.analysis.retention import display, retention
+
+ROWS = {"sst2": 200, "mmlu": 80, "gsm8k": 30}
+
+
+def results(**accuracies: list[float]) -> pd.DataFrame:
+    n = len(next(iter(accuracies.values())))
+    return pd.DataFrame(
+        [
+            {
+                "trial": f"black_box_seed{s}",
+                "config/distill_type": "black_box",
+                "config/seed": s,
+                "status": "done",
+                **{f"validation_accuracy/{task}": values[s] for task, values in accuracies.items()},
+            }
+            for s in range(n)
+        ]
+    )
+
+
+def teacher(**accuracies: float) -> dict[str, float]:
+    return {f"validation_accuracy/{task}": value for task, value in accuracies.items()}
+
+
+def test_by_hand_with_its_interval():
+    table = retention(
+        results(sst2=[0.7, 0.8], gsm8k=[0.2, 0.2]), teacher(sst2=0.9, gsm8k=0.4), ROWS
+    ).set_index("task")
+    assert table.loc["sst2", "retention"] == pytest.approx((0.75 - 0.5) / 0.4)
+    assert table.loc["gsm8k", "retention"] == pytest.approx(0.5) == table.loc["gsm8k", "low"]
+    # mean 0.75, half = 12.7062 * 0.0707107 / sqrt(2), over 0.4
+    assert table.loc["sst2", "high"] == pytest.approx((0.25 + 12.7062 * 0.05) / 0.4, rel=1e-4)
+    assert display(table.reset_index()).columns.tolist() == [
+        "sst2 (teacher 90.0, chance 50)",
+        "gsm8k (teacher 40.0, chance 0)",
+    ]
+
+
+def test_a_student_below_chance_retains_less_than_nothing():
+    assert retention(results(sst2=[0.4]), teacher(sst2=0.9), ROWS)[
+        "retention"
+    ].item() == pytest.approx(-0.25)
+
+
+@pytest.mark.parametrize("task, accuracy", [("mmlu", 0.2875), ("sst2", 0.53), ("gsm8k", 1 / 30)])
+def test_a_teacher_at_chance_has_nothing_to_retain(task, accuracy):
+    table = retention(results(**{task: [0.9, 0.9]}), teacher(**{task: accuracy}), ROWS)
+    assert np.isnan(table["retention"].item()) and display(table).iloc[0, 0] == "–"

@@ -1,0 +1,250 @@
+"""What `verify` finds in a cache whose files are intact, and what training refuses."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_teacher_cache import HEADER, write_named
+from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
+
+from kd_utils.cache.manifest import CacheError
+from kd_utils.cache.verification import _check_row, open_verified, verify, what_changed
+from kd_utils.cache.writer import write_cache
+from kd_utils.models.attention_maps import encode_map
+from kd_utils.models.loading import model_fingerprint, save_model
+from kd_utils.teacher.extraction import signal_function, stored_lm_head
+from kd_utils.tokens.encoding import CachedExample, tokenizer_files
+
+MODEL = tiny_llama()
+RUN = signal_function(MODEL, signals="white_box")
+
+
+def spoiled(row, **changes):
+    """Changes of signals by their name, of anything else as a field."""
+    fields = {name: changes.pop(name) for name in ("answer_start", "ends") if name in changes}
+    return dataclasses.replace(row, **fields, signals={**row.signals, **changes})
+
+
+def make(folder, spoil=lambda row: {}, **header):
+    def run(batch):
+        return [spoiled(row, **spoil(row)) for row in RUN(batch)]
+
+    write_cache(
+        folder,
+        {"train": example_rows([5, 9, 4])},
+        run,
+        stored_lm_head(MODEL),
+        {**HEADER, **header},
+        shard_examples=2,
+        batch_tokens=30,
+    )
+    return folder
+
+
+def table(*ids):
+    return {"train": pd.DataFrame({"example_id": ids})}
+
+
+ALL = table("row0", "row1", "row2")
+
+
+def test_a_good_cache_passes_and_opens(tmp_path):
+    report = verify(make(tmp_path / "c"), table("row0", "row1", "row2"), RUN).set_index("check")[
+        "result"
+    ]
+    assert report["rows, train"] == "3 of 3" and "shapes right, all finite" in report["values"]
+    assert report["recomputed"].startswith("3 rows, equal within")
+    cache = open_verified(tmp_path / "c", data_hash="d", teacher="m")
+    assert len(cache) == 3
+
+
+def test_what_is_not_verified_does_not_open(tmp_path):
+    verify(make(tmp_path / "c"))  # a look without the data and the teacher vouches for too little
+    with pytest.raises(CacheError, match="has not been verified"):
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"data_hash": "other"}, "made for other data"),
+        ({"teacher": "other"}, "made from teacher m, not other"),
+    ],
+)
+def test_other_data_or_another_teacher_is_refused(tmp_path, given, message):
+    verify(make(tmp_path / "c"), ALL, RUN)
+    with pytest.raises(CacheError, match=message):
+        open_verified(tmp_path / "c", **{"data_hash": "d", "teacher": "m", **given})
+
+
+def test_every_reason_is_given_at_once(tmp_path):
+    code = {**HEADER["code"], "kd_utils/losses.py": "other"}
+    verify(make(tmp_path / "c", code=code), ALL, RUN)
+    with pytest.raises(
+        CacheError,
+        match=r"c was made for other data \(d, prepared is e\), was made from teacher m, "
+        r"not n, was made by other code \(kd_utils/losses.py\): run 02 again",
+    ):
+        open_verified(tmp_path / "c", data_hash="e", teacher="n")
+
+
+def test_other_code_is_refused_by_name(tmp_path):
+    verify(make(tmp_path / "c", code={**HEADER["code"], "kd_utils/losses.py": "other"}), ALL, RUN)
+    with pytest.raises(
+        CacheError, match=r"c was made by other code \(kd_utils/losses.py\): run 02 again"
+    ):
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
+
+
+def test_other_weights_under_the_teachers_name_are_refused(tmp_path):
+    tokenizer, base = tiny_tokenizer(begin=False), tmp_path / "teacher"
+    save_model(tiny_model(tokenizer), tokenizer, base)
+    verify(
+        make(
+            tmp_path / "c",
+            base_teacher=str(base),
+            base_fingerprint=model_fingerprint(str(base)),
+            tokenizer_files=tokenizer_files(base),
+        ),
+        ALL,
+        RUN,
+    )
+    about = dict(data_hash="d", teacher=str(base))
+    open_verified(tmp_path / "c", **about)
+    kept = (base / "tokenizer.json").read_bytes()
+    (base / "tokenizer.json").write_bytes(kept + b" ")
+    with pytest.raises(
+        CacheError, match="c was made with another tokenizer of teacher .*/teacher: run 02 again"
+    ):
+        open_verified(tmp_path / "c", **about)
+    (base / "tokenizer.json").write_bytes(kept)
+    save_model(tiny_model(tokenizer, seed=1), tokenizer, base)
+    with pytest.raises(
+        CacheError, match="c was made from other weights of teacher .*/teacher: run 02 again"
+    ):
+        open_verified(tmp_path / "c", **about)
+    shutil.rmtree(base)  # a node that does not have the teacher trains all the same
+    open_verified(tmp_path / "c", **about)
+
+
+def test_what_changed_is_said_by_name(tmp_path):
+    key = {"data": "a", "teacher": "w", "base_teacher": "m", "signals": "white_box", "code": "1"}
+
+    def header(key, **code):
+        return {"name": "toy", "key": key, "code": {**HEADER["code"], **code}}
+
+    assert what_changed(tmp_path, header(key)) == ""
+    earlier = write_named(tmp_path, "toy", key, MODEL)
+    assert what_changed(tmp_path, header(key)) == ""
+    now = header(key | {"data": "b", "teacher": "v", "code": "2"}, **{"kd_utils/losses.py": "2"})
+    assert what_changed(tmp_path, now) == (
+        f"{earlier.name} is stale, changed since: data, the teacher's weights, code "
+        "(kd_utils/losses.py)"
+    )
+    write_named(tmp_path, "toy", {"data": "c"}, MODEL)  # of another config, and asked for last
+    assert what_changed(tmp_path, header(key)) == "", "it need not be made: it is there"
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: path.unlink(), "has not been verified"),
+        (
+            lambda path: path.write_text("{"),
+            "c/verified.json is no JSON with a checksum.*run 02 again",
+        ),
+        (
+            lambda path: path.write_text(path.read_text().replace("within", "WITHIN")),
+            "c/verified.json was changed",
+        ),
+        (
+            lambda path: shutil.copy(path.parents[1] / "other" / path.name, path),
+            "c/verified.json is of another cache",
+        ),
+    ],
+)
+def test_damaged_words_are_not_taken(tmp_path, damage, message):
+    verify(make(tmp_path / "c"), ALL, RUN)
+    verify(make(tmp_path / "other", hidden_size=32, name="other"), ALL, RUN)
+    damage(tmp_path / "c" / "verified.json")
+    with pytest.raises(CacheError, match=message):
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
+    if "not been" not in message:  # nothing was promised, so nothing is broken
+        with pytest.raises(CacheError, match=message):
+            verify(tmp_path / "c")
+
+
+def test_damage_after_verifying_is_refused(tmp_path):
+    verify(make(tmp_path / "c"), ALL, RUN)
+    shard = tmp_path / "c" / "train-00000.parquet"
+    shard.write_bytes(shard.read_bytes() + b"\0")
+    with pytest.raises(CacheError, match="damaged"):
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
+
+
+def spoiled_attention(row):
+    attention = row.signals["attention"].copy()
+    attention[1, 2] += 0.1
+    return {"attention": attention}
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda row: {"hidden": np.full_like(row.signals["hidden"], np.nan)}, "not finite"),
+        (
+            lambda row: {"hidden": row.signals["hidden"][:, :-1]},
+            r"hidden has shape \(4, 31\), expected \(4, 32\)",
+        ),
+        (spoiled_attention, "attention row sums to"),
+        (lambda row: {"answer_start": len(row.tokens)}, "answer starts at"),
+        (lambda row: {"ends": np.arange(len(row.tokens) - 1)}, "bytes that are not in order"),
+        (
+            lambda row: {"ends": np.arange(len(row.tokens))[::-1].copy()},
+            "bytes that are not in order",
+        ),
+    ],
+)
+def test_wrong_content_is_found(tmp_path, spoil, message):
+    with pytest.raises(CacheError, match=message):
+        verify(make(tmp_path / "c", spoil))
+    assert not (tmp_path / "c" / "verified.json").exists()
+
+
+def test_rows_must_cover_the_data(tmp_path):
+    with pytest.raises(CacheError, match="covers 3 of 4 train rows and 0"):
+        verify(make(tmp_path / "c"), table("row0", "row1", "row2", "row3"))
+    with pytest.raises(CacheError, match="covers 2 of 2 train rows and 1 that are not in the data"):
+        verify(tmp_path / "c", table("row0", "row1"))
+
+
+def test_another_teacher_is_found_by_recomputing(tmp_path):
+    other = signal_function(tiny_llama(seed=1), signals="white_box")
+    verify(make(tmp_path / "c"), ALL, RUN)
+    with pytest.raises(CacheError, match="the teacher is not the one that was cached"):
+        verify(tmp_path / "c", ALL, other)
+    with pytest.raises(
+        CacheError, match="has not been verified"
+    ):  # what failed is not vouched for any more
+        open_verified(tmp_path / "c", data_hash="d", teacher="m")
+
+
+@pytest.mark.parametrize("length", [7, 1024])
+def test_a_flat_map_in_uint8_passes_at_any_length_and_a_wrong_one_does_not(length):
+    manifest = {"hidden_size": 4, "heads": 2, "dtypes": {"hidden": "float16", "attention": "uint8"}}
+    flat = torch.ones(length, length).tril()
+    packed = encode_map((flat / flat.sum(-1, keepdim=True)).expand(2, -1, -1), torch.uint8).numpy()
+    row = CachedExample(
+        "a",
+        np.ones(length, np.int32),
+        1,
+        signals={"hidden": np.zeros((length, 4), np.float16), "attention": packed},
+    )
+    _check_row(manifest, row)
+    row.signals["attention"] = packed.copy()
+    row.signals["attention"][1, -length:] = 255
+    with pytest.raises(CacheError, match="an attention row sums to"):
+        _check_row(manifest, row)

@@ -1,0 +1,46 @@
+"""Shares of tokens, groups and probability by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from kd_utils.distill.coverage import shared_mass, token_agreement
+from kd_utils.models.output_head import Head
+from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.vocabulary import PIECE, Vocabulary
+
+
+def example(tokens, ends):
+    return CachedExample("x", np.array(tokens, np.int32), 1, np.array(ends, np.int32))
+
+
+def test_agreement_by_hand():
+    vocabularies = (
+        Vocabulary([b"ab", b"c", b"x"], [PIECE] * 3),
+        Vocabulary([b"c", b"a", b"b"], [PIECE] * 3),
+    )
+    teacher = [example([0, 1, 1], [2, 3, 4]), example([2, 1], [1, 2])]  # ab c c; x c
+    student = [example([1, 2, 0, 0], [1, 2, 3, 4]), example([0, 0], [1, 2])]  # a b c c
+    table = token_agreement(teacher, student, vocabularies, ["one", "two"])
+    assert table.loc["one"].tolist() == pytest.approx([1, 3, 4, 3, 2 / 3, 2 / 3, 3 / 4])
+    assert table.loc["two"].tolist() == pytest.approx([1, 2, 2, 2, 1, 1 / 2, 1])
+    both = token_agreement(teacher, student, vocabularies, ["one", "one"])
+    assert both.loc["one", "rows"] == 2 and both.loc["one", "teacher tokens"] == 2.5
+    assert both.loc["one", "single groups"] == pytest.approx(4 / 5)
+
+
+def test_mass_is_that_of_the_whole_softmax():
+    head = Head(torch.eye(3))
+    row = CachedExample(
+        "x",
+        np.zeros(2, np.int32),
+        1,
+        signals={
+            "hidden": np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])).astype(np.float16)
+        },
+    )
+    assert shared_mass(row, head, torch.tensor([0, 2]), 1.0) == pytest.approx(
+        (0.75 + 0.9) / 2, abs=1e-3
+    )
+    assert shared_mass(row, head, torch.tensor([0, 1, 2]), 3.0) == pytest.approx(1)
+    assert shared_mass(row, head, torch.tensor([], dtype=torch.long), 1.0) == 0

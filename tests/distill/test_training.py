@@ -1,0 +1,355 @@
+"""Batches, terms, splitting, pairing: what the loop in notebook 03 relies on."""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from tiny import example_rows, tiny_llama
+
+from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
+from kd_utils.distill.losses import weighted_sum
+from kd_utils.distill.teacher_terms import TeacherView
+from kd_utils.distill.training import (
+    FiniteSteps,
+    Mean,
+    gradient_shares,
+    loss_terms,
+    seed_step,
+    validation_losses,
+)
+from kd_utils.models.devices import autocast
+from kd_utils.models.output_head import Head, lm_head_weight, output_head
+from kd_utils.models.signals import forward_signals
+from kd_utils.models.students import make_projector
+from kd_utils.speed.measuring import cosine, exact_rows
+from kd_utils.teacher.extraction import signal_function
+
+TEACHER = tiny_llama(width=48, layers=3)
+HEAD = lm_head_weight(TEACHER).detach()
+ALL = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
+
+
+def cached(lengths, seed=0, signals="white_box"):
+    run = signal_function(TEACHER, signals=signals, top_k=20, temperatures=[1.0, 2.0])
+    return list(run(example_rows(lengths, seed=seed)))
+
+
+def view_with(student, projector=None, *, head=HEAD, temperatures=()):
+    pairs = [(3, student.config.num_hidden_layers)]
+    view = TeacherView(
+        head if head is None else Head(head),
+        (32, 48),
+        hidden_pairs=pairs,
+        map_pairs=pairs,
+        teacher_layers=3,
+        temperatures=temperatures,
+    )
+    view.projectors[0] = projector or make_projector(32, 48, 0)
+    return view
+
+
+def terms_for(student, batch, projector=None, terms=tuple(ALL), *, head=HEAD, temperatures=()):
+    signals = forward_signals(student, batch.input_ids)
+    return loss_terms(
+        signals,
+        output_head(student),
+        batch=batch,
+        terms=terms,
+        temperature=2.0,
+        views=[view_with(student, projector, head=head, temperatures=temperatures)],
+    )
+
+
+def test_collate_puts_answers_and_signals_where_they_belong():
+    rows = cached([5, 8])
+    batch = collate(rows)
+    assert batch.input_ids.shape == (2, 8)
+    assert batch.counts == {"task": 3, "kd": 13, "hidden": 13, "attention": 4 * (15 + 36)}
+    # row 0: 5 tokens, answer from 4 on; row 1: 8 tokens, answer from 6 on
+    assert batch.predicting.tolist() == [3, 8 + 5, 8 + 6]
+    assert batch.targets.tolist() == [rows[0].tokens[4], rows[1].tokens[6], rows[1].tokens[7]]
+    [compared] = batch.teachers
+    assert compared.places.tolist() == [*range(5), *range(8, 16)]
+    assert compared.single is None and compared.spans is None
+    np.testing.assert_array_equal(
+        compared.signals["hidden"], np.concatenate([r.signals["hidden"] for r in rows])
+    )
+
+
+def test_answer_mode_looks_at_the_same_positions_with_all_signals():
+    rows = cached([5, 8])
+    batch = collate(rows, distill_tokens="answer")
+    [compared] = batch.teachers
+    assert compared.places.tolist() == batch.predicting.tolist()
+    hidden = [row.signals["hidden"] for row in rows]
+    np.testing.assert_array_equal(
+        compared.signals["hidden"], np.concatenate([hidden[0][3:4], hidden[1][5:7]])
+    )
+    maps = compared.maps["attention"]
+    assert [m.shape for m in maps.packed] == [(4, 4), (4, 6 + 7)]  # query rows 3 and 5, 6
+    assert maps.student_rows == maps.teacher_rows == [(3, 4), (5, 7)]
+    np.testing.assert_array_equal(maps.packed[1], rows[1].signals["attention"][:, 15:28])
+
+
+def test_the_attention_term_is_a_mean_over_entries_or_a_mean_over_rows_of_sums():
+    rows, student = cached([5, 8]), tiny_llama()
+    values = {}
+    for normaliser in ("entries", "queries"):
+        batch = collate(rows, attention_normaliser=normaliser)
+        values[normaliser] = terms_for(student, batch)["attention"].item()
+        assert batch.counts["attention"] == 4 * (15 + 36 if normaliser == "entries" else 5 + 8)
+    assert values["queries"] == pytest.approx(values["entries"] * (15 + 36) / (5 + 8), rel=1e-5)
+    # Every row of every head counts once: of one example with one more token the sum per row grows,
+    # the mean shrinks.
+    answer = collate(rows, attention_normaliser="queries", distill_tokens="answer")
+    assert answer.counts["attention"] == 4 * (1 + 2)
+
+
+def test_terms_are_zero_for_the_teacher_itself():
+    """At student = teacher only the task term is left: every signal is compared at its own
+    position.
+    """
+    identity = torch.nn.Linear(48, 48, bias=False)
+    torch.nn.init.eye_(identity.weight)
+    for mode in ("all", "answer"):
+        terms = terms_for(TEACHER, collate(cached([5, 9, 4]), distill_tokens=mode), identity)
+        assert (
+            terms["kd"] < 1e-4
+            and terms["hidden"] < 1e-5
+            and terms["attention"] < 1e-6
+            and terms["task"] > 0.5
+        )
+
+
+def test_padding_and_neighbours_are_inert():
+    student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
+    rows = cached([6, 12])
+    alone = terms_for(student, collate(rows[:1]), projector)
+    together = collate(rows)
+    other = collate(rows[1:])
+    for batch in (together, other):
+        batch.whole_answers = collate(rows[:1]).answers
+        batch.teachers[0].normalisers = collate(rows[:1]).teachers[0].counts
+    both, second = terms_for(student, together, projector), terms_for(student, other, projector)
+    for name in ALL:
+        torch.testing.assert_close(both[name], alone[name] + second[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_gradients_do_not_depend_on_the_micro_batch_size(size):
+    rows, gradients = cached([5, 9, 4, 12, 7]), []
+    for micro in (5, size):
+        student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
+        for batch in split_batch(rows, micro):
+            weighted_sum(terms_for(student, batch, projector), ALL).backward()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in [*student.parameters(), *projector.parameters()]])
+        )
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
+
+
+def test_top_k_cache_trains_at_its_temperatures_only():
+    batch = collate(cached([5, 9], signals="top_k"))
+    student = tiny_llama(seed=1)
+    top = terms_for(student, batch, terms=("task", "kd"), head=None, temperatures=[1.0, 2.0])
+    full = terms_for(student, collate(cached([5, 9])), terms=("task", "kd"))
+    assert 0 < top["kd"] <= full["kd"] + 1e-4 and top["kd"] > 0.3 * full["kd"]
+    with pytest.raises(ValueError):
+        terms_for(student, batch, terms=("kd",), head=None, temperatures=[1.0])
+
+
+def test_epochs_are_permutations_fixed_by_seed_and_epoch():
+    lengths = np.random.default_rng(0).integers(5, 60, 203).tolist()
+    one, again = epoch_batches(lengths, 8, 3, 1), epoch_batches(lengths, 8, 3, 1)
+    assert (
+        one == again
+        and one != epoch_batches(lengths, 8, 4, 1)
+        and one != epoch_batches(lengths, 8, 3, 2)
+    )
+    assert sorted(i for batch in one for i in batch) == list(range(203)) and max(map(len, one)) == 8
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in one)
+    assert padded < 1.15 * sum(lengths)  # buckets: little padding
+
+
+def test_dropout_is_the_same_whatever_was_drawn_before():
+    student = tiny_llama(attention_dropout=0.5).train()
+    ids, outputs = torch.randint(3, 97, (2, 9)), []
+    for extra in (0, 7):
+        torch.rand(extra)
+        seed_step(3, 11)
+        outputs.append(forward_signals(student, ids).hidden)
+    assert torch.equal(*outputs)
+    for other in ((3, 12), (4, 11)):
+        seed_step(*other)
+        assert not torch.equal(outputs[0], forward_signals(student, ids).hidden)
+
+
+def test_projector_is_fixed_by_its_seed_and_leaves_the_generator_alone():
+    torch.manual_seed(5)
+    first = make_projector(4, 6, seed=1).weight
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3)) and torch.equal(
+        first, make_projector(4, 6, seed=1).weight
+    )
+    assert not torch.equal(first, make_projector(4, 6, seed=2).weight)
+
+
+def test_gradient_shares_sum_to_one_and_follow_the_weights():
+    student, batch = tiny_llama(seed=1), collate(cached([5, 9]))
+    terms = terms_for(student, batch)
+    shares = gradient_shares(terms, ALL, student)
+    assert set(shares) == {f"grad_share/{name}" for name in ALL} and sum(
+        shares.values()
+    ) == pytest.approx(1)
+    without = gradient_shares(terms, {**ALL, "kd": 0.0}, student)
+    assert without["grad_share/kd"] == 0
+    weighted_sum(terms, ALL).backward()  # the graph is kept
+    assert student.lm_head.weight.grad is not None
+
+
+def test_validation_losses_do_not_depend_on_batches():
+    student, rows = tiny_llama(seed=1), cached([5, 9, 4, 12, 7])
+    terms_of = partial(loss_terms, views=[view_with(student)], terms=tuple(ALL), temperature=2.0)
+    results = []
+    for size in (1, 2, 5):
+        chunks = [
+            (collate(rows[i : i + size]), ["sst2", "mmlu", "sst2", "mmlu", "sst2"][i : i + size])
+            for i in range(0, 5, size)
+        ]
+        results.append(
+            validation_losses(student, chunks, partial(forward_signals, student), terms_of)
+        )
+    assert set(results[0]) == {
+        "validation_loss",
+        *(f"validation_loss/{t}" for t in ALL),
+        "token_accuracy/sst2",
+        "token_accuracy/mmlu",
+    }
+    for other in results[1:]:
+        assert other == pytest.approx(results[0], rel=1e-4)
+    assert results[0]["validation_loss"] == results[0]["validation_loss/task"]
+
+
+def test_mean_weighs_by_counts_and_adds_up_parts():
+    mean = Mean()
+    mean.add({"a": 6.0}, {"a": 2})
+    mean.add({"a": torch.tensor(2.0)}, {"a": 2})
+    assert mean.result("x/") == {"x/a": 2.0}
+    steps = Mean()
+    for value in (1.0, 2.0):
+        steps.add_part({"loss": torch.tensor(value)}, parts=2)
+    steps.add_part({"loss": torch.tensor(5.0)}, parts=1)
+    assert steps.result()["loss"] == pytest.approx(4.0)
+
+
+def test_a_student_learns_the_teacher_from_the_cache():
+    student, projector = tiny_llama(seed=1), make_projector(32, 48, 0)
+    batch, losses = collate(cached([5, 9, 4, 12])), []
+    optimizer = torch.optim.AdamW([*student.parameters(), *projector.parameters()], lr=3e-3)
+    for _ in range(40):
+        terms = terms_for(student, batch, projector)
+        weighted_sum(terms, {**ALL, "attention": 20.0}).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append({name: term.item() for name, term in terms.items()})
+    assert all(losses[-1][name] < 0.7 * losses[0][name] for name in ALL)
+
+
+def test_prefetched_keeps_order_and_raises_in_place():
+    assert list(prefetched(lambda i: i * i, range(20), depth=3)) == [i * i for i in range(20)]
+
+    def fails(i):
+        if i == 3:
+            raise ValueError("row 3")
+        return i
+
+    seen = []
+    with pytest.raises(ValueError, match="row 3"):
+        for value in prefetched(fails, range(9)):
+            seen.append(value)
+    assert seen == [0, 1, 2]
+
+
+def test_examples_without_signals_give_the_task_loss_alone():
+    batch = collate([replace(row, signals={}) for row in cached([5, 9])])
+    assert batch.teachers == []
+    student = tiny_llama(seed=1)
+    assert set(terms_for(student, batch, terms=("task",))) == {"task"}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("attention_dtype", ["float16", "uint8"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_caches_gradient_is_that_of_a_float32_teacher(temperature, attention_dtype, precision):
+    """Of each term alone: the task term reads no cache, and is most of the sum."""
+    rows, gradients = example_rows([20, 31, 12]), {}
+    run = signal_function(TEACHER, signals="white_box", attention_dtype=attention_dtype)
+    for side, examples in (("cache", list(run(rows))), ("exact", exact_rows(TEACHER, rows))):
+        student, batch = tiny_llama(seed=1), collate(examples)
+        with autocast(torch.device("cpu"), precision):
+            terms = loss_terms(
+                forward_signals(student, batch.input_ids),
+                output_head(student),
+                batch=batch,
+                terms=tuple(ALL),
+                views=[view_with(student)],
+                temperature=temperature,
+            )
+        for name, loss in {**terms, "all": weighted_sum(terms, ALL)}.items():
+            grads = torch.autograd.grad(
+                loss, list(student.parameters()), retain_graph=True, allow_unused=True
+            )
+            gradients[side, name] = torch.cat([g.flatten() for g in grads if g is not None])
+    for name in ("all", "kd", "hidden", "attention"):
+        assert cosine(gradients["cache", name], gradients["exact", name]) > 0.999, name
+
+
+def test_bfloat16_products_give_nearly_the_float32_gradient():
+    batch, gradients = collate(cached([20, 31, 12])), {}
+    for precision in ("float32", "bfloat16"):
+        student = tiny_llama(seed=1)
+        with autocast(torch.device("cpu"), precision):
+            terms = terms_for(student, batch)
+        for name, loss in terms.items():
+            grads = torch.autograd.grad(
+                loss, list(student.parameters()), retain_graph=True, allow_unused=True
+            )
+            gradients[precision, name] = torch.cat([g.flatten() for g in grads if g is not None])
+    for name in terms:
+        assert cosine(gradients["bfloat16", name], gradients["float32", name]) > 0.99, name
+
+
+NAN, INF, ONE = (torch.tensor(value) for value in (float("nan"), float("inf"), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("norm", "terms", "shown"),
+    [
+        (ONE, {"task": NAN, "kd": ONE}, "gradient norm 1, task loss nan, kd loss 1"),
+        (ONE, {"task": ONE, "kd": -INF}, "gradient norm 1, task loss 1, kd loss -inf"),
+        (INF, {"task": ONE}, "gradient norm inf, task loss 1"),
+        (NAN, {"task": ONE}, "gradient norm nan, task loss 1"),
+    ],
+)
+def test_a_step_that_is_not_finite_stops_at_the_next_step_or_at_the_epochs_end(norm, terms, shown):
+    for stops in (lambda steps: steps.check(), lambda steps: steps.add(6, ONE, {"task": ONE})):
+        steps = FiniteSteps()
+        steps.add(4, ONE, {"task": ONE})
+        steps.add(5, norm, terms)  # not looked at yet: a GPU is not waited for
+        with pytest.raises(
+            FloatingPointError, match=f"^training diverged at step 5: {shown}; lower learning_rate"
+        ):
+            stops(steps)
+
+
+def test_finite_steps_go_on_and_hold_no_graph():
+    steps = FiniteSteps()
+    steps.check()
+    weight = torch.ones(2, requires_grad=True)
+    for step in range(3):
+        steps.add(step, weight.norm(), {"task": weight.sum() * 1e30})
+        steps.check()
+    assert not any(value.requires_grad for value in [steps._last[1], *steps._last[2].values()])

@@ -1,0 +1,474 @@
+"""The notebooks, really executed: a small sweep through Ray and papermill, and 03 by papermill
+alone.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbformat
+import pandas as pd
+import pytest
+
+from kd_utils.config.parameter_files import notebook_path
+from kd_utils.config.project_paths import ROOT
+from kd_utils.config.stages import NOTEBOOKS
+from kd_utils.speed.floors import FLOORS
+
+SMALL = {
+    "sst2_train": 24,
+    "sst2_validation": 9,
+    "mmlu_train": 16,
+    "mmlu_validation": 8,
+    "gsm8k_train": 16,
+    "gsm8k_validation": 7,
+    "teacher_epochs": 1,
+    "shard_examples": 20,
+    "epochs": 2,
+    "batch_size": 8,
+    "micro_batch_size": 3,
+    "max_new_tokens": 8,
+}
+ATTENTION = "attention_seed0_gamma_attention=0.1"  # the default weight, in a grid that sweeps it
+TRIALS = [
+    ATTENTION,
+    "attention_seed0_gamma_attention=10.0",
+    "black_box_seed0",
+    "task_only_seed0",
+    "untrained_seed0",
+]
+PAPERMILL = ROOT / "tests" / "papermill_cli.py"
+GRID = "distill_type: [untrained, task_only, black_box, attention]\ngamma_attention: [0.1, 10.0]\nseed: [0]\n"
+
+
+def run(home, command, *arguments, **env):
+    what = ["-m", command] if isinstance(command, str) else [command]
+    return subprocess.run(
+        [sys.executable, *map(str, [*what, *arguments])],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": "1", **env},
+    )
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A project root of its own (KD_ROOT), with one finished sweep of five trials."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
+    (home / "grid.yaml").write_text(GRID)
+    done = run(home, "kd_utils", "sweep", home / "small.yaml", "--grid", home / "grid.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (home / "stdout").write_text(done.stdout)
+    return home
+
+
+def test_the_sweep_leaves_whole_records_and_a_results_table(home):
+    toy = home / "runs" / "toy"
+    assert {
+        "01_prepare_data.ipynb",
+        "02_cache_teacher.ipynb",
+        "04_analyse_results.ipynb",
+        "results_summary.csv",
+        "analysis.csv",
+        "comparisons.csv",
+        "verdict.txt",
+        "sweep.json",
+        "trials",
+    } <= {path.name for path in toy.iterdir()}
+    assert sorted(path.stem for path in (toy / "trials").glob("*.ipynb")) == TRIALS
+    table = pd.read_csv(toy / "results_summary.csv")
+    assert table["status"].tolist() == ["done"] * 5
+    means = table.groupby("config/distill_type")["validation_accuracy"].agg(["mean", "std"])
+    assert means["mean"].between(0, 1).all()
+    assert sorted(means.index) == ["attention", "black_box", "task_only", "untrained"]
+    assert {
+        "validation_loss",
+        "validation_loss/kd",
+        "validation_accuracy/gsm8k",
+        "config/seed",
+        "weight/attention",
+        "calibration_error/mmlu",
+    } <= set(table.columns)
+    assert table.set_index("trial")["config/gamma_attention"].dropna().to_dict() == {
+        TRIALS[0]: 0.1,
+        TRIALS[1]: 10.0,
+    }
+    check = run(home, "kd_utils", "check", toy)
+    assert (check.returncode, check.stdout.strip()) == (0, "5 of 5 trials whole")
+    shown = (home / "stdout").read_text()
+    assert (toy / "verdict.txt").read_text() in shown and "runs/toy" in shown
+    assert "Do white-box signals help beyond logits?\n  [gamma_attention=0.1] Not tested." in shown
+    assert (
+        "1 of 1 pairs are done and a test needs two" in shown and "5 of 5 trials are done." in shown
+    )
+
+
+def test_run_again_it_does_only_what_is_missing(home):
+    toy = home / "runs" / "toy"
+    dry = run(
+        home, "kd_utils", "sweep", home / "small.yaml", "--grid", home / "grid.yaml", "--dry-run"
+    )
+    assert "5 of 5 trials are done, 0 to run" in dry.stdout
+    (home / "changed.yaml").write_text((home / "small.yaml").read_text() + "\nbeta: 0.25\n")
+    changed = run(
+        home,
+        "kd_utils",
+        "sweep",
+        home / "changed.yaml",
+        "--grid",
+        home / "grid.yaml",
+        "--dry-run",
+        "--run-dir",
+        toy,
+    )
+    # Beta weighs the logits' term, which two of the five trials do not have.
+    assert changed.stdout.count("stale") == 3 and "2 of 5 trials are done" in changed.stdout
+
+
+def test_executed_notebooks_hold_figures_and_no_path_of_the_machine(home):
+    for path in (home / "runs" / "toy").rglob("*.ipynb"):
+        text = path.read_text()
+        assert str(home) not in text and str(ROOT) not in text and "/ipykernel" not in text, (
+            path.name
+        )
+        assert len(text) < 700_000, f"{path.name} is {len(text):,} bytes"
+    analysis = (home / "runs" / "toy" / "04_analyse_results.ipynb").read_text()
+    assert analysis.count('"image/png"') >= 4
+
+
+def test_trials_of_one_seed_are_paired(home):
+    """Same batches in the same order: before the first step both methods have the same losses on
+    the same batch.
+    """
+    pair = (ATTENTION, "black_box_seed0")
+    records = [
+        json.loads((home / "runs/toy/trials" / trial / "metrics.json").read_text())
+        for trial in pair
+    ]
+    predictions = [
+        pd.read_parquet(home / "runs/toy/trials" / trial / "predictions.parquet") for trial in pair
+    ]
+    assert predictions[0]["example_id"].tolist() == predictions[1]["example_id"].tolist()
+    assert (
+        records[0]["cache"] == records[1]["cache"]
+        and records[0]["config"]["seed"] == records[1]["config"]["seed"]
+    )
+    assert set(records[0]["epochs"][0]) - set(records[1]["epochs"][0]) == {
+        "train_loss/attention",
+        "validation_loss/attention",
+        "grad_share/attention",
+        "weight/attention",
+    }
+    # The attention term moves the student by a little, so the task losses stay close and yet
+    # differ.
+    one, other = (record["epochs"][0]["train_loss/task"] for record in records)
+    assert one == pytest.approx(other, rel=0.05) and one != other
+
+
+def test_the_untrained_student_has_the_weights_that_every_trial_starts_from(home):
+    folder = home / "runs/toy/trials"
+    [row] = json.loads((folder / "untrained_seed0" / "metrics.json").read_text())["epochs"]
+    assert row["epoch"] == 0 and "train_loss" not in row
+    out = home / "untrained.parquet"
+    done = run(
+        home,
+        "kd_utils",
+        "evaluate",
+        home / "artifacts/embedded/toy/student",
+        "--data-dir",
+        home / "artifacts/embedded/toy/data",
+        "--task",
+        "sst2",
+        "--split",
+        "validation",
+        "--out",
+        out,
+    )
+    assert done.returncode == 0, done.stderr
+    mine = pd.read_parquet(folder / "untrained_seed0" / "predictions.parquet").query(
+        "task == 'sst2'"
+    )
+    both = mine.merge(pd.read_parquet(out), on="prompt")
+    assert len(both) == len(mine) == SMALL["sst2_validation"]
+    for one, other in zip(both["loglikelihoods_x"], both["loglikelihoods_y"]):
+        assert list(one) == pytest.approx(list(other), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "record, comparisons", [("2026-11-22-toy-3", 3), ("2026-11-22-toy-2-task-only", 0)]
+)
+def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, record, comparisons):
+    """All methods at seven seeds; and a run of one method, which leaves nothing to compare."""
+    shutil.copytree(ROOT / "runs" / record, tmp_path / "runs" / record)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    out = tmp_path / "04.ipynb"
+    done = run(
+        tmp_path,
+        PAPERMILL,
+        notebook_path("04_analyse_results"),
+        out,
+        "-p",
+        "name",
+        record[11:],
+        "--no-progress-bar",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    compared = pd.read_csv(tmp_path / "artifacts" / "analysis" / record / "comparisons.csv")
+    white_box = compared[(compared["question"] == "white_box") & (compared["metric"] == "macro")]
+    assert len(white_box) == comparisons and white_box["p_holm"].between(3 * 2 / 2**7, 1).all()
+    assert (white_box["low"] < white_box["difference"]).all() and (white_box["pairs"] == 7).all()
+    text = out.read_text()
+    assert text.count('"image/png"') >= 5 and "not supported" in text
+    assert ("There is no pair of trials to compare." in text) == (not comparisons)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.fixture(scope="module")
+def by_hand(home):
+    """03 by papermill alone, with the parameter file that serves all notebooks."""
+    out = home / "out.ipynb"
+    done = run(
+        home,
+        PAPERMILL,
+        notebook_path("03_train_student"),
+        out,
+        "-f",
+        home / "small.yaml",
+        "-p",
+        "distill_type",
+        "attention",
+        "-p",
+        "seed",
+        "0",
+        "--no-progress-bar",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return home / "runs" / "explore" / "trials" / "attention_seed0"
+
+
+def test_papermill_alone_repeats_the_sweeps_trial_to_the_last_digit(home, by_hand):
+    sweep = home / "runs" / "toy" / "trials" / ATTENTION
+    one, other = (json.loads((folder / "metrics.json").read_text()) for folder in (by_hand, sweep))
+    timing = ("seconds", "tok_per_sec")
+    for mine, theirs in zip(one["epochs"], other["epochs"], strict=True):
+        mine, theirs = ({k: v for k, v in row.items() if k not in timing} for row in (mine, theirs))
+        assert mine == theirs
+    pd.testing.assert_frame_equal(
+        *(pd.read_parquet(folder / "predictions.parquet") for folder in (by_hand, sweep))
+    )
+
+
+def test_the_saved_student_is_evaluated_as_it_was_in_its_trial(home):
+    student = home / "artifacts" / "students" / "toy" / ATTENTION
+    predictions = pd.read_parquet(home / "runs/toy/trials" / ATTENTION / "predictions.parquet")
+    for task, split in (("sst2", "validation"), ("mmlu", "test"), ("gsm8k", "test")):
+        out = home / f"{task}.parquet"
+        done = run(
+            home,
+            "kd_utils",
+            "evaluate",
+            student,
+            "--data-dir",
+            home / "artifacts/embedded/toy/data",
+            "--task",
+            task,
+            "--split",
+            split,
+            "--out",
+            out,
+            "--max-new-tokens",
+            SMALL["max_new_tokens"],
+            "--precision",
+            "auto",
+        )
+        assert done.returncode == 0, done.stderr
+        table = pd.read_parquet(out)
+        assert {"row", "prompt", "gold", "prediction", "correct"} <= set(table.columns)
+        both = predictions[predictions["task"] == task].merge(
+            table, on="prompt", suffixes=("", "_folder")
+        )
+        assert len(both) == (predictions["task"] == task).sum()
+        assert both["correct"].tolist() == both["correct_folder"].tolist()
+        if task == "gsm8k":
+            assert both["generated"].tolist() == both["generated_folder"].tolist()
+        else:
+            for mine, theirs in zip(both["loglikelihoods"], both["loglikelihoods_folder"]):
+                assert list(mine) == pytest.approx(list(theirs), abs=1e-4)
+
+
+def test_verify_looks_at_the_cache(home):
+    [cache] = (home / "artifacts" / "cache").glob("toy-*")
+    assert run(home, "kd_utils", "verify", cache).returncode == 0
+    shard = next(cache.glob("train-*.parquet"))
+    original = shard.read_bytes()
+    shard.write_bytes(original[:-1])
+    broken = run(home, "kd_utils", "verify", cache)
+    shard.write_bytes(original)
+    assert (
+        broken.returncode == 1 and shard.name in broken.stderr and "Traceback" not in broken.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    "parameter, message",
+    [
+        (
+            ("-p", "temprature", "3.0"),
+            "no notebook has a parameter 'temprature'; did you mean 'temperature'?",
+        ),
+        (("-p", "beta", "-1"), "beta = -1: Input should be greater than or equal to 0"),
+        (("-p", "name", "nothing"), "run 01_prepare_data first"),
+    ],
+)
+def test_03_refuses_bad_parameters_before_any_model_is_loaded(home, tmp_path, parameter, message):
+    out = tmp_path / "out.ipynb"
+    done = run(
+        home, PAPERMILL, notebook_path("03_train_student"), out, *parameter, "--no-progress-bar"
+    )
+    assert done.returncode != 0 and message in done.stderr
+    executed = [
+        cell
+        for cell in nbformat.read(out, 4).cells
+        if cell.cell_type == "code" and cell.execution_count
+    ]
+    assert not any(
+        "build_student(" in cell.source and "import" not in cell.source for cell in executed
+    )
+
+
+def test_05_measures_and_leaves_a_record(tmp_path):
+    (tmp_path / "small.yaml").write_text(
+        "shapes: tiny\nbench_rows: 16\nsize_rows: 7\ngrowth_rows: 20\nrepeats: 1\nsweep_trials: 0\n"
+    )
+    done = run(tmp_path, "kd_utils", "bench", tmp_path / "small.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    record = json.loads((tmp_path / "runs/bench/speed.json").read_text())
+    assert set(FLOORS) - {"sweep_overhead_s"} <= {
+        key for key, value in record.items() if isinstance(value, float)
+    }
+    assert {"device", "shapes", "commit", "limits"} <= set(record) and set(record["limits"]) <= set(
+        record
+    )
+    assert (
+        record["cache_bytes_vs_naive"] <= 0.018 and record["cache_bytes_vs_naive/compact"] <= 0.013
+    )
+    assert (
+        record["cache_grad_cosine"] >= 0.998
+    )  # tiny maps are nearly flat, and rounding is most of their difference
+    text = (tmp_path / "runs/bench/05_measure_speed.ipynb").read_text()
+    assert text.count('"image/png"') >= 3 and str(tmp_path) not in text
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["bench"]
+    assert "speedup_vs_naive" in done.stdout
+
+
+def test_06_lines_up_a_student_of_another_tokenizer_with_the_same_cache(home, tmp_path, shared):
+    out = tmp_path / "06.ipynb"
+    done = run(
+        home,
+        PAPERMILL,
+        notebook_path("06_any_teacher"),
+        out,
+        "-p",
+        "mass_rows",
+        "3",
+        "-p",
+        "teacher_tokenizers",
+        f"llama3={shared / 'tokenizers' / 'llama3'}",
+        "--no-progress-bar",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = out.read_text()
+    assert "teacher's pieces" in shown and "of them one token on each side" in shown
+    assert "mass on shared pieces, T = 2" in shown and "llama3" in shown
+    assert shown.count('"image/png": "iVBOR') == 2
+    for key, value, message in (
+        ("example", "abc", "no validation row of toy has this id"),
+        ("map_head", "64", "map_head = 64: give 0 to "),
+    ):
+        wrong = run(
+            home,
+            PAPERMILL,
+            notebook_path("06_any_teacher"),
+            out,
+            "-p",
+            key,
+            value,
+            "--no-progress-bar",
+        )
+        assert wrong.returncode != 0 and message in wrong.stderr
+
+
+def test_a_second_teacher_with_a_tokenizer_of_its_own(home):
+    """Its cache is another experiment's; a trial is stale when that one is made anew."""
+    other = {**SMALL, "name": "other", "teacher": "artifacts/embedded/toy/teacher-subwords"}
+    (home / "grid1.yaml").write_text("distill_type: [combined]\nseed: [0]\n")
+    (home / "both.yaml").write_text(
+        "\n".join(f"{key}: {value}" for key, value in SMALL.items())
+        + "\nmore_teachers: other=0.4\n"
+    )
+    sweep = (
+        "kd_utils",
+        "sweep",
+        home / "both.yaml",
+        "--grid",
+        home / "grid1.yaml",
+        "--run-dir",
+        home / "runs/both",
+    )
+
+    def make_other(**changes):
+        (home / "other.yaml").write_text(
+            "\n".join(f"{key}: {value}" for key, value in {**other, **changes}.items())
+        )
+        for stem in ("01_prepare_data", "02_cache_teacher"):
+            done = run(
+                home,
+                PAPERMILL,
+                notebook_path(stem),
+                home / f"{stem}.ipynb",
+                "-f",
+                home / "other.yaml",
+                "--no-progress-bar",
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+
+    alone = run(home, *sweep)
+    assert (
+        alone.returncode == 1 and "no finished teacher cache of experiment 'other'" in alone.stderr
+    )
+    make_other()
+    done = run(home, *sweep)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    metrics = json.loads((home / "runs/both/trials/combined_seed0/metrics.json").read_text())
+    assert set(metrics["more_caches"]) == {"other"}
+    for term in ("kd", "hidden", "attention"):
+        assert (
+            metrics["final"][f"validation_loss/{term}"] > 0
+            and metrics["final"][f"grad_share/{term}"] > 0
+        )
+    shown = (home / "runs/both/trials/combined_seed0.ipynb").read_text()
+    assert (
+        "weight 0.6" in shown
+        and "weight 0.4" in shown
+        and "logits id by id" in shown
+        and "shared pieces" in shown
+    )
+    assert "already done" in run(home, *sweep).stderr
+    make_other(teacher_seed=1)
+    assert "stale: the teacher cache of other changed" in run(home, *sweep, "--dry-run").stdout
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_source_notebooks_are_clean(stem):
+    notebook = nbformat.read(notebook_path(stem), 4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert notebook.cells[0].source.startswith(f"# {stem[:2]} ")
+    assert not re.search(r"/(home|root|tmp|Users)/", notebook_path(stem).read_text())

@@ -1,0 +1,149 @@
+"""One trial's record: whole or not there, and found when damaged."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from stubs import PREDICTIONS, metrics_of
+
+from kd_utils.records import trial_record
+from kd_utils.store.sealed import RecordError, write_sealed
+
+
+def test_trial_names():
+    assert trial_record.trial_name("attention", 3) == "attention_seed3"
+    assert (
+        trial_record.trial_name("attention", 3, temperature=4, alpha=0.5)
+        == "attention_seed3_alpha=0.5_temperature=4"
+    )
+    assert (
+        trial_record.trial_name("combined", 0, student="../a b") == "combined_seed0_student=..-a-b"
+    )
+
+
+def test_report_epoch_writes_lines_only_when_asked(tmp_path, monkeypatch):
+    monkeypatch.delenv("KD_PROGRESS", raising=False)
+    trial_record.report_epoch({"epoch": 1})
+    monkeypatch.setenv("KD_PROGRESS", str(tmp_path / "p.jsonl"))
+    trial_record.report_epoch({"epoch": 1, "loss": np.float32(0.5)})
+    trial_record.report_epoch({"epoch": 2, "loss": float("nan")})
+    lines = (tmp_path / "p.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"epoch": 1, "loss": 0.5},
+        {"epoch": 2, "loss": None},
+    ]
+    assert "NaN" not in lines[1]
+
+
+def test_a_record_reads_back_as_written(tmp_path):
+    trial_record.write_record(tmp_path / "t", metrics_of(accuracy=np.float32(0.75)), PREDICTIONS)
+    metrics = trial_record.read_record(tmp_path / "t")
+    assert metrics["format"] == 1 and metrics["final"]["validation_accuracy"] == 0.75
+    assert set(metrics["checksums"]) == {"predictions.parquet", "sha256"}
+    read = pd.read_parquet(tmp_path / "t" / "predictions.parquet")
+    assert (
+        read["loglikelihoods"][0].tolist() == [-1.5, -0.25]
+        and read["generated"][1] == "It is 4.\n#### 4"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_a_new_record_replaces_the_old_one(tmp_path):
+    trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.1), PREDICTIONS)
+    trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.2), PREDICTIONS)
+    assert trial_record.read_record(tmp_path / "t")["final"]["validation_accuracy"] == 0.2
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float32("nan")])
+def test_numbers_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path, bad):
+    trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.1), PREDICTIONS)
+    with pytest.raises(RecordError, match=r"epochs\[0\]: validation_accuracy is (nan|inf)"):
+        trial_record.write_record(tmp_path / "t", metrics_of(accuracy=bad), PREDICTIONS)
+    assert trial_record.read_record(tmp_path / "t")["final"]["validation_accuracy"] == 0.1
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+def test_an_incomplete_record_is_refused(tmp_path):
+    metrics = metrics_of()
+    del metrics["cache"]
+    with pytest.raises(RecordError, match="the record of t has no cache"):
+        trial_record.write_record(tmp_path / "t", metrics, PREDICTIONS)
+    with pytest.raises(RecordError, match="the record of t has no predictions"):
+        trial_record.write_record(tmp_path / "t", metrics_of(), PREDICTIONS[:0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_only_newer_records_have_may_be_missing(tmp_path):
+    metrics = metrics_of()
+    for key in ("code", "student", "precision"):
+        del metrics[key]
+    trial_record.write_record(tmp_path / "t", metrics, PREDICTIONS)
+    assert "code" not in trial_record.read_record(tmp_path / "t")
+
+
+def test_a_failed_write_leaves_the_old_record_and_a_full_disk_is_named(tmp_path, monkeypatch):
+    trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.1), PREDICTIONS)
+
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    with pytest.raises(
+        OSError, match=f"no space left on device while writing {tmp_path.name}/t: make room"
+    ):
+        trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.2), PREDICTIONS)
+    assert trial_record.read_record(tmp_path / "t")["final"]["validation_accuracy"] == 0.1
+    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 2}, "t/metrics.json is not a record of format 1"),
+        ({"config": None}, "t/metrics.json: config: "),
+        ({"config": {"student": ["tiny"]}}, "t/metrics.json: config.student"),
+        ({"config_hash": 7}, "t/metrics.json: config_hash: "),
+        ({"cache": {"name": "toy"}}, "t/metrics.json: cache.content_hash: Field required"),
+        ({"student": "tiny"}, "t/metrics.json: student: "),
+        ({"code": ["losses"]}, "t/metrics.json: code: "),
+        ({"seconds": {"load": 1.0}}, "t/metrics.json: seconds.total: Field required"),
+        ({"peak_memory_mb": "300"}, "t/metrics.json: peak_memory_mb: "),
+        ({"epochs": []}, "t/metrics.json: epochs: "),
+        (
+            {"epochs": [{"epoch": 1, "validation_accuracy": "0.5"}]},
+            r"t/metrics.json: epochs.0.validation_accuracy",
+        ),
+        (
+            {"epochs": [{"epoch": 1}]},
+            "t/metrics.json: its final metrics are not those of its last epoch",
+        ),
+        (
+            {"final": {"epoch": 2}},
+            "t/metrics.json: its final metrics are not those of its last epoch",
+        ),
+    ],
+)
+def test_a_sealed_record_of_another_shape_is_one_line(tmp_path, changes, message):
+    trial_record.write_record(tmp_path / "t", metrics_of(), PREDICTIONS)
+    metrics = trial_record.read_record(tmp_path / "t")
+    write_sealed(tmp_path / "t" / "metrics.json", metrics | changes, "checksums")
+    with pytest.raises(RecordError, match=message) as raised:
+        trial_record.read_record(tmp_path / "t")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "predictions.parquet"])
+def test_a_damaged_or_missing_part_is_named(tmp_path, name):
+    trial_record.write_record(tmp_path / "t", metrics_of(), PREDICTIONS)
+    path = tmp_path / "t" / name
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RecordError, match=f"t/{name} (is|was)"):
+        trial_record.read_record(tmp_path / "t")
+    path.unlink()
+    with pytest.raises(RecordError, match=f"t/{name}: No such file"):
+        trial_record.read_record(tmp_path / "t")
+    path.mkdir()
+    with pytest.raises(RecordError, match=f"t/{name}: Is a directory"):
+        trial_record.read_record(tmp_path / "t")

@@ -1,0 +1,105 @@
+"""Notebooks executed through papermill: what is kept of one that fails, and how papermill talks to
+its kernel.
+"""
+
+import socket
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client import LocalPortCache
+
+from kd_utils.config import project_paths
+from kd_utils.sweep import execution
+
+
+def test_epochs_are_read_only_when_their_line_is_whole(tmp_path):
+    path = tmp_path / "epochs.jsonl"
+    rows = execution._new_rows(path)
+    assert next(rows) == []
+    path.write_text('{"epoch": 1}\n{"epo')
+    assert next(rows) == [{"epoch": 1}]
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n')
+    assert next(rows) == [{"epoch": 2}]
+
+
+@pytest.fixture
+def notebook(stub_notebooks, monkeypatch):
+    """Where notebook 04 goes, and a function that gives its stub another last cell."""
+    monkeypatch.setattr(project_paths, "CODE_ROOT", Path(__file__).parents[1])
+
+    def does(source):
+        path = stub_notebooks / "notebooks" / "04_analyse_results.ipynb"
+        document = nbformat.read(path, 4)
+        document.cells[-1].source = source
+        nbformat.write(document, path)
+
+    return stub_notebooks / "runs" / "stub" / "04_analyse_results.ipynb", does
+
+
+def test_a_failed_notebook_is_kept_with_its_cause_and_no_place_is_taken(notebook):
+    target, _ = notebook
+    with pytest.raises(
+        execution.NotebookFailed,
+        match="04_analyse_results failed: ValueError: AnalysisConfig: name",
+    ):
+        execution.execute("04_analyse_results", target, {"name": "../up"}, dict)
+    assert [path.name for path in target.parent.iterdir()] == ["04_analyse_results.failed.ipynb"]
+    assert "Traceback" in (target.parent / "04_analyse_results.failed.ipynb").read_text()
+
+
+def test_one_that_fails_does_not_take_what_another_process_writes(notebook):
+    """A worker whose sweep was killed may outlive it, and the next sweep be at its trial
+    already.
+    """
+    target, does = notebook
+    others = target.with_name(f".{target.stem}.partial-1.ipynb")
+    does(
+        f"import pathlib; pathlib.Path({str(others)!r}).write_text('others'); raise "
+        f"ValueError('late')"
+    )
+    with pytest.raises(execution.NotebookFailed, match="ValueError: late"):
+        execution.execute("04_analyse_results", target, {}, dict)
+    assert others.read_text() == "others"
+    assert "ValueError: late" in target.with_name(f"{target.stem}.failed.ipynb").read_text()
+
+
+def test_kernels_that_start_side_by_side_take_no_port_of_each_other(notebook, monkeypatch):
+    target, does = notebook
+    does(
+        "from ipykernel.connect import "
+        "get_connection_info\nget_connection_info(unpack=True)['transport']"
+    )
+    with socket.create_server(
+        ("127.0.0.1", 0)
+    ) as others:  # which another kernel chose too, and bound first
+        monkeypatch.setattr(
+            LocalPortCache, "find_available_port", lambda *_: others.getsockname()[1]
+        )
+        execution.execute("04_analyse_results", target, {}, dict)
+    [shown] = nbformat.read(target, 4).cells[-1].outputs
+    assert shown.data["text/plain"] == "'ipc'"
+
+
+def test_a_kernel_that_dies_while_it_starts_is_told_like_one_that_dies_later(notebook, monkeypatch):
+    target, _ = notebook
+    monkeypatch.setattr(execution, "kernel_settings", lambda folder: {})  # over ports
+    with socket.create_server(("127.0.0.1", 0)) as others:
+        monkeypatch.setattr(
+            LocalPortCache, "find_available_port", lambda *_: others.getsockname()[1]
+        )
+        with pytest.raises(
+            execution.NotebookFailed, match="04_analyse_results failed: the kernel died: killed, or"
+        ):
+            execution.execute("04_analyse_results", target, {}, dict)
+
+
+def test_a_folder_too_deep_for_sockets_does_not_stop_a_notebook(notebook, tmp_path, monkeypatch):
+    target, does = notebook
+    does("2 + 2")
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    execution.execute("04_analyse_results", target, {}, dict)
+    assert nbformat.read(target, 4).cells[-1].outputs[0].data["text/plain"] == "4"
+    assert list(deep.iterdir()) == []

@@ -1,0 +1,201 @@
+"""Planning: a parameter file times a grid as named trials, all checked, nothing run."""
+
+import pytest
+from stubs import VALUES
+
+from kd_utils.config import parameter_files, project_paths
+from kd_utils.config.trial import DISTILLATIONS, METHODS, TrialConfig
+from kd_utils.sweep import planning
+
+GRID = {"distill_type": ["black_box", "attention"], "seed": [0, 1, 2, 3]}
+
+
+def test_the_projects_grid_is_28_trials_and_their_references(stub_notebooks):
+    trials = planning.plan({}, parameter_files.load_grid(), stub_notebooks / "runs" / "stub")
+    of_method = {
+        method: [t.swept["seed"] for t in trials if t.swept["distill_type"] == method]
+        for method in METHODS
+    }
+    assert of_method == {
+        method: [0] if method == "untrained" else list(range(7)) for method in METHODS
+    }
+    assert sum(len(of_method[method]) for method in DISTILLATIONS) == 28
+    assert len({t.config_hash for t in trials}) == len(trials) == 36
+    assert [t.epochs for t in trials if t.swept["distill_type"] == "untrained"] == [1]
+
+
+def test_the_untrained_student_goes_with_every_seed(stub_notebooks):
+    grid = {"distill_type": ["untrained", "task_only"], "seed": [0, 1]}
+    chosen = planning.select(planning.plan({}, grid, stub_notebooks / "runs" / "x"), "seed=1", grid)
+    assert [t.trial for t in chosen] == ["untrained_seed0", "task_only_seed1"]
+
+
+def test_a_combination_that_is_refused_is_named(stub_notebooks):
+    with pytest.raises(
+        ValueError,
+        match="every weight of the loss is 0.*in the grid: distill_type=task_only, alpha=0",
+    ):
+        planning.plan(
+            {},
+            {"distill_type": ["black_box", "task_only"], "alpha": [1, 0]},
+            stub_notebooks / "runs" / "x",
+        )
+
+
+def test_a_method_that_does_not_use_a_swept_key_is_one_trial_for_all_its_values(stub_notebooks):
+    grid = {
+        "distill_type": ["task_only", "black_box", "hidden_state"],
+        "gamma_hidden": [0.1, 1.0],
+        "seed": [0, 1],
+    }
+    trials = planning.plan({}, grid, stub_notebooks / "runs" / "x")
+    assert [t.trial for t in trials] == [
+        "task_only_seed0",
+        "task_only_seed1",
+        "black_box_seed0",
+        "black_box_seed1",
+        *(
+            f"hidden_state_seed{seed}_gamma_hidden={gamma}"
+            for gamma in (0.1, 1.0)
+            for seed in (0, 1)
+        ),
+    ]
+    assert "gamma_hidden" not in trials[0].swept and "gamma_hidden" not in trials[0].parameters
+    chosen = planning.select(trials, "gamma_hidden=1,seed=0", grid)
+    assert [t.trial for t in chosen] == [
+        "task_only_seed0",
+        "black_box_seed0",
+        "hidden_state_seed0_gamma_hidden=1.0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(project_paths.CODE_ROOT.glob("papermill_params/grid-*.yaml")),
+    ids=lambda path: path.stem,
+)
+def test_every_further_grid_is_planned_with_its_references_once(stub_notebooks, path):
+    grid = parameter_files.load_grid(path)
+    trials = planning.plan({}, grid, planning.default_run_dir({}, path))
+    seeds = len(grid["seed"])
+    assert sum(t.swept["distill_type"] == "task_only" for t in trials) == seeds
+    last = [t.swept for t in trials if t.swept["distill_type"] == grid["distill_type"][-1]]
+    [key] = set(last[0]) - {"distill_type", "seed"}
+    values = [swept[key] for swept in last]
+    assert values == [value for value in grid[key] for _ in range(seeds)]
+    assert planning.default_run_dir({}, path).name == f"stub-{path.stem.removeprefix('grid-')}"
+
+
+def test_the_projects_grid_has_the_plain_run_folder():
+    assert (
+        planning.default_run_dir({}).name
+        == planning.default_run_dir({}, "elsewhere/grid.yaml").name
+        == "toy"
+    )
+    assert planning.default_run_dir({}, "my.yaml").name == "toy-my"
+
+
+def test_a_trial_is_injected_what_differs_and_what_names_it(stub_notebooks):
+    grid = {"seed": [0], "temperature": [4]}
+    [trial] = planning.plan(
+        {"epochs": 5, "beta": 0.5, "teacher_epochs": 3}, grid, stub_notebooks / "runs" / "x"
+    )
+    assert trial.parameters == {
+        "epochs": 5,
+        "temperature": 4,
+        "distill_type": "black_box",
+        "seed": 0,
+        "run_dir": "runs/x",
+        "trial": "black_box_seed0_temperature=4",
+    }
+    assert trial.trial == "black_box_seed0_temperature=4"
+    assert trial.epochs == 5
+    assert (
+        trial.config_hash
+        == TrialConfig(**{**notebook_values(), "epochs": 5, "temperature": 4}).fingerprint()
+    )
+
+
+def notebook_values():
+    return {key: VALUES[key] for key in TrialConfig.model_fields}
+
+
+def test_the_grid_goes_before_the_parameter_file(stub_notebooks):
+    trials = planning.plan(
+        {"seed": 9, "distill_type": "combined"}, {"seed": [1, 2]}, stub_notebooks / "runs" / "x"
+    )
+    assert [t.trial for t in trials] == ["combined_seed1", "combined_seed2"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"seed": [1, 1]}, "same trial twice"),
+        ({"temperature": [4, 4.0]}, "same trial twice"),
+        ({"seed": [-1]}, "seed = -1"),
+        ({"distill_type": ["atention"]}, "distill_type = 'atention'"),
+    ],
+)
+def test_bad_values_in_a_grid_are_refused_before_anything_runs(stub_notebooks, grid, message):
+    with pytest.raises(ValueError, match=message):
+        planning.plan({}, grid, stub_notebooks / "runs" / "x")
+
+
+def test_a_bad_value_that_the_grid_overrides_is_refused_all_the_same(stub_notebooks):
+    with pytest.raises(ValueError, match="distill_type = 'atention'"):
+        planning.plan({"distill_type": "atention"}, {"distill_type": ["attention"]}, "runs/x")
+
+
+def test_bad_values_of_another_stage_are_refused_too(stub_notebooks):
+    with pytest.raises(ValueError, match="teacher_epochs = -1"):
+        planning.plan({"teacher_epochs": -1}, GRID, stub_notebooks / "runs" / "x")
+
+
+@pytest.mark.parametrize(
+    ("only", "names"),
+    [
+        ("", 8),
+        (
+            "distill_type=attention",
+            ["attention_seed0", "attention_seed1", "attention_seed2", "attention_seed3"],
+        ),
+        (
+            "distill_type=attention,seed=0-1+3",
+            ["attention_seed0", "attention_seed1", "attention_seed3"],
+        ),
+        ("seed=2, distill_type=attention+black_box", ["black_box_seed2", "attention_seed2"]),
+    ],
+)
+def test_only_chooses_trials(stub_notebooks, only, names):
+    chosen = planning.select(planning.plan({}, GRID, stub_notebooks / "runs" / "x"), only, GRID)
+    assert len(chosen) == names if isinstance(names, int) else [t.trial for t in chosen] == names
+
+
+@pytest.mark.parametrize(
+    "only",
+    [
+        "seed",
+        "seed=",
+        "sed=1",
+        "seed=0-9",
+        "seed=1,seed=2",
+        "seed=2-1",
+        "seed=x",
+        "seed=1++2",
+        "distill_type=hidden_state",
+        "seed=[",
+        "temperature=2",
+    ],
+)
+def test_only_refuses_what_the_grid_does_not_have(stub_notebooks, only):
+    with pytest.raises(ValueError, match="--only"):
+        planning.select(planning.plan({}, GRID, stub_notebooks / "runs" / "x"), only, GRID)
+
+
+def test_a_name_that_is_too_long_with_method_and_seed_is_refused(stub_notebooks):
+    grid = {"distill_type": ["black_box"], "seed": [0], "student": ["s" * 186]}
+    with pytest.raises(
+        ValueError,
+        match="a trial would be called 'black_box_seed0_student=s.*at most 200 characters",
+    ):
+        planning.plan({}, grid, stub_notebooks / "runs" / "x")

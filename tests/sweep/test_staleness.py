@@ -1,0 +1,54 @@
+"""What of a sweep is done: what its trials have to be made of where there is no cache, and models
+that are gone.
+"""
+
+import dataclasses
+
+from stubs import metrics_of, write_trial
+
+from kd_utils.records import run_folder
+from kd_utils.sweep import planning, staleness, sweep
+
+
+def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
+    """Without it trials of two caches would count as done beside each other."""
+    parameters = {"name": "stub"}
+    trials = planning.plan(parameters, {"distill_type": ["black_box"], "seed": [0]}, run_dir)
+    earlier = run_folder.read_plan(run_dir)
+    sweep._write_plan(run_dir, parameters, {}, trials)
+    plan = run_folder.read_plan(run_dir)
+    assert len(plan["trials"]) == 1 and plan["code"] != earlier["code"]
+    for key in ("cache", "more_caches", "tokenizer", "students"):
+        assert plan[key] == earlier[key] != {}
+    config_hash = metrics_of("black_box", 1)["config_hash"]
+    other = dataclasses.replace(trials[0], trial="black_box_seed1", config_hash=config_hash)
+    write_trial(run_dir, "black_box", 1, code=plan["code"])
+    assert staleness.status([other], run_dir, parameters)["black_box_seed1"].state == "done"
+    write_trial(
+        run_dir,
+        "black_box",
+        1,
+        code=plan["code"],
+        cache=metrics_of()["cache"] | {"content_hash": "other"},
+    )
+    assert staleness.status([other], run_dir, parameters)["black_box_seed1"].why.startswith(
+        "teacher cache changed"
+    )
+
+
+def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
+    models = {
+        name: stub_notebooks / "artifacts" / "embedded" / "toy" / name
+        for name in ("student", "teacher")
+    }
+    for folder in models.values():
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").touch()
+    parameters = {key: f"artifacts/embedded/toy/{key}" for key in models} | {"build": "toy"}
+    assert "not there" not in staleness._why_stale(planning.PREPARE, parameters)
+    (models["student"] / "model.safetensors").unlink()
+    assert (
+        staleness._why_stale(planning.PREPARE, parameters)
+        == "artifacts/embedded/toy/student is not there any more"
+    )
+    assert "not there" not in staleness._why_stale(planning.PREPARE, parameters | {"build": "none"})
