@@ -480,13 +480,13 @@ def default_cases(work: Path, shared: Path) -> list[Case]:
     """
     from transformers import AutoTokenizer
 
-    from kd_utils.config.project_paths import resolve, short_path
+    from kd_utils.config.project_paths import project_path, short_path
 
     cases = []
     students = sorted(
-        path.parent for path in resolve("artifacts/students/toy").glob("*/config.json")
+        path.parent for path in project_path("artifacts/students/toy").glob("*/config.json")
     )
-    toy_data = resolve("artifacts/embedded/toy/data")
+    toy_data = project_path("artifacts/embedded/toy/data")
     if students and toy_data.is_dir():
         cases.append(
             Case(
@@ -497,7 +497,7 @@ def default_cases(work: Path, shared: Path) -> list[Case]:
             )
         )
     else:
-        missing = toy_data if students else resolve("artifacts/students/toy")
+        missing = toy_data if students else project_path("artifacts/students/toy")
         print(
             f"no trained student here ({short_path(missing)} is missing): `make sweep` makes one, "
             f"MODEL=folder and "

@@ -171,7 +171,7 @@ def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
     from kd_utils.models.loading import load_causal_lm
     from kd_utils.speed.floors import header
     from kd_utils.teacher.extraction import signal_function, stored_lm_head
-    from kd_utils.tokens.encoding import CachedExample
+    from kd_utils.tokens.encoding import Example
 
     device = torch.device(args.device)
     teacher = (
@@ -180,7 +180,7 @@ def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
         .eval()
     )
     rows = [
-        CachedExample(example_id, np.asarray(tokens, np.int32), start)
+        Example(example_id, np.asarray(tokens, np.int32), start)
         for example_id, (start, tokens) in json.loads((args.work / "rows.json").read_text())[
             "rows"
         ].items()
@@ -212,21 +212,21 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
     from kd_utils.cache.teacher_cache import TeacherCache
     from kd_utils.distill.batches import prefetched, split_batch
     from kd_utils.distill.losses import weighted_sum
-    from kd_utils.distill.teacher_terms import TeacherView
+    from kd_utils.distill.teacher_terms import TeacherTerms
     from kd_utils.distill.training import loss_terms, seed_step
     from kd_utils.models.devices import autocast
     from kd_utils.models.loading import load_causal_lm
-    from kd_utils.models.output_head import Head, output_head
+    from kd_utils.models.output_head import OutputHead, output_head
     from kd_utils.models.signals import forward_signals
 
     weights, distill_tokens, temperature = METHODS[args.side]
     device = torch.device(args.device)
     model = load_causal_lm(str(args.work / "student")).to(device).train()
     cache = TeacherCache(args.cache)
-    head = Head(cache.lm_head().float().to(device))
+    head = OutputHead(cache.lm_head().float().to(device))
     [total] = cache.manifest["layers"]["hidden"]
     last = (total, model.config.num_hidden_layers)
-    view = TeacherView(
+    view = TeacherTerms(
         head,
         (model.config.hidden_size, head.weight.shape[1]),
         teacher_layers=total,

@@ -233,19 +233,19 @@ def our_row(
     """Our numbers of one row, group by group, and how the gradients compare."""
     from kd_utils.distill.batches import collate
     from kd_utils.distill.logit_losses import kd_loss, span_kl, span_log_probs, uld_loss
-    from kd_utils.distill.teacher_terms import TeacherView
-    from kd_utils.models.output_head import Head
+    from kd_utils.distill.teacher_terms import TeacherTerms
+    from kd_utils.models.output_head import OutputHead
     from kd_utils.models.signals import Signals
     from kd_utils.tokens.alignment import align
-    from kd_utils.tokens.encoding import CachedExample
+    from kd_utils.tokens.encoding import Example
 
     eye = {name: torch.eye(len(row[name]["ids"])) for name in SIDES}
     head = {
-        name: Head(row[name]["logits"].T.contiguous().requires_grad_(name == "student"))
+        name: OutputHead(row[name]["logits"].T.contiguous().requires_grad_(name == "student"))
         for name in SIDES
     }
     student, teacher = (
-        CachedExample(
+        Example(
             "",
             row[name]["ids"].numpy(),
             row[name]["start"],
@@ -302,7 +302,7 @@ def our_row(
             for name in SIDES
         }
         out["span"] = span_kl(chain("student", None), chain("teacher", None), 1.0)
-    view = TeacherView(
+    view = TeacherTerms(
         head["teacher"], (1, 1), hidden_pairs=[], map_pairs=[], teacher_layers=1, shared=shared
     )
     single, slopes = torch.tensor(before["student"])[out["single"]], {}

@@ -144,7 +144,7 @@ def bench(options: argparse.Namespace) -> int:
     from kd_utils.sweep.execution import execute, in_thread, injected
 
     parameters = load_parameters(options.parameters) if options.parameters else {}
-    run_dir = project_paths.resolve(notebook_config(SPEED, parameters).run_dir)
+    run_dir = project_paths.project_path(notebook_config(SPEED, parameters).run_dir)
     run_dir = Path(options.run_dir or run_dir).expanduser().absolute()
     values = injected(SPEED, parameters | {"run_dir": project_paths.short_path(run_dir)})
     in_thread(

@@ -61,7 +61,7 @@ files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha
 import os, time
 import pandas as pd
 from kd_utils.cache import manifest as cache
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 from kd_utils.config.trial import TrialConfig
 from kd_utils.records import trial_record as records
 from kd_utils.records.environment import environment
@@ -86,12 +86,12 @@ metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), *
            "final": rows[-1]}
 predictions = pd.DataFrame({"example_id": ["a", "b"], "task": "sst2", "correct": [True, False],
                             "loglikelihoods": [[-1.0, -2.0]] * 2})
-records.write_record(resolve(config.run_dir) / "trials" / trial, metrics, predictions)""",
+records.write_record(project_path(config.run_dir) / "trials" / trial, metrics, predictions)""",
     "04_analyse_results": """
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 from kd_utils.config.stages import AnalysisConfig
 from kd_utils.records import run_folder
-run_folder.collect(resolve(AnalysisConfig.from_notebook(globals()).run_dir))""",
+run_folder.collect(project_path(AnalysisConfig.from_notebook(globals()).run_dir))""",
     "05_measure_speed": "",
     "06_any_teacher": "",
 }

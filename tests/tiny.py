@@ -161,10 +161,10 @@ def example_rows(lengths: list[int], *, vocab: int = 97, seed: int = 0) -> list[
     """Examples of random tokens whose answers are their last third; no signals yet."""
     import numpy as np
 
-    from kd_utils.tokens.encoding import CachedExample
+    from kd_utils.tokens.encoding import Example
 
     rng = np.random.default_rng(seed)
     return [
-        CachedExample(f"row{i}", rng.integers(3, vocab, n).astype(np.int32), n - max(n // 3, 1))
+        Example(f"row{i}", rng.integers(3, vocab, n).astype(np.int32), n - max(n // 3, 1))
         for i, n in enumerate(lengths)
     ]

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.analysis.stats import interval
-from kd_utils.config.project_paths import ROOT, resolve
+from kd_utils.config.project_paths import ROOT, project_path
 from kd_utils.config.trial import METHODS
 
 ACCURACY = "validation_accuracy"
@@ -41,9 +41,9 @@ def find_run(name: str, run_dir: str = "", runs: Path = ROOT / "runs") -> Path:
     having = sorted({path.parents[2].name for path in runs.glob("*/trials/[!.]*/metrics.json")})
     hint = f"(runs with trials: {', '.join(having) or 'none'}): sweep it, or set run_dir to a run folder"
     if run_dir:
-        if not resolve(run_dir).is_dir():
+        if not project_path(run_dir).is_dir():
             raise FileNotFoundError(f"no run folder {run_dir} {hint}")
-        return resolve(run_dir)
+        return project_path(run_dir)
     dated = re.compile(rf"(\d{{4}}-\d\d-\d\d)-{re.escape(name)}(?:-(\d+))?")
     own = [name] * (name in having) + sorted(
         filter(dated.fullmatch, having),

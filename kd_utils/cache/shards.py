@@ -29,14 +29,14 @@ from kd_utils.store.files import (
     write_json,
     written_aside,
 )
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 if TYPE_CHECKING:
     pass
 
 #: Starts the teacher on one batch; what it returns waits for the device and gives the rows with
 #: their signals.
-SignalsOf = Callable[[list[CachedExample]], Iterable[CachedExample]]
+SignalsOf = Callable[[list[Example]], Iterable[Example]]
 
 WRITERS = 2  # shards that are packed and compressed side by side
 
@@ -50,12 +50,12 @@ class Shard:
 
     file: str
     split: str
-    rows: list[CachedExample]
+    rows: list[Example]
     made_for: str
 
 
 def plan_shards(
-    examples: dict[str, list[CachedExample]], shard_examples: int, key: dict[str, Any]
+    examples: dict[str, list[Example]], shard_examples: int, key: dict[str, Any]
 ) -> list[Shard]:
     """Each split's examples by length, in shards of `shard_examples`; `key` is what the cache is
     made from.
@@ -117,13 +117,13 @@ def _hand_over(batches: Queue, item: Any, job: Future) -> None:
                 return job.result()
 
 
-def token_batches(rows: list[CachedExample], batch_tokens: int) -> Iterator[list[CachedExample]]:
+def token_batches(rows: list[Example], batch_tokens: int) -> Iterator[list[Example]]:
     """Neighbours in batches whose padded size, rows x longest, is at most `batch_tokens` (one row
     at the least).
 
     A batch that has an eighth of them closes before a row that would leave a fifth of it padding.
     """
-    batch: list[CachedExample] = []
+    batch: list[Example] = []
     longest = real = 0
     for row in rows:
         widest, padded = max(longest, len(row.tokens)), longest * len(batch)
@@ -175,7 +175,7 @@ def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
         )
 
 
-def _table(row: CachedExample) -> pa.Table:
+def _table(row: Example) -> pa.Table:
     values = {
         "example_id": pa.array([row.example_id]),
         "answer_start": pa.array([row.answer_start], pa.int32()),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from kd_utils.tokens.vocabulary import Vocabulary
 from kd_utils.cache.manifest import CacheError, _check_file, check_files
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 TOP_K = ("top_logits", "top_ids", "log_mass")
 
@@ -120,7 +120,7 @@ class TeacherCache:
                 for j in range(np.dtype(dtype).itemsize)
             ),
         ]
-        self._kept: dict[str, CachedExample] = {}
+        self._kept: dict[str, Example] = {}
 
     def _file(self, name: str) -> pq.ParquetFile:
         if name not in self._files:
@@ -133,7 +133,7 @@ class TeacherCache:
     def __contains__(self, example_id: str) -> bool:
         return example_id in self._place
 
-    def __getitem__(self, example_id: str) -> CachedExample:
+    def __getitem__(self, example_id: str) -> Example:
         """The example's row.
 
         Raises:
@@ -154,8 +154,8 @@ class TeacherCache:
             self._kept[example_id] = row
         return row
 
-    def _shape(self, table: pa.Table) -> CachedExample:
-        row = CachedExample(
+    def _shape(self, table: pa.Table) -> Example:
+        row = Example(
             table["example_id"][0].as_py(),
             table["tokens"].chunk(0).values.to_numpy(),
             table["answer_start"][0].as_py(),

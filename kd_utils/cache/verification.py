@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from kd_utils.cache.manifest import (
@@ -19,18 +18,19 @@ from kd_utils.cache.manifest import (
     key_digest,
     read_manifest,
 )
-from kd_utils.cache.teacher_cache import TeacherCache, signal_of
-from kd_utils.config.project_paths import resolve
-from kd_utils.records.source_code import changed
+from kd_utils.cache.row_checks import check_recomputed, check_row
+from kd_utils.cache.teacher_cache import TeacherCache
+from kd_utils.config.project_paths import project_path
+from kd_utils.records.source_code import changed_files
 from kd_utils.store.locks import held
 from kd_utils.store.sealed import RecordError, read_sealed, write_sealed
-from kd_utils.tokens.encoding import CachedExample, tokenizer_files
+from kd_utils.tokens.encoding import Example, tokenizer_files
 
 
 def verify(
     folder: Path,
     data: dict[str, pd.DataFrame] | None = None,
-    recompute: Callable[[list[CachedExample]], Iterable[CachedExample]] | None = None,
+    recompute: Callable[[list[Example]], Iterable[Example]] | None = None,
     *,
     samples: int = 4,
     tolerance: float = 0.05,
@@ -97,95 +97,14 @@ def _checks(
             )
         checks[f"rows, {split}"] = f"{len(cached)} of {len(wanted)}"
     worst = max(
-        (_check_row(manifest, cache[example_id]) for example_id in cache._place), default=0.0
+        (check_row(manifest, cache[example_id]) for example_id in cache._place), default=0.0
     )
     checks["values"] = f"{len(cache)} rows, shapes right, all finite"
     if manifest["signals"] == "white_box":
         checks["attention rows"] = f"sum to 1 within {worst:.1e}"
     if recompute is not None:
-        checks["recomputed"] = _check_recomputed(cache, recompute, samples, tolerance)
+        checks["recomputed"] = check_recomputed(cache, recompute, samples, tolerance)
     return checks
-
-
-def _check_row(manifest: dict[str, Any], row: CachedExample) -> float:
-    """Check one row; returns how far its attention rows are from summing to 1."""
-    n, worst = len(row.tokens), 0.0
-    shapes = {
-        "hidden": (n, manifest.get("hidden_size")),
-        "attention": (manifest.get("heads"), n * (n + 1) // 2),
-        "top_logits": (n, manifest.get("top_k")),
-        "top_ids": (n, manifest.get("top_k")),
-        "log_mass": (n, len(manifest.get("temperatures", []))),
-    }
-    for column in manifest["dtypes"]:
-        array, shape = row.signals[column], shapes[signal_of(column)]
-        if array.shape != shape:
-            raise CacheError(
-                f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}"
-            )
-        if not np.isfinite(array).all():
-            remedy = (
-                "signals to 'top_k'"
-                if column == signal_of(column)
-                else f"{signal_of(column)}_layers to others"
-            )
-            raise CacheError(
-                f"row {row.example_id}: {column} has values that are not finite: the teacher "
-                f"overflowed "
-                f"float16; set {remedy} and run 02 again"
-            )
-        if signal_of(column) == "attention":
-            worst = max(worst, _check_map(row.example_id, array, n))
-    if not 0 < row.answer_start < n:
-        raise CacheError(
-            f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens"
-        )
-    ends = row.ends
-    if ends is not None and len(ends) and (len(ends) != n or (np.diff(ends, prepend=0) < 0).any()):
-        raise CacheError(
-            f"row {row.example_id}: its {n} tokens end behind bytes that are not in order"
-        )
-    return worst
-
-
-def _check_map(example_id: str, packed: np.ndarray, n: int) -> float:
-    """How far the rows of one example's map are from summing to 1."""
-    compact = packed.dtype == np.uint8
-    probs = np.square(packed / np.float32(255)) if compact else packed.astype(np.float32)
-    off = np.abs(np.add.reduceat(probs, np.cumsum(np.arange(n)), axis=1) - 1)
-    keys = np.arange(1, n + 1)
-    # Rounding sqrt(p) by at most 1/510, an entry at a time, moves a row of k keys by at most
-    # sqrt(k) / 255 + k / 510^2.
-    allowed = np.sqrt(keys) / 255 + keys / 510**2 + 1e-3 if compact else np.full(n, 5e-3)
-    worst = float(off.max())
-    if (off > allowed).any():
-        raise CacheError(
-            f"row {example_id}: an attention row sums to {1 - worst:.4f} or {1 + worst:.4f}, not 1"
-        )
-    return worst
-
-
-def _check_recomputed(
-    cache: TeacherCache, recompute: Callable, samples: int, tolerance: float
-) -> str:
-    ids = list(cache._place)
-    chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, min(samples, len(ids))).astype(int)]
-    worst = 0.0
-    for example_id in chosen:
-        stored = cache[example_id]
-        [fresh] = recompute(
-            [CachedExample(example_id, stored.tokens, stored.answer_start, stored.ends)]
-        )
-        for column, old in stored.signals.items():
-            if signal_of(column) in ("hidden", "attention", "top_logits"):
-                old, new = old.astype(np.float32), np.asarray(fresh.signals[column], np.float32)
-                worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
-    if not worst <= tolerance:
-        raise CacheError(
-            f"{cache.folder.name}: recomputed rows differ from the stored ones by {worst:.1%}: "
-            "the teacher is not the one that was cached; run 02 again"
-        )
-    return f"{len(chosen)} rows, equal within {worst:.1e}"
 
 
 def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> TeacherCache:
@@ -239,16 +158,16 @@ def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) 
         )
     if manifest["base_teacher"] != teacher:
         reasons.append(f"was made from teacher {manifest['base_teacher']}, not {teacher}")
-    elif "base_fingerprint" in manifest and resolve(teacher).is_dir():
+    elif "base_fingerprint" in manifest and project_path(teacher).is_dir():
         from kd_utils.models.loading import model_fingerprint
 
-        if tokenizer_files(resolve(teacher)) != manifest.get("tokenizer_files", {}):
+        if tokenizer_files(project_path(teacher)) != manifest.get("tokenizer_files", {}):
             reasons.append(f"was made with another tokenizer of teacher {teacher}")
 
         with suppress(FileNotFoundError):  # weights that are gone are no other ones
             if model_fingerprint(teacher) != manifest["base_fingerprint"]:
                 reasons.append(f"was made from other weights of teacher {teacher}")
-    if names := changed(manifest.get("code", {}), cache_code()):
+    if names := changed_files(manifest.get("code", {}), cache_code()):
         reasons.append(f"was made by other code ({names})")
     return ", ".join(reasons)
 
@@ -272,7 +191,7 @@ def what_changed(artifacts: Path, header: dict[str, Any]) -> str:
     words = {
         "base_teacher": "teacher",
         "teacher": "the teacher's weights",
-        "code": f"code ({changed(then.get('code', {}), header['code'])})",
+        "code": f"code ({changed_files(then.get('code', {}), header['code'])})",
     }
     names = [
         words.get(name, name)

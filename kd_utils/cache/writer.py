@@ -35,7 +35,7 @@ from kd_utils.store.files import (
     write_json,
     written_aside,
 )
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
 
 def write_cache(
     folder: Path,
-    examples: dict[str, list[CachedExample]],
+    examples: dict[str, list[Example]],
     signals_of: SignalsOf,
     lm_head: Tensor | None,
     header: dict[str, Any],
@@ -114,7 +114,7 @@ def write_cache(
 
 def assemble_cache(
     folder: Path,
-    examples: dict[str, list[CachedExample]],
+    examples: dict[str, list[Example]],
     write: Callable[[list[Shard]], None],
     lm_head: Tensor | None,
     header: dict[str, Any],
@@ -161,7 +161,7 @@ def _make_newest(manifest: Path) -> None:
 
 def _assemble(
     folder: Path,
-    examples: dict[str, list[CachedExample]],
+    examples: dict[str, list[Example]],
     write: Callable[[list[Shard]], None],
     lm_head: Tensor | None,
     vocabulary: Vocabulary | None,

@@ -121,7 +121,7 @@ def unlike_the_sweeps(seen: dict[str, str]) -> str:
         seen: path under the project's root -> SHA-256 of the file there, as the sweep saw it.
     """
     for path, checksum in seen.items():
-        place = project_paths.resolve(path)
+        place = project_paths.project_path(path)
         try:
             if sha256_file(place) != checksum:
                 return f"{place} is not the sweep's: another content"

@@ -20,7 +20,7 @@ from kd_utils.config.fields import (
     Place,
     in_one_line,
 )
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 
 #: Names, places and devices: parameters that no fingerprint holds.
 NEVER_IN_A_RESULT = frozenset(
@@ -84,7 +84,7 @@ class Config(BaseModel):
 
     @property
     def artifacts(self) -> Path:
-        return resolve(self.artifacts_dir)
+        return project_path(self.artifacts_dir)
 
     @property
     def data_path(self) -> Path:

@@ -18,7 +18,7 @@ ROOT = Path(os.environ.get("KD_ROOT") or os.environ.get("KD_SWEEP_ROOT") or CODE
 ROOT = ROOT.expanduser().resolve()
 
 
-def resolve(path: str | Path) -> Path:
+def project_path(path: str | Path) -> Path:
     """A path as the project means it: absolute as given, relative to the project's root
     otherwise.
     """
@@ -37,6 +37,6 @@ def run_label(run_dir: str | Path) -> str:
     """A name for a run's checkpoints and students that no other run has: NAME of `runs/NAME`, else
     with a digest.
     """
-    place = short_path(resolve(run_dir))
+    place = short_path(project_path(run_dir))
     name = Path(place).name
     return name if Path(place) == Path("runs", name) else f"{name}-{sha256_json(place)[:8]}"

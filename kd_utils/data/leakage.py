@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 from kd_utils.data.tasks import TASKS, content_key, load_task
 
 #: Words of an n-gram, and the fewest that are looked for inside a longer text. GPT-3's range (Brown
@@ -171,7 +171,7 @@ def few_shot_rows(data_dir: str, tasks: Iterable[str], count: int = SHOTS) -> pd
     Returns:
         The columns of `tasks.load_task`.
     """
-    folder = resolve(data_dir) if data_dir else None
+    folder = project_path(data_dir) if data_dir else None
     tables = [
         load_task(task, TASKS[task].shot_split, data_dir=folder, limit=count) for task in tasks
     ]

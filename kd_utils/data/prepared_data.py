@@ -15,29 +15,20 @@ from typing import Any
 
 import pandas as pd
 
-from kd_utils.config.project_paths import resolve, short_path
+from kd_utils.config.project_paths import project_path, short_path
 from kd_utils.config.stages import TASK_NAMES, DataConfig
-from kd_utils.data.leakage import few_shot_rows
 from kd_utils.data.prepared_table import PREPARED, read_table, require_own_ids
-from kd_utils.data.tasks import TASKS, content_key, load_task
-from kd_utils.records.source_code import changed, code_of
+from kd_utils.data.tasks import SOURCES, TASKS, content_key
+from kd_utils.records.source_code import changed_files, code_of
 from kd_utils.store.files import full_disk_named, sha256_file, written_folder
 from kd_utils.store.sealed import RecordError, read_sealed, write_sealed
-from kd_utils.tokens.encoding import encode_example, tokenizer_files, tokenizer_fingerprint
+from kd_utils.tokens.encoding import tokenizer_files, tokenizer_fingerprint
 
 FORMAT = 2
 
 SPLITS = ("train", "validation")
 
 MADE_FROM = ("config", "source", "code")
-
-#: The hub's split that each of ours is drawn from. MMLU has too few rows in its own `dev` and
-#: `validation`, so both come from `test`, which is cut in two.
-SOURCES = {
-    "sst2": {"train": "train", "validation": "validation"},
-    "mmlu": {"train": "test", "validation": "test"},
-    "gsm8k": {"train": "train", "validation": "test"},
-}
 
 
 @dataclass(frozen=True)
@@ -87,43 +78,6 @@ class PreparedData:
                 )
                 digest.update(line.encode() + b"\n")
         return digest.hexdigest()
-
-
-def prepare(config: DataConfig, tokenizer: Any) -> PreparedData:
-    """Draw the training and validation examples that the config asks for.
-
-    Rows are taken in the order of a hash of `data_seed` and content, so an example's place depends
-    neither on the counts nor on other rows: validation takes from the front; training from the
-    front of its own split, or from the back where both come from one split. Examples with the
-    content of an earlier one are dropped (between the
-    splits: from training), and so are those with the content of a few-shot row and those with more
-    than `max_length` tokens, never cut.
-
-    Raises:
-        ValueError: fewer rows than asked for, no row that fits `max_length`, or a content in both
-            splits.
-    """
-    made_from = _made_from(
-        config
-    )  # before it is read: a file that changes meanwhile must not count as the one read
-    drawn = {split: [] for split in SPLITS}
-    counts = []
-    for task in TASK_NAMES:
-        taken: set[str] = set()  # contents that training must not have
-        for split in ("validation", "train"):
-            if asked := config.rows(task, split):
-                rows, count = _draw(config, tokenizer, task, split, asked, taken)
-                taken |= {content_key(task, prompt) for prompt in rows["prompt"]}
-                drawn[split].append(rows)
-                counts.append(count)
-    tables = [pd.concat(drawn[split], ignore_index=True) for split in SPLITS]
-    counts = (
-        pd.DataFrame(counts).sort_values(["split", "task"], key=_as_listed).reset_index(drop=True)
-    )
-    _require_disjoint(*tables, "the drawn rows")
-    return PreparedData(
-        *tables, counts, config.fingerprint(), tokenizer_fingerprint(tokenizer), made_from
-    )
 
 
 def save_prepared(prepared: PreparedData, folder: str | Path) -> Path:
@@ -258,7 +212,7 @@ def why_stale(folder: str | Path, config: DataConfig) -> str:
     }
     reasons = [f"{kind} changed ({', '.join(names)})" for kind, names in differing.items() if names]
     if then["code"] != now["code"]:
-        reasons.append(f"code changed ({changed(then['code'], now['code'])})")
+        reasons.append(f"code changed ({changed_files(then['code'], now['code'])})")
     return "; ".join(reasons)
 
 
@@ -295,7 +249,7 @@ def _made_from(config: DataConfig) -> dict[str, dict[str, Any]]:
     return {
         "config": values,
         "source": _source_files(config),
-        "code": code_of("01_prepare_data", {"data.prepared_data", *builder}),
+        "code": code_of("01_prepare_data", {"data.prepared_data", "data.drawing", *builder}),
     }
 
 
@@ -312,86 +266,14 @@ def _source_files(config: DataConfig) -> dict[str, str]:
             if config.rows(task, split)
             for source in (SOURCES[task][split], TASKS[task].shot_split)
         }
-        files |= {name: resolve(config.data_dir) / name for name in sorted(used)}
+        files |= {name: project_path(config.data_dir) / name for name in sorted(used)}
     digests = {name: sha256_file(path) for name, path in files.items() if path.is_file()}
-    if resolve(config.tokenizer).is_dir():
+    if project_path(config.tokenizer).is_dir():
         digests |= {
             f"tokenizer/{name}": one
-            for name, one in tokenizer_files(resolve(config.tokenizer)).items()
+            for name, one in tokenizer_files(project_path(config.tokenizer)).items()
         }
     return digests
-
-
-def _draw(
-    config: DataConfig, tokenizer: Any, task: str, split: str, asked: int, taken: set[str]
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """`asked` rows of a task for one split, and their line of the counts."""
-    source = SOURCES[task][split]
-    table = load_task(task, source, data_dir=resolve(config.data_dir) if config.data_dir else None)
-    keys = pd.Series([content_key(task, prompt) for prompt in table["prompt"]], index=table.index)
-    shown = {
-        content_key(task, prompt) for prompt in few_shot_rows(config.data_dir, [task])["prompt"]
-    }
-    duplicate = keys.duplicated() | keys.isin(taken)
-    shot = keys.isin(shown) & ~duplicate
-    free = ~duplicate & ~shot
-    # Both splits from one source: rows of validation are no duplicates of themselves.
-    shared_source = split == "train" and source == SOURCES[task]["validation"]
-    duplicates = int((keys.duplicated() if shared_source else duplicate).sum())
-    order = keys[free].map(
-        lambda key: hashlib.sha256(f"{config.data_seed}:{key}".encode()).hexdigest()
-    )
-    chosen, lengths, long = [], [], []
-    for index in order.sort_values(ascending=not shared_source).index:
-        if len(chosen) == asked:
-            break
-        prompt_ids, answer_ids = encode_example(
-            tokenizer, table.at[index, "prompt"], table.at[index, "answer"]
-        )
-        length = len(prompt_ids) + len(answer_ids)
-        if length > config.max_length:
-            long.append(length)
-        else:
-            chosen.append(index)
-            lengths.append((length, len(answer_ids)))
-    why = (
-        f"{source} has {len(table)} rows, of which {int(duplicate.sum())} are duplicates or in "
-        f"validation, "
-        f"{int(shot.sum())} are few-shot rows and {len(long)} longer than max_length"
-    )
-    _require_enough(task, split, asked, config.max_length, len(chosen), long, why)
-    tokens = pd.DataFrame(lengths, columns=["tokens", "answer"])
-    count = {
-        "task": task,
-        "split": split,
-        "source": source,
-        "available": len(table),
-        "duplicates": duplicates,
-        "shots": int(shot.sum()),
-        "too_long": len(long),
-        "taken": len(chosen),
-        "mean_tokens": round(float(tokens["tokens"].mean()), 1),
-        "max_tokens": int(tokens["tokens"].max()),
-        "mean_answer_tokens": round(float(tokens["answer"].mean()), 1),
-    }
-    return table.loc[chosen].drop(columns="row").reset_index(drop=True), count
-
-
-def _require_enough(
-    task: str, split: str, asked: int, max_length: int, found: int, long: list[int], why: str
-) -> None:
-    if long and not found:
-        raise ValueError(
-            f"{task}: none of its {len(long)} {split} rows fits max_length = {max_length} tokens "
-            f"with its "
-            f"whole answer (the longest has {max(long)}, the shortest {min(long)}): set max_length "
-            f"to at "
-            f"least {min(long)}, better {max(long)}"
-        )
-    if found < asked:
-        raise ValueError(
-            f"{task}_{split} = {asked}, but there are {found} ({why}): lower {task}_{split}"
-        )
 
 
 def _require_disjoint(train: pd.DataFrame, validation: pd.DataFrame, where: str) -> None:
@@ -408,8 +290,3 @@ def _contents(table: pd.DataFrame) -> set[str]:
         content_key(task, prompt)
         for task, prompt in zip(table["task"], table["prompt"], strict=True)
     }
-
-
-def _as_listed(column: pd.Series) -> pd.Series:
-    """Sort key: tasks and splits in the order in which the project lists them."""
-    return column.map({name: place for place, name in enumerate((*TASK_NAMES, *SPLITS))})

@@ -216,6 +216,14 @@ def _label_problem(column: str, value: Any, count: int) -> str | None:
 
 LABELS = {"sst2": "label", "mmlu": "answer"}
 
+#: The hub's split that each of ours is drawn from. MMLU has too few rows in its own `dev` and
+#: `validation`, so both come from `test`, which is cut in two.
+SOURCES = {
+    "sst2": {"train": "train", "validation": "validation"},
+    "mmlu": {"train": "test", "validation": "test"},
+    "gsm8k": {"train": "train", "validation": "test"},
+}
+
 TASKS = {
     "sst2": Task(
         ("nyu-mll/glue", "sst2"),

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_utils.distill.targets import Compared, compared, tensor_of
-from kd_utils.tokens.encoding import CachedExample, right_padded
+from kd_utils.distill.targets import Targets, compared, tensor_of
+from kd_utils.tokens.encoding import Example, right_padded
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Batch:
     lengths: list[int]
     predicting: Tensor
     targets: Tensor
-    teachers: list[Compared]
+    teachers: list[Targets]
     answers: int
     whole_answers: int
 
@@ -45,8 +45,8 @@ class Batch:
 
 
 def collate(
-    examples: list[CachedExample],
-    teachers: list[list[CachedExample]] | None = None,
+    examples: list[Example],
+    teachers: list[list[Example]] | None = None,
     *,
     distill_tokens: str = "all",
     attention_normaliser: str = "entries",
@@ -90,9 +90,9 @@ def collate(
 
 
 def split_batch(
-    examples: list[CachedExample],
+    examples: list[Example],
     micro_batch_size: int,
-    teachers: list[list[CachedExample]] | None = None,
+    teachers: list[list[Example]] | None = None,
     **options,
 ) -> list[Batch]:
     """One optimiser step's examples in parts that fit the memory; each part knows the whole batch's

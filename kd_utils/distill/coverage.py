@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from kd_utils.distill.targets import groups_of
-from kd_utils.models.output_head import Head
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.models.output_head import OutputHead
+from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import Vocabulary, shared_pieces
 
 
 def token_agreement(
-    teacher: list[CachedExample],
-    student: list[CachedExample],
+    teacher: list[Example],
+    student: list[Example],
     vocabularies: tuple[Vocabulary, Vocabulary],
     tasks: Iterable[str],
 ) -> pd.DataFrame:
@@ -64,7 +64,7 @@ def token_agreement(
 
 
 @torch.no_grad()
-def shared_mass(row: CachedExample, head: Head, pieces: Tensor, temperature: float) -> float:
+def shared_mass(row: Example, head: OutputHead, pieces: Tensor, temperature: float) -> float:
     """The probability that the teacher gives to these of its pieces, a mean over one example's
     positions.
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kd_utils.models.output_head import Head
+from kd_utils.models.output_head import OutputHead
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Shared:
 
 def kd_loss(
     student_hidden: Tensor,
-    student_head: Head | Tensor,
+    student_head: OutputHead | Tensor,
     teacher_hidden: Tensor | list[Tensor],
-    teacher_head: Head | Tensor | list[Head],
+    teacher_head: OutputHead | Tensor | list[OutputHead],
     temperature: float,
     normaliser: int | None = None,
     *,
@@ -125,8 +125,8 @@ def _listed(value: object) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _as_head(head: Head | Tensor) -> Head:
-    return head if isinstance(head, Head) else Head(head)
+def _as_head(head: OutputHead | Tensor) -> OutputHead:
+    return head if isinstance(head, OutputHead) else OutputHead(head)
 
 
 class _SummedKL(torch.autograd.Function):
@@ -135,8 +135,8 @@ class _SummedKL(torch.autograd.Function):
         ctx,
         hidden: Tensor,
         weight: Tensor,
-        head: Head,
-        teachers: list[tuple[Tensor, Head, float]],
+        head: OutputHead,
+        teachers: list[tuple[Tensor, OutputHead, float]],
         temperature: float,
         shared: Shared | None,
         chunk_tokens: int,
@@ -179,7 +179,7 @@ class _SummedKL(torch.autograd.Function):
         return slope * hidden, slope * head, None, None, None, None, None, None
 
 
-def _log_probs(hidden: Tensor, head: Head, temperature: float, weight: float = 1.0) -> Tensor:
+def _log_probs(hidden: Tensor, head: OutputHead, temperature: float, weight: float = 1.0) -> Tensor:
     """log(weight softmax(z / T)), (n, V)."""
     log_probs = F.log_softmax(
         head.logits(hidden.to(head.weight.dtype)).float().div_(temperature), dim=-1
@@ -223,7 +223,7 @@ def span_kl(student_log: Tensor, teacher_log: Tensor, temperature: float) -> Ten
 
 def span_log_probs(
     hidden: Tensor,
-    head: Head | Tensor,
+    head: OutputHead | Tensor,
     targets: Tensor,
     span: Tensor,
     spans: int,
@@ -252,9 +252,9 @@ def span_log_probs(
 
 def uld_loss(
     student_hidden: Tensor,
-    student_head: Head | Tensor,
+    student_head: OutputHead | Tensor,
     teacher_hidden: Tensor,
-    teacher_head: Head | Tensor,
+    teacher_head: OutputHead | Tensor,
     temperature: float,
     normaliser: int | None = None,
     *,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd_utils.models.attention_maps import causal_slice
 from kd_utils.tokens.alignment import Groups, align, identity
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Spans:
 
 
 @dataclass
-class Compared:
+class Targets:
     """What one teacher has to say of a batch. A place is the last token of a group, on either side.
 
     Attributes:
@@ -110,13 +110,13 @@ class Compared:
 
 
 def compared(
-    examples: list[CachedExample],
-    rows: list[CachedExample],
+    examples: list[Example],
+    rows: list[Example],
     width: int,
     distill_tokens: str,
     attention_normaliser: str,
     device: torch.device,
-) -> Compared:
+) -> Targets:
     """Line up one teacher's rows with the student's, and take the signals that are compared.
 
     Args:
@@ -158,10 +158,10 @@ def compared(
         "attention": heads * (entries if attention_normaliser == "entries" else queries),
     }
     places = tensor([places + b * width for b, places in enumerate(ours)])
-    return Compared(places, signals, maps, single, spans, all(same), counts, counts)
+    return Targets(places, signals, maps, single, spans, all(same), counts, counts)
 
 
-def groups_of(teacher: CachedExample, student: CachedExample) -> Groups:
+def groups_of(teacher: Example, student: Example) -> Groups:
     """How the two tokenizations of an example line up.
 
     Raises:
@@ -183,7 +183,7 @@ def groups_of(teacher: CachedExample, student: CachedExample) -> Groups:
         raise ValueError(f"row {student.example_id}: {error}: run 01 and 02 again") from None
 
 
-def _before_answer(groups: Groups, example: CachedExample) -> slice:
+def _before_answer(groups: Groups, example: Example) -> slice:
     """The groups at whose end something of the answer is predicted."""
     first = int(np.searchsorted(groups.student, example.answer_start - 1))
     return slice(first, max(len(groups) - 1, first + 1))
@@ -236,8 +236,8 @@ def _merge(last: np.ndarray, places: np.ndarray, device: torch.device) -> Merge:
 
 
 def _followed(
-    rows: list[CachedExample],
-    examples: list[CachedExample],
+    rows: list[Example],
+    examples: list[Example],
     groups: list[Groups],
     wanted: list[slice],
     width: int,
@@ -266,7 +266,7 @@ def _followed(
 
 
 def _span(
-    last: np.ndarray, group: int, row: CachedExample, count: int, offset: int, b: int = 0
+    last: np.ndarray, group: int, row: Example, count: int, offset: int, b: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
     """The positions that predict the tokens of the group behind `group`, those tokens, and the
     group's number.

@@ -21,16 +21,16 @@ from kd_utils.distill.logit_losses import (
     uld_loss,
 )
 from kd_utils.distill.losses import attention_mse, hidden_mse
-from kd_utils.distill.targets import Compared
+from kd_utils.distill.targets import Targets
 from kd_utils.models.devices import mixed_seed
 from kd_utils.models.layer_pairs import column, layer_pairs
-from kd_utils.models.output_head import Head
+from kd_utils.models.output_head import OutputHead
 from kd_utils.models.signals import Signals
 from kd_utils.models.students import make_projector
 from kd_utils.tokens.vocabulary import SharedPieces, Vocabulary, same_pieces, shared_pieces
 
 
-class TeacherView(nn.Module):
+class TeacherTerms(nn.Module):
     """One teacher as the student sees it. Its parameters (projectors, a learned mix of heads) train
     with the student.
 
@@ -50,7 +50,7 @@ class TeacherView(nn.Module):
 
     def __init__(
         self,
-        head: Head | None,
+        head: OutputHead | None,
         widths: tuple[int, int],
         *,
         hidden_pairs: list[tuple[int, int]],
@@ -133,8 +133,8 @@ class TeacherView(nn.Module):
     def terms(
         self,
         signals: Signals,
-        head: Head,
-        compared: Compared,
+        head: OutputHead,
+        compared: Targets,
         terms: Collection[str],
         temperature: float,
         logit_loss: str = "kl",
@@ -168,7 +168,12 @@ class TeacherView(nn.Module):
         return values
 
     def _kd(
-        self, students: Tensor, head: Head, compared: Compared, temperature: float, logit_loss: str
+        self,
+        students: Tensor,
+        head: OutputHead,
+        compared: Targets,
+        temperature: float,
+        logit_loss: str,
     ) -> Tensor:
         """The sum over places."""
         signals, places = compared.signals, compared.places
@@ -215,10 +220,10 @@ class TeacherView(nn.Module):
 
 
 def mixed_kd(
-    views: list[TeacherView],
+    views: list[TeacherTerms],
     signals: Signals,
-    head: Head,
-    compared: list[Compared],
+    head: OutputHead,
+    compared: list[Targets],
     temperature: float,
 ) -> Tensor:
     """L_KD against several teachers' mixed probabilities, sum_m w_m p_m; for teachers with the
@@ -245,7 +250,7 @@ def view_of(
     *,
     index: int = 0,
     weight: float = 1.0,
-) -> TeacherView:
+) -> TeacherTerms:
     """How this student sees the teacher of this cache, of which from now on only that is read.
 
     Args:
@@ -311,12 +316,12 @@ def view_of(
     head = (
         None
         if weight_of_head is None
-        else Head(weight_of_head.float().to(device), **manifest["head"])
+        else OutputHead(weight_of_head.float().to(device), **manifest["head"])
     )
     mix = None
     if "attention" in terms:
         mix = head_mix(config.head_mapping, own.num_attention_heads, shape["num_attention_heads"])
-    view = TeacherView(
+    view = TeacherTerms(
         head,
         (own.hidden_size, manifest.get("hidden_size", 1)),
         shared=shared,

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from kd_utils.distill.batches import Batch
 from kd_utils.distill.losses import task_cross_entropy
-from kd_utils.distill.teacher_terms import TeacherView, mixed_kd
+from kd_utils.distill.teacher_terms import TeacherTerms, mixed_kd
 from kd_utils.models.devices import mixed_seed
-from kd_utils.models.output_head import Head, output_head
+from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import Signals
 
 
@@ -25,11 +25,11 @@ def seed_step(seed: int, global_step: int) -> None:
 
 def loss_terms(
     signals: Signals,
-    head: Head,
+    head: OutputHead,
     *,
     batch: Batch,
     terms: Collection[str],
-    views: Sequence[TeacherView] = (),
+    views: Sequence[TeacherTerms] = (),
     temperature: float = 1.0,
     logit_loss: str = "kl",
 ) -> dict[str, Tensor]:

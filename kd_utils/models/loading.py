@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 from kd_utils.data.hub import MODEL_FILES, TOKENIZER_FILES, hub_folder, one_line
 from kd_utils.store.files import sha256_file, sha256_json, written_folder
 
@@ -23,8 +23,8 @@ def model_source(name: str) -> str:
     Raises:
         FileNotFoundError: `name` looks like a folder and there is none.
     """
-    if resolve(name).is_dir():
-        return str(resolve(name))
+    if project_path(name).is_dir():
+        return str(project_path(name))
     if name.count("/") > 1 or name.startswith((".", "/", "~", "artifacts")):
         raise FileNotFoundError(
             f"no model folder {name}: run notebook 01_prepare_data first (it builds the embedded "

@@ -25,7 +25,7 @@ def lm_head_weight(model: nn.Module) -> Tensor:
 
 
 @dataclass
-class Head:
+class OutputHead:
     """How the final hidden state h becomes logits z: u = h W^T, then z = cap tanh(scale u / cap).
 
     Attributes:
@@ -59,7 +59,7 @@ class Head:
         return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
 
 
-def output_head(model: nn.Module) -> Head:
+def output_head(model: nn.Module) -> OutputHead:
     """The model's head, as its configuration tells; `require_known_head` checks that it is so.
 
     Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
@@ -72,7 +72,9 @@ def output_head(model: nn.Module) -> Head:
     scale = (getattr(config, "logit_scale", None) or 1.0) / (
         getattr(config, "logits_scaling", None) or 1.0
     )
-    return Head(lm_head_weight(model), scale, getattr(config, "final_logit_softcapping", None))
+    return OutputHead(
+        lm_head_weight(model), scale, getattr(config, "final_logit_softcapping", None)
+    )
 
 
 @torch.no_grad()

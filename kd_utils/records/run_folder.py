@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from pydantic import Field
 
 from kd_utils.config.base import NEVER_IN_A_RESULT
-from kd_utils.records.source_code import changed
+from kd_utils.records.source_code import changed_files
 from kd_utils.records.trial_record import FORMAT, Metrics, Shape, read_record, require_shape
 from kd_utils.store.sealed import RecordError, label, read_sealed
 
@@ -274,7 +274,7 @@ def _differences(
         return f"the student's tokenizer changed: the record has {metrics.get('tokenizer')}, the plan {made.tokenizer}"
     if (wanted := made.students.get(metrics["config"].get("student"))) and student != wanted:
         return f"the student's initial weights changed: the record has {student}, the plan {wanted}"
-    if made.code and (files := changed(metrics.get("code", {}), made.code)):
+    if made.code and (files := changed_files(metrics.get("code", {}), made.code)):
         return f"code changed: {files}"
     about = notebook["metadata"]["kd_utils"]
     if (

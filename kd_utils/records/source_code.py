@@ -47,7 +47,7 @@ def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
     return {f"notebooks/{stem}.ipynb": _digest(source), **modules}
 
 
-def changed(then: dict[str, str], now: dict[str, str]) -> str:
+def changed_files(then: dict[str, str], now: dict[str, str]) -> str:
     """Which files differ between two results of `code_of`, in a few words; "" if none does."""
     names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     if names and not then:

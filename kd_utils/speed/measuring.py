@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from kd_utils.config.stages import TASK_NAMES
 from kd_utils.models.attention_maps import encode_map
 from kd_utils.models.signals import forward_signals
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 #: Teacher and student by name: `llama2` is Llama-2-7B and TinyLlama-1.1B; `small` keeps TinyLlama's
 #: proportions (32 heads, 8 of them sharing a key, a feed-forward of 2.75 widths, `lm_head` 6 % of
@@ -196,7 +196,7 @@ def random_model(
     return model
 
 
-def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[CachedExample]:
+def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
     """Random tokens in the lengths of the real rows: tasks in their real proportions, quantiles
     evenly spaced.
 
@@ -215,7 +215,7 @@ def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[CachedExa
                 round(np.interp(place, range(21), quantiles)) for quantiles in (tokens, answers)
             )
             ids = rng.integers(3, vocab_size, length).astype(np.int32)
-            examples.append(CachedExample(f"{task}-{len(examples)}", ids, length - answer))
+            examples.append(Example(f"{task}-{len(examples)}", ids, length - answer))
     return examples
 
 
@@ -279,7 +279,7 @@ def _resident_kb(field: str) -> int:
     return int(line.split()[1])
 
 
-def exact_rows(teacher: nn.Module, rows: list[CachedExample]) -> list[CachedExample]:
+def exact_rows(teacher: nn.Module, rows: list[Example]) -> list[Example]:
     """Rows with the teacher's signals in float32, one by one: what a teacher run beside the student
     would give.
     """

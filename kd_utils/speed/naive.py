@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_utils.models.attention_maps import decode_map
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 
 @dataclass
@@ -38,9 +38,7 @@ class PaddedBatch:
     maps: Tensor
 
 
-def write_rows(
-    path: Path, examples: list[CachedExample], teacher_head: Tensor, *, length: int
-) -> None:
+def write_rows(path: Path, examples: list[Example], teacher_head: Tensor, *, length: int) -> None:
     """Examples with their signals as nested lists of float32, padded to `length`; the same values
     as in the cache.
     """

@@ -22,7 +22,7 @@ from traitlets.config import Config
 from kd_utils.cluster.machines import unlike_the_sweeps
 from kd_utils.config import parameter_files, project_paths
 from kd_utils.records import trial_record
-from kd_utils.records.source_code import changed, code_of
+from kd_utils.records.source_code import changed_files, code_of
 from kd_utils.store.sealed import write_sealed
 
 POLL_SECONDS = 0.2
@@ -233,7 +233,7 @@ def execute_trial(
             raise ValueError(
                 f"its record has config {metrics['config_hash']}, the plan {trial['config_hash']}"
             )
-        if files := changed(
+        if files := changed_files(
             metrics.get("code", {}), trial["code"]
         ):  # it may have run the one and noted the other
             raise ValueError(f"the code changed while it ran ({files}): run the same command again")
@@ -244,7 +244,7 @@ def execute_trial(
         }
 
     problem = unlike_the_sweeps(seen)
-    if files := changed(code_of(stem), trial["code"]):
+    if files := changed_files(code_of(stem), trial["code"]):
         problem = f"the code changed since the sweep began ({files}): run the same command again"
     if problem:  # kept where the sweep is: here may be another folder
         raise NotebookFailed(target.stem, problem)

@@ -124,7 +124,7 @@ def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = N
     """
     stem = "" if grid_file is None else Path(grid_file).stem.removeprefix("grid").strip("-")
     name = parameter_files.notebook_config(PREPARE, parameters).name
-    return project_paths.resolve("runs") / (f"{name}-{stem}" if stem else name)
+    return project_paths.project_path("runs") / (f"{name}-{stem}" if stem else name)
 
 
 def _words(text: str) -> list[str]:

@@ -54,7 +54,9 @@ def run_trials(
         # it is read.
         try:
             yield {"started": True}
-            for row in execute_trial(trial, project_paths.resolve(place), max(1, int(cpus)), seen):
+            for row in execute_trial(
+                trial, project_paths.project_path(place), max(1, int(cpus)), seen
+            ):
                 yield row
         except NotebookFailed as error:
             yield {"failure": error.cause, "kept": error.kept}

@@ -15,7 +15,7 @@ from kd_utils.cache.manifest import CacheError, find_cache, read_manifest
 from kd_utils.config import parameter_files, project_paths
 from kd_utils.config.fields import teacher_weights
 from kd_utils.records import run_folder
-from kd_utils.records.source_code import changed, code_of
+from kd_utils.records.source_code import changed_files, code_of
 from kd_utils.store.files import sha256_file, sha256_json
 from kd_utils.store.sealed import RecordError
 from kd_utils.sweep.planning import CACHE, PREPARE, TRAIN, Trial
@@ -131,7 +131,7 @@ def why_to_run(stem: str, run_dir: Path, parameters: dict[str, Any]) -> str:
     key = stage_key(stem, parameters)
     if key is None:
         return "what it made is not there any more, or damaged"
-    if files := changed(about.get("code", {}), key["code"]):
+    if files := changed_files(about.get("code", {}), key["code"]):
         return f"code changed: {files}"
     other = [name for name, value in key.items() if about.get(name) != value]
     return f"changed since: {', '.join(other)}" if other else _why_stale(stem, parameters)
@@ -144,15 +144,15 @@ def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
 
     settings = parameter_files.notebook_config(stem, parameters)
     if stem == PREPARE:
-        made = project_paths.resolve(settings.artifacts_dir) / "embedded"
+        made = project_paths.project_path(settings.artifacts_dir) / "embedded"
         for name in (
             parameter_files.notebook_config(TRAIN, parameters).student,
             parameter_files.notebook_config(CACHE, parameters).teacher,
         ):
             if (
                 settings.build != "none"
-                and project_paths.resolve(name).is_relative_to(made)
-                and not list(project_paths.resolve(name).glob("*.safetensors"))
+                and project_paths.project_path(name).is_relative_to(made)
+                and not list(project_paths.project_path(name).glob("*.safetensors"))
             ):
                 return f"{name} is not there any more"
         return prepared_data.why_stale(settings.data_path, settings)

@@ -186,7 +186,9 @@ def _run(
         results["status"] == "done"
     ).all():  # of a trial that was killed between its record and its last breath
         shutil.rmtree(
-            project_paths.resolve(parameter_files.notebook_config(TRAIN, parameters).artifacts_dir)
+            project_paths.project_path(
+                parameter_files.notebook_config(TRAIN, parameters).artifacts_dir
+            )
             / "checkpoints"
             / project_paths.run_label(run_dir),
             ignore_errors=True,

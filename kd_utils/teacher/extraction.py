@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kd_utils.cache.manifest import cache_code
 from kd_utils.cache.shards import SignalsOf
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 from kd_utils.config.stages import CacheConfig
 from kd_utils.data.prepared_data import PreparedData
 from kd_utils.models.attention_maps import encode_map
@@ -22,7 +22,7 @@ from kd_utils.models.output_head import output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens.encoding import (
-    CachedExample,
+    Example,
     right_padded,
     tokenizer_files,
     tokenizer_fingerprint,
@@ -110,7 +110,11 @@ def cache_header(
         if white_box
         else {"top_k": config.top_k}
     )
-    files = tokenizer_files(resolve(config.teacher)) if resolve(config.teacher).is_dir() else {}
+    files = (
+        tokenizer_files(project_path(config.teacher))
+        if project_path(config.teacher).is_dir()
+        else {}
+    )
     return {
         "name": config.name,
         "key": key,
@@ -179,7 +183,7 @@ def signal_function(
     layers = layers or {"hidden": [total], "attention": [total]}
 
     @torch.inference_mode()
-    def run(batch: list[CachedExample]) -> Iterator[CachedExample]:
+    def run(batch: list[Example]) -> Iterator[Example]:
         padded, lengths = right_padded(batch)
         input_ids = torch.from_numpy(padded).to(device)
         if signals == "top_k":
@@ -212,7 +216,7 @@ def signal_function(
     return run
 
 
-def _rows(batch: list[CachedExample], signals: list[dict[str, Tensor]]) -> Iterator[CachedExample]:
+def _rows(batch: list[Example], signals: list[dict[str, Tensor]]) -> Iterator[Example]:
     """Start copying to the host at once, one copy a column; the rows come when it is done."""
     columns = {
         name: _on_host(torch.cat([row[name].flatten() for row in signals])) for name in signals[0]
@@ -223,7 +227,7 @@ def _rows(batch: list[CachedExample], signals: list[dict[str, Tensor]]) -> Itera
     if copied:
         copied.record(torch.cuda.current_stream(device))
 
-    def rows() -> Iterator[CachedExample]:
+    def rows() -> Iterator[Example]:
         if copied:
             copied.synchronize()
         parts = {

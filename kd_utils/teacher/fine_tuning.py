@@ -13,7 +13,7 @@ from kd_utils.distill.losses import weighted_sum
 from kd_utils.distill.training import Mean, loss_terms, seed_step
 from kd_utils.models.output_head import output_head
 from kd_utils.models.signals import forward_signals
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 
 def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
@@ -33,7 +33,7 @@ def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 def fine_tune(
     model: nn.Module,
-    examples: list[CachedExample],
+    examples: list[Example],
     *,
     epochs: int,
     learning_rate: float,

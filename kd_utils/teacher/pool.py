@@ -27,7 +27,7 @@ from kd_utils.config.stages import CacheConfig
 from kd_utils.models.devices import amp_dtype, choose_device
 from kd_utils.models.loading import load_causal_lm
 from kd_utils.teacher.extraction import signal_function
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -265,7 +265,7 @@ class ShardWorker:
                 self.failure = f"{shard.file}: {_line(error)}"
         return {"failure": [self.failure]}
 
-    def _signals(self, batch: list[CachedExample]) -> Iterable[CachedExample]:
+    def _signals(self, batch: list[Example]) -> Iterable[Example]:
         with self.teacher_is_free:
             return self.signals_of(batch)
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from kd_utils.cache.manifest import cache_code
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 from kd_utils.config.stages import CacheConfig
 from kd_utils.data.prepared_data import remove_leftovers
 from kd_utils.models.devices import autocast, choose_device
@@ -27,14 +27,14 @@ from kd_utils.store.locks import held
 from kd_utils.store.sealed import RecordError, read_sealed, write_sealed
 from kd_utils.teacher.fine_tuning import fine_tune
 from kd_utils.tokens.encoding import (
-    CachedExample,
+    Example,
     right_padded,
 )
 
 
 def prepare_teacher(
     config: CacheConfig,
-    train: list[CachedExample],
+    train: list[Example],
     data_hash: str,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[str, pd.DataFrame]:
@@ -77,7 +77,7 @@ def prepare_teacher(
         }
     )[:8]
     name = f"{config.artifacts_dir}/teachers/{config.name}-{key}"
-    folder = resolve(name)
+    folder = project_path(name)
     lock = folder.with_name(
         f".{folder.name}.lock"
     )  # not in the folder, which is replaced as a whole
@@ -101,7 +101,7 @@ def _kept_history(folder: Path) -> list[dict[str, float]] | None:
 
 
 def _fine_tuned(
-    config: CacheConfig, train: list[CachedExample], folder: Path, progress: Callable
+    config: CacheConfig, train: list[Example], folder: Path, progress: Callable
 ) -> list[dict[str, float]]:
     device = choose_device(config.device)
     tokenizer = load_tokenizer(config.teacher, config.teacher_revision)

@@ -107,7 +107,7 @@ def tokenizer_files(folder: Path) -> dict[str, str]:
 
 
 @dataclass
-class CachedExample:
+class Example:
     """One row, shaped: `signals` has those of its columns that are read, by name. Shapes as in the
     module's table.
     """
@@ -125,7 +125,7 @@ def encode_table(
     where: str = "the table",
     *,
     vocabulary: Vocabulary | None = None,
-) -> list[CachedExample]:
+) -> list[Example]:
     """Each prepared row as tokens: prompt, answer, end token; its signals still to come.
 
     Args:
@@ -153,11 +153,11 @@ def encode_table(
                 ends = byte_ends(tokenizer, vocabulary, prompt + answer, ids)
             except ValueError:  # of use to a student with the same tokens only, who needs no ends
                 ends = np.zeros(0, np.int32)
-        rows.append(CachedExample(example_id, np.asarray(ids, np.int32), len(prompt_ids), ends))
+        rows.append(Example(example_id, np.asarray(ids, np.int32), len(prompt_ids), ends))
     return rows
 
 
-def right_padded(examples: list[CachedExample]) -> tuple[np.ndarray, list[int]]:
+def right_padded(examples: list[Example]) -> tuple[np.ndarray, list[int]]:
     """(B, T) int64 token ids, 0 behind each example's end, and the real lengths."""
     lengths = [len(row.tokens) for row in examples]
     input_ids = np.zeros((len(examples), max(lengths)), np.int64)

@@ -11,12 +11,13 @@ from test_teacher_cache import HEADER, write_named
 from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
 
 from kd_utils.cache.manifest import CacheError
-from kd_utils.cache.verification import _check_row, open_verified, verify, what_changed
+from kd_utils.cache.row_checks import check_row
+from kd_utils.cache.verification import open_verified, verify, what_changed
 from kd_utils.cache.writer import write_cache
 from kd_utils.models.attention_maps import encode_map
 from kd_utils.models.loading import model_fingerprint, save_model
 from kd_utils.teacher.extraction import signal_function, stored_lm_head
-from kd_utils.tokens.encoding import CachedExample, tokenizer_files
+from kd_utils.tokens.encoding import Example, tokenizer_files
 
 MODEL = tiny_llama()
 RUN = signal_function(MODEL, signals="white_box")
@@ -237,14 +238,14 @@ def test_a_flat_map_in_uint8_passes_at_any_length_and_a_wrong_one_does_not(lengt
     manifest = {"hidden_size": 4, "heads": 2, "dtypes": {"hidden": "float16", "attention": "uint8"}}
     flat = torch.ones(length, length).tril()
     packed = encode_map((flat / flat.sum(-1, keepdim=True)).expand(2, -1, -1), torch.uint8).numpy()
-    row = CachedExample(
+    row = Example(
         "a",
         np.ones(length, np.int32),
         1,
         signals={"hidden": np.zeros((length, 4), np.float16), "attention": packed},
     )
-    _check_row(manifest, row)
+    check_row(manifest, row)
     row.signals["attention"] = packed.copy()
     row.signals["attention"][1, -length:] = 255
     with pytest.raises(CacheError, match="an attention row sums to"):
-        _check_row(manifest, row)
+        check_row(manifest, row)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from kd_utils.config.parameter_files import notebook_config, notebook_defaults, notebook_path
-from kd_utils.config.project_paths import ROOT, resolve, run_label, short_path
+from kd_utils.config.project_paths import ROOT, project_path, run_label, short_path
 from kd_utils.config.stages import NOTEBOOKS, AnalysisConfig
 from kd_utils.config.trial import METHODS, TrialConfig
 
@@ -310,7 +310,7 @@ def test_from_notebook_takes_declared_names_and_refuses_injected_strangers():
 
 
 def test_paths_start_at_the_root(tmp_path):
-    assert resolve("runs/x") == ROOT / "runs" / "x" and resolve(tmp_path) == tmp_path
+    assert project_path("runs/x") == ROOT / "runs" / "x" and project_path(tmp_path) == tmp_path
     assert short_path(ROOT / "runs" / "x") == "runs/x" and short_path(tmp_path) == str(tmp_path)
 
 

@@ -367,7 +367,7 @@ def test_mmlu_cut_in_two_as_the_notebook_says(shared):
     from transformers import AutoTokenizer
 
     from kd_utils.config.stages import DataConfig
-    from kd_utils.data.prepared_data import prepare
+    from kd_utils.data.drawing import prepare
 
     config = DataConfig(
         name="real",

@@ -10,14 +10,9 @@ from tiny import tiny_tokenizer, write_task_files
 
 from kd_utils.config.stages import DataConfig
 from kd_utils.data import prepared_data
+from kd_utils.data.drawing import prepare
 from kd_utils.data.leakage import SHOTS, few_shot_overlap, few_shot_rows, require_unseen_shots
-from kd_utils.data.prepared_data import (
-    load_prepared,
-    prepare,
-    read_manifest,
-    save_prepared,
-    why_stale,
-)
+from kd_utils.data.prepared_data import load_prepared, read_manifest, save_prepared, why_stale
 from kd_utils.data.tasks import COLUMNS, content_key
 from kd_utils.records import source_code
 from kd_utils.store.files import sha256_file
@@ -413,7 +408,7 @@ def test_other_code_makes_prepared_data_stale_and_so_does_its_builder(
         and "kd_utils/demos/toy.py" not in read_manifest(place)["code"]
     )
     changed = {
-        **source_code.code_of("01_prepare_data", {"data.prepared_data"}),
+        **source_code.code_of("01_prepare_data", {"data.prepared_data", "data.drawing"}),
         "kd_utils/data/tasks.py": "other",
     }
     monkeypatch.setattr(prepared_data, "code_of", lambda stem, start: changed)

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from kd_utils.distill.coverage import shared_mass, token_agreement
-from kd_utils.models.output_head import Head
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.models.output_head import OutputHead
+from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import PIECE, Vocabulary
 
 
 def example(tokens, ends):
-    return CachedExample("x", np.array(tokens, np.int32), 1, np.array(ends, np.int32))
+    return Example("x", np.array(tokens, np.int32), 1, np.array(ends, np.int32))
 
 
 def test_agreement_by_hand():
@@ -30,8 +30,8 @@ def test_agreement_by_hand():
 
 
 def test_mass_is_that_of_the_whole_softmax():
-    head = Head(torch.eye(3))
-    row = CachedExample(
+    head = OutputHead(torch.eye(3))
+    row = Example(
         "x",
         np.zeros(2, np.int32),
         1,

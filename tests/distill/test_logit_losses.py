@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kd_utils.distill.logit_losses import Shared, kd_loss, span_kl, span_log_probs, uld_loss
-from kd_utils.models.output_head import Head
+from kd_utils.models.output_head import OutputHead
 
 
 def random(*shape, seed=0):
@@ -29,9 +29,9 @@ def bucketed(log_probs, ids):
 @pytest.mark.parametrize(
     "heads",
     [
-        (Head, Head),
-        (lambda w: Head(w, 0.25), lambda w: Head(w, 2.0, 3.0)),
-        (lambda w: Head(w, cap=2.0), Head),
+        (OutputHead, OutputHead),
+        (lambda w: OutputHead(w, 0.25), lambda w: OutputHead(w, 2.0, 3.0)),
+        (lambda w: OutputHead(w, cap=2.0), OutputHead),
     ],
 )
 def test_kl_over_shared_pieces_and_a_rest_equals_torch_with_gradients(temperature, heads):
@@ -123,7 +123,7 @@ def test_several_teachers_are_one_whose_probabilities_are_mixed():
     ours, head = random(9, 5).requires_grad_(), random(11, 5, seed=1)
     theirs, heads = (
         [random(9, d, seed=d) for d in (4, 6)],
-        [Head(random(11, d, seed=10 + d)) for d in (4, 6)],
+        [OutputHead(random(11, d, seed=10 + d)) for d in (4, 6)],
     )
     mixed = kd_loss(ours, head, theirs, heads, 2.0, mixture=[0.3, 0.7])
     probs = [(each.logits(hidden) / 2).softmax(-1) for each, hidden in zip(heads, theirs)]

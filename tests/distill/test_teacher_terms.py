@@ -15,16 +15,16 @@ from kd_utils.config.trial import TrialConfig
 from kd_utils.distill.batches import collate, split_batch
 from kd_utils.distill.logit_losses import Shared, forward_kl_top_k, span_kl
 from kd_utils.distill.losses import weighted_sum
-from kd_utils.distill.teacher_terms import TeacherView, head_mix, view_of
+from kd_utils.distill.teacher_terms import TeacherTerms, head_mix, view_of
 from kd_utils.distill.training import loss_terms
 from kd_utils.models.attention_maps import decode_map
 from kd_utils.models.devices import autocast
-from kd_utils.models.output_head import Head, output_head
+from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.speed.measuring import cosine
 from kd_utils.teacher.extraction import column_dtypes, signal_function, stored_lm_head
 from kd_utils.tokens.alignment import merge_map
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import PIECE, SPECIAL, Vocabulary
 
 WEIGHTS = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
@@ -70,9 +70,7 @@ def test_with_equal_tokenizers_the_aligned_way_is_the_direct_way(distill_tokens)
     for row in rows:
         row.ends = np.arange(1, len(row.tokens) + 1, dtype=np.int32) * 3
     renamed = [
-        CachedExample(
-            row.example_id, place[row.tokens].astype(np.int32), row.answer_start, row.ends
-        )
+        Example(row.example_id, place[row.tokens].astype(np.int32), row.answer_start, row.ends)
         for row in rows
     ]
     pairs = dict(hidden_pairs=[(3, 2)], map_pairs=[(3, 2)], teacher_layers=3)
@@ -83,7 +81,7 @@ def test_with_equal_tokenizers_the_aligned_way_is_the_direct_way(distill_tokens)
     ):
         run = signal_function(model, signals="white_box")
         batch = collate(rows, [list(run(cached))], distill_tokens=distill_tokens)
-        view = TeacherView(Head(stored_lm_head(model)), (32, 48), shared=shared, **pairs)
+        view = TeacherTerms(OutputHead(stored_lm_head(model)), (32, 48), shared=shared, **pairs)
         found.append((results(student, batch, view), batch.counts))
     assert found[0][1] == found[1][1]
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-6, rtol=1e-5)
@@ -96,7 +94,7 @@ def test_with_equal_tokenizers_the_aligned_way_is_the_direct_way(distill_tokens)
 #: One text of 10 bytes; groups are {a} {b c | bc} {d e | d'e'} {end}. Ids of one piece differ by
 #: 40.
 TEACHER_ROW, STUDENT_ROW = (
-    CachedExample("x", np.array(ids, np.int32), start, np.array(ends, np.int32))
+    Example("x", np.array(ids, np.int32), start, np.array(ends, np.int32))
     for ids, start, ends in (
         ([50, 51, 52, 53, 54, 42], 3, [2, 4, 5, 7, 10, 10]),
         ([10, 11, 12, 13, 2], 2, [2, 5, 8, 10, 10]),
@@ -109,8 +107,8 @@ TEACHER_LAST, STUDENT_LAST = [0, 2, 4, 5], [0, 1, 3, 4]
 def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
     teacher, student = tiny_llama(width=48, layers=3), tiny_llama(seed=1)
     [row] = signal_function(teacher, signals="white_box")([TEACHER_ROW])
-    head = Head(stored_lm_head(teacher))
-    view = TeacherView(
+    head = OutputHead(stored_lm_head(teacher))
+    view = TeacherTerms(
         head,
         (32, 48),
         hidden_pairs=[(3, 2)],
@@ -180,8 +178,8 @@ def test_terms_across_tokenizers_under_bfloat16_autocast_are_those_of_float32(he
     found = []
     for precision in ("float32", "bfloat16"):
         student = tiny_llama(seed=1)
-        view = TeacherView(
-            Head(stored_lm_head(teacher)),
+        view = TeacherTerms(
+            OutputHead(stored_lm_head(teacher)),
             (32, 48),
             hidden_pairs=[(3, 2)],
             map_pairs=[(3, 2)],
@@ -213,8 +211,8 @@ def test_micro_batches_of_other_tokens_change_nothing(size):
     gradients = []
     for micro in (3, size):
         student = tiny_llama(seed=1)
-        view = TeacherView(
-            Head(stored_lm_head(teacher)),
+        view = TeacherTerms(
+            OutputHead(stored_lm_head(teacher)),
             (32, 48),
             hidden_pairs=[(3, 2)],
             map_pairs=[(3, 2)],
@@ -242,8 +240,8 @@ def test_several_teachers_count_by_their_weights():
         cached = list(signal_function(teacher, signals="white_box")(rows))
         batches.append(cached)
         views.append(
-            TeacherView(
-                Head(stored_lm_head(teacher)),
+            TeacherTerms(
+                OutputHead(stored_lm_head(teacher)),
                 (32, width),
                 hidden_pairs=[(3, 2)],
                 map_pairs=[(3, 2)],
@@ -287,7 +285,7 @@ def test_teachers_of_one_vocabulary_with_other_tokens_are_not_mixed_place_by_pla
         row.ends = np.arange(len(row.tokens), dtype=np.int32) * 2  # the first has no bytes
     teachers = [tiny_llama(width=48, layers=3, seed=5 + k) for k in range(2)]
     others = [
-        CachedExample(row.example_id, row.tokens[1:], row.answer_start - 1, row.ends[1:])
+        Example(row.example_id, row.tokens[1:], row.answer_start - 1, row.ends[1:])
         for row in students
     ]
     if case == "a row cut differently":
@@ -296,12 +294,12 @@ def test_teachers_of_one_vocabulary_with_other_tokens_are_not_mixed_place_by_pla
             np.delete(cut.tokens, 2),
             np.delete(cut.ends, 2),
         )  # where the student has two, it has one
-        others = [CachedExample(cut.example_id, tokens, cut.answer_start - 1, ends), *students[1:]]
+        others = [Example(cut.example_id, tokens, cut.answer_start - 1, ends), *students[1:]]
     run = [signal_function(model, signals="white_box") for model in teachers]
     cached = [list(run[0](students)), list(run[1](others))]
     views = [
-        TeacherView(
-            Head(stored_lm_head(model)),
+        TeacherTerms(
+            OutputHead(stored_lm_head(model)),
             (32, 48),
             hidden_pairs=[],
             map_pairs=[],
@@ -340,7 +338,7 @@ def test_a_top_k_cache_says_nothing_of_places_before_longer_groups():
     )
     batch = collate([STUDENT_ROW], [rows])
     assert batch.teachers[0].single.tolist() == [2, 3]
-    view = TeacherView(
+    view = TeacherTerms(
         None, (32, 48), hidden_pairs=[], map_pairs=[], teacher_layers=3, temperatures=[2.0]
     )
     signals = forward_signals(student, batch.input_ids)
@@ -382,7 +380,7 @@ def test_a_learned_mix_finds_the_heads_that_fit():
     """The student's four heads are the teacher's in another order: mixing learns which."""
     teacher = tiny_llama()
     rows = list(signal_function(teacher, signals="white_box")(example_rows([20, 31])))
-    view = TeacherView(
+    view = TeacherTerms(
         None,
         (32, 32),
         hidden_pairs=[],
@@ -498,7 +496,7 @@ def test_a_view_compares_the_layers_that_were_chosen_and_reads_no_other(tmp_path
 
 def test_projectors_are_fixed_by_seed_pair_and_teacher():
     def weights(**changes):
-        view = TeacherView(
+        view = TeacherTerms(
             None, (4, 6), map_pairs=[], teacher_layers=2, hidden_pairs=[(1, 1), (2, 2)], **changes
         )
         return [projector.weight for projector in view.projectors]

@@ -10,7 +10,7 @@ from tiny import example_rows, tiny_llama
 
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
 from kd_utils.distill.losses import weighted_sum
-from kd_utils.distill.teacher_terms import TeacherView
+from kd_utils.distill.teacher_terms import TeacherTerms
 from kd_utils.distill.training import (
     FiniteSteps,
     Mean,
@@ -20,7 +20,7 @@ from kd_utils.distill.training import (
     validation_losses,
 )
 from kd_utils.models.devices import autocast
-from kd_utils.models.output_head import Head, lm_head_weight, output_head
+from kd_utils.models.output_head import OutputHead, lm_head_weight, output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.models.students import make_projector
 from kd_utils.speed.measuring import cosine, exact_rows
@@ -38,8 +38,8 @@ def cached(lengths, seed=0, signals="white_box"):
 
 def view_with(student, projector=None, *, head=HEAD, temperatures=()):
     pairs = [(3, student.config.num_hidden_layers)]
-    view = TeacherView(
-        head if head is None else Head(head),
+    view = TeacherTerms(
+        head if head is None else OutputHead(head),
         (32, 48),
         hidden_pairs=pairs,
         map_pairs=pairs,

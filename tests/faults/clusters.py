@@ -30,7 +30,7 @@ from sweeps import _environment as process_environment
 TRIAL = """
 import json, os, shutil, signal, time
 from kd_utils.records import trial_record as records
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 from kd_utils.config.trial import TrialConfig
 from kd_utils.records.environment import environment
 from kd_utils.records.source_code import code_of
@@ -60,7 +60,7 @@ metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), *
            "started": "2026-01-01T00:00:00Z", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": rows,
            "final": rows[-1]}
 tell("ends")
-records.write_record(resolve(config.run_dir) / "trials" / trial, metrics, Predictions([1, 2]))"""
+records.write_record(project_path(config.run_dir) / "trials" / trial, metrics, Predictions([1, 2]))"""
 METHODS = ["black_box", "hidden_state", "attention", "combined"]
 RAISES = "raise FloatingPointError('the loss is not finite')"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"

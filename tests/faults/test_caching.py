@@ -147,7 +147,8 @@ def teacher(work: Path) -> Part:
 def prepared(work: Path) -> Part:
     """Prepared data over older data of another seed."""
     from kd_utils.config.stages import DataConfig
-    from kd_utils.data.prepared_data import load_prepared, prepare, save_prepared
+    from kd_utils.data.drawing import prepare
+    from kd_utils.data.prepared_data import load_prepared, save_prepared
 
     raw, tokenizer = work.with_name("raw"), tiny_tokenizer(begin=False)
     write_task_files(raw)

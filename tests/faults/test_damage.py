@@ -22,7 +22,8 @@ from kd_utils.cache.manifest import cache_code, find_cache, key_digest
 from kd_utils.cache.verification import open_verified, verify
 from kd_utils.cache.writer import write_cache
 from kd_utils.config.stages import DataConfig
-from kd_utils.data.prepared_data import load_prepared, prepare, save_prepared
+from kd_utils.data.drawing import prepare
+from kd_utils.data.prepared_data import load_prepared, save_prepared
 from kd_utils.teacher.extraction import signal_function, stored_lm_head
 from kd_utils.tokens.vocabulary import Vocabulary
 

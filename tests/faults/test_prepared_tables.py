@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from test_prepared_data import config, resealed, with_shots
 from tiny import tiny_tokenizer, write_task_files
 
-from kd_utils.data.prepared_data import PreparedData, load_prepared, prepare, save_prepared
+from kd_utils.data.drawing import prepare
+from kd_utils.data.prepared_data import PreparedData, load_prepared, save_prepared
 from kd_utils.data.prepared_table import PREPARED
 from kd_utils.data.tasks import TASKS
 from kd_utils.tokens.encoding import encode_table
@@ -145,7 +146,7 @@ def changes(draw) -> list[tuple]:
     )
 
 
-def changed(table: pa.Table, change: tuple) -> pa.Table:
+def changed_table(table: pa.Table, change: tuple) -> pa.Table:
     """The table with one change; as it is, where Arrow itself refuses such a table."""
     kind, *how = change
     names = table.column_names
@@ -226,7 +227,7 @@ def test_a_mutated_prepared_table_works_or_is_one_line(whole, times, tried):
     def check(how, compression, group, dictionary):
         train = table
         for change in how:
-            train = changed(train, change)
+            train = changed_table(train, change)
         try:
             pq.write_table(
                 train,

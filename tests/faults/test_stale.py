@@ -29,7 +29,7 @@ FIRST = """
 from kd_utils.cache import manifest as cache
 from kd_utils.data import prepared_data as data
 from kd_utils.store import files, sealed
-from kd_utils.config.project_paths import resolve
+from kd_utils.config.project_paths import project_path
 from kd_utils.config.stages import *
 from kd_utils.config.trial import TrialConfig
 from kd_utils.models.loading import model_fingerprint
@@ -47,7 +47,7 @@ sealed.write_sealed(config.data_path / "manifest.json", {
 prepared = data.read_manifest(config.data_path)
 manifest = {"format": cache.FORMAT_VERSION, "code": cache.cache_code(), "teacher": config.teacher,
             "base_teacher": config.teacher, "base_fingerprint": model_fingerprint(config.teacher),
-            "tokenizer_files": tokenizer_files(resolve(config.teacher)), "data_hash": prepared["data_hash"]}
+            "tokenizer_files": tokenizer_files(project_path(config.teacher)), "data_hash": prepared["data_hash"]}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
 files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
     "03_train_student": FIRST.format("TrialConfig")
@@ -69,7 +69,7 @@ metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), *
            "epochs": epochs, "final": epochs[-1]}
 predictions = pd.DataFrame({"example_id": ["a", "b", "c", "d"], "task": "sst2"})
 predictions["correct"] = predictions.index < 4 * accuracy
-records.write_record(resolve(config.run_dir) / "trials" / config.trial, metrics, predictions)""",
+records.write_record(project_path(config.run_dir) / "trials" / config.trial, metrics, predictions)""",
 }
 TRIALS = [f"{method}_seed{seed}" for method in ("black_box", "attention") for seed in (0, 1)]
 
@@ -357,7 +357,7 @@ def test_a_trial_during_which_the_code_changed_is_not_taken_for_one_of_the_new_c
         lambda cells: cells[1].update(
             source=cells[1]["source"].replace(
                 "code = code_of",
-                'tables_py = resolve("kd_utils/analysis/tables.py")\n'
+                'tables_py = project_path("kd_utils/analysis/tables.py")\n'
                 'tables_py.write_text(tables_py.read_text() + "EDIT = 1\\n")\ncode = code_of',
             )
         ),

@@ -11,7 +11,7 @@ from kd_utils.models.attention_maps import (
     decode_map,
     encode_map,
 )
-from kd_utils.models.output_head import Head, lm_head_weight, output_head, require_known_head
+from kd_utils.models.output_head import OutputHead, lm_head_weight, output_head, require_known_head
 from kd_utils.models.signals import attention_module, decoder_layers, forward_signals, layer_count
 
 
@@ -168,7 +168,7 @@ def test_hidden_times_head_is_the_logits():
 
 @pytest.mark.parametrize("scale, cap", [(1.0, None), (0.25, None), (1.0, 2.0), (0.5, 3.0)])
 def test_a_heads_slope_is_autograds(scale, cap):
-    head = Head(torch.eye(4), scale, cap)
+    head = OutputHead(torch.eye(4), scale, cap)
     hidden = torch.tensor(
         [[-3.0, -0.5, 0.25, 4.0]], requires_grad=True
     )  # the identity's u is h itself
@@ -178,7 +178,7 @@ def test_a_heads_slope_is_autograds(scale, cap):
 
 
 def test_a_capped_head_by_hand():
-    logits = Head(torch.eye(2), 0.5, 3.0).logits(torch.tensor([[6.0, -60.0]]))
+    logits = OutputHead(torch.eye(2), 0.5, 3.0).logits(torch.tensor([[6.0, -60.0]]))
     torch.testing.assert_close(logits, torch.tensor([[2.284782, -3.0]]))  # 3 tanh(1), 3 tanh(-10)
 
 

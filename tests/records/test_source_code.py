@@ -7,7 +7,7 @@ import pytest
 
 from kd_utils.config import parameter_files, stages
 from kd_utils.records import source_code
-from kd_utils.records.source_code import changed, code_of
+from kd_utils.records.source_code import changed_files, code_of
 
 NOTEBOOK = [
     ("markdown", "# Title\nThis is no Python."),
@@ -126,23 +126,24 @@ def test_text_cells_and_the_parameters_do_not_count(package, notebook):
 )
 def test_a_change_of_code_in_whatever_is_reached_counts_and_is_named(package, module, old, new):
     after = package(modules={module: MODULES[module].replace(old, new)})
-    assert changed(package(), after) == f"kd_utils/{module}.py"
+    assert changed_files(package(), after) == f"kd_utils/{module}.py"
 
 
 def test_a_change_of_the_notebook_counts_and_is_named(package):
     after = package(cells(3, "code", NOTEBOOK[3][1].replace("+", "-")))
-    assert changed(package(), after) == "notebooks/n.ipynb"
+    assert changed_files(package(), after) == "notebooks/n.ipynb"
 
 
 def test_a_module_that_comes_or_goes_is_named(package):
     more = package(modules={"hall/late": LATE + "\nfrom kd_utils.hall.unused import value\n"})
     named = ", ".join(files(["hall/late", "hall/unused"]))
-    assert changed(package(), more) == changed(more, package()) == named
+    assert changed_files(package(), more) == changed_files(more, package()) == named
 
 
 def test_a_new_row_of_a_table_on_disk_counts_and_is_named(package):
     assert (
-        changed(package(), package(modules={"table/more": "row = 3\n"})) == files(["table/more"])[0]
+        changed_files(package(), package(modules={"table/more": "row = 3\n"}))
+        == files(["table/more"])[0]
     )
 
 
@@ -159,16 +160,16 @@ def test_start_counts_only_what_is_asked_for_and_the_notebook(package):
     names = ["hall/indirect", "hall/late", "room/dotted"]
     assert list(package(start=("hall.indirect",))) == ["notebooks/n.ipynb", *files(names)]
     after = package(start={"other"}, modules={"room/direct": "x = 1"})
-    assert changed(package(start={"other"}), after) == ""
+    assert changed_files(package(start={"other"}), after) == ""
 
 
 def test_what_differs_is_told_in_a_few_words():
     then = {f"kd_utils/{name}.py": "0" for name in "abcdef"}
-    assert changed(then, then) == ""
-    assert changed(then, then | {"kd_utils/b.py": "1"}) == "kd_utils/b.py"
+    assert changed_files(then, then) == ""
+    assert changed_files(then, then | {"kd_utils/b.py": "1"}) == "kd_utils/b.py"
     some = ", ".join(f"kd_utils/{name}.py" for name in "abcd")
-    assert changed(then, {"kd_utils/f.py": "0"}) == f"{some} and 1 more"
-    assert changed({}, then) == "the record does not say which code made it"
+    assert changed_files(then, {"kd_utils/f.py": "0"}) == f"{some} and 1 more"
+    assert changed_files({}, then) == "the record does not say which code made it"
 
 
 @pytest.mark.parametrize("stem", stages.NOTEBOOKS)

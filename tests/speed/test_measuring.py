@@ -13,7 +13,7 @@ from kd_utils.teacher.extraction import signal_function
 
 
 def test_the_length_mix_is_that_of_the_real_rows(shared):
-    from kd_utils.data.prepared_data import prepare
+    from kd_utils.data.drawing import prepare
     from kd_utils.models.loading import load_tokenizer
     from kd_utils.tokens.encoding import encode_example
 

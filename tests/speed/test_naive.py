@@ -7,9 +7,9 @@ from tiny import example_rows, tiny_llama
 
 from kd_utils.distill.batches import collate
 from kd_utils.distill.losses import weighted_sum
-from kd_utils.distill.teacher_terms import TeacherView
+from kd_utils.distill.teacher_terms import TeacherTerms
 from kd_utils.distill.training import loss_terms
-from kd_utils.models.output_head import Head, lm_head_weight, output_head
+from kd_utils.models.output_head import OutputHead, lm_head_weight, output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.speed import naive
 from kd_utils.teacher.extraction import signal_function
@@ -30,8 +30,12 @@ def test_the_naive_loss_and_its_gradient_are_ours(tmp_path):
         results = []
         for side in ("naive", "ours"):
             student = tiny_llama(seed=1)
-            view = TeacherView(
-                Head(head), (32, 48), hidden_pairs=[(3, 2)], map_pairs=[(3, 2)], teacher_layers=3
+            view = TeacherTerms(
+                OutputHead(head),
+                (32, 48),
+                hidden_pairs=[(3, 2)],
+                map_pairs=[(3, 2)],
+                teacher_layers=3,
             )
             [projector] = view.projectors
             if side == "naive":

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kd_utils.distill.targets import Merge, groups_of
 from kd_utils.tokens.alignment import align, identity, merge_map
-from kd_utils.tokens.encoding import CachedExample
+from kd_utils.tokens.encoding import Example
 
 
 def groups(teacher, student):
@@ -99,7 +99,7 @@ def test_merging_in_batches_is_merging_and_spreading_is_its_transpose():
 
 def test_an_example_whose_tokens_do_not_spell_its_text_is_named():
     rows = [
-        CachedExample("abc", np.array(ids, np.int32), 1, np.array(ends, np.int32))
+        Example("abc", np.array(ids, np.int32), 1, np.array(ends, np.int32))
         for ids, ends in (([5, 6], []), ([7, 8, 9], [1, 2, 3]))
     ]
     with pytest.raises(ValueError, match="row abc: the teacher's tokens do not spell its text"):
