@@ -168,3 +168,31 @@ def example_rows(lengths: list[int], *, vocab: int = 97, seed: int = 0) -> list[
         Example(f"row{i}", rng.integers(3, vocab, n).astype(np.int32), n - max(n // 3, 1))
         for i, n in enumerate(lengths)
     ]
+
+
+def all_terms(
+    head: Any,
+    *,
+    widths: tuple[int, int] = (32, 48),
+    pairs: list[tuple[int, int]] | None = None,
+    layers: int = 3,
+    heads: int = 4,
+    temperature: float = 2.0,
+    weight: float = 1.0,
+    seed: int = 0,
+    attention: dict[str, Any] | None = None,
+    **kd: Any,
+) -> Any:
+    """The terms "kd", "hidden" and "attention" of a teacher with `layers` layers, by hand."""
+    from kd_utils.distill.teacher_terms import TeacherTerms
+    from kd_utils.distill.terms.attention import AttentionMaps
+    from kd_utils.distill.terms.hidden import Hidden
+    from kd_utils.distill.terms.kd import KD
+
+    pairs = [(layers, 2)] if pairs is None else pairs
+    terms = (
+        KD(head, temperature, **kd),
+        Hidden(pairs, layers, widths, [seed + k for k in range(len(pairs))]),
+        AttentionMaps(pairs, layers, heads, **(attention or {})),
+    )
+    return TeacherTerms(terms, weight)

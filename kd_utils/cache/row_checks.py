@@ -1,4 +1,4 @@
-"""What one row of a cache must be: shapes, finite values, attention rows that sum to 1."""
+"""What each row of a cache must hold: shapes, finite values, and what the table of signals adds."""
 
 from __future__ import annotations
 
@@ -7,42 +7,59 @@ from typing import Any
 
 import numpy as np
 
-from kd_utils.cache.manifest import (
-    CacheError,
-)
-from kd_utils.cache.teacher_cache import TeacherCache, signal_of
+from kd_utils.cache.manifest import CacheError
+from kd_utils.cache.teacher_cache import TeacherCache
+from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens.encoding import Example
 
 
-def check_row(manifest: dict[str, Any], row: Example) -> float:
-    """Check one row; returns how far its attention rows are from summing to 1."""
-    n, worst = len(row.tokens), 0.0
-    shapes = {
-        "hidden": (n, manifest.get("hidden_size")),
-        "attention": (manifest.get("heads"), n * (n + 1) // 2),
-        "top_logits": (n, manifest.get("top_k")),
-        "top_ids": (n, manifest.get("top_k")),
-        "log_mass": (n, len(manifest.get("temperatures", []))),
-    }
+def check_rows(cache: TeacherCache) -> dict[str, str]:
+    """Check every row of a cache.
+
+    Returns:
+        Check -> result, as `verify` shows them.
+
+    Raises:
+        CacheError: the first row that is wrong.
+    """
+    worst: dict[str, float] = {}
+    for example_id in cache.lengths:
+        for promise, off in check_row(cache.manifest, cache[example_id]).items():
+            worst[promise] = max(off, worst.get(promise, 0.0))
+    kept = {promise: f"within {off:.1e}" for promise, off in worst.items()}
+    return {"values": f"{len(cache)} rows, shapes right, all finite", **kept}
+
+
+def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
+    """Check one row.
+
+    Returns:
+        What a kind of signal promises -> how far this row is from it (`SignalKind.check`).
+
+    Raises:
+        CacheError: what is wrong with the row.
+    """
+    n, kept = len(row.tokens), {}
     for column in manifest["dtypes"]:
-        array, shape = row.signals[column], shapes[signal_of(column)]
-        if array.shape != shape:
+        array, kind = row.signals[column], kind_of(column)
+        if array.shape != (shape := kind.shape(n, manifest)):
             raise CacheError(
                 f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}"
             )
         if not np.isfinite(array).all():
             remedy = (
-                "signals to 'top_k'"
-                if column == signal_of(column)
-                else f"{signal_of(column)}_layers to others"
+                "signals to 'top_k'" if column == kind.name else f"{kind.name}_layers to others"
             )
             raise CacheError(
                 f"row {row.example_id}: {column} has values that are not finite: the teacher "
-                f"overflowed "
-                f"float16; set {remedy} and run 02 again"
+                f"overflowed {array.dtype}; set {remedy} and run 02 again"
             )
-        if signal_of(column) == "attention":
-            worst = max(worst, _check_map(row.example_id, array, n))
+        try:
+            off = kind.check(array, n) if kind.check else None
+        except ValueError as error:
+            raise CacheError(f"row {row.example_id}: {error}") from None
+        if off is not None:
+            kept[kind.promise] = max(off, kept.get(kind.promise, 0.0))
     if not 0 < row.answer_start < n:
         raise CacheError(
             f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens"
@@ -50,40 +67,31 @@ def check_row(manifest: dict[str, Any], row: Example) -> float:
     ends = row.ends
     if ends is not None and len(ends) and (len(ends) != n or (np.diff(ends, prepend=0) < 0).any()):
         raise CacheError(
-            f"row {row.example_id}: its {n} tokens end behind bytes that are not in order"
+            f"row {row.example_id}: the byte positions where its {n} tokens end are not in order"
         )
-    return worst
-
-
-def _check_map(example_id: str, packed: np.ndarray, n: int) -> float:
-    """How far the rows of one example's map are from summing to 1."""
-    compact = packed.dtype == np.uint8
-    probs = np.square(packed / np.float32(255)) if compact else packed.astype(np.float32)
-    off = np.abs(np.add.reduceat(probs, np.cumsum(np.arange(n)), axis=1) - 1)
-    keys = np.arange(1, n + 1)
-    # Rounding sqrt(p) by at most 1/510, an entry at a time, moves a row of k keys by at most
-    # sqrt(k) / 255 + k / 510^2.
-    allowed = np.sqrt(keys) / 255 + keys / 510**2 + 1e-3 if compact else np.full(n, 5e-3)
-    worst = float(off.max())
-    if (off > allowed).any():
-        raise CacheError(
-            f"row {example_id}: an attention row sums to {1 - worst:.4f} or {1 + worst:.4f}, not 1"
-        )
-    return worst
+    return kept
 
 
 def check_recomputed(
     cache: TeacherCache, recompute: Callable, samples: int, tolerance: float
 ) -> str:
-    ids = list(cache._place)
+    """Compare evenly spaced rows with what the teacher computes now.
+
+    Returns:
+        The result, as `verify` shows it.
+
+    Raises:
+        CacheError: a relative difference above `tolerance`.
+    """
+    ids = list(cache.lengths)
     chosen = [ids[i] for i in np.linspace(0, len(ids) - 1, min(samples, len(ids))).astype(int)]
     worst = 0.0
     for example_id in chosen:
         stored = cache[example_id]
         [fresh] = recompute([Example(example_id, stored.tokens, stored.answer_start, stored.ends)])
-        for column, old in stored.signals.items():
-            if signal_of(column) in ("hidden", "attention", "top_logits"):
-                old, new = old.astype(np.float32), np.asarray(fresh.signals[column], np.float32)
+        for column, array in stored.signals.items():
+            if kind_of(column).recomputed:
+                old, new = array.astype(np.float32), np.asarray(fresh.signals[column], np.float32)
                 worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
     if not worst <= tolerance:
         raise CacheError(

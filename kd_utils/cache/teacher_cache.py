@@ -37,14 +37,8 @@ if TYPE_CHECKING:
 
     from kd_utils.tokens.vocabulary import Vocabulary
 from kd_utils.cache.manifest import CacheError, _check_file, check_files
+from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens.encoding import Example
-
-TOP_K = ("top_logits", "top_ids", "log_mass")
-
-
-def signal_of(column: str) -> str:
-    """Which signal a column holds: "attention_7" is attention of the layer 7."""
-    return column.split("_")[0] if column.startswith(("hidden", "attention")) else column
 
 
 def byte_planes(column: str, values: np.ndarray) -> dict[str, pa.Array]:
@@ -162,7 +156,7 @@ class TeacherCache:
             table["ends"].chunk(0).values.to_numpy(),
         )
         for column, dtype in self._dtypes.items():
-            rows = self.manifest["heads"] if signal_of(column) == "attention" else len(row.tokens)
+            rows, _ = kind_of(column).shape(len(row.tokens), self.manifest)
             row.signals[column] = joined_planes(table, column, dtype).reshape(rows, -1)
         return row
 

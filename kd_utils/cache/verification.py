@@ -18,7 +18,7 @@ from kd_utils.cache.manifest import (
     key_digest,
     read_manifest,
 )
-from kd_utils.cache.row_checks import check_recomputed, check_row
+from kd_utils.cache.row_checks import check_recomputed, check_rows
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.project_paths import project_path
 from kd_utils.records.source_code import changed_files
@@ -96,12 +96,7 @@ def _checks(
                 f"{len(cached - wanted)} that are not in the data: run 02 again"
             )
         checks[f"rows, {split}"] = f"{len(cached)} of {len(wanted)}"
-    worst = max(
-        (check_row(manifest, cache[example_id]) for example_id in cache._place), default=0.0
-    )
-    checks["values"] = f"{len(cache)} rows, shapes right, all finite"
-    if manifest["signals"] == "white_box":
-        checks["attention rows"] = f"sum to 1 within {worst:.1e}"
+    checks |= check_rows(cache)
     if recompute is not None:
         checks["recomputed"] = check_recomputed(cache, recompute, samples, tolerance)
     return checks

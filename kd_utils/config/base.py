@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 
 from kd_utils.config.fields import (
     Name,
@@ -61,6 +62,19 @@ class Config(BaseModel):
         return value
 
     @classmethod
+    def add_parameter(cls, name: str, annotation: Any, default: Any) -> None:
+        """Add a parameter from outside the package, for a term or a signal defined there.
+
+        Args:
+            name: as notebooks and parameter files write it.
+            annotation: type and marks, such as `Annotated[Weight, UsedBy("my_term")]`.
+            default: the value where a notebook's `parameters` cell does not assign the name.
+        """
+        cls.__annotations__[name] = annotation
+        cls.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(annotation, default)
+        cls.model_rebuild(force=True)
+
+    @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> Self:
         """The config from a notebook's `globals()`, after its `parameters` cell and what papermill
         injected.
@@ -72,11 +86,12 @@ class Config(BaseModel):
         from kd_utils.config.parameter_files import injected_names, unknown_keys_are_errors
 
         unknown_keys_are_errors(injected_names(namespace.get("In", [])), "injected parameters")
-        if missing := [key for key in cls.model_fields if key not in namespace]:
+        required = {key for key, field in cls.model_fields.items() if field.is_required()}
+        if missing := [key for key in cls.model_fields if key in required - namespace.keys()]:
             raise ValueError(
                 f"the parameters cell does not define {', '.join(missing)}: restore it"
             )
-        return cls(**{key: namespace[key] for key in cls.model_fields})
+        return cls(**{key: namespace[key] for key in cls.model_fields if key in namespace})
 
     def __str__(self) -> str:
         width = max(map(len, type(self).model_fields))

@@ -70,7 +70,7 @@ class CacheConfig(Config):
     teacher_batch_size: PositiveInt
     teacher_prompt_weight: Weight
     teacher_seed: Seed
-    signals: Literal["white_box", "top_k"]
+    signals: Annotated[str, Field(pattern=r"^(white_box|top_k)( [a-z]+(_[a-z]+)*)*$")]
     hidden_layers: Layers
     attention_layers: Layers
     paired_layers: PositiveInt

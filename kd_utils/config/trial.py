@@ -1,15 +1,10 @@
-"""Typed parameters: one frozen config per notebook, checked before anything is loaded.
-
-The defaults stand in the notebooks' cells tagged `parameters` and nowhere else; the classes here
-say which keys exist, of what type and in which range. A file in `papermill_params/` holds what
-differs from the defaults.
-"""
+"""The parameters of one trial, and the table of methods: which terms each method's loss has."""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kd_utils.config.base import Config
 from kd_utils.config.fields import (
@@ -22,49 +17,75 @@ from kd_utils.config.fields import (
     PositiveInt,
     Seed,
     Weight,
+    check_layers,
     teacher_weights,
 )
 
-#: Reference rows, which are no distillation: the student as it comes, and the student fine-tuned
-#: without the teacher.
-REFERENCES = ("untrained", "task_only")
+#: Method -> {term of its loss: the parameter that weighs the term}. The first two are references
+#: without a teacher: the student as it is, and the student trained on the labels alone.
+METHODS: dict[str, dict[str, str]] = {
+    "untrained": {"task": "alpha"},
+    "task_only": {"task": "alpha"},
+    "black_box": {"task": "alpha", "kd": "beta"},
+    "hidden_state": {"task": "alpha", "kd": "beta", "hidden": "gamma_hidden"},
+    "attention": {"task": "alpha", "kd": "beta", "attention": "gamma_attention"},
+    "combined": {
+        "task": "alpha",
+        "kd": "beta",
+        "hidden": "gamma_hidden",
+        "attention": "gamma_attention",
+    },
+}
 
-DISTILLATIONS = ("black_box", "hidden_state", "attention", "combined")
+DISTILLATIONS = tuple(method for method, terms in METHODS.items() if len(terms) > 1)
 
-METHODS = (*REFERENCES, *DISTILLATIONS)
+#: Further users of a parameter, beside the terms: any term that reads a teacher; the training.
+TEACHER, TRAINING = "any teacher", "any training"
+
+
+class UsedBy:
+    """Marks a parameter that has no effect unless the method has one of these terms."""
+
+    def __init__(self, *users: str) -> None:
+        self.users = frozenset(users)
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        *others, last = map(repr, METHODS)
+        raise ValueError(f"Input should be {', '.join(others)} or {last}")
+    return name
 
 
 class TrialConfig(Config):
     """Parameters of `03_train_student`: one trial, one method and one seed."""
 
-    distill_type: Literal[
-        "untrained", "task_only", "black_box", "hidden_state", "attention", "combined"
-    ]
-    seed: Seed
+    distill_type: Annotated[str, AfterValidator(_known_method)]
+    seed: Annotated[Seed, UsedBy(TRAINING)]
     student: Place
     student_init: Literal["pretrained", "layers", "random"]
     student_layers: PositiveInt
     teacher: Place
-    more_teachers: MoreTeachers
+    more_teachers: Annotated[MoreTeachers, UsedBy(TEACHER)]
     tokenizer: Place
-    alpha: Weight
+    alpha: Annotated[Weight, UsedBy(TRAINING)]
     beta: Weight
     gamma_hidden: Weight
     gamma_attention: Weight
-    temperature: PositiveFloat
-    logit_loss: Literal["kl", "uld"]
-    distill_tokens: Literal["all", "answer"]
-    attention_normaliser: Literal["entries", "queries"]
-    head_mapping: Literal["none", "mean_groups", "learned"]
-    hidden_layers: Layers
-    attention_layers: Layers
+    temperature: Annotated[PositiveFloat, UsedBy("kd")]
+    logit_loss: Annotated[Literal["kl", "uld"], UsedBy("kd")]
+    distill_tokens: Annotated[Literal["all", "answer"], UsedBy(TEACHER)]
+    attention_normaliser: Annotated[Literal["entries", "queries"], UsedBy("attention")]
+    head_mapping: Annotated[Literal["none", "mean_groups", "learned"], UsedBy("attention")]
+    hidden_layers: Annotated[Layers, UsedBy("hidden")]
+    attention_layers: Annotated[Layers, UsedBy("attention")]
     paired_layers: PositiveInt
-    epochs: PositiveInt
+    epochs: Annotated[PositiveInt, UsedBy(TRAINING)]
     batch_size: PositiveInt
-    micro_batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    weight_decay: Weight
-    max_grad_norm: PositiveFloat
+    micro_batch_size: Annotated[PositiveInt, UsedBy(TRAINING)]
+    learning_rate: Annotated[PositiveFloat, UsedBy(TRAINING)]
+    weight_decay: Annotated[Weight, UsedBy(TRAINING)]
+    max_grad_norm: Annotated[PositiveFloat, UsedBy(TRAINING)]
     eval_batch_size: PositiveInt
     max_new_tokens: PositiveInt
     precision: Literal["auto", "float32", "bfloat16"]
@@ -85,31 +106,29 @@ class TrialConfig(Config):
         if self.name in teacher_weights(self.more_teachers):
             raise ValueError(
                 f"more_teachers names {self.name}, the trial's own experiment, whose teacher has "
-                f"the rest "
-                "of the weight: name others"
+                "the rest of the weight: name others"
             )
         return self
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each loss term that the method has (DESIGN's table: which method has which
-        term).
-        """
-        weights = {"task": self.alpha}
-        if self.distill_type in DISTILLATIONS:
-            weights["kd"] = self.beta
-        if self.distill_type in ("hidden_state", "combined"):
-            weights["hidden"] = self.gamma_hidden
-        if self.distill_type in ("attention", "combined"):
-            weights["attention"] = self.gamma_attention
-        return weights
+        """The method's terms and their weights."""
+        return {
+            term: getattr(self, parameter) for term, parameter in METHODS[self.distill_type].items()
+        }
+
+    @property
+    def distils(self) -> bool:
+        """Whether the method has a term that reads a teacher."""
+        return len(METHODS[self.distill_type]) > 1
 
     @property
     def teachers(self) -> dict[str, float]:
-        """Experiments whose caches are trained from, with weights that sum to 1; the trial's own
-        comes first.
+        """Experiments whose caches the student learns from -> weights, which sum to 1.
+
+        The trial's own experiment comes first.
         """
-        others = teacher_weights(self.more_teachers) if "kd" in self.weights else {}
+        others = teacher_weights(self.more_teachers) if self.distils else {}
         return {self.name: 1.0 - sum(others.values()), **others}
 
     @property
@@ -119,34 +138,22 @@ class TrialConfig(Config):
 
     @property
     def without_effect(self) -> set[str]:
-        """Parameters that this method does not use: trials that differ in nothing else are one
-        trial.
-        """
-        of_terms = {
-            "kd": {"beta", "temperature", "logit_loss", "distill_tokens", "more_teachers"},
-            "hidden": {"gamma_hidden", "hidden_layers"},
-            "attention": {
-                "gamma_attention",
-                "attention_normaliser",
-                "attention_layers",
-                "head_mapping",
-            },
-        }
-        unused = set().union(*(keys for term, keys in of_terms.items() if term not in self.weights))
-        named = {
-            self.hidden_layers if "hidden" in self.weights else "last",
-            self.attention_layers if "attention" in self.weights else "last",
-        }
-        if not named & {"uniform", "reversed", "random"}:
-            unused.add("paired_layers")
+        """Parameters that this method does not use; trials that differ in them alone are equal."""
+        terms, fields = METHODS[self.distill_type], type(self).model_fields.items()
+        users = {*terms, TEACHER if self.distils else "", TRAINING}
         if self.distill_type == "untrained":
-            unused |= {
-                "seed",
-                "alpha",
-                "epochs",
-                "micro_batch_size",
-                "learning_rate",
-                "weight_decay",
-                "max_grad_norm",
-            }
+            users.remove(TRAINING)
+        weights = {parameter for method in METHODS.values() for parameter in method.values()}
+        unused = weights - set(terms.values())
+        for key, field in fields:
+            marks = [mark for mark in field.metadata if isinstance(mark, UsedBy)]
+            if marks and not any(mark.users & users for mark in marks):
+                unused.add(key)
+        layers = {
+            getattr(self, key)
+            for key, field in fields
+            if AfterValidator(check_layers) in field.metadata and key not in unused
+        }
+        if not layers & {"uniform", "reversed", "random"}:
+            unused.add("paired_layers")
         return unused

@@ -4,7 +4,7 @@ have to say.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kd_utils.distill.targets import Targets, compared, tensor_of
+from kd_utils.distill.targets import Targets, targets_of, tensor_of
 from kd_utils.tokens.encoding import Example, right_padded
 
 
@@ -27,7 +27,8 @@ class Batch:
         predicting: (A,) flat positions (b T + t) that predict an answer token; targets: (A,) those
             tokens.
         teachers: what is compared, a teacher at a time.
-        answers: answer tokens here; whole_answers: in the whole batch, when this is a part of it.
+        sizes: how many "answers" (answer tokens) there are; whole: the same of the whole batch,
+            when this is a part of it.
     """
 
     input_ids: Tensor
@@ -35,13 +36,8 @@ class Batch:
     predicting: Tensor
     targets: Tensor
     teachers: list[Targets]
-    answers: int
-    whole_answers: int
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Elements of each term here; those of the first teacher where there are several."""
-        return {"task": self.answers, **(self.teachers[0].counts if self.teachers else {})}
+    sizes: Counter[str]
+    whole: Counter[str]
 
 
 def collate(
@@ -49,7 +45,6 @@ def collate(
     teachers: list[list[Example]] | None = None,
     *,
     distill_tokens: str = "all",
-    attention_normaliser: str = "entries",
     device: torch.device | str = "cpu",
 ) -> Batch:
     """Examples as tensors.
@@ -60,8 +55,6 @@ def collate(
             `examples` themselves have the signals, of a teacher with the student's tokens; without
             any the batch is for the task loss alone.
         distill_tokens: "all" real tokens, or those that predict the "answer".
-        attention_normaliser: what the maps' squared errors are divided by: their "entries" (a mean
-            over all), or their "queries" (summed over a row's keys, averaged over rows and heads).
         device: where the tensors go.
     """
     device = torch.device(device)
@@ -74,18 +67,18 @@ def collate(
     )
     if teachers is None:
         teachers = [examples] if examples[0].signals else []
-    seen = [
-        compared(examples, rows, input_ids.shape[1], distill_tokens, attention_normaliser, device)
-        for rows in teachers
+    targets = [
+        targets_of(examples, rows, input_ids.shape[1], distill_tokens, device) for rows in teachers
     ]
+    sizes = Counter(answers=len(predicting))
     return Batch(
         tensor_of(input_ids, device),
         lengths,
         tensor_of(predicting, device),
         tensor_of(input_ids.reshape(-1)[predicting + 1], device),
-        seen,
-        len(predicting),
-        len(predicting),
+        targets,
+        sizes,
+        sizes,
     )
 
 
@@ -103,13 +96,11 @@ def split_batch(
         collate(examples[part], teachers and [rows[part] for rows in teachers], **options)
         for part in slices
     ]
-    for k, sides in enumerate(zip(*(part.teachers for part in parts), strict=True)):
-        whole = {term: sum(each.counts[term] for each in sides) for term in sides[0].counts}
-        for part in parts:
-            part.teachers[k].normalisers = whole
-    answers = sum(part.answers for part in parts)
-    for part in parts:
-        part.whole_answers = answers
+    of_teachers = zip(*(part.teachers for part in parts), strict=True)
+    for group in (parts, *of_teachers):
+        whole = sum((part.sizes for part in group), Counter())
+        for part in group:
+            part.whole = whole
     return parts
 
 

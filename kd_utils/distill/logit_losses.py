@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kd_utils.models.output_head import OutputHead
+from kd_utils.tokens.vocabulary import SharedPieces
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,12 @@ class Shared:
             rest(teacher, teacher_size),
             rest(student, student_size),
         )
+
+
+def with_output_rows(pieces: SharedPieces, teacher_size: int, student_size: int) -> SharedPieces:
+    """The shared pieces that both models have an output row for."""
+    kept = (pieces.teacher < teacher_size) & (pieces.student < student_size)
+    return SharedPieces(pieces.teacher[kept], pieces.student[kept])
 
 
 def kd_loss(

@@ -4,6 +4,7 @@ the student's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kd_utils.models.attention_maps import causal_slice
+from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens.alignment import Groups, align, identity
 from kd_utils.tokens.encoding import Example
 
@@ -95,8 +97,8 @@ class Targets:
             distributions over it can be compared; None: all are.
         spans: what follows the other places; None if there are none.
         direct: every example has the same tokens on both sides.
-        counts: this batch's normaliser for each term; normalisers: the whole batch's, when this is
-            a part of it.
+        sizes: how many "places", and how many "entries" and "queries" one head's maps have; whole:
+            the same of the whole batch, when this is a part of it.
     """
 
     places: Tensor
@@ -105,16 +107,15 @@ class Targets:
     single: Tensor | None
     spans: Spans | None
     direct: bool
-    counts: dict[str, int]
-    normalisers: dict[str, int]
+    sizes: Counter[str]
+    whole: Counter[str]
 
 
-def compared(
+def targets_of(
     examples: list[Example],
     rows: list[Example],
     width: int,
     distill_tokens: str,
-    attention_normaliser: str,
     device: torch.device,
 ) -> Targets:
     """Line up one teacher's rows with the student's, and take the signals that are compared.
@@ -123,42 +124,33 @@ def compared(
         examples: with the student's tokens; rows: the teacher's of the same examples, with its
             tokens and signals.
         width: T of the batch, in which a position's flat place is b T + t.
-        distill_tokens, attention_normaliser, device: as in `batches.collate`.
+        distill_tokens, device: as in `batches.collate`.
     """
     groups = [groups_of(row, example) for row, example in zip(rows, examples)]
     same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
     wanted = [
-        slice(None) if distill_tokens == "all" else _before_answer(each, example)
-        for each, example in zip(groups, examples)
+        slice(None) if distill_tokens == "all" else _before_answer(row_groups, example)
+        for row_groups, example in zip(groups, examples)
     ]
-    theirs = [each.teacher[part] for each, part in zip(groups, wanted)]
-    ours = [each.student[part] for each, part in zip(groups, wanted)]
+    teacher_places = [lined.teacher[part] for lined, part in zip(groups, wanted)]
+    student_places = [lined.student[part] for lined, part in zip(groups, wanted)]
 
     def tensor(arrays: list[np.ndarray]) -> Tensor:
         return tensor_of(np.concatenate(arrays), device)
 
-    signals = {
-        name: tensor([row.signals[name][places] for row, places in zip(rows, theirs)])
-        for name in rows[0].signals
-        if not name.startswith("attention")
-    }
-    maps = {
-        name: _maps([row.signals[name] for row in rows], groups, theirs, ours, same, device)
-        for name in rows[0].signals
-        if name.startswith("attention")
-    }
+    signals, maps = {}, {}
+    for name in rows[0].signals:
+        arrays = [row.signals[name] for row in rows]
+        if kind_of(name).aligned == "map":
+            maps[name] = _maps(arrays, groups, teacher_places, student_places, same, device)
+        else:
+            signals[name] = tensor([array[at] for array, at in zip(arrays, teacher_places)])
     single, spans = None, None
     if not all(same):
         single, spans = _followed(rows, examples, groups, wanted, width, tensor)
-    entries, queries = _map_sizes(groups, wanted)
-    heads = next((len(row.signals[name]) for row in rows[:1] for name in maps), 0)
-    counts = {
-        "kd": sum(map(len, ours)),
-        "hidden": sum(map(len, ours)),
-        "attention": heads * (entries if attention_normaliser == "entries" else queries),
-    }
-    places = tensor([places + b * width for b, places in enumerate(ours)])
-    return Targets(places, signals, maps, single, spans, all(same), counts, counts)
+    places = tensor([at + b * width for b, at in enumerate(student_places)])
+    sizes = Counter(places=len(places), **_map_sizes(groups, wanted))
+    return Targets(places, signals, maps, single, spans, all(same), sizes, sizes)
 
 
 def groups_of(teacher: Example, student: Example) -> Groups:
@@ -189,14 +181,14 @@ def _before_answer(groups: Groups, example: Example) -> slice:
     return slice(first, max(len(groups) - 1, first + 1))
 
 
-def _map_sizes(groups: list[Groups], wanted: list[slice]) -> tuple[int, int]:
+def _map_sizes(groups: list[Groups], wanted: list[slice]) -> dict[str, int]:
     """Causal entries and query rows of all merged maps, for one head."""
     entries = queries = 0
-    for each, part in zip(groups, wanted):
-        first, last, _ = part.indices(len(each))
+    for lined, part in zip(groups, wanted):
+        first, last, _ = part.indices(len(lined))
         start, end = causal_slice(first, last)
         entries, queries = entries + end - start, queries + last - first
-    return entries, queries
+    return {"entries": entries, "queries": queries}
 
 
 def _maps(

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from kd_utils.distill.batches import Batch
-from kd_utils.distill.losses import task_cross_entropy
-from kd_utils.distill.teacher_terms import TeacherTerms, mixed_kd
+from kd_utils.distill.targets import Targets
+from kd_utils.distill.teacher_terms import TeacherTerms
+from kd_utils.distill.terms import TERMS
+from kd_utils.distill.terms.task import Task
 from kd_utils.models.devices import mixed_seed
 from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import Signals
+
+#: The terms that need no teacher.
+LABELS = TeacherTerms([Task()])
 
 
 def seed_step(seed: int, global_step: int) -> None:
@@ -29,55 +34,52 @@ def loss_terms(
     *,
     batch: Batch,
     terms: Collection[str],
-    views: Sequence[TeacherTerms] = (),
-    temperature: float = 1.0,
-    logit_loss: str = "kl",
+    teachers: Sequence[TeacherTerms] = (),
 ) -> dict[str, Tensor]:
-    """The terms that a method has, each divided by the whole batch's normaliser. DESIGN section 4.
+    """The terms of the loss, each divided by the whole batch's normaliser (DESIGN, section 4).
 
-    Of several teachers each term is the weighted sum over them. Where all have the student's tokens
-    and vocabulary, their probabilities are mixed; else their KLs are, which has the same gradient
-    (the two differ by a constant).
+    A term of several teachers is the weighted sum over them, or the term of their mixture where
+    they can be mixed (`Term.mixes`).
 
     Args:
-        signals: the student's, for `batch.input_ids`, with the layers that `views` compare.
+        signals: the student's, for `batch.input_ids`, with the layers that the terms compare.
         head: the student's.
         batch: with the teachers' signals.
-        terms: of "task", "kd", "hidden", "attention".
-        views: the teachers, in the order in which `batch.teachers` has them.
-        temperature: T of "kd".
-        logit_loss: "kl", or "uld": sorted probabilities.
+        terms: names, such as "task" and "kd".
+        teachers: in the order in which `batch.teachers` has them.
 
     Returns:
-        Scalars by term; units as in `losses` and `logit_losses`.
+        Scalars by term, in the order of `terms`; units as in `distill.terms`.
     """
+    mixed = [
+        name
+        for name in terms
+        if len(teachers) > 1
+        and name in teachers[0]
+        and TERMS[name].mixes([teacher[name] for teacher in teachers], batch.teachers)
+    ]
     values: dict[str, Tensor] = {}
-    if "task" in terms:
-        logits = head.logits(signals.hidden.flatten(0, 1)[batch.predicting])
-        values["task"] = task_cross_entropy(logits, batch.targets, batch.whole_answers)
-    terms = [term for term in terms if term != "task"]
-    whole = {
-        compared.normalisers["kd"] for compared in batch.teachers
-    }  # of all micro-batches: unequal, some were cut
-    mixes = (
-        len(views) > 1
-        and "kd" in terms
-        and logit_loss == "kl"
-        and len(whole) == 1
-        and all(
-            view.head and view.shared is None and compared.direct
-            for view, compared in zip(views, batch.teachers)
-        )
-    )
-    for view, compared in zip(views, batch.teachers):
-        own = [term for term in terms if term != "kd" or not mixes]
-        for name, value in view.terms(
-            signals, head, compared, own, temperature, logit_loss
-        ).items():
-            values[name] = values.get(name, 0.0) + view.weight * value
-    if mixes:
-        values["kd"] = mixed_kd(list(views), signals, head, batch.teachers, temperature)
-    return {name: values[name] for name in ("task", "kd", "hidden", "attention") if name in values}
+    for teacher, targets in sources(batch, teachers):
+        for name, term in teacher.items():
+            if name in terms and name not in mixed:
+                value = teacher.weight * term(signals, head, targets)
+                values[name] = values.get(name, 0.0) + value
+    for name in mixed:
+        members, weights = zip(*((teacher[name], teacher.weight) for teacher in teachers))
+        values[name] = TERMS[name].mixed(members, weights, signals, head, batch.teachers)
+    return {name: values[name] for name in terms}
+
+
+def sources(
+    batch: Batch, teachers: Sequence[TeacherTerms]
+) -> Iterator[tuple[TeacherTerms, Batch | Targets]]:
+    """What the student learns from, with its terms: the labels first, then each teacher."""
+    return zip([LABELS, *teachers], [batch, *batch.teachers])
+
+
+def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+    """L: each term times its weight."""
+    return sum(weights[name] * term for name, term in terms.items())
 
 
 def gradient_shares(
@@ -180,6 +182,7 @@ def validation_losses(
     batches: Iterable[tuple[Batch, list[str]]],
     signals_of: Callable[[Tensor], Signals],
     terms_of: Callable[..., dict[str, Tensor]],
+    teachers: Sequence[TeacherTerms] = (),
 ) -> dict[str, float]:
     """Unweighted loss terms over the validation rows, and token accuracy under teacher forcing.
 
@@ -188,6 +191,7 @@ def validation_losses(
         batches: (batch, task of each example).
         signals_of: the student's signals for input ids.
         terms_of: `loss_terms` with everything but signals, head and batch filled in.
+        teachers: those of `terms_of`.
 
     Returns:
         `validation_loss/TERM`: mean over the set's tokens (or entries; those of the first teacher),
@@ -200,9 +204,10 @@ def validation_losses(
     for batch, tasks in batches:
         signals = signals_of(batch.input_ids)
         terms = terms_of(signals, head, batch=batch)
-        losses.add(
-            {name: value * batch.counts[name] for name, value in terms.items()}, batch.counts
-        )
+        counts: dict[str, int] = {}
+        for teacher, targets in sources(batch, teachers):
+            counts = {name: term.count(targets.sizes) for name, term in teacher.items()} | counts
+        losses.add({name: value * counts[name] for name, value in terms.items()}, counts)
         guesses = head.logits(signals.hidden.flatten(0, 1)[batch.predicting]).argmax(-1)
         right = (guesses == batch.targets).cpu().numpy()
         rows = (batch.predicting // batch.input_ids.shape[1]).cpu().numpy()

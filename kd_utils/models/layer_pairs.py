@@ -68,8 +68,3 @@ def spaced(count: int, total: int) -> list[int]:
             f"paired_layers = {count}, but a model has {total} layers: choose {total} or fewer"
         )
     return [round(k * total / count) for k in range(1, count + 1)]
-
-
-def column(signal: str, layer: int, total: int) -> str:
-    """A signal's column in the cache: the last layer's has no number."""
-    return signal if layer == total else f"{signal}_{layer}"

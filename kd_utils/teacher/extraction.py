@@ -16,10 +16,15 @@ from kd_utils.cache.shards import SignalsOf
 from kd_utils.config.project_paths import project_path
 from kd_utils.config.stages import CacheConfig
 from kd_utils.data.prepared_data import PreparedData
-from kd_utils.models.attention_maps import encode_map
-from kd_utils.models.layer_pairs import column, teacher_layers
+from kd_utils.models.layer_pairs import teacher_layers
 from kd_utils.models.output_head import output_head
-from kd_utils.models.signals import forward_signals
+from kd_utils.models.signal_kinds import (
+    SIGNAL_KINDS,
+    TeacherPass,
+    captured_layers,
+    columns_of,
+    kinds_of,
+)
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens.encoding import (
     Example,
@@ -30,22 +35,15 @@ from kd_utils.tokens.encoding import (
 
 
 def cached_layers(config: CacheConfig, model: nn.Module) -> dict[str, list[int]]:
-    """The layers, counted from 1, whose "hidden" states and "attention" maps the cache is to
-    hold.
-    """
-    if config.signals != "white_box":
-        return {"hidden": [], "attention": []}
+    """The layers, counted from 1, that the cache holds of each kind that is stored per layer."""
     total = model.config.get_text_config().num_hidden_layers  # of a model that sees pictures too
-    chosen = {
-        signal: teacher_layers(choice, config.paired_layers, total)
-        for signal, choice in (
-            ("hidden", config.hidden_layers),
-            ("attention", config.attention_layers),
-        )
-    }
-    return chosen | {
-        "hidden": sorted({*chosen["hidden"], total})
-    }  # the last one's gives the logits
+    wanted, layers = kinds_of(config.signals), {}
+    for name, kind in SIGNAL_KINDS.items():
+        if kind.per_layer:
+            choice = getattr(config, f"{name}_layers", "last")
+            chosen = teacher_layers(choice, config.paired_layers, total) if name in wanted else []
+            layers[name] = sorted({*chosen, total}) if chosen and kind.keeps_last else chosen
+    return layers
 
 
 def cache_header(
@@ -70,7 +68,8 @@ def cache_header(
         model, tokenizer: the teacher, loaded.
         accuracy: its accuracy on the validation rows.
     """
-    white_box = config.signals == "white_box"
+    kinds = kinds_of(config.signals)
+    white_box = "hidden" in kinds
     wanted = (
         "hidden_size",
         "num_hidden_layers",
@@ -80,7 +79,7 @@ def cache_header(
     )
     text = model.config.get_text_config()
     shape = {key: getattr(text, key) for key in wanted if hasattr(text, key)}
-    temperatures = [] if white_box else sorted({1.0, config.temperature})
+    temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
     code, layers, fingerprint = (
         cache_code(),
         cached_layers(config, model),
@@ -94,22 +93,21 @@ def cache_header(
         "signals": config.signals,
         "layers": layers,
         "temperatures": temperatures,
-        "attention_dtype": config.attention_dtype if white_box else None,
-        "top_k": None if white_box else config.top_k,
+        "attention_dtype": config.attention_dtype if "attention" in kinds else None,
+        "top_k": config.top_k if "top_logits" in kinds else None,
         "teacher_dtype": str(model.dtype),
         "shard_examples": config.shard_examples,
         "code": sha256_json(code),
         "max_new_tokens": config.max_new_tokens,
     }  # with it the teacher's accuracy is measured
-    specific = (
-        {
+    specific: dict[str, Any] = {"top_k": config.top_k} if "top_logits" in kinds else {}
+    if white_box:
+        head = output_head(model)
+        specific |= {
             "hidden_size": shape["hidden_size"],
             "heads": shape["num_attention_heads"],
-            "head": {"scale": output_head(model).scale, "cap": output_head(model).cap},
+            "head": {"scale": head.scale, "cap": head.cap},
         }
-        if white_box
-        else {"top_k": config.top_k}
-    )
     files = (
         tokenizer_files(project_path(config.teacher))
         if project_path(config.teacher).is_dir()
@@ -131,21 +129,21 @@ def cache_header(
         "layers": layers,
         "tokenizer_fingerprint": fingerprint,
         "temperatures": temperatures,
-        "dtypes": column_dtypes(layers, shape["num_hidden_layers"], config.attention_dtype),
+        "dtypes": column_dtypes(
+            config.signals, layers, shape["num_hidden_layers"], config.attention_dtype
+        ),
         **specific,
     }
 
 
-def column_dtypes(layers: dict[str, list[int]], total: int, attention_dtype: str) -> dict[str, str]:
-    """The signals' columns of a cache and their types; no layers: those of top-k logits."""
-    if not layers["hidden"]:
-        return {"top_logits": "float32", "top_ids": "int32", "log_mass": "float32"}
+def column_dtypes(
+    signals: str, layers: dict[str, list[int]], total: int, attention_dtype: str
+) -> dict[str, str]:
+    """The columns of a cache with these signals, and the types in which they are stored."""
+    chosen = {"attention": attention_dtype}
     return {
-        **{column("hidden", layer, total): "float16" for layer in reversed(layers["hidden"])},
-        **{
-            column("attention", layer, total): attention_dtype
-            for layer in reversed(layers["attention"])
-        },
+        column: chosen.get(kind.name, kind.dtypes[0])
+        for column, (kind, _) in columns_of(signals, layers, total).items()
     }
 
 
@@ -158,56 +156,46 @@ def signal_function(
     attention_dtype: str = "float16",
     layers: dict[str, list[int]] | None = None,
 ) -> SignalsOf:
-    """A function that runs the teacher over one batch of examples and fills in what the cache holds
-    of each.
+    """A function that runs the teacher over a batch of examples and adds the signals to cache.
 
     It returns as soon as the device has its work; the rows that it returns wait for the device.
 
     Args:
         model: the teacher, in eval mode, on its device.
-        signals: "white_box" for hidden states and maps, "top_k" for its largest logits and the
-            exact rest.
+        signals: what to take, as 02's parameter: "white_box" (hidden states and maps) or "top_k"
+            (the largest logits and the exact mass of the rest), then names of further kinds.
         top_k: k of "top_k".
-        temperatures: each T for which "top_k" keeps log sum_v exp(z_v / T): the rest's mass is
+        temperatures: each T for which "top_k" keeps log sum_v exp(z_v / T): the mass of the rest is
             exact for these only.
-        attention_dtype: of "white_box" maps, "float16" or "uint8" (`signals.encode_map`).
-        layers: of "white_box": as `cached_layers` gives them; None: the last.
+        attention_dtype: of maps, "float16" or "uint8" (`attention_maps.encode_map`).
+        layers: as `cached_layers` gives them; None: the last.
+
+    Raises:
+        ValueError: an unknown kind of signal, or a k above the size of the vocabulary.
     """
-    device, map_dtype = next(model.parameters()).device, getattr(torch, attention_dtype)
-    text = model.config.get_text_config()
-    if signals == "top_k" and top_k > text.vocab_size:
+    device, text = next(model.parameters()).device, model.config.get_text_config()
+    total, layers = text.num_hidden_layers, layers or {}
+    columns = columns_of(signals, layers, total)
+    dtypes = column_dtypes(signals, layers, total, attention_dtype)
+    if "top_logits" in columns and top_k > text.vocab_size:
         raise ValueError(
             f"top_k is {top_k}, and the teacher has {text.vocab_size} logits: ask for fewer"
         )
-    total = text.num_hidden_layers
-    layers = layers or {"hidden": [total], "attention": [total]}
+    hidden_layers, map_layers = captured_layers(columns.values())
 
     @torch.inference_mode()
     def run(batch: list[Example]) -> Iterator[Example]:
         padded, lengths = right_padded(batch)
         input_ids = torch.from_numpy(padded).to(device)
-        if signals == "top_k":
-            logits = model(input_ids=input_ids, use_cache=False).logits
-            return _rows(
-                batch, [_top_k(logits[b, :n], top_k, temperatures) for b, n in enumerate(lengths)]
-            )
-        output = forward_signals(
-            model, input_ids, hidden_layers=layers["hidden"], map_layers=layers["attention"]
+        teacher = TeacherPass(
+            model, input_ids, hidden_layers, map_layers, top_k, temperatures, attention_dtype
         )
         return _rows(
             batch,
             [
                 {
-                    **{
-                        column("hidden", layer, total): hidden[b, :n].half()
-                        for layer, hidden in output.layers.items()
-                    },
-                    **{
-                        column("attention", layer, total): encode_map(
-                            attention.example(b, 0, n).map()[0], map_dtype
-                        )
-                        for layer, attention in output.attentions.items()
-                    },
+                    column: kind.take(teacher, b, n, layer).to(getattr(torch, dtypes[column]))
+                    for column, (kind, layer) in columns.items()
                 }
                 for b, n in enumerate(lengths)
             ],
@@ -252,13 +240,6 @@ def _on_host(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
         tensor, non_blocking=True
     )
-
-
-def _top_k(logits: Tensor, k: int, temperatures: Sequence[float]) -> dict[str, Tensor]:
-    logits = logits.float()
-    top = logits.topk(k, dim=-1)
-    mass = torch.stack([(logits / t).logsumexp(-1) for t in temperatures], dim=-1)
-    return {"top_logits": top.values, "top_ids": top.indices.to(torch.int32), "log_mass": mass}
 
 
 def stored_lm_head(model: nn.Module) -> Tensor:

@@ -202,10 +202,10 @@ def spoiled_attention(row):
         ),
         (spoiled_attention, "attention row sums to"),
         (lambda row: {"answer_start": len(row.tokens)}, "answer starts at"),
-        (lambda row: {"ends": np.arange(len(row.tokens) - 1)}, "bytes that are not in order"),
+        (lambda row: {"ends": np.arange(len(row.tokens) - 1)}, "tokens end are not in order"),
         (
             lambda row: {"ends": np.arange(len(row.tokens))[::-1].copy()},
-            "bytes that are not in order",
+            "tokens end are not in order",
         ),
     ],
 )

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from kd_utils.distill.logit_losses import forward_kl_top_k, kd_loss
-from kd_utils.distill.losses import attention_mse, hidden_mse, task_cross_entropy, weighted_sum
 from kd_utils.distill.targets import Maps, _merge
+from kd_utils.distill.terms.attention import attention_mse
+from kd_utils.distill.terms.hidden import hidden_mse
+from kd_utils.distill.terms.task import task_cross_entropy
+from kd_utils.distill.training import weighted_sum
 from kd_utils.models.attention_maps import (
     Attention,
     causal_places,
@@ -167,7 +170,7 @@ def teacher_maps(queries, heads=4, tokens=6, dtype=torch.float16):
     ]
 
 
-def compared(packed, queries):
+def maps_of(packed, queries):
     """A batch's maps of a teacher with the student's tokens."""
     return Maps(packed, queries, queries, [None] * len(packed))
 
@@ -177,11 +180,11 @@ def test_attention_mse_by_hand():
         torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), None, 0.5
     )  # rows 1 | 1/2 1/2
     teacher = [torch.tensor([[1.0, 0.9, 0.1]])]
-    assert attention_mse(flat, compared(teacher, [(0, 2)])).item() == pytest.approx(2 * 0.16 / 3)
-    assert attention_mse(flat, compared([teacher[0][:, 1:]], [(1, 2)])).item() == pytest.approx(
+    assert attention_mse(flat, maps_of(teacher, [(0, 2)])).item() == pytest.approx(2 * 0.16 / 3)
+    assert attention_mse(flat, maps_of([teacher[0][:, 1:]], [(1, 2)])).item() == pytest.approx(
         2 * 0.16 / 2
     )
-    assert attention_mse(flat, compared([torch.tensor([[1.0, 0.5, 0.5]])], [(0, 2)])) == 0
+    assert attention_mse(flat, maps_of([torch.tensor([[1.0, 0.5, 0.5]])], [(0, 2)])) == 0
 
 
 @pytest.mark.parametrize("queries", [[(0, 6), (0, 4)], [(3, 6), (1, 2)]])
@@ -206,7 +209,7 @@ def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed, sof
             ]
             loss = F.mse_loss(*(torch.cat(side, dim=1) for side in zip(*pairs)))
         else:
-            loss = attention_mse(student, compared(maps, queries))
+            loss = attention_mse(student, maps_of(maps, queries))
         (3 * loss).backward()
         results.append((loss.detach(), student.query.grad, student.key.grad))
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
@@ -216,7 +219,7 @@ def test_attention_mse_refuses_unequal_heads():
     with pytest.raises(
         ValueError, match="teacher has 2 heads, student 4.*set head_mapping to 'mean_groups'"
     ):
-        attention_mse(attention(), compared(teacher_maps([(0, 6)], heads=2), [(0, 6)]))
+        attention_mse(attention(), maps_of(teacher_maps([(0, 6)], heads=2), [(0, 6)]))
 
 
 @pytest.mark.parametrize("heads", [2, 4, 6])
@@ -273,7 +276,7 @@ def test_splitting_a_batch_changes_nothing(parts):
             hidden_mse(student[rows], teacher[rows], n.get("tokens")),
             attention_mse(
                 Attention(maps.query[rows], maps.key[rows], None, 0.35),
-                compared(packed[rows], spans[rows]),
+                maps_of(packed[rows], spans[rows]),
                 n.get("entries"),
             ),
             kd_loss(

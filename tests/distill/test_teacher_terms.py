@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 import torch
 from test_teacher_cache import HEADER
-from tiny import example_rows, tiny_llama
+from tiny import all_terms, example_rows, tiny_llama
 
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.cache.writer import write_cache
 from kd_utils.config.parameter_files import notebook_defaults
-from kd_utils.config.trial import TrialConfig
+from kd_utils.config.trial import METHODS, TrialConfig
 from kd_utils.distill.batches import collate, split_batch
 from kd_utils.distill.logit_losses import Shared, forward_kl_top_k, span_kl
-from kd_utils.distill.losses import weighted_sum
-from kd_utils.distill.teacher_terms import TeacherTerms, head_mix, view_of
-from kd_utils.distill.training import loss_terms
+from kd_utils.distill.teacher_terms import TeacherTerms, student_layers, teacher_terms_of
+from kd_utils.distill.terms.attention import AttentionMaps, head_mix
+from kd_utils.distill.terms.kd import KD
+from kd_utils.distill.training import loss_terms, weighted_sum
 from kd_utils.models.attention_maps import decode_map
 from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import forward_signals
+from kd_utils.models.students import make_projector
 from kd_utils.speed.measuring import cosine
 from kd_utils.teacher.extraction import column_dtypes, signal_function, stored_lm_head
 from kd_utils.tokens.alignment import merge_map
@@ -41,19 +43,15 @@ def permuted(teacher, order):
     return other
 
 
-def results(student, batch, view, **options):
+def terms_for(student, batch, *teachers, terms=tuple(WEIGHTS)):
     signals = forward_signals(student, batch.input_ids)
-    terms = loss_terms(
-        signals,
-        output_head(student),
-        batch=batch,
-        terms=tuple(WEIGHTS),
-        views=[view],
-        temperature=2.0,
-        **options,
-    )
+    return loss_terms(signals, output_head(student), batch=batch, terms=terms, teachers=teachers)
+
+
+def results(student, batch, teacher_terms):
+    terms = terms_for(student, batch, teacher_terms)
     gradients = torch.autograd.grad(
-        weighted_sum(terms, WEIGHTS), [*student.parameters(), *view.parameters()]
+        weighted_sum(terms, WEIGHTS), [*student.parameters(), *teacher_terms.parameters()]
     )
     return terms, gradients
 
@@ -73,7 +71,6 @@ def test_with_equal_tokenizers_the_aligned_way_is_the_direct_way(distill_tokens)
         Example(row.example_id, place[row.tokens].astype(np.int32), row.answer_start, row.ends)
         for row in rows
     ]
-    pairs = dict(hidden_pairs=[(3, 2)], map_pairs=[(3, 2)], teacher_layers=3)
     found = []
     for model, cached, shared in (
         (teacher, rows, None),
@@ -81,8 +78,8 @@ def test_with_equal_tokenizers_the_aligned_way_is_the_direct_way(distill_tokens)
     ):
         run = signal_function(model, signals="white_box")
         batch = collate(rows, [list(run(cached))], distill_tokens=distill_tokens)
-        view = TeacherTerms(OutputHead(stored_lm_head(model)), (32, 48), shared=shared, **pairs)
-        found.append((results(student, batch, view), batch.counts))
+        terms = all_terms(OutputHead(stored_lm_head(model)), shared=shared)
+        found.append((results(student, batch, terms), batch.teachers[0].sizes))
     assert found[0][1] == found[1][1]
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-6, rtol=1e-5)
     assert (
@@ -108,14 +105,8 @@ def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
     teacher, student = tiny_llama(width=48, layers=3), tiny_llama(seed=1)
     [row] = signal_function(teacher, signals="white_box")([TEACHER_ROW])
     head = OutputHead(stored_lm_head(teacher))
-    view = TeacherTerms(
-        head,
-        (32, 48),
-        hidden_pairs=[(3, 2)],
-        map_pairs=[(3, 2)],
-        teacher_layers=3,
-        shared=Shared.of(torch.arange(40, 97), torch.arange(57), 97, 97),
-    )
+    shared = Shared.of(torch.arange(40, 97), torch.arange(57), 97, 97)
+    teacher_terms = all_terms(head, shared=shared)
     batch = collate([STUDENT_ROW], [[row]], distill_tokens=distill_tokens)
     chosen = slice(first, first + count)
     with torch.no_grad():
@@ -125,8 +116,7 @@ def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
             output_head(student),
             batch=batch,
             terms=tuple(WEIGHTS),
-            views=[view],
-            temperature=2.0,
+            teachers=[teacher_terms],
         )
         ours, theirs = signals.hidden[0], torch.from_numpy(row.signals["hidden"].astype(np.float32))
         student_log = (ours @ student.lm_head.weight.T / 2).log_softmax(-1)
@@ -155,7 +145,10 @@ def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
         torch.testing.assert_close(
             terms["kd"], torch.stack(values[chosen]).mean(), atol=1e-4, rtol=1e-4
         )
-        error = view.projectors[0](ours[STUDENT_LAST[chosen]]) - theirs[TEACHER_LAST[chosen]]
+        error = (
+            teacher_terms["hidden"].projectors[0](ours[STUDENT_LAST[chosen]])
+            - theirs[TEACHER_LAST[chosen]]
+        )
         torch.testing.assert_close(terms["hidden"], error.square().mean(), atol=1e-4, rtol=1e-4)
         maps = [
             merge_map(each.numpy(), np.array(last))
@@ -178,22 +171,18 @@ def test_terms_across_tokenizers_under_bfloat16_autocast_are_those_of_float32(he
     found = []
     for precision in ("float32", "bfloat16"):
         student = tiny_llama(seed=1)
-        view = TeacherTerms(
+        teacher_terms = all_terms(
             OutputHead(stored_lm_head(teacher)),
-            (32, 48),
-            hidden_pairs=[(3, 2)],
-            map_pairs=[(3, 2)],
-            teacher_layers=3,
-            mix=head_mix("learned", 4, heads),
-            learned=True,
+            heads=heads,
+            attention={"mix": head_mix("learned", 4, heads), "learned": True},
             shared=Shared.of(torch.arange(40, 97), torch.arange(57), 97, 97),
+            logit_loss=logit_loss,
         )
         with autocast(CPU, precision):
             terms, gradients = results(
                 student,
                 collate([STUDENT_ROW, *example_rows([7, 4], seed=2)], [rows]),
-                view,
-                logit_loss=logit_loss,
+                teacher_terms,
             )
         found.append((terms, torch.cat([gradient.flatten() for gradient in gradients])))
     for name, value in found[0][0].items():
@@ -211,62 +200,26 @@ def test_micro_batches_of_other_tokens_change_nothing(size):
     gradients = []
     for micro in (3, size):
         student = tiny_llama(seed=1)
-        view = TeacherTerms(
-            OutputHead(stored_lm_head(teacher)),
-            (32, 48),
-            hidden_pairs=[(3, 2)],
-            map_pairs=[(3, 2)],
-            teacher_layers=3,
-        )
+        teacher_terms = all_terms(OutputHead(stored_lm_head(teacher)))
         for batch in split_batch(students, micro, [rows]):
-            terms = loss_terms(
-                forward_signals(student, batch.input_ids),
-                output_head(student),
-                batch=batch,
-                terms=tuple(WEIGHTS),
-                views=[view],
-                temperature=2.0,
-            )
-            weighted_sum(terms, WEIGHTS).backward()
-        gradients.append([p.grad for p in [*student.parameters(), *view.parameters()]])
+            weighted_sum(terms_for(student, batch, teacher_terms), WEIGHTS).backward()
+        gradients.append([p.grad for p in [*student.parameters(), *teacher_terms.parameters()]])
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-3)
 
 
 def test_several_teachers_count_by_their_weights():
-    student, batches, views = tiny_llama(seed=1), [], []
+    student, batches, teachers = tiny_llama(seed=1), [], []
     rows = example_rows([5, 9])
     for k, width in enumerate((48, 40)):
         teacher = tiny_llama(width=width, layers=3, seed=5 + k)
         cached = list(signal_function(teacher, signals="white_box")(rows))
         batches.append(cached)
-        views.append(
-            TeacherTerms(
-                OutputHead(stored_lm_head(teacher)),
-                (32, width),
-                hidden_pairs=[(3, 2)],
-                map_pairs=[(3, 2)],
-                teacher_layers=3,
-                index=k,
-                weight=(0.3, 0.7)[k],
-            )
-        )
-    both = collate(rows, batches)
-    signals = forward_signals(student, both.input_ids)
-
-    def terms(batch, views):
-        return loss_terms(
-            signals,
-            output_head(student),
-            batch=batch,
-            terms=tuple(WEIGHTS),
-            views=views,
-            temperature=2.0,
-        )
-
-    together, alone = terms(both, views), []
+        head = OutputHead(stored_lm_head(teacher))
+        teachers.append(all_terms(head, widths=(32, width), seed=k, weight=(0.3, 0.7)[k]))
+    together, alone = terms_for(student, collate(rows, batches), *teachers), []
     for k in range(2):
-        views[k].weight = 1.0
-        alone.append(terms(collate(rows, [batches[k]]), [views[k]]))
+        teachers[k].weight = 1.0
+        alone.append(terms_for(student, collate(rows, [batches[k]]), teachers[k]))
     for name in ("hidden", "attention"):
         torch.testing.assert_close(together[name], 0.3 * alone[0][name] + 0.7 * alone[1][name])
     assert (
@@ -297,30 +250,15 @@ def test_teachers_of_one_vocabulary_with_other_tokens_are_not_mixed_place_by_pla
         others = [Example(cut.example_id, tokens, cut.answer_start - 1, ends), *students[1:]]
     run = [signal_function(model, signals="white_box") for model in teachers]
     cached = [list(run[0](students)), list(run[1](others))]
-    views = [
-        TeacherTerms(
-            OutputHead(stored_lm_head(model)),
-            (32, 48),
-            hidden_pairs=[],
-            map_pairs=[],
-            teacher_layers=3,
-            index=k,
-            weight=(0.3, 0.7)[k],
-        )
-        for k, model in enumerate(teachers)
+    built = [
+        TeacherTerms([KD(OutputHead(stored_lm_head(model)), 2.0)], weight)
+        for model, weight in zip(teachers, (0.3, 0.7))
     ]
 
     def gradient(size, chosen=(0, 1), rows=cached):
         student = tiny_llama(seed=1)
         for batch in split_batch(students, size, [rows[k] for k in chosen]):
-            terms = loss_terms(
-                forward_signals(student, batch.input_ids),
-                output_head(student),
-                batch=batch,
-                terms=("kd",),
-                views=[views[k] for k in chosen],
-                temperature=2.0,
-            )
+            terms = terms_for(student, batch, *(built[k] for k in chosen), terms=("kd",))
             terms["kd"].backward()
         return [p.grad for p in student.parameters()]
 
@@ -338,13 +276,9 @@ def test_a_top_k_cache_says_nothing_of_places_before_longer_groups():
     )
     batch = collate([STUDENT_ROW], [rows])
     assert batch.teachers[0].single.tolist() == [2, 3]
-    view = TeacherTerms(
-        None, (32, 48), hidden_pairs=[], map_pairs=[], teacher_layers=3, temperatures=[2.0]
-    )
+    teacher_terms = TeacherTerms([KD(None, 2.0, temperatures=[2.0])])
     signals = forward_signals(student, batch.input_ids)
-    [found] = loss_terms(
-        signals, output_head(student), batch=batch, terms=("kd",), views=[view], temperature=2.0
-    ).values()
+    [found] = terms_for(student, batch, teacher_terms, terms=("kd",)).values()
     top = {name: torch.from_numpy(array[[4, 5]]) for name, array in rows[0].signals.items()}
     wanted = forward_kl_top_k(
         signals.hidden[0, [3, 4]] @ student.lm_head.weight.T,
@@ -380,26 +314,18 @@ def test_a_learned_mix_finds_the_heads_that_fit():
     """The student's four heads are the teacher's in another order: mixing learns which."""
     teacher = tiny_llama()
     rows = list(signal_function(teacher, signals="white_box")(example_rows([20, 31])))
-    view = TeacherTerms(
-        None,
-        (32, 32),
-        hidden_pairs=[],
-        map_pairs=[(2, 2)],
-        teacher_layers=2,
-        mix=torch.full((4, 4), 0.25),
-        learned=True,
-    )
+    term = AttentionMaps([(2, 2)], 2, 4, torch.full((4, 4), 0.25), learned=True)
     order, batch = [2, 0, 3, 1], collate(rows)
     signals = forward_signals(teacher, batch.input_ids)
     attention = signals.attentions[2]
     attention.query = attention.query.detach()[:, order]
     attention.key = attention.key.detach().repeat_interleave(2, 1)[:, order]
-    optimizer = torch.optim.Adam(view.trainable(["attention"]), lr=0.1)
+    optimizer = torch.optim.Adam(term.parameters(), lr=0.1)
     for _ in range(150):
-        view.terms(signals, None, batch.teachers[0], ["attention"], 1.0)["attention"].backward()
+        term(signals, None, batch.teachers[0]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert view.mix.argmax(-1).tolist() == order and view.mix.max(-1)[0].min() > 0.9
+    assert term.mix.argmax(-1).tolist() == order and term.mix.max(-1)[0].min() > 0.9
 
 
 # --- from a cache
@@ -408,24 +334,28 @@ def test_a_learned_mix_finds_the_heads_that_fit():
 VOCABULARY = Vocabulary([b"%d" % i for i in range(96)] + [b"end"], [PIECE] * 96 + [SPECIAL])
 
 
-def make_cache(folder, model, *, vocabulary=VOCABULARY, layers=None, **header):
+def make_cache(folder, model, *, vocabulary=VOCABULARY, layers=None, signals="white_box", **header):
     total = model.config.num_hidden_layers
     layers = layers or {"hidden": [total], "attention": [total]}
+    if signals == "top_k":
+        layers = {"hidden": [], "attention": []}
+        header = {"temperatures": [1.0, 2.0], "top_k": 8, **header}
     shape = {"num_hidden_layers": total, "num_attention_heads": 4, "vocab_size": 97}
     header = {
         **HEADER,
+        "signals": signals,
         "shape": shape,
         "layers": layers,
         "head": {"scale": 1.0, "cap": None},
         "hidden_size": 48,
-        "dtypes": column_dtypes(layers, total, "float16"),
+        "dtypes": column_dtypes(signals, layers, total, "float16"),
         **header,
     }
     write_cache(
         folder,
         {"train": example_rows([5, 9])},
-        signal_function(model, signals="white_box", layers=layers),
-        stored_lm_head(model),
+        signal_function(model, signals=signals, top_k=8, temperatures=[1.0, 2.0], layers=layers),
+        stored_lm_head(model) if signals == "white_box" else None,
         header,
         shard_examples=2,
         batch_tokens=64,
@@ -448,31 +378,31 @@ def config(**changes):
         {"head_mapping": "learned"},
     ],
 )
-def test_a_view_compares_the_layers_that_were_chosen_and_reads_no_other(tmp_path, changes):
+def test_the_chosen_layers_are_compared_and_no_other_is_read(tmp_path, changes):
     teacher, student = tiny_llama(width=48, layers=4), tiny_llama(layers=2, seed=1)
     layers = {"hidden": [1, 2, 4], "attention": [2, 4]}
     cache, chosen = make_cache(tmp_path / "c", teacher, layers=layers), config(**changes)
-    view = view_of(cache, student, VOCABULARY, chosen, CPU)
+    teacher_terms = teacher_terms_of(cache, student, VOCABULARY, chosen, CPU)
+    hidden, attention = teacher_terms["hidden"], teacher_terms["attention"]
     rows = [cache[i] for i in cache.splits["train"]]
-    wanted = {f"hidden_{t}" if t < 4 else "hidden" for t, _ in view.hidden_pairs} | {"hidden"}
-    wanted |= {f"attention_{t}" if t < 4 else "attention" for t, _ in view.map_pairs}
-    assert set(rows[0].signals) == wanted and view.shared is None
-    batch = collate(rows)
-    signals = forward_signals(
-        student,
-        batch.input_ids,
-        hidden_layers={s for _, s in view.hidden_pairs},
-        map_layers={s for _, s in view.map_pairs},
-    )
+    wanted = {f"hidden_{t}" if t < 4 else "hidden" for t, _ in hidden.pairs} | {"hidden"}
+    wanted |= {f"attention_{t}" if t < 4 else "attention" for t, _ in attention.pairs}
+    assert set(rows[0].signals) == wanted and teacher_terms["kd"].shared is None
+    batch, needed = collate(rows), student_layers([teacher_terms])
+    assert needed == {
+        "hidden_layers": {s for _, s in hidden.pairs},
+        "map_layers": {s for _, s in attention.pairs},
+    }
+    signals = forward_signals(student, batch.input_ids, **needed)
     terms = loss_terms(
-        signals, output_head(student), batch=batch, terms=tuple(WEIGHTS), views=[view]
+        signals, output_head(student), batch=batch, terms=tuple(WEIGHTS), teachers=[teacher_terms]
     )
     inner = forward_signals(teacher, batch.input_ids, hidden_layers=[1, 2, 4], map_layers=[2, 4])
     by_hand = [
         (projector(signals.state(s)) - inner.state(t))
         .square()[[0] * 5 + [1] * 9, [*range(5), *range(9)]]
         .mean()
-        for projector, (t, s) in zip(view.projectors, view.hidden_pairs)
+        for projector, (t, s) in zip(hidden.projectors, hidden.pairs)
     ]
     torch.testing.assert_close(terms["hidden"], sum(by_hand) / len(by_hand), atol=1e-3, rtol=2e-3)
     if chosen.head_mapping == "none":
@@ -483,31 +413,29 @@ def test_a_view_compares_the_layers_that_were_chosen_and_reads_no_other(tmp_path
         errors = [
             sum((maps(signals, s, b) - maps(inner, t, b)).square().sum() for b in range(2))
             / (4 * (15 + 45))
-            for t, s in view.map_pairs
+            for t, s in attention.pairs
         ]
         torch.testing.assert_close(
             terms["attention"], sum(errors) / len(errors), atol=1e-3, rtol=2e-3
         )
-    assert len(view.trainable(WEIGHTS)) == len(view.hidden_pairs) + (
+    assert len(list(teacher_terms.parameters())) == len(hidden.pairs) + (
         chosen.head_mapping == "learned"
     )
-    assert f"{view.hidden_pairs[0][0]}:{view.hidden_pairs[0][1]}" in view.about()
+    assert f"{hidden.pairs[0][0]}:{hidden.pairs[0][1]}" in teacher_terms.about()
 
 
-def test_projectors_are_fixed_by_seed_pair_and_teacher():
-    def weights(**changes):
-        view = TeacherTerms(
-            None, (4, 6), map_pairs=[], teacher_layers=2, hidden_pairs=[(1, 1), (2, 2)], **changes
-        )
-        return [projector.weight for projector in view.projectors]
+def test_projectors_are_fixed_by_seed_pair_and_teacher(tmp_path):
+    layers = {"hidden": [1, 2, 4], "attention": [4]}
+    cache = make_cache(tmp_path / "c", tiny_llama(width=48, layers=4), layers=layers)
 
-    first, again, other, second = (
-        weights(seed=1),
-        weights(seed=1),
-        weights(seed=2),
-        weights(seed=1, index=1),
-    )
+    def weights(seed, index=0):
+        chosen = config(distill_type="hidden_state", hidden_layers="uniform", seed=seed)
+        terms = teacher_terms_of(cache, tiny_llama(), VOCABULARY, chosen, CPU, index=index)
+        return list(terms.parameters())
+
+    first, again, other, second = weights(1), weights(1), weights(2), weights(1, index=1)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert torch.equal(first[0], make_projector(32, 48, 1).weight)  # the seed itself, for the first
     different = [*first, *other, *second]
     assert not any(torch.equal(a, b) for k, a in enumerate(different) for b in different[:k])
 
@@ -515,31 +443,29 @@ def test_projectors_are_fixed_by_seed_pair_and_teacher():
 def test_what_does_not_agree_is_compared_over_shared_pieces(tmp_path):
     cache = make_cache(tmp_path / "c", tiny_llama(width=48))
     other = Vocabulary([b"%d" % (i + 50) for i in range(96)] + [b"end"], VOCABULARY.kinds)
-    view = view_of(cache, tiny_llama(seed=1), other, config(), CPU)
-    assert (
-        len(view.shared.teacher) == 47
-        and "over 47 shared pieces, beside 50 of the teacher and 50" in view.about()
-    )
-    larger = view_of(
-        cache, tiny_llama(vocab=120), VOCABULARY, config(), CPU
-    )  # the same pieces, more output rows
-    assert len(larger.shared.student_rest) == 120 - 97
+    teacher_terms = teacher_terms_of(cache, tiny_llama(seed=1), other, config(), CPU)
+    assert len(teacher_terms["kd"].shared.teacher) == 47
+    words = "over 47 shared pieces, beside 50 of the teacher and 50"
+    assert words in teacher_terms.about()
+    # the same pieces, more output rows
+    larger = teacher_terms_of(cache, tiny_llama(vocab=120), VOCABULARY, config(), CPU)
+    assert len(larger["kd"].shared.student_rest) == 120 - 97
 
 
 def test_a_top_k_teacher_of_the_same_tokenizer_may_have_fewer_output_rows(tmp_path):
-    cache = make_cache(
-        tmp_path / "c", tiny_llama(width=48), signals="top_k", temperatures=[1.0, 2.0]
-    )
-    view = view_of(cache, tiny_llama(vocab=120), VOCABULARY, config(distill_type="black_box"), CPU)
-    assert view.shared is None
+    cache = make_cache(tmp_path / "c", tiny_llama(width=48), signals="top_k")
+    black_box, student = config(distill_type="black_box"), tiny_llama(vocab=120)
+    assert teacher_terms_of(cache, student, VOCABULARY, black_box, CPU)["kd"].shared is None
     with pytest.raises(ValueError, match="the teacher has another tokenizer"):
-        view_of(
-            cache,
-            tiny_llama(vocab=120),
-            Vocabulary([b"x"], [PIECE]),
-            config(distill_type="black_box"),
-            CPU,
-        )
+        teacher_terms_of(cache, student, Vocabulary([b"x"], [PIECE]), black_box, CPU)
+
+
+def test_a_term_that_nobody_registered_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "relations", {"task": "alpha", "relation": "beta"})
+    cache = make_cache(tmp_path / "c", tiny_llama(width=48))
+    with pytest.raises(ValueError, match="no term of the loss is called 'relation'.*known: .*kd"):
+        chosen = config(distill_type="relations")
+        teacher_terms_of(cache, tiny_llama(), VOCABULARY, chosen, CPU)
 
 
 @pytest.mark.parametrize(
@@ -560,10 +486,10 @@ def test_a_top_k_teacher_of_the_same_tokenizer_may_have_fewer_output_rows(tmp_pa
         (
             {"signals": "top_k"},
             {"distill_type": "hidden_state"},
-            "no hidden: set signals to 'white_box'",
+            "holds 'top_k' and no hidden: name it in `signals` .'white_box' has hidden",
         ),
         (
-            {"signals": "top_k", "temperatures": [1.0, 2.0]},
+            {"signals": "top_k"},
             {"distill_type": "black_box", "temperature": 3.0},
             "exact at temperature .1.0, 2.0. only, not 3.0",
         ),
@@ -573,14 +499,13 @@ def test_a_top_k_teacher_of_the_same_tokenizer_may_have_fewer_output_rows(tmp_pa
             "'uld' sorts the whole distribution: set signals to 'white_box'",
         ),
         (
-            {"signals": "top_k", "temperatures": [1.0, 2.0]},
+            {"signals": "top_k"},
             {"distill_type": "black_box", "student": "other"},
             "another tokenizer than the student and its cache holds top-k logits",
         ),
         (
             {
                 "signals": "top_k",
-                "temperatures": [1.0, 2.0],
                 "shape": {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 120},
             },
             {"distill_type": "black_box"},
@@ -592,4 +517,4 @@ def test_what_cannot_be_compared_is_refused(tmp_path, header, changes, message):
     cache = make_cache(tmp_path / "c", tiny_llama(width=48), **header)
     vocabulary = Vocabulary([b"x"], [PIECE]) if "student" in changes else VOCABULARY
     with pytest.raises(ValueError, match=message):
-        view_of(cache, tiny_llama(seed=1), vocabulary, config(**changes), CPU)
+        teacher_terms_of(cache, tiny_llama(seed=1), vocabulary, config(**changes), CPU)

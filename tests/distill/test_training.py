@@ -6,11 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny import example_rows, tiny_llama
+from tiny import all_terms, example_rows, tiny_llama
 
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
-from kd_utils.distill.losses import weighted_sum
-from kd_utils.distill.teacher_terms import TeacherTerms
 from kd_utils.distill.training import (
     FiniteSteps,
     Mean,
@@ -18,6 +16,7 @@ from kd_utils.distill.training import (
     loss_terms,
     seed_step,
     validation_losses,
+    weighted_sum,
 )
 from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead, lm_head_weight, output_head
@@ -36,58 +35,48 @@ def cached(lengths, seed=0, signals="white_box"):
     return list(run(example_rows(lengths, seed=seed)))
 
 
-def view_with(student, projector=None, *, head=HEAD, temperatures=()):
-    pairs = [(3, student.config.num_hidden_layers)]
-    view = TeacherTerms(
-        head if head is None else OutputHead(head),
-        (32, 48),
-        hidden_pairs=pairs,
-        map_pairs=pairs,
-        teacher_layers=3,
-        temperatures=temperatures,
+def terms_of_teacher(projector=None, *, head=HEAD, normaliser="entries", **kd):
+    teacher_terms = all_terms(
+        head if head is None else OutputHead(head), attention={"normaliser": normaliser}, **kd
     )
-    view.projectors[0] = projector or make_projector(32, 48, 0)
-    return view
+    teacher_terms["hidden"].projectors[0] = projector or make_projector(32, 48, 0)
+    return teacher_terms
 
 
-def terms_for(student, batch, projector=None, terms=tuple(ALL), *, head=HEAD, temperatures=()):
+def terms_for(student, batch, projector=None, terms=tuple(ALL), **options):
     signals = forward_signals(student, batch.input_ids)
-    return loss_terms(
-        signals,
-        output_head(student),
-        batch=batch,
-        terms=terms,
-        temperature=2.0,
-        views=[view_with(student, projector, head=head, temperatures=temperatures)],
-    )
+    last = [(3, student.config.num_hidden_layers)]
+    teachers = [terms_of_teacher(projector, pairs=last, **options)]
+    return loss_terms(signals, output_head(student), batch=batch, terms=terms, teachers=teachers)
 
 
 def test_collate_puts_answers_and_signals_where_they_belong():
     rows = cached([5, 8])
     batch = collate(rows)
     assert batch.input_ids.shape == (2, 8)
-    assert batch.counts == {"task": 3, "kd": 13, "hidden": 13, "attention": 4 * (15 + 36)}
+    assert batch.sizes == {"answers": 3}
+    assert batch.teachers[0].sizes == {"places": 13, "entries": 15 + 36, "queries": 13}
     # row 0: 5 tokens, answer from 4 on; row 1: 8 tokens, answer from 6 on
     assert batch.predicting.tolist() == [3, 8 + 5, 8 + 6]
     assert batch.targets.tolist() == [rows[0].tokens[4], rows[1].tokens[6], rows[1].tokens[7]]
-    [compared] = batch.teachers
-    assert compared.places.tolist() == [*range(5), *range(8, 16)]
-    assert compared.single is None and compared.spans is None
+    [targets] = batch.teachers
+    assert targets.places.tolist() == [*range(5), *range(8, 16)]
+    assert targets.single is None and targets.spans is None
     np.testing.assert_array_equal(
-        compared.signals["hidden"], np.concatenate([r.signals["hidden"] for r in rows])
+        targets.signals["hidden"], np.concatenate([r.signals["hidden"] for r in rows])
     )
 
 
 def test_answer_mode_looks_at_the_same_positions_with_all_signals():
     rows = cached([5, 8])
     batch = collate(rows, distill_tokens="answer")
-    [compared] = batch.teachers
-    assert compared.places.tolist() == batch.predicting.tolist()
+    [targets] = batch.teachers
+    assert targets.places.tolist() == batch.predicting.tolist()
     hidden = [row.signals["hidden"] for row in rows]
     np.testing.assert_array_equal(
-        compared.signals["hidden"], np.concatenate([hidden[0][3:4], hidden[1][5:7]])
+        targets.signals["hidden"], np.concatenate([hidden[0][3:4], hidden[1][5:7]])
     )
-    maps = compared.maps["attention"]
+    maps = targets.maps["attention"]
     assert [m.shape for m in maps.packed] == [(4, 4), (4, 6 + 7)]  # query rows 3 and 5, 6
     assert maps.student_rows == maps.teacher_rows == [(3, 4), (5, 7)]
     np.testing.assert_array_equal(maps.packed[1], rows[1].signals["attention"][:, 15:28])
@@ -95,16 +84,16 @@ def test_answer_mode_looks_at_the_same_positions_with_all_signals():
 
 def test_the_attention_term_is_a_mean_over_entries_or_a_mean_over_rows_of_sums():
     rows, student = cached([5, 8]), tiny_llama()
-    values = {}
+    values, counts = {}, {}
+    answers = collate(rows, distill_tokens="answer").teachers[0].sizes
     for normaliser in ("entries", "queries"):
-        batch = collate(rows, attention_normaliser=normaliser)
-        values[normaliser] = terms_for(student, batch)["attention"].item()
-        assert batch.counts["attention"] == 4 * (15 + 36 if normaliser == "entries" else 5 + 8)
-    assert values["queries"] == pytest.approx(values["entries"] * (15 + 36) / (5 + 8), rel=1e-5)
+        values[normaliser] = terms_for(student, collate(rows), normaliser=normaliser)["attention"]
+        counts[normaliser] = terms_of_teacher(normaliser=normaliser)["attention"].count(answers)
+    ratio = (values["queries"] / values["entries"]).item()
+    assert ratio == pytest.approx((15 + 36) / (5 + 8), rel=1e-5)
     # Every row of every head counts once: of one example with one more token the sum per row grows,
     # the mean shrinks.
-    answer = collate(rows, attention_normaliser="queries", distill_tokens="answer")
-    assert answer.counts["attention"] == 4 * (1 + 2)
+    assert counts["queries"] == 4 * (1 + 2)
 
 
 def test_terms_are_zero_for_the_teacher_itself():
@@ -130,8 +119,8 @@ def test_padding_and_neighbours_are_inert():
     together = collate(rows)
     other = collate(rows[1:])
     for batch in (together, other):
-        batch.whole_answers = collate(rows[:1]).answers
-        batch.teachers[0].normalisers = collate(rows[:1]).teachers[0].counts
+        batch.whole = collate(rows[:1]).sizes
+        batch.teachers[0].whole = collate(rows[:1]).teachers[0].sizes
     both, second = terms_for(student, together, projector), terms_for(student, other, projector)
     for name in ALL:
         torch.testing.assert_close(both[name], alone[name] + second[name], atol=1e-4, rtol=1e-4)
@@ -212,7 +201,8 @@ def test_gradient_shares_sum_to_one_and_follow_the_weights():
 
 def test_validation_losses_do_not_depend_on_batches():
     student, rows = tiny_llama(seed=1), cached([5, 9, 4, 12, 7])
-    terms_of = partial(loss_terms, views=[view_with(student)], terms=tuple(ALL), temperature=2.0)
+    teachers = [terms_of_teacher()]
+    terms_of = partial(loss_terms, teachers=teachers, terms=tuple(ALL))
     results = []
     for size in (1, 2, 5):
         chunks = [
@@ -220,7 +210,9 @@ def test_validation_losses_do_not_depend_on_batches():
             for i in range(0, 5, size)
         ]
         results.append(
-            validation_losses(student, chunks, partial(forward_signals, student), terms_of)
+            validation_losses(
+                student, chunks, partial(forward_signals, student), terms_of, teachers
+            )
         )
     assert set(results[0]) == {
         "validation_loss",
@@ -295,8 +287,7 @@ def test_the_caches_gradient_is_that_of_a_float32_teacher(temperature, attention
                 output_head(student),
                 batch=batch,
                 terms=tuple(ALL),
-                views=[view_with(student)],
-                temperature=temperature,
+                teachers=[terms_of_teacher(temperature=temperature)],
             )
         for name, loss in {**terms, "all": weighted_sum(terms, ALL)}.items():
             grads = torch.autograd.grad(

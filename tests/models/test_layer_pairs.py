@@ -3,7 +3,8 @@
 import pytest
 
 from kd_utils.config.fields import check_layers
-from kd_utils.models.layer_pairs import column, layer_pairs, spaced, teacher_layers
+from kd_utils.models.layer_pairs import layer_pairs, spaced, teacher_layers
+from kd_utils.models.signal_kinds import column
 
 
 def test_pairs_by_choice():

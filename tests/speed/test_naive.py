@@ -3,12 +3,10 @@ compare.
 """
 
 import torch
-from tiny import example_rows, tiny_llama
+from tiny import all_terms, example_rows, tiny_llama
 
 from kd_utils.distill.batches import collate
-from kd_utils.distill.losses import weighted_sum
-from kd_utils.distill.teacher_terms import TeacherTerms
-from kd_utils.distill.training import loss_terms
+from kd_utils.distill.training import loss_terms, weighted_sum
 from kd_utils.models.output_head import OutputHead, lm_head_weight, output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.speed import naive
@@ -30,14 +28,8 @@ def test_the_naive_loss_and_its_gradient_are_ours(tmp_path):
         results = []
         for side in ("naive", "ours"):
             student = tiny_llama(seed=1)
-            view = TeacherTerms(
-                OutputHead(head),
-                (32, 48),
-                hidden_pairs=[(3, 2)],
-                map_pairs=[(3, 2)],
-                teacher_layers=3,
-            )
-            [projector] = view.projectors
+            teacher_terms = all_terms(OutputHead(head))
+            [projector] = teacher_terms["hidden"].projectors
             if side == "naive":
                 student.set_attn_implementation("eager")
                 batch = naive.read_batch(tmp_path / "naive.parquet", [0, 1, 2])
@@ -50,8 +42,7 @@ def test_the_naive_loss_and_its_gradient_are_ours(tmp_path):
                     output_head(student),
                     batch=batch,
                     terms=tuple(WEIGHTS),
-                    views=[view],
-                    temperature=2.0,
+                    teachers=[teacher_terms],
                 )
             weighted_sum(terms, WEIGHTS).backward()
             results.append(

@@ -158,9 +158,10 @@ def test_without_epochs_the_teacher_is_taken_as_it_comes(base):
     ],
 )
 def test_a_cache_holds_the_layers_that_are_compared_and_the_last_hidden_state(changes, layers):
-    found = cached_layers(notebook_config("02_cache_teacher", changes), tiny_llama(layers=8))
+    config = notebook_config("02_cache_teacher", changes)
+    found = cached_layers(config, tiny_llama(layers=8))
     assert found == layers
-    columns = column_dtypes(found, 8, "uint8")
+    columns = column_dtypes(config.signals, found, 8, "uint8")
     if changes.get("signals") == "top_k":
         assert list(columns) == ["top_logits", "top_ids", "log_mass"]
     else:

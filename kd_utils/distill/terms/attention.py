@@ -1,53 +1,109 @@
-"""The loss, L = alpha L_task + beta L_KD + gamma_hidden L_hidden + gamma_attention L_attention.
-
-Each term is a sum over its elements divided by one normaliser. The default normaliser is the number
-of elements given; pass the whole batch's number when the batch is split, and the split changes
-nothing.
-"""
+"""L_attention: the student's attention maps against the teacher's."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Self
+
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from kd_utils.distill.targets import Maps
+from kd_utils.distill.targets import Maps, Targets
+from kd_utils.distill.term import LayerTerm, TermSetup, register
 from kd_utils.models.attention_maps import Attention, decode_map
+from kd_utils.models.signals import Signals
 
 
-def task_cross_entropy(
-    student_logits: Tensor, targets: Tensor, normaliser: int | None = None
-) -> Tensor:
-    """L_task = - sum_t log q(target_t) / normaliser.
-
-    Args:
-        student_logits: (N, V) at the positions that predict the answer's tokens.
-        targets: (N,) the tokens that follow.
-        normaliser: number of answer tokens in the whole batch.
-
-    Returns:
-        Scalar, nats per answer token.
-    """
-    total = F.cross_entropy(student_logits.float(), targets, reduction="sum")
-    return total / (normaliser or max(len(targets), 1))
-
-
-def hidden_mse(
-    projected_student: Tensor, teacher_hidden: Tensor, normaliser: int | None = None
-) -> Tensor:
-    """L_hidden = sum over tokens of ||P h_s - h_t||^2 / d_t, / normaliser (FitNets, Romero et al.
-    2015, eq. 3).
+@register
+class AttentionMaps(LayerTerm):
+    """Mean squared error of attention maps, head by head or through a mix of the teacher's heads.
 
     Args:
-        projected_student: (N, d_t) `projector(student_hidden)`.
-        teacher_hidden: (N, d_t).
-        normaliser: number of distilled tokens in the whole batch.
-
-    Returns:
-        Scalar, mean over tokens and width.
+        pairs, teacher_layers: as in `LayerTerm`.
+        heads: how many heads the teacher has.
+        mix: (H_student, H_teacher) rows that sum to 1: with which of the teacher's heads each of
+            the student's is compared; None: head by head.
+        learned: `mix` is where training starts; rows stay positive and sum to 1.
+        normaliser: what squared errors are divided by: the maps' "entries" (a mean over all), or
+            their "queries" (summed over a row's keys, averaged over rows and heads).
     """
-    total = F.mse_loss(projected_student.float(), teacher_hidden.float(), reduction="sum")
-    return total / ((normaliser or max(len(teacher_hidden), 1)) * teacher_hidden.shape[-1])
+
+    name = kind = "attention"
+
+    def __init__(
+        self,
+        pairs: list[tuple[int, int]],
+        teacher_layers: int,
+        heads: int,
+        mix: Tensor | None = None,
+        *,
+        learned: bool = False,
+        normaliser: str = "entries",
+    ) -> None:
+        super().__init__(pairs, teacher_layers)
+        self.heads, self.normaliser = heads, normaliser
+        self.mixing = nn.Parameter(torch.log(mix + 0.01)) if learned else None
+        self.register_buffer("fixed_mix", None if learned else mix, persistent=False)
+
+    @classmethod
+    def of(cls, setup: TermSetup) -> Self:
+        config, heads = setup.config, setup.shape["num_attention_heads"]
+        pairs = setup.pairs("attention", config.attention_layers)
+        mix = head_mix(config.head_mapping, setup.student.num_attention_heads, heads)
+        return cls(
+            pairs,
+            setup.shape["num_hidden_layers"],
+            heads,
+            mix,
+            learned=config.head_mapping == "learned",
+            normaliser=config.attention_normaliser,
+        )
+
+    @property
+    def mix(self) -> Tensor | None:
+        """(H_student, H_teacher) rows that sum to 1; None: head by head."""
+        return self.fixed_mix if self.mixing is None else self.mixing.softmax(-1)
+
+    def count(self, sizes: Counter[str]) -> int:
+        return self.heads * sizes[self.normaliser]
+
+    def compare(
+        self, k: int, signals: Signals, layer: int, targets: Targets, column: str
+    ) -> Tensor:
+        total = self.count(targets.whole)
+        return attention_mse(signals.attentions[layer], targets.maps[column], total, self.mix)
+
+    def about(self) -> str:
+        mix = self.mix
+        heads = "head by head" if mix is None else f"{mix.shape[1]} heads mixed to {mix.shape[0]}"
+        return f"{super().about()}, {heads}"
+
+
+def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | None:
+    """(H_student, H_teacher) rows that sum to 1: with which of the teacher's heads each of the
+    student's is compared.
+
+    "mean_groups": neighbouring heads of the teacher are averaged in as many groups as the student
+    has heads; where that does not divide, groups overlap by a head, and where the student has more
+    heads, several see the same one (as adaptive average pooling does). "learned" starts from there.
+    None: head by head.
+
+    Raises:
+        ValueError: the head counts differ and no mapping was chosen.
+    """
+    if mapping == "none":
+        if student_heads != teacher_heads:
+            raise ValueError(
+                f"teacher has {teacher_heads} heads, student {student_heads}, and maps are "
+                f"compared head "
+                "by head: set head_mapping to 'mean_groups' (the teacher's heads averaged in "
+                "groups) or "
+                "'learned' (a trained mix of them)"
+            )
+        return None
+    return torch.nn.functional.adaptive_avg_pool1d(
+        torch.eye(teacher_heads), student_heads
+    ).T.contiguous()
 
 
 def attention_mse(
@@ -151,8 +207,3 @@ def _in_float32(equation: str, left: Tensor, right: Tensor) -> Tensor:
     """`einsum` of maps, which autocast would round to 8 bits."""
     with torch.autocast(left.device.type, enabled=False):
         return torch.einsum(equation, left, right)
-
-
-def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """L: each term times its weight."""
-    return sum(weights[name] * term for name, term in terms.items())

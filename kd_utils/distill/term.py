@@ -1,0 +1,199 @@
+"""What a term of the loss is: the base classes, the table of terms and what a term is built from.
+
+To add a term, define a subclass of `Term` (or of `LayerTerm`, for layers that are compared in
+pairs), decorate it with `register`, and name it in `config.trial.METHODS`. `distill/terms/` has one
+file per term.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from kd_utils.cache.teacher_cache import TeacherCache
+from kd_utils.config.trial import TrialConfig
+from kd_utils.distill.targets import Targets
+from kd_utils.models.devices import mixed_seed
+from kd_utils.models.layer_pairs import layer_pairs
+from kd_utils.models.output_head import OutputHead
+from kd_utils.models.signal_kinds import captured_layers, column, kind_of
+from kd_utils.models.signals import Signals
+from kd_utils.tokens.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class TermSetup:
+    """What a term may ask for when it is built.
+
+    Attributes:
+        config: the trial's.
+        cache: the teacher's signals.
+        student: the configuration of the student's text model.
+        vocabulary: the student's.
+        device: where the loss is computed.
+        index: the number of this teacher among several.
+    """
+
+    config: TrialConfig
+    cache: TeacherCache
+    student: Any
+    vocabulary: Vocabulary
+    device: torch.device
+    index: int = 0
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The teacher's shape, with the names that `transformers` uses."""
+        return self.cache.manifest["shape"]
+
+    def pairs(self, kind: str, choice: str) -> list[tuple[int, int]]:
+        """(teacher's layer, student's layer) for a choice of layers, all of which are cached.
+
+        Raises:
+            ValueError: a side has no such layer, or the cache lacks it.
+        """
+        total = self.shape["num_hidden_layers"]
+        pairs = layer_pairs(
+            choice,
+            self.config.paired_layers,
+            total,
+            self.student.num_hidden_layers,
+            self.config.seed,
+        )
+        self.require({column(kind, layer, total) for layer, _ in pairs})
+        return pairs
+
+    def seed(self, k: int) -> int:
+        """The seed of the k-th thing that a term draws at random for this teacher."""
+        seed = self.config.seed
+        return mixed_seed(seed, self.index, k) if self.index or k else seed
+
+    def require(self, columns: Collection[str]) -> None:
+        """Check that the cache holds these columns.
+
+        Raises:
+            ValueError: a kind of signal, or a layer of it, is missing.
+        """
+        manifest = self.cache.manifest
+        for name in sorted(set(columns) - set(manifest["dtypes"])):
+            kind, layers = kind_of(name).name, manifest["layers"]
+            if not layers.get(kind):
+                raise ValueError(
+                    f"the cache holds {manifest['signals']!r} and no {kind}: name it in `signals` "
+                    "('white_box' has hidden states and attention maps) and run 02 again, or use "
+                    "distill_type 'black_box'"
+                )
+            total = self.shape["num_hidden_layers"]
+            raise ValueError(
+                f"the cache holds the teacher's {kind} of layers "
+                f"{', '.join(map(str, layers[kind]))}, not of {name.removeprefix(kind)[1:] or total}"
+                f": set {kind}_layers in the parameter file, which 02 reads too, and run 02 again"
+            )
+
+
+class Term(nn.Module):
+    """One term of the loss, for one teacher. Its parameters train with the student.
+
+    Attributes:
+        name: in `METHODS`, in records and in figures.
+        columns: the columns of the teacher's cache that the term reads.
+        hidden_layers, map_layers: layers of which the student's forward pass must keep the hidden
+            states, or the queries and keys.
+    """
+
+    name: ClassVar[str]
+    columns: Collection[str] = ()
+    hidden_layers: Collection[int] = ()
+    map_layers: Collection[int] = ()
+
+    @classmethod
+    def of(cls, setup: TermSetup) -> Self:
+        """The term for one teacher and this student.
+
+        Raises:
+            ValueError: the two cannot be compared, and the remedy.
+        """
+        raise NotImplementedError
+
+    def count(self, sizes: Counter[str]) -> int:
+        """How many elements the term averages over, given the sizes of a batch's `Targets`."""
+        return sizes["places"]
+
+    def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> Tensor:
+        """The term's sum over a batch, divided by `self.count(targets.whole)`.
+
+        Args:
+            signals: the student's, for the batch; head: the student's output layer.
+            targets: the teacher's signals at the places that are compared.
+        """
+        raise NotImplementedError
+
+    def about(self) -> str:
+        """What is compared, in a few words, for the record."""
+        return self.name
+
+    @classmethod
+    def mixes(cls, terms: Sequence[Term], targets: Sequence[Targets]) -> bool:
+        """Whether several teachers are mixed before they are compared with the student."""
+        return False
+
+    @classmethod
+    def mixed(
+        cls,
+        terms: Sequence[Term],
+        weights: Sequence[float],
+        signals: Signals,
+        head: OutputHead,
+        targets: Sequence[Targets],
+    ) -> Tensor:
+        """The term of several teachers' mixture, where `mixes` is true."""
+        raise NotImplementedError
+
+
+class LayerTerm(Term):
+    """A term that compares pairs of layers: the mean over the pairs of `compare`.
+
+    Args:
+        pairs: (teacher's layer, student's layer), counted from 1.
+        teacher_layers: how many layers the teacher has.
+    """
+
+    kind: ClassVar[str]  #: of the signal that is compared
+
+    def __init__(self, pairs: list[tuple[int, int]], teacher_layers: int) -> None:
+        super().__init__()
+        self.pairs = pairs
+        self.columns = [column(self.kind, teacher, teacher_layers) for teacher, _ in pairs]
+        students = [(kind_of(self.kind), student) for _, student in pairs]
+        self.hidden_layers, self.map_layers = captured_layers(students)
+
+    def compare(
+        self, k: int, signals: Signals, layer: int, targets: Targets, column: str
+    ) -> Tensor:
+        """The k-th pair: the student's `layer` with the teacher's `column`, a normalised scalar."""
+        raise NotImplementedError
+
+    def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> Tensor:
+        pairs = zip(self.pairs, self.columns)
+        return sum(
+            self.compare(k, signals, student, targets, column)
+            for k, ((_, student), column) in enumerate(pairs)
+        ) / len(self.pairs)
+
+    def about(self) -> str:
+        layers = ", ".join(f"{teacher}:{student}" for teacher, student in self.pairs)
+        return f"{self.name} of layers {layers} (teacher:student)"
+
+
+TERMS: dict[str, type[Term]] = {}
+
+
+def register(term: type[Term]) -> type[Term]:
+    """Add a term to the table, under its name."""
+    TERMS[term.name] = term
+    return term

@@ -1,0 +1,11 @@
+"""The terms of the loss, one per file. Importing this folder registers each of them."""
+
+from importlib import import_module
+from pathlib import Path
+
+from kd_utils.distill.term import TERMS
+
+for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+    import_module(f"{__name__}.{file.stem}")
+
+__all__ = ["TERMS"]

@@ -1,0 +1,254 @@
+"""The table of signals: what a teacher cache can hold, one row per kind.
+
+Writer, verifier, reader and alignment follow from the table. A column of the cache is named after
+its kind (`hidden`), or after kind and layer where the layer is not the last one (`hidden_7`). A new
+kind is one more row: `register(SignalKind("name", ...))`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kd_utils.models.attention_maps import encode_map
+from kd_utils.models.signals import Signals, forward_signals
+
+
+@dataclass
+class TeacherPass:
+    """The teacher's forward pass over one batch; each part is computed when a kind asks for it.
+
+    Attributes:
+        model: the teacher; input_ids: (B, T), padded on the right.
+        hidden_layers, map_layers: layers that `signals` must capture.
+        top_k: k of the largest logits; temperatures: those of `log_mass`.
+        attention_dtype: how maps are stored.
+    """
+
+    model: nn.Module
+    input_ids: Tensor
+    hidden_layers: Collection[int] = ()
+    map_layers: Collection[int] = ()
+    top_k: int = 64
+    temperatures: Sequence[float] = ()
+    attention_dtype: str = "float16"
+    _largest: dict[int, Any] = field(default_factory=dict)
+
+    @cached_property
+    def signals(self) -> Signals:
+        """Hidden states and attention, without the logits."""
+        return forward_signals(
+            self.model,
+            self.input_ids,
+            hidden_layers=self.hidden_layers,
+            map_layers=self.map_layers,
+        )
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, T, V) as the model itself computes them, whatever its output layer does."""
+        return self.model(input_ids=self.input_ids, use_cache=False).logits
+
+    def largest(self, b: int, n: int) -> Any:
+        """(values, indices) of the k largest logits of example b, each (n, k), computed once."""
+        if b not in self._largest:
+            self._largest[b] = self.logits[b, :n].float().topk(self.top_k, dim=-1)
+        return self._largest[b]
+
+
+@dataclass(frozen=True)
+class SignalKind:
+    """One row of the table: what a signal is.
+
+    Attributes:
+        name: its column in the cache, for the last layer.
+        dtypes: numpy names of the types that it may be stored in, the default first.
+        shape: (n tokens, manifest) -> (rows, columns) of one example's array.
+        take: (teacher's forward pass, example b, n tokens, layer) -> one example's array.
+        aligned: how it is compared with a student of other tokens: by the value at the "last_token"
+            of each group, or as a "map" whose queries and keys are merged by groups.
+        per_layer: there is one column for each layer that 02's parameter NAME_layers chooses.
+        keeps_last: the last layer is always kept, whatever NAME_layers says.
+        hidden_layers, map_layers: layer -> layers whose hidden states, or queries and keys, the
+            forward pass must capture; the student's too, where a term compares the two.
+        check: (array, n) -> how far the array is from what `promise` says; raises ValueError if it
+            is too far. That all values are finite is checked for every kind.
+        promise: what `check` looks at, as the table of `verify` names it.
+        recomputed: whether `verify` compares it with a second run of the teacher.
+    """
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: Callable[[int, dict[str, Any]], tuple[int, int]]
+    take: Callable[[TeacherPass, int, int, int], Tensor]
+    aligned: Literal["last_token", "map"] = "last_token"
+    per_layer: bool = False
+    keeps_last: bool = False
+    hidden_layers: Callable[[int], Collection[int]] = lambda layer: ()
+    map_layers: Callable[[int], Collection[int]] = lambda layer: ()
+    check: Callable[[np.ndarray, int], float] | None = None
+    promise: str = ""
+    recomputed: bool = True
+
+
+SIGNAL_KINDS: dict[str, SignalKind] = {}
+
+#: The sets of kinds that 02's parameter `signals` names with its first word.
+SIGNAL_SETS = {"white_box": ("hidden", "attention"), "top_k": ("top_logits", "top_ids", "log_mass")}
+
+
+def register(kind: SignalKind) -> SignalKind:
+    """Add a row to the table.
+
+    Raises:
+        ValueError: the name could be read as a layer of another kind, or as no column at all.
+    """
+    if not re.fullmatch(r"[a-z]+(_[a-z]+)*", kind.name):
+        raise ValueError(f"signal {kind.name!r}: use lower-case words joined by '_', no digits")
+    SIGNAL_KINDS[kind.name] = kind
+    return kind
+
+
+def column(kind: str, layer: int, total: int) -> str:
+    """The column of this kind's layer, of `total` layers: the last layer has no number."""
+    return kind if layer == total else f"{kind}_{layer}"
+
+
+def kind_of(column: str) -> SignalKind:
+    """The kind of a column: that of "attention_7" is attention.
+
+    Raises:
+        ValueError: no such kind is registered.
+    """
+    name = re.sub(r"_\d+$", "", column)
+    if name not in SIGNAL_KINDS:
+        raise ValueError(
+            f"no signal is called {name!r} (known: {', '.join(SIGNAL_KINDS)}): register it with "
+            "signal_kinds.register before the cache is written or read"
+        )
+    return SIGNAL_KINDS[name]
+
+
+def kinds_of(signals: str) -> dict[str, SignalKind]:
+    """The kinds that 02's parameter `signals` asks for: a set, then further kinds by their names.
+
+    Raises:
+        ValueError: no such set or kind.
+    """
+    first, *further = signals.split()
+    names = [*SIGNAL_SETS.get(first, (first,)), *further]
+    return {name: kind_of(name) for name in names}
+
+
+def columns_of(
+    signals: str, layers: dict[str, list[int]], total: int
+) -> dict[str, tuple[SignalKind, int]]:
+    """The columns of a cache with these signals, in the order in which they are written.
+
+    Args:
+        layers: for each kind that is stored per layer, which layers; missing: the last.
+        total: how many layers the teacher has.
+
+    Returns:
+        Column -> its kind and layer (the last one, for a kind that is not stored per layer).
+    """
+    return {
+        column(name, layer, total): (kind, layer)
+        for name, kind in kinds_of(signals).items()
+        for layer in (layers.get(name, [total]) if kind.per_layer else [total])
+    }
+
+
+def captured_layers(chosen: Iterable[tuple[SignalKind, int]]) -> tuple[set[int], set[int]]:
+    """Whose hidden states, and whose queries and keys, a forward pass must capture for these."""
+    pairs = list(chosen)
+    hidden = {needed for kind, layer in pairs for needed in kind.hidden_layers(layer)}
+    return hidden, {needed for kind, layer in pairs for needed in kind.map_layers(layer)}
+
+
+def map_rows_sum_to_1(packed: np.ndarray, n: int) -> float:
+    """How far the rows of one example's packed map are from summing to 1.
+
+    Raises:
+        ValueError: further than rounding explains.
+    """
+    compact = packed.dtype == np.uint8
+    probs = np.square(packed / np.float32(255)) if compact else packed.astype(np.float32)
+    off = np.abs(np.add.reduceat(probs, np.cumsum(np.arange(n)), axis=1) - 1)
+    keys = np.arange(1, n + 1)
+    # Rounding sqrt(p) by at most 1/510, an entry at a time, moves a row of k keys by at most
+    # sqrt(k) / 255 + k / 510^2.
+    allowed = np.sqrt(keys) / 255 + keys / 510**2 + 1e-3 if compact else np.full(n, 5e-3)
+    worst = float(off.max())
+    if (off > allowed).any():
+        raise ValueError(f"an attention row sums to {1 - worst:.4f} or {1 + worst:.4f}, not 1")
+    return worst
+
+
+def _map(teacher: TeacherPass, b: int, n: int, layer: int) -> Tensor:
+    rows = teacher.signals.attentions[layer].example(b, 0, n).map()[0]
+    return encode_map(rows, getattr(torch, teacher.attention_dtype))
+
+
+def _log_mass(teacher: TeacherPass, b: int, n: int, _layer: int) -> Tensor:
+    logits = teacher.logits[b, :n].float()
+    return torch.stack([(logits / t).logsumexp(-1) for t in teacher.temperatures], dim=-1)
+
+
+register(
+    SignalKind(
+        "hidden",
+        dtypes=("float16",),
+        shape=lambda n, manifest: (n, manifest["hidden_size"]),
+        take=lambda teacher, b, n, layer: teacher.signals.state(layer)[b, :n],
+        per_layer=True,
+        keeps_last=True,  # it gives the logits
+        hidden_layers=lambda layer: (layer,),
+    )
+)
+register(
+    SignalKind(
+        "attention",
+        dtypes=("float16", "uint8"),
+        shape=lambda n, manifest: (manifest["heads"], n * (n + 1) // 2),
+        take=_map,
+        aligned="map",
+        per_layer=True,
+        map_layers=lambda layer: (layer,),
+        check=map_rows_sum_to_1,
+        promise="attention rows sum to 1",
+    )
+)
+register(
+    SignalKind(
+        "top_logits",
+        dtypes=("float32",),
+        shape=lambda n, manifest: (n, manifest["top_k"]),
+        take=lambda teacher, b, n, layer: teacher.largest(b, n).values,
+    )
+)
+register(
+    SignalKind(
+        "top_ids",
+        dtypes=("int32",),
+        shape=lambda n, manifest: (n, manifest["top_k"]),
+        take=lambda teacher, b, n, layer: teacher.largest(b, n).indices,
+        recomputed=False,  # equal logits may change places
+    )
+)
+register(
+    SignalKind(
+        "log_mass",
+        dtypes=("float32",),
+        shape=lambda n, manifest: (n, len(manifest["temperatures"])),
+        take=_log_mass,
+        recomputed=False,
+    )
+)
