@@ -27,6 +27,7 @@ COMING = {
     "docs/CONTRIBUTING.md",
     "kd_utils/data/tasks",
     "kd_utils/distill/terms",
+    "kd_utils/records/provenance.py",
     "notebooks/07_published_claim.ipynb",
     "tests/extending",
 }
@@ -103,10 +104,22 @@ def missing_numbers(text: str, known: str) -> list[str]:
     return [number for number in wanted if number not in known]
 
 
+def seconds(record: str, stem: str) -> float:
+    """Runtime of a stage, from its executed notebook; of 03, the mean over trials."""
+    folder = ROOT / "runs" / record
+    if stem == "03_train_student":
+        return summary(record)["seconds"].mean()
+    return json.loads(text_of(folder / f"{stem}.ipynb"))["metadata"]["papermill"]["duration"]
+
+
+def targets_of_readme() -> dict[str, str]:
+    """Labels of the README's records -> their folders' names."""
+    return dict(re.findall(r"^(\[[^\]]+\]): runs/(\S+?)/?$", text_of(README), re.M))
+
+
 def results_table() -> list[dict[str, str]]:
     rows = table_rows(text_of(README), "experiment")
-    targets = dict(re.findall(r"^(\[[^\]]+\]): runs/(\S+?)/?$", text_of(README), re.M))
-    return [row | {"folder": targets[row["record"]]} for row in rows]
+    return [row | {"folder": targets_of_readme()[row["record"]]} for row in rows]
 
 
 def records_table() -> dict[str, dict[str, str]]:
@@ -129,6 +142,14 @@ def test_links_and_paths_exist(page: Path) -> None:
     real = [path for path in named if not re.search(r"/my-|NAME|-X\.", path)]
     broken += [path for path in real if not exists(ROOT / path)]
     assert not broken
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_named_functions_are_where_the_page_says(page: Path) -> None:
+    found = re.findall(r"`(\w+)`\s+in\s+\[[^\]]+\]\(([^)]+\.py)\)", text_of(page))
+    for name, target in found:
+        source = text_of(page.parent / target)
+        assert re.search(rf"^(def |class )?{name}\b", source, re.M), f"{name} is not in {target}"
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
@@ -169,6 +190,18 @@ def test_results_table_says_what_the_records_say(row: dict[str, str]) -> None:
         assert f"{number} points" in known
     for answer, question in zip(answers, QUESTIONS.values(), strict=True):
         assert outcome(row["folder"], question) in answer
+
+
+def test_runtimes_are_those_of_the_records() -> None:
+    toy, bench, cross = re.search(
+        r"records (\[.+?\]),\s+(\[.+?\]) and (\[.+?\])", text_of(README)
+    ).groups()
+    records = {"05": bench, "06": cross}
+    for row in table_rows(text_of(README), "notebook"):
+        stem = re.search(r"notebooks/(\w+)\.ipynb", row["notebook"])[1]
+        if found := re.match(r"(\d+) s\b", row["runtime"]):
+            record = targets_of_readme()[records.get(stem[:2], toy)]
+            assert int(found[1]) == round(seconds(record, stem)), stem
 
 
 def test_records_page_names_every_record() -> None:
