@@ -27,6 +27,7 @@ COMING = {
     "docs/CONTRIBUTING.md",
     "kd_utils/data/tasks",
     "kd_utils/distill/terms",
+    "kd_utils/models/signal_kinds.py",
     "kd_utils/records/provenance.py",
     "notebooks/07_published_claim.ipynb",
     "tests/extending",
