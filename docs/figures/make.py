@@ -11,7 +11,8 @@ import pandas as pd
 
 from kd_utils.analysis import tables
 from kd_utils.figures import plots, result_plots
-from kd_utils.records import run_folder
+from kd_utils.records.run_folder import SUMMARY
+from kd_utils.records.trial_record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 MACRO = f"{tables.ACCURACY}/macro"
@@ -31,11 +32,11 @@ def accuracy_by_record(panels: dict[str, str]) -> alt.Chart:
     """
     trials, teachers = [], {}
     for title, run_dir in panels.items():
-        results = pd.read_csv(ROOT / run_dir / run_folder.SUMMARY)
+        results = pd.read_csv(ROOT / run_dir / SUMMARY)
         values = tables.trial_values(results, MACRO).rename(columns={"value": "accuracy"})
         trials.append(values[values["distill_type"] != "untrained"].assign(task=title))
-        teacher = run_folder.done_records(ROOT / run_dir)[0]["teacher"]["accuracy"]
-        teachers[f"{tables.ACCURACY}/{title}"] = teacher[MACRO]
+        trial = next((ROOT / run_dir).glob("trials/*/metrics.json")).parent
+        teachers[f"{tables.ACCURACY}/{title}"] = read_record(trial)["teacher"]["accuracy"][MACRO]
     chart = result_plots.accuracy_by_task(pd.concat(trials), teachers)
     chart.title.text = "Accuracy, mean of three tasks, by method and record; one point per seed"
     return chart
