@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 from kd_utils.config import parameter_files, project_paths, stages
+from kd_utils.config.trial import trial_name
 from kd_utils.records import check, run_folder, trial_record
 from kd_utils.records.environment import environment
 from kd_utils.store.files import sha256_file, sha256_json
@@ -253,7 +254,7 @@ def write_trial(
     **other: Any,
 ) -> str:
     """A whole trial, record and notebook; its name."""
-    trial = trial_record.trial_name(method, seed)
+    trial = trial_name(method, seed)
     trial_record.write_record(
         run_dir / "trials" / trial, metrics_of(method, seed, **other), predictions
     )
@@ -274,7 +275,7 @@ def write_plan(run_dir: Path, **other: Any) -> dict[str, Any]:
     """`sweep.json` of 2 methods x 2 seeds; `other` goes before what is said here."""
     planned = [
         {
-            "trial": trial_record.trial_name(method, seed),
+            "trial": trial_name(method, seed),
             "swept": {"distill_type": method, "seed": seed},
             "config_hash": metrics_of(method, seed)["config_hash"],
             "epochs": 2,

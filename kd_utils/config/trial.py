@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -20,6 +21,7 @@ from kd_utils.config.fields import (
     check_layers,
     teacher_weights,
 )
+from kd_utils.config.project_paths import project_path, run_label
 
 #: Method -> {term of its loss: the parameter that weighs the term}. The first two are references
 #: without a teacher: the student as it is, and the student trained on the labels alone.
@@ -55,6 +57,14 @@ def _known_method(name: str) -> str:
         *others, last = map(repr, METHODS)
         raise ValueError(f"Input should be {', '.join(others)} or {last}")
     return name
+
+
+def trial_name(distill_type: str, seed: int, **other_swept: Any) -> str:
+    """`METHOD_seedN`, with every other swept key appended: `attention_seed3_temperature=4.0`."""
+    others = (f"{key}={value}" for key, value in sorted(other_swept.items()))
+    name = "_".join([distill_type, f"seed{seed}", *others])
+    # A swept value may be a path ("teachers/a"), and the name must stay one file name.
+    return "".join(c if c.isalnum() or c in "._=-+" else "-" for c in name)
 
 
 class TrialConfig(Config):
@@ -130,6 +140,26 @@ class TrialConfig(Config):
         """
         others = teacher_weights(self.more_teachers) if self.distils else {}
         return {self.name: 1.0 - sum(others.values()), **others}
+
+    @property
+    def trial_name(self) -> str:
+        """The parameter `trial`, or METHOD_seedN."""
+        return self.trial or trial_name(self.distill_type, self.seed)
+
+    @property
+    def record_folder(self) -> Path:
+        """Where the record goes: RUN_DIR/trials/TRIAL."""
+        return project_path(self.run_dir) / "trials" / self.trial_name
+
+    @property
+    def student_folder(self) -> Path:
+        """Where the trained student goes."""
+        return self.artifacts / "students" / run_label(self.run_dir) / self.trial_name
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """Where the state after an epoch goes."""
+        return self.artifacts / "checkpoints" / run_label(self.run_dir) / f"{self.trial_name}.json"
 
     @property
     def epoch_numbers(self) -> range:

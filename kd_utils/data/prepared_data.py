@@ -54,6 +54,11 @@ class PreparedData:
     tokenizer_fingerprint: str
     made_from: dict[str, dict[str, Any]]
 
+    @property
+    def tables(self) -> dict[str, pd.DataFrame]:
+        """Each split's table."""
+        return {split: getattr(self, split) for split in SPLITS}
+
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Raise a ValueError if lengths were counted, and rows dropped, with another tokenizer than
         this one.

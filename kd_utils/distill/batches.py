@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kd_utils.cache.teacher_cache import TeacherCache
+from kd_utils.config.trial import TrialConfig
+from kd_utils.data.prepared_data import PreparedData
 from kd_utils.distill.targets import Targets, targets_of, tensor_of
 from kd_utils.tokens.encoding import Example, right_padded
 
@@ -135,3 +138,64 @@ def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+class TrialData:
+    """Training and validation batches, read ahead by a thread.
+
+    Which examples meet, and in which order, depends on the seed and the epoch alone and not on the
+    teacher: rows start in the order of their length in the student's tokens.
+
+    Args:
+        prepared: the prepared data.
+        encoded: split -> its examples with the student's tokens.
+        caches: one verified cache per teacher.
+        config: the trial's.
+        device: where batches go.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        encoded: dict[str, list[Example]],
+        caches: list[TeacherCache],
+        config: TrialConfig,
+        device: torch.device,
+    ) -> None:
+        students = {row.example_id: row for rows in encoded.values() for row in rows}
+        self.config, self.students = config, students
+        self.caches = caches if config.distils else []
+        self.train_ids, self.validation_ids = (
+            sorted(caches[0].splits[split], key=lambda i: (len(students[i].tokens), i))
+            for split in ("train", "validation")
+        )
+        self.lengths = [len(students[i].tokens) for i in self.train_ids]
+        table = prepared.validation
+        self.task_of = dict(zip(table["example_id"], table["task"], strict=True))
+        self.options = {"distill_tokens": config.distill_tokens, "device": device}
+
+    def steps(self, epoch: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimiser step of an epoch; none in epoch 0."""
+        return prefetched(self._step, self._plan(epoch) if epoch else [])
+
+    def probe(self) -> Batch:
+        """A fixed batch: the first of the first epoch, on which gradient shares are measured."""
+        return self._step(self._plan(1)[0])[0]
+
+    def validation(self) -> Iterator[tuple[Batch, list[str]]]:
+        """Each validation batch with the task of each of its examples."""
+        size, ids = self.config.batch_size, self.validation_ids
+        return prefetched(self._validation, [ids[i : i + size] for i in range(0, len(ids), size)])
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        return epoch_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+
+    def _rows(self, ids: list[str]) -> tuple[list[Example], list[list[Example]]]:
+        return [self.students[i] for i in ids], [[cache[i] for i in ids] for cache in self.caches]
+
+    def _step(self, indices: list[int]) -> list[Batch]:
+        examples, teachers = self._rows([self.train_ids[i] for i in indices])
+        return split_batch(examples, self.config.micro_batch_size, teachers, **self.options)
+
+    def _validation(self, ids: list[str]) -> tuple[Batch, list[str]]:
+        return collate(*self._rows(ids), **self.options), [self.task_of[i] for i in ids]

@@ -2,49 +2,146 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from torch import Tensor
 
 from kd_utils.config.trial import TrialConfig
 from kd_utils.distill.batches import Batch
-from kd_utils.distill.training import FiniteSteps, Mean
+
+
+class Mean:
+    """Running means of named numbers; tensors are read only at the end, so that a GPU is not waited
+    for.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, values: dict[str, Tensor | float], counts: dict[str, float]) -> None:
+        """Add totals: each value is a sum over `counts` elements."""
+        for name, value in values.items():
+            value = value.detach().float() if isinstance(value, Tensor) else value
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0.0) + counts[name]
+
+    def add_part(self, values: dict[str, Tensor], parts: int) -> None:
+        """Add one micro-batch of `parts`; their values are divided by the whole batch's normaliser,
+        so they add up.
+        """
+        self.add(values, dict.fromkeys(values, 1 / parts))
+
+    def result(self, prefix: str = "") -> dict[str, float]:
+        return {
+            prefix + name: float(total) / self._counts[name] for name, total in self._sums.items()
+        }
+
+
+class FiniteSteps:
+    """Stops a trial whose loss or gradient is not finite.
+
+    Each step's numbers are looked at when the next step asks, since a GPU has them ready by then
+    and is not waited for.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[int, Tensor, dict[str, Tensor]] | None = None
+
+    def add(self, global_step: int, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
+        """A step's gradient norm, before clipping, and its (last micro-batch's) loss terms.
+
+        Raises:
+            FloatingPointError: the step before this one was not finite.
+        """
+        self.check()
+        self._last = (
+            global_step,
+            gradient_norm.detach(),
+            {name: term.detach() for name, term in terms.items()},
+        )
+
+    def check(self) -> None:
+        """Look at the last step too.
+
+        Raises:
+            FloatingPointError: it was not finite.
+        """
+        if self._last is None:
+            return
+        global_step, norm, terms = self._last
+        values = {
+            "gradient norm": norm.item(),
+            **{f"{name} loss": term.item() for name, term in terms.items()},
+        }
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise FloatingPointError(
+                f"training diverged at step {global_step}: {shown}; lower learning_rate or the "
+                "weight of the term that is not finite, or set precision to 'float32'"
+            )
 
 
 class Meter:
-    """Counts steps, tokens and seconds of a trial and collects its epoch rows.
+    """Counts a trial's steps, tokens and seconds, and collects one row of metrics per epoch.
 
     Args:
         config: the trial's.
-        state: what `state` returned in an earlier execution of this trial that was killed.
+        started: when the trial began; loading is over when the meter is made.
+        state: what `state` gave in an execution of this trial that was killed.
+
+    Attributes:
+        rows: a row per epoch that is done.
+        global_step: optimiser steps so far.
+        resumed_after: the last epoch of the killed execution; None if there was none.
     """
 
-    def __init__(self, config: TrialConfig, state: dict[str, Any] | None = None) -> None:
-        self.config, self._began, state = config, time.perf_counter(), state or {}
-        self.rows: list[dict[str, Any]] = state.get("rows", [])
-        self.global_step: int = state.get("global_step", 0)
-        self.evaluating: float = state.get("evaluating", 0.0)
-        self._earlier: float = state.get("seconds", 0.0)
+    def __init__(
+        self, config: TrialConfig, started: datetime, state: dict[str, Any] | None = None
+    ) -> None:
+        state = state or {"rows": [], "global_step": 0, "evaluating": 0.0, "seconds": 0.0}
+        self.config, self.started, self._earlier = config, started, state["seconds"]
+        self.rows, self.global_step = state["rows"], state["global_step"]
+        self._evaluating = state["evaluating"]
+        self._loading = (datetime.now(UTC) - started).total_seconds()
+        self._began = time.perf_counter()
         self.resumed_after = self.rows[-1]["epoch"] if self.rows else None
         self._finite = FiniteSteps()
 
     @property
-    def seconds(self) -> float:
-        """Seconds spent on the trial, those of killed executions included."""
-        return self._earlier + time.perf_counter() - self._began
+    def remaining(self) -> range:
+        """The epochs that are still to do."""
+        return self.config.epoch_numbers[len(self.rows) :]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds in all (killed executions included), of loading, training and evaluation."""
+        spent = self._earlier + self._loading + time.perf_counter() - self._began
+        training = sum(row["seconds"] for row in self.rows) - self._evaluating
+        return {
+            "load": self._loading,
+            "evaluation": self._evaluating,
+            "total": spent,
+            "training": training,
+        }
 
     def state(self) -> dict[str, Any]:
-        """Everything that a later execution needs to continue, as JSON values."""
-        kept = {name: getattr(self, name) for name in ("rows", "global_step", "evaluating")}
-        return kept | {"seconds": self.seconds}
+        """What a later execution needs to continue, as JSON values."""
+        return {
+            "rows": self.rows,
+            "global_step": self.global_step,
+            "evaluating": self._evaluating,
+            "seconds": self.seconds["total"],
+        }
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are still to do; the clock of each starts when it is handed out."""
-        for epoch in self.config.epoch_numbers[len(self.rows) :]:
-            self._epoch, self._means, self._tokens = epoch, Mean(), 0
-            self._start = time.perf_counter()
+        """The remaining epochs; the clock of each starts when it is handed out."""
+        for epoch in self.remaining:
+            self._means, self._tokens, self._start = Mean(), 0, time.perf_counter()
             yield epoch
 
     def add(self, batch: Batch, loss: Tensor, terms: dict[str, Tensor], parts: int) -> None:
@@ -56,55 +153,60 @@ class Meter:
     def step(self, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
         """Count one optimiser step.
 
+        Args:
+            gradient_norm: before clipping.
+            terms: of the step's last micro-batch.
+
         Raises:
-            FloatingPointError: the loss or gradient of the step before was not finite.
+            FloatingPointError: the step before this one was not finite.
         """
         self._finite.add(self.global_step, gradient_norm, terms)
         self.global_step += 1
 
-    def trained(self) -> None:
+    def stop_training(self) -> None:
         """The epoch's last step is done; what follows is evaluation.
 
         Raises:
-            FloatingPointError: the loss or gradient of the last step was not finite.
+            FloatingPointError: the last step was not finite.
         """
         self._finite.check()
         self._trained = time.perf_counter()
 
-    def end_epoch(self, measures: dict[str, float]) -> str:
-        """Add the epoch's row.
+    def end_epoch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
+        """Add the epoch's row, and return it.
 
         Args:
-            measures: of the validation rows, and each term's share of the gradient.
-
-        Returns:
-            One line to print: loss terms, accuracy, tokens per second, time left.
+            measured: what `training.validate` gave.
         """
-        now, weights = time.perf_counter(), self.config.weights
-        self.evaluating += now - self._trained
-        speed = self._tokens / (self._trained - self._start)
+        now = time.perf_counter()
+        self._evaluating += now - self._trained
         row = {
-            "epoch": self._epoch,
+            "epoch": epoch,
             **self._means.result(),
-            **{f"weight/{name}": weight for name, weight in weights.items()},
-            **measures,
-            "tok_per_sec": speed,
+            **{f"weight/{name}": weight for name, weight in self.config.weights.items()},
+            **measured,
+            "tok_per_sec": self._tokens / (self._trained - self._start),
             "seconds": now - self._start,
         }
         self.rows.append(row)
-        return self._line(row)
+        return row
 
-    def _line(self, row: dict[str, Any]) -> str:
-        terms = [f"{name} {row[f'train_loss/{name}']:.3f}" for name in self.config.weights
-                 if f"train_loss/{name}" in row]  # fmt: skip
-        last = self.config.epoch_numbers[-1]
-        left = (last - row["epoch"]) * row["seconds"]
-        accuracy = row["validation_accuracy"]
+    def line(self) -> str:
+        """The last epoch in one line: loss terms, accuracy, tokens per second, time left."""
+        row, last = self.rows[-1], self.config.epoch_numbers[-1]
+        terms = [
+            f"{name} {row[f'train_loss/{name}']:.3f}"
+            for name in self.config.weights
+            if f"train_loss/{name}" in row
+        ]
         parts = [
-            f"epoch {row['epoch']}/{last}",
-            *([" ".join(["loss", *terms])] if terms else []),
-            f"validation loss {row['validation_loss']:.3f}, accuracy {100 * accuracy:.1f} %",
+            f"epoch {row['epoch']} of {last}",
+            *([f"loss {', '.join(terms)}"] if terms else []),
+        ]
+        parts += [
+            f"validation loss {row['validation_loss']:.3f}",
+            f"accuracy {100 * row['validation_accuracy']:.1f} %",
             f"{row['tok_per_sec']:,.0f} tokens/s",
-            f"{left:.0f} s left",
+            f"{(last - row['epoch']) * row['seconds']:.0f} s left",
         ]
         return " | ".join(parts)

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from kd_utils.cache.manifest import find_cache
 from kd_utils.cache.teacher_cache import TeacherCache
+from kd_utils.cache.verification import open_verified
 from kd_utils.config.trial import TrialConfig
 from kd_utils.distill.term import Term, TermSetup
 from kd_utils.distill.terms import TERMS
@@ -75,3 +77,37 @@ def student_layers(teachers: Iterable[TeacherTerms]) -> dict[str, set[int]]:
         name: {layer for term in terms for layer in getattr(term, name)}
         for name in ("hidden_layers", "map_layers")
     }
+
+
+def open_caches(config: TrialConfig, data_hash: str) -> list[TeacherCache]:
+    """The verified caches of the trial's teachers, the trial's own experiment first.
+
+    Args:
+        config: the trial's.
+        data_hash: of the prepared data.
+
+    Raises:
+        CacheError: a cache is missing, not verified, or made from something else; and the remedy.
+    """
+    return [
+        open_verified(
+            find_cache(config.artifacts, name),
+            data_hash=data_hash,
+            teacher=config.teacher if name == config.name else None,
+        )
+        for name in config.teachers
+    ]
+
+
+def all_teacher_terms(
+    caches: list[TeacherCache],
+    model: nn.Module,
+    vocabulary: Vocabulary,
+    config: TrialConfig,
+    device: torch.device,
+) -> nn.ModuleList:
+    """`teacher_terms_of` each of the trial's teachers."""
+    return nn.ModuleList(
+        teacher_terms_of(cache, model, vocabulary, config, device, index=index, weight=weight)
+        for index, (cache, weight) in enumerate(zip(caches, config.teachers.values(), strict=True))
+    )

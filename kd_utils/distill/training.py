@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kd_utils.distill.batches import Batch
+from kd_utils.config.trial import TrialConfig
+from kd_utils.distill.batches import Batch, TrialData
+from kd_utils.distill.meter import Mean
 from kd_utils.distill.targets import Targets
 from kd_utils.distill.teacher_terms import TeacherTerms
 from kd_utils.distill.terms import TERMS
 from kd_utils.distill.terms.task import Task
+from kd_utils.evaluation.calibration import calibration_errors
+from kd_utils.evaluation.scoring import accuracies, evaluate
 from kd_utils.models.devices import mixed_seed
 from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import Signals
@@ -104,78 +109,6 @@ def gradient_shares(
     return {f"grad_share/{name}": norm / total for name, norm in norms.items()}
 
 
-class Mean:
-    """Running means of named numbers; tensors are read only at the end, so that a GPU is not waited
-    for.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, float] = {}
-
-    def add(self, values: dict[str, Tensor | float], counts: dict[str, float]) -> None:
-        """Add totals: each value is a sum over `counts` elements."""
-        for name, value in values.items():
-            value = value.detach().float() if isinstance(value, Tensor) else value
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0.0) + counts[name]
-
-    def add_part(self, values: dict[str, Tensor], parts: int) -> None:
-        """Add one micro-batch of `parts`; their values are divided by the whole batch's normaliser,
-        so they add up.
-        """
-        self.add(values, dict.fromkeys(values, 1 / parts))
-
-    def result(self, prefix: str = "") -> dict[str, float]:
-        return {
-            prefix + name: float(total) / self._counts[name] for name, total in self._sums.items()
-        }
-
-
-class FiniteSteps:
-    """Stops a trial whose loss or gradient is not finite.
-
-    Each step's numbers are looked at when the next step asks, since a GPU has them ready by then
-    and is not waited for.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[int, Tensor, dict[str, Tensor]] | None = None
-
-    def add(self, global_step: int, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
-        """A step's gradient norm, before clipping, and its (last micro-batch's) loss terms.
-
-        Raises:
-            FloatingPointError: the step before this one was not finite.
-        """
-        self.check()
-        self._last = (
-            global_step,
-            gradient_norm.detach(),
-            {name: term.detach() for name, term in terms.items()},
-        )
-
-    def check(self) -> None:
-        """Look at the last step too.
-
-        Raises:
-            FloatingPointError: it was not finite.
-        """
-        if self._last is None:
-            return
-        global_step, norm, terms = self._last
-        values = {
-            "gradient norm": norm.item(),
-            **{f"{name} loss": term.item() for name, term in terms.items()},
-        }
-        if not all(map(math.isfinite, values.values())):
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise FloatingPointError(
-                f"training diverged at step {global_step}: {shown}; lower learning_rate or the "
-                "weight of the term that is not finite, or set precision to 'float32'"
-            )
-
-
 @torch.no_grad()
 def validation_losses(
     student: nn.Module,
@@ -220,3 +153,41 @@ def validation_losses(
         **values,
         **hits.result("token_accuracy/"),
     }
+
+
+def validate(
+    model: nn.Module,
+    tokenizer: Any,
+    table: pd.DataFrame,
+    data: TrialData,
+    signals_of: Callable[[Tensor], Signals],
+    terms_of: Callable[..., dict[str, Tensor]],
+    teachers: Sequence[TeacherTerms],
+    config: TrialConfig,
+) -> tuple[dict[str, float], pd.DataFrame]:
+    """What a trial measures after each epoch; wrap the call in autocast for mixed precision.
+
+    Args:
+        model: the student; left in eval mode.
+        tokenizer: the student's.
+        table: the validation rows.
+        data, signals_of, terms_of, teachers, config: the trial's.
+
+    Returns:
+        `grad_share/TERM` on a fixed batch, `validation_losses`, `accuracies` and
+        `calibration_errors`; and one prediction per validation row.
+    """
+    model.eval()
+    probe = data.probe()
+    terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
+    shares = gradient_shares(terms, config.weights, model)
+    losses = validation_losses(model, data.validation(), signals_of, terms_of, teachers)
+    predictions = evaluate(
+        model,
+        tokenizer,
+        table,
+        batch_size=config.eval_batch_size,
+        max_new_tokens=config.max_new_tokens,
+    )
+    measured = {**shares, **losses, **accuracies(predictions), **calibration_errors(predictions)}
+    return measured, predictions

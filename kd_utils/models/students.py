@@ -4,14 +4,47 @@ projector, devices.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import nn
 
 from kd_utils.models.loading import (
     _load,
     load_causal_lm,
+    model_fingerprint,
 )
 from kd_utils.models.signals import decoder_layers
+
+
+class StudentSource(NamedTuple):
+    """Where the student's initial weights come from: a folder or hub name, its revision, and a
+    fingerprint of its content.
+    """
+
+    name: str
+    revision: str
+    fingerprint: str
+
+
+def student_source(name: str, manifest: dict[str, Any]) -> StudentSource:
+    """The source that the parameter `student` names; "teacher" is the teacher as it was cached.
+
+    Args:
+        manifest: of the teacher's cache.
+
+    Raises:
+        ValueError: the teacher's weights changed after they were cached.
+    """
+    if name != "teacher":
+        return StudentSource(name, "", model_fingerprint(name))
+    name, revision = manifest["teacher"], manifest["teacher_revision"]
+    source = StudentSource(name, revision, model_fingerprint(name, revision))
+    if source.fingerprint != manifest["key"]["teacher"]:
+        raise ValueError(
+            f"the weights of {name} are not those that were cached: run 02_cache_teacher again"
+        )
+    return source
 
 
 def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.Module:

@@ -9,6 +9,7 @@ saving: dropout is seeded by step (`training.seed_step`), the order of the data 
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ class Checkpoint:
             read.
         modules: name -> module that trains (or is saved along, at its initial weights).
         optimizer: over parameters of these modules.
+        every_seconds: least time from one saved state to the next (`save_if_due`).
     """
 
     def __init__(
@@ -36,13 +38,21 @@ class Checkpoint:
         key: dict[str, Any],
         modules: dict[str, nn.Module],
         optimizer: torch.optim.Optimizer,
+        every_seconds: float = 0,
     ) -> None:
+        self.every_seconds, self._saved = every_seconds, time.monotonic()
         self.path, self.key, self.modules, self.optimizer = (
             path,
             plain(key, finite=True),
             modules,
             optimizer,
         )
+
+    def save_if_due(self, epoch: int, state: dict[str, Any]) -> None:
+        """`save`, if the last state is `every_seconds` old."""
+        if time.monotonic() - self._saved >= self.every_seconds:
+            self.save(epoch, state)
+            self._saved = time.monotonic()
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
         """Keep weights, optimizer and `state` (JSON values) as they are after `epoch`; an earlier

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kd_utils.records.environment import environment
+from kd_utils.records.source_code import code_of
 from kd_utils.store.files import sha256_file, written_folder
 from kd_utils.store.sealed import RecordError, label, plain, read_sealed, write_sealed
 
@@ -54,19 +56,6 @@ class Metrics(Shape):
     tokenizer: str = ""
     more_caches: dict[str, str] = {}
     code: dict[str, str] = {}
-
-
-def trial_name(distill_type: str, seed: int, **other_swept: Any) -> str:
-    """`METHOD_seedN`, with every other swept key appended: `attention_seed3_temperature=4.0`."""
-    name = "_".join(
-        [
-            distill_type,
-            f"seed{seed}",
-            *(f"{key}={value}" for key, value in sorted(other_swept.items())),
-        ]
-    )
-    # A swept value may be a path ("teachers/a"): its name must stay one file name.
-    return "".join(c if c.isalnum() or c in "._=-+" else "-" for c in name)
 
 
 def report_epoch(row: dict[str, Any]) -> None:
@@ -149,3 +138,64 @@ def require_shape(model: type[Shape], document: dict[str, Any], name: str) -> An
     except ValidationError as error:
         first = error.errors()[0]
         raise RecordError(f"{name}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def made_from(config: Any, caches: list[Any], student: Any, precision: str, device: str) -> dict:
+    """Everything that decides a trial's numbers, as JSON values: the key of its checkpoints.
+
+    Args:
+        config: the trial's (`config.trial.TrialConfig`).
+        caches: its teachers' (`cache.teacher_cache.TeacherCache`).
+        student: where the initial weights come from (`models.students.StudentSource`).
+        precision: of matrix products.
+        device: "cuda" or "cpu": sums are rounded as this kind of GPU, or this kind of CPU with this
+            number of threads, rounds them.
+    """
+    ran = environment()
+    rounded_by = ("gpu",) if device == "cuda" else ("cpu", "threads")
+    return {
+        "config": config.fingerprint(),
+        "cache": [cache.manifest["content_hash"] for cache in caches],
+        "student": {"name": student.name, "fingerprint": student.fingerprint},
+        "precision": precision,
+        "code": code_of("03_train_student"),
+        "versions": ran["versions"],
+        "device": {key: ran["device"][key] for key in rounded_by},
+    }
+
+
+def metrics_document(
+    config: Any, made: dict[str, Any], caches: list[Any], tokenizer: str, meter: Any, memory: float
+) -> dict[str, Any]:
+    """What `metrics.json` says of a trial that is done.
+
+    Args:
+        config, caches: as in `made_from`.
+        made: what `made_from` gave.
+        tokenizer: fingerprint of the student's tokenizer.
+        meter: the trial's (`distill.meter.Meter`).
+        memory: the largest memory in use, MB.
+    """
+    contents = {
+        name: {"name": cache.folder.name, "content_hash": cache.manifest["content_hash"]}
+        for name, cache in zip(config.teachers, caches, strict=True)
+    }
+    own = caches[0].manifest
+    return {
+        "config": config.model_dump(),
+        "config_hash": made["config"],
+        "cache": contents.pop(config.name),
+        "more_caches": {name: cache["content_hash"] for name, cache in contents.items()},
+        "student": made["student"],
+        "tokenizer": tokenizer,
+        "code": made["code"],
+        "precision": made["precision"],
+        "teacher": {"name": own["teacher"], "accuracy": own["teacher_accuracy"]},
+        **environment(),
+        "started": meter.started.isoformat(timespec="seconds"),
+        "seconds": meter.seconds,
+        "peak_memory_mb": memory,
+        "resumed_after": meter.resumed_after,
+        "epochs": meter.rows,
+        "final": meter.rows[-1],
+    }

@@ -13,7 +13,7 @@ from typing import Any
 from kd_utils.config import parameter_files, project_paths, stages
 from kd_utils.config.fields import shown
 from kd_utils.config.parameter_files import MOST_NAME
-from kd_utils.records import trial_record
+from kd_utils.config.trial import trial_name
 from kd_utils.sweep.execution import injected
 
 PREPARE, CACHE, TRAIN, ANALYSE, *_ = stages.NOTEBOOKS
@@ -66,7 +66,7 @@ def plan(
         if seen.get(chosen.fingerprint()) == used and used != swept:
             continue  # what differs means nothing to this method: one trial serves for all of them
         swept = {"distill_type": chosen.distill_type, "seed": chosen.seed} | used
-        name = trial_record.trial_name(**swept)
+        name = trial_name(**swept)
         if len(name) > MOST_NAME:
             raise ValueError(
                 f"a trial would be called {shown(name)}: at most {MOST_NAME} characters"

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_utils.distill.batches import Batch, collate, epoch_batches
-from kd_utils.distill.training import Mean, loss_terms, seed_step, weighted_sum
+from kd_utils.distill.meter import Mean
+from kd_utils.distill.training import loss_terms, seed_step, weighted_sum
 from kd_utils.models.output_head import output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.tokens.encoding import Example

@@ -157,6 +157,16 @@ def encode_table(
     return rows
 
 
+def encode_splits(
+    tokenizer: Any, tables: dict[str, pd.DataFrame], vocabulary: Vocabulary
+) -> dict[str, list[Example]]:
+    """`encode_table` of each split of the prepared data."""
+    return {
+        split: encode_table(tokenizer, table, f"{split}.parquet", vocabulary=vocabulary)
+        for split, table in tables.items()
+    }
+
+
 def right_padded(examples: list[Example]) -> tuple[np.ndarray, list[int]]:
     """(B, T) int64 token ids, 0 behind each example's end, and the real lengths."""
     lengths = [len(row.tokens) for row in examples]

@@ -9,9 +9,8 @@ import torch
 from tiny import all_terms, example_rows, tiny_llama
 
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
+from kd_utils.distill.meter import FiniteSteps, Mean
 from kd_utils.distill.training import (
-    FiniteSteps,
-    Mean,
     gradient_shares,
     loss_terms,
     seed_step,

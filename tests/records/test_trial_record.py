@@ -7,19 +7,18 @@ import pandas as pd
 import pytest
 from stubs import PREDICTIONS, metrics_of
 
+from kd_utils.config.trial import trial_name
 from kd_utils.records import trial_record
 from kd_utils.store.sealed import RecordError, write_sealed
 
 
 def test_trial_names():
-    assert trial_record.trial_name("attention", 3) == "attention_seed3"
+    assert trial_name("attention", 3) == "attention_seed3"
     assert (
-        trial_record.trial_name("attention", 3, temperature=4, alpha=0.5)
+        trial_name("attention", 3, temperature=4, alpha=0.5)
         == "attention_seed3_alpha=0.5_temperature=4"
     )
-    assert (
-        trial_record.trial_name("combined", 0, student="../a b") == "combined_seed0_student=..-a-b"
-    )
+    assert trial_name("combined", 0, student="../a b") == "combined_seed0_student=..-a-b"
 
 
 def test_report_epoch_writes_lines_only_when_asked(tmp_path, monkeypatch):
