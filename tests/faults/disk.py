@@ -25,7 +25,8 @@ NO_DISK = 90
 # The folder stays visible at $2, so that its content can be copied there and back; the command sees
 # the tmpfs.
 SCRIPT = f"""
-mount --bind "$1" "$2" && mount -t tmpfs -o "size=$3" tmpfs "$1" && cp -a "$2/." "$1/" || exit {NO_DISK}
+mount --bind "$1" "$2" && mount -t tmpfs -o "size=$3" tmpfs "$1" &&
+    cp -a "$2/." "$1/" || exit {NO_DISK}
 folder=$1 kept=$2; shift 3
 "$@"; status=$?
 find "$kept" -mindepth 1 -delete && cp -a "$folder/." "$kept/" || exit {NO_DISK}
