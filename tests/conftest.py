@@ -1,4 +1,8 @@
-"""What all tests share: where the real data is, no network, one thread."""
+"""What all tests share: their markers, where the real data is, no network, one thread.
+
+Markers are given here and not in the test files: by a test's folder or file, by its fixtures, and
+by its name where it was measured to be long. pyproject.toml says what each of them means.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +16,50 @@ from stubs import run_dir, stub_notebooks  # noqa: F401 (fixtures of many tests)
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
-torch.set_num_threads(
-    1
-)  # tiny models: a second thread costs more than it gives, above all on a busy machine
+# Tiny models: a second thread costs more than it gives, above all on a busy machine.
+torch.set_num_threads(1)
+
+#: Markers by where a test is: the start of its path under tests/.
+PLACES = {
+    "faults/": "fault",
+    "notebooks/": "notebook",
+    "sweep/test_execution.py": "notebook",
+    "sweep/test_ray_executor.py": "ray",
+    "sweep/test_sweep.py": "ray",
+    "teacher/test_pool.py": "ray",
+}
+#: Markers by the fixtures that a test asks for.
+FIXTURES = {"harness": "peer", "compared": "peer"}
+#: Markers by the test's name. `long`: more than 5 seconds of CPU time, all cases together. `slow`:
+#: a long tour; the comment names what stays in `make test` in its place.
+NAMES = {
+    "long": {"test_intervals_cover_95_per_cent"},
+    "slow": set(),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every test its markers."""
+    for item in items:
+        place = item.path.relative_to(ROOT).as_posix().removeprefix("tests/")
+        name = getattr(item, "originalname", None) or item.name
+        markers = {marker for start, marker in PLACES.items() if place.startswith(start)}
+        markers |= {FIXTURES[key] for key in getattr(item, "fixturenames", ()) if key in FIXTURES}
+        markers |= {marker for marker, names in NAMES.items() if name in names}
+        for marker in sorted(markers):
+            item.add_marker(marker)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder `shared` beside the checkout (or KD_SHARED): real data and tokenizers, not part of the project."""
+    """The folder `shared` beside the checkout (or KD_SHARED): real data and tokenizers, which are
+    not part of the project.
+    """
     folder = Path(os.environ.get("KD_SHARED") or ROOT.parent / "shared")
     if not (folder / "data").is_dir():
-        message = "needs the real data and tokenizers in ../shared (or KD_SHARED), which are not part of the project"
+        message = (
+            "needs the real data and tokenizers in ../shared (or KD_SHARED), which are not part "
+            "of the project"
+        )
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     return folder

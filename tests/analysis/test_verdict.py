@@ -332,7 +332,7 @@ def test_a_method_with_fewer_swept_keys_stands_beside_every_full_setting():
 
 def test_settings_are_answered_one_by_one():
     rows = [
-        row("white_box", *pair, outcome, **{"setting": setting})
+        row("white_box", *pair, outcome, setting=setting)
         for setting, outcome in {"temperature=1": "better", "temperature=4": "undecided"}.items()
         for pair in WHITE_BOX
     ]

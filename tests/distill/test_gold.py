@@ -12,7 +12,7 @@ import torch
 from kd_utils.distill.logit_losses import span_kl, span_log_probs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import trl_gold  # noqa: E402  (no package: a script of its own)
+import trl_gold  # no package: a script of its own
 
 
 def merged(logits, tokens):

@@ -24,13 +24,14 @@ NO_DISK = 90
 
 # The folder stays visible at $2, so that its content can be copied there and back; the command sees
 # the tmpfs.
-SCRIPT = """
-mount --bind "$1" "$2" && mount -t tmpfs -o "size=$3" tmpfs "$1" && cp -a "$2/." "$1/" || exit %d
+SCRIPT = f"""
+mount --bind "$1" "$2" && mount -t tmpfs -o "size=$3" tmpfs "$1" &&
+    cp -a "$2/." "$1/" || exit {NO_DISK}
 folder=$1 kept=$2; shift 3
 "$@"; status=$?
-find "$kept" -mindepth 1 -delete && cp -a "$folder/." "$kept/" || exit %d
+find "$kept" -mindepth 1 -delete && cp -a "$folder/." "$kept/" || exit {NO_DISK}
 exit $status
-""" % (NO_DISK, NO_DISK)
+"""
 
 
 @lru_cache(maxsize=1)

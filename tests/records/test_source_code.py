@@ -16,10 +16,10 @@ NOTEBOOK = [
     ("code", "from kd_utils.other import value\nresult = direct.f(alpha) + value"),
 ]
 MODULES = {
-    "room/direct": '"""About."""\nfrom kd_utils.hall.indirect import g\nfrom kd_utils.table import rows\n'
-    '\n\ndef f(x):\n    """Its text."""\n    return g(x)  # why\n',
-    "hall/indirect": "import kd_utils.room.dotted\n\n\ndef g(x):\n    from kd_utils.hall import late\n"
-    "    return late.h(x)\n",
+    "room/direct": '"""About."""\nfrom kd_utils.hall.indirect import g\n'
+    'from kd_utils.table import rows\n\n\ndef f(x):\n    """Its text."""\n    return g(x)  # why\n',
+    "hall/indirect": "import kd_utils.room.dotted\n\n\ndef g(x):\n"
+    "    from kd_utils.hall import late\n    return late.h(x)\n",
     "room/dotted": "class Table:\n    '''Of rows.'''\n    rows = 3\n",
     "hall/late": "from json import dumps\n\n\ndef h(x):\n    return 2 * x\n",
     "other": "value = 1\n",
