@@ -1,9 +1,14 @@
+import dataclasses
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from tiny import write_task_files
 
+from kd_utils.data import tasks
 from kd_utils.data.task_rows import COLUMNS, load_task
-from kd_utils.data.tasks import find_task
+from kd_utils.data.tasks import TASKS, find_task, register, task_order
+from kd_utils.records.source_code import code_of
 
 
 @pytest.fixture
@@ -226,3 +231,21 @@ def test_real_data_is_read_whole(shared, name, split, rows):
         for choices, gold in zip(table["choices"], table["gold"])
     ]
     assert all(answer.endswith(end) for answer, end in zip(table["answer"], right))
+
+
+@pytest.mark.parametrize("name", ["macro", "a b", "a=1", "", "../x", "mine_flexible"])
+def test_a_name_that_means_something_else_is_refused(name):
+    task = dataclasses.replace(find_task("sst2"), name=name)
+    with pytest.raises(ValueError, match=f"task name '{name}'"):
+        register(task)
+    assert list(TASKS) == ["sst2", "mmlu", "gsm8k"]
+
+
+def test_unknown_tasks_come_behind_the_known_ones():
+    assert task_order(["b", "gsm8k", "a", "sst2", "b"]) == ["sst2", "gsm8k", "a", "b"]
+
+
+def test_a_file_of_the_folder_is_a_task_and_part_of_what_a_trial_is_made_from():
+    files = {path.name for path in Path(tasks.__file__).parent.glob("[!_]*.py")} - {"base.py"}
+    assert files == {f"{name}.py" for name in TASKS}
+    assert {f"kd_utils/data/tasks/{name}" for name in files} <= code_of("03_train_student").keys()

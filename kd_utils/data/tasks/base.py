@@ -156,7 +156,7 @@ class Task:
             return f"answer = {shown(answer[-60:])}, expected it to end in its gold, {gold}"
         if not self.generation and choices[int(gold)] != answer:
             return (
-                f"answer = {shown(answer)}, expected {choices[int(gold)]!r}, since gold is {gold}"
+                f"answer = {shown(answer)}, expected {choices[int(gold)]!r}, since gold = {gold}"
             )
         return ""
 
