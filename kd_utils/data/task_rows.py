@@ -11,7 +11,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -102,8 +101,7 @@ def _shots(
     source = task.splits["shots"]
     by_subject: defaultdict[str, list[Row]] = defaultdict(list)
     for row in rows if split == source else _read(task, source, data_dir):
-        # One more than asked for, so that a row of the same split can be left out of its own
-        # prompt.
+        # One more than asked for, so that a row of the same split can be left out of its prompt.
         if len(group := by_subject[task.subject(row)]) <= count:
             group.append(row)
 
@@ -123,10 +121,22 @@ def _shots(
 
 def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Row]:
     """Checked rows of one split, with the task's columns only and plain Python values."""
+    import pyarrow.parquet
+
     if data_dir is None:
-        table, where = _read_hub(task, split), f"{task.hub[0]} {split}"
+        paths, where = _hub_files(task, split), f"{task.hub[0]} {split}"
     else:
-        table, where = _read_folder(task, split, Path(data_dir))
+        paths = [_folder_file(task, split, Path(data_dir))]
+        where = str(paths[0])
+    tables = []
+    for path in paths:
+        try:
+            tables.append(pyarrow.parquet.read_table(path))
+        except (pyarrow.ArrowException, ValueError, OSError) as error:
+            raise ValueError(
+                f"{path} is no whole parquet file ({one_line(error)}): copy it again"
+            ) from None
+    table = pyarrow.concat_tables(tables)
     missing = [column for column in task.columns if column not in table.column_names]
     if missing:
         raise ValueError(
@@ -142,8 +152,8 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Row]:
     return rows
 
 
-def _read_folder(task: Task, split: str, data_dir: Path) -> tuple[Any, str]:
-    """The split's Arrow table and its path."""
+def _folder_file(task: Task, split: str, data_dir: Path) -> Path:
+    """The split's file in a folder with the hub's schema."""
     path = data_dir / task.name / f"{split}.parquet"
     if not data_dir.is_dir():
         raise FileNotFoundError(
@@ -155,36 +165,21 @@ def _read_folder(task: Task, split: str, data_dir: Path) -> tuple[Any, str]:
             f"no file {path} (parquet files there: {present}): {task.name} needs its {split} "
             "split. Set data_dir to a folder with the hub's schema, or to '' for the hub"
         )
-    return _read_parquet(path), str(path)
+    return path
 
 
-def _read_hub(task: Task, split: str) -> Any:
-    """The split's Arrow table from the hub's parquet files, which its local cache keeps.
+def _hub_files(task: Task, split: str) -> list[Path]:
+    """The split's files from the hub, in its local cache.
 
     `datasets` would wait for minutes for a hub that does not answer, and does not say which file is
     damaged.
     """
-    import pyarrow
-
     dataset, config = task.hub
     files = f"{config}/{split}-*.parquet"
     remedy = f"set data_dir to a folder with {task.name}/{split}.parquet"
     folder = hub_folder(dataset, [files], kind="dataset", otherwise=remedy)
-    paths = sorted(folder.glob(files))
-    if not paths:
-        raise FileNotFoundError(
-            f"the hub's {dataset} has no {files}: choose another split than {split}, or {remedy}"
-        )
-    return pyarrow.concat_tables(map(_read_parquet, paths))
-
-
-def _read_parquet(path: Path) -> Any:
-    import pyarrow.lib
-    import pyarrow.parquet
-
-    try:
-        return pyarrow.parquet.read_table(path)
-    except (pyarrow.lib.ArrowException, ValueError, OSError) as error:
-        raise ValueError(
-            f"{path} is no whole parquet file ({one_line(error)}): copy it again"
-        ) from None
+    if paths := sorted(folder.glob(files)):
+        return paths
+    raise FileNotFoundError(
+        f"the hub's {dataset} has no {files}: choose another split than {split}, or {remedy}"
+    )

@@ -135,7 +135,7 @@ def test_content_key_ignores_space_case_and_subject_line():
         (
             "gsm8k/train",
             {"answer": ["#### 5", "twelve", "#### 1"]},
-            "row 1: gold = 'twelve', expected the form -",
+            "row 1: answer = ' twelve', expected it to end in a final answer",
         ),
     ],
 )

@@ -27,8 +27,7 @@ class Generation:
 
     Attributes:
         stop_strings: texts that end it, beside the end tokens of tokenizer and model.
-        final: the final answer in a worked answer of the dataset.
-        form: pattern of a final answer.
+        final: the final answer in a worked answer of the dataset; "" if there is none.
         strict, flexible: the answer in a generated text, in the form that the task asks for and
             wherever it is; "[invalid]" if there is none.
         normalise: the form in which answers are compared.
@@ -36,7 +35,6 @@ class Generation:
 
     stop_strings: tuple[str, ...]
     final: Callable[[str], str]
-    form: str
     strict: Callable[[str], str]
     flexible: Callable[[str], str]
     normalise: Callable[[str], str]
@@ -105,8 +103,9 @@ class Task:
         return list(self.choices_of(row) if self.choices_of else self.labels)
 
     def answer(self, row: Row) -> str:
-        """The right continuation of the prompt."""
-        return self.answer_of(row) if self.answer_of else self.choices(row)[int(self.gold(row))]
+        """The right continuation of the prompt; "" if gold is no choice's number."""
+        numbered = {str(number): choice for number, choice in enumerate(self.choices(row))}
+        return self.answer_of(row) if self.answer_of else numbered.get(self.gold(row), "")
 
     def normalise(self, answer: str) -> str:
         """The form in which gold answers are compared."""
@@ -143,30 +142,22 @@ class Task:
         for column in self.texts:
             if not isinstance(row[column], str):
                 return f"{column} = {row[column]!r}, expected text"
-        return self.problem(row) or self.gold_problem(self.choices(row), self.gold(row))
+        return self.problem(row) or self.prepared_problem(
+            self.choices(row), self.answer(row), self.gold(row)
+        )
 
     def prepared_problem(self, choices: list[str], answer: str, gold: str) -> str:
         """What is wrong with values of a prepared row, and what is expected; "" for nothing."""
         expected = choices if self.choices_of else list(self.labels)
         if choices != expected:
             return f"choices = {shown(choices)}, expected {expected} of {self.name}"
-        if problem := self.gold_problem(choices, gold):
-            return problem
-        if self.generation and self.generation.final(answer) != gold:
-            return f"answer = {shown(answer[-60:])}, expected it to end in its gold, {gold}"
-        if not self.generation and choices[int(gold)] != answer:
-            return (
-                f"answer = {shown(answer)}, expected {choices[int(gold)]!r}, since gold = {gold}"
-            )
-        return ""
-
-    def gold_problem(self, choices: list[str], gold: str) -> str:
-        """What is wrong with the gold answer; "" for nothing."""
         if self.generation:
-            form = self.generation.form
-            fits = re.fullmatch(form, gold)
-            return "" if fits else f"gold = {shown(gold[-60:])}, expected the form {form}"
-        if gold in map(str, range(len(choices))):
-            return ""
-        hint = " (this split has no labels)" if gold == "-1" else ""
-        return f"gold = {shown(gold)}, expected 0 to {len(choices) - 1}, a choice's number{hint}"
+            fits = gold and self.generation.final(answer) == gold
+            end = f"answer = {shown(answer[-60:])}, expected it to end in a final answer, its gold"
+            return "" if fits else f"{end} ({shown(gold)})"
+        if gold not in map(str, range(len(choices))):
+            hint = " (this split has no labels)" if gold == "-1" else ""
+            return f"gold = {shown(gold)}, expected 0 to {len(choices) - 1}, its choice{hint}"
+        if answer != (right := choices[int(gold)]):
+            return f"answer = {shown(answer)}, expected {right!r}, since gold is {gold}"
+        return ""

@@ -9,8 +9,9 @@ from kd_utils.data.tasks.base import Generation, Task
 
 
 def final_number(answer: str) -> str:
-    """The text behind the last `#### ` of a worked answer, as it is written."""
-    return answer.rsplit("#### ", 1)[-1]
+    """The number that a worked answer ends in, behind `#### `, as it is written; or ""."""
+    last = answer.rsplit("#### ", 1)[-1]
+    return last if re.fullmatch("-?[0-9.,]+", last) else ""
 
 
 def extract_strict(text: str) -> str:
@@ -46,7 +47,6 @@ TASK = Task(
     generation=Generation(
         stop_strings=("Question:", "</s>", "<|im_end|>"),
         final=final_number,
-        form="-?[0-9.,]+",
         strict=extract_strict,
         flexible=extract_flexible,
         normalise=normalise_number,
