@@ -254,7 +254,7 @@ def our_records(model: Path, job: Record, work: Path) -> list[Record]:
     """What `python -m kd_utils evaluate` writes for a job, a record per row."""
     from transformers.utils.logging import disable_progress_bar
 
-    from kd_utils.evaluation.generation import extract_flexible
+    from kd_utils.data.tasks.gsm8k import extract_flexible
     from kd_utils.evaluation.scoring import evaluate_folder
 
     disable_progress_bar()  # the model is loaded for every setting

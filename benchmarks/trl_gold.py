@@ -61,7 +61,7 @@ def prepare(args: argparse.Namespace) -> None:
     """Write each row of each pair: ids, byte ends, where the answer starts, and logits at every
     position.
     """
-    from kd_utils.data.tasks import load_task
+    from kd_utils.data.task_rows import load_task
     from kd_utils.models.loading import load_tokenizer
     from kd_utils.tokens.encoding import encode_example
     from kd_utils.tokens.vocabulary import Vocabulary, byte_ends

@@ -273,11 +273,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with the hub's schema (default: the hub)",
     )
-    add.add_argument("--task", required=True, choices=["sst2", "mmlu", "gsm8k"])
+    add.add_argument("--task", required=True, metavar="TASK", help="a task of kd_utils/data/tasks")
     add.add_argument("--split", required=True, metavar="S")
-    add.add_argument(
-        "--limit", type=int, metavar="N", help="the first N rows (MMLU: of each subject)"
-    )
+    add.add_argument("--limit", type=int, metavar="N", help="the first N rows of each subject")
     add.add_argument(
         "--num-fewshot", type=int, default=0, metavar="K", help="solved examples before each prompt"
     )
@@ -287,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=256,
         metavar="N",
-        help="GSM8K's longest answer (as lm-eval)",
+        help="the longest generated answer (as lm-eval)",
     )
     add.add_argument(
         "--precision",

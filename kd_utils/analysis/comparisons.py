@@ -24,6 +24,7 @@ from kd_utils.analysis.bootstrap import (
     unseen_discordance,
 )
 from kd_utils.analysis.tables import planned_trials, setting_items, trial_values
+from kd_utils.data.tasks import task_order
 
 BASELINE = "black_box"
 
@@ -131,15 +132,7 @@ class Answers:
     @property
     def metrics(self) -> list[str]:
         """ "macro", "micro" and the tasks, in the order in which the project lists them."""
-        from kd_utils.config.stages import TASK_NAMES
-
-        present = set(self.tasks)
-        return [
-            "macro",
-            "micro",
-            *(t for t in TASK_NAMES if t in present),
-            *sorted(present - set(TASK_NAMES)),
-        ]
+        return ["macro", "micro", *task_order(self.tasks)]
 
     def pairs(self, method: str, baseline: str) -> Iterator[Pairs]:
         """Method and baseline wherever their settings agree; a key that only one of them uses does

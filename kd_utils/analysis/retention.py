@@ -9,14 +9,7 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.analysis.tables import ACCURACY, KEYS, summary_table, tasks_of
-from kd_utils.config.stages import TASK_NAMES
-
-#: What guessing gives: two choices, four choices, and no number is guessed.
-CHANCE = dict(zip(TASK_NAMES, (0.5, 0.25, 0.0)))
-
-#: A teacher must be above this to be said to know something: always saying GSM8K's commonest
-#: training answer gets 2.7 % of the test right.
-GUESSED = CHANCE | {"gsm8k": 0.027}
+from kd_utils.data.tasks import TASKS
 
 
 def retention(
@@ -32,37 +25,28 @@ def retention(
 
     Returns:
         task, setting, distill_type, chance, teacher, n, retention (mean over seeds, a fraction),
-        low, high (95 % t interval over seeds). NaN where a one-sided binomial test does not put the
-        teacher above chance (p < 0.05).
+        low, high (95 % t interval over seeds). `chance` is NaN for a task that is not in
+        `data/tasks`, `teacher` where its accuracy is not recorded. Retention is NaN for both, and
+        where a one-sided binomial test does not put the teacher above chance (p < 0.05).
     """
     from scipy.stats import binomtest
 
     parts = []
-    for task in tasks_of(results):
-        chance, top = CHANCE[task], float(teacher[f"{ACCURACY}/{task}"])
-        knows = (
-            binomtest(
-                round(top * rows[task]), rows[task], GUESSED[task], alternative="greater"
-            ).pvalue
-            < 0.05
-        )
-        for row in summary_table(results, f"{ACCURACY}/{task}").to_dict("records"):
-            scaled = {
-                new: (row[old] - chance) / (top - chance) if knows else np.nan
-                for new, old in (("retention", "mean"), ("low", "low"), ("high", "high"))
-            }
-            parts.append(
-                {
-                    "task": task,
-                    "setting": row["setting"],
-                    "distill_type": row["distill_type"],
-                    "chance": chance,
-                    "teacher": top,
-                    "n": row["n"],
-                    **scaled,
-                }
-            )
-    return pd.DataFrame(parts)
+    for name in tasks_of(results):
+        metric = f"{ACCURACY}/{name}"
+        task, top = TASKS.get(name), float(teacher.get(metric, np.nan))
+        chance, scale = task.chance if task else np.nan, np.nan
+        if task and metric in teacher:
+            guessed = max(chance, task.guessed)
+            test = binomtest(round(top * rows[name]), rows[name], guessed, alternative="greater")
+            scale = top - chance if test.pvalue < 0.05 else np.nan
+        summary = summary_table(results, metric)
+        scaled = summary[["mean", "low", "high"]].sub(chance).div(scale)
+        scaled = scaled.rename(columns={"mean": "retention"})
+        about = summary[[*KEYS, "n"]].assign(task=name, chance=chance, teacher=top)
+        parts.append(about.join(scaled))
+    columns = ["task", *KEYS, "chance", "teacher", "n", "retention", "low", "high"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
 
 def display(table: pd.DataFrame) -> pd.DataFrame:
@@ -72,20 +56,22 @@ def display(table: pd.DataFrame) -> pd.DataFrame:
 
     def show(row: Mapping[str, Any]) -> str:
         if np.isnan(row["retention"]):
-            return "–"
-        spread = (
-            "" if np.isnan(row["low"]) else f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
-        )
-        return f"{100 * row['retention']:.0f}{spread}"
+            known = not np.isnan([row["chance"], row["teacher"]]).any()
+            return "–" if known else "not known"
+        interval = f" [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+        return f"{100 * row['retention']:.0f}{'' if np.isnan(row['low']) else interval}"
 
     shown = table.assign(shown=[show(row) for row in table.to_dict("records")])
     heads = {
-        row[
-            "task"
-        ]: f"{row['task']} (teacher {100 * row['teacher']:.1f}, chance {100 * row['chance']:.0f})"
+        row["task"]: f"{row['task']} (teacher {_per_cent(row['teacher'], '.1f')}, "
+        f"chance {_per_cent(row['chance'], '.0f')})"
         for row in table.to_dict("records")
     }
     wide = shown.pivot(index=KEYS[::-1], columns="task", values="shown")
-    order = list(dict.fromkeys(zip(table["distill_type"], table["setting"])))
+    order = list(dict.fromkeys(zip(table["distill_type"], table["setting"], strict=True)))
     wide = wide.loc[order, list(heads)].rename(columns=heads)
     return wide if table["setting"].any() else wide.droplevel("setting")
+
+
+def _per_cent(value: float, form: str) -> str:
+    return "not known" if np.isnan(value) else format(100 * value, form)

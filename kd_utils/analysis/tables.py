@@ -18,10 +18,9 @@ import pandas as pd
 from kd_utils.analysis.stats import interval
 from kd_utils.config.project_paths import ROOT, project_path
 from kd_utils.config.trial import METHODS
+from kd_utils.data.tasks.base import FLEXIBLE
 
 ACCURACY = "validation_accuracy"
-
-NOT_A_TASK = ("macro", "gsm8k_flexible")
 
 KEYS = ["setting", "distill_type"]
 
@@ -79,7 +78,7 @@ def tasks_of(results: pd.DataFrame) -> list[str]:
     found = [
         column.split("/", 1)[1] for column in results.columns if column.startswith(f"{ACCURACY}/")
     ]
-    return [task for task in found if task not in NOT_A_TASK]
+    return [task for task in found if task != "macro" and not task.endswith(FLEXIBLE)]
 
 
 def coverage(results: pd.DataFrame) -> str:

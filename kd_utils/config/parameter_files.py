@@ -71,6 +71,8 @@ def unknown_keys_are_errors(keys: Any, where: str) -> None:
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key[:100], known, n=1)
+            if rows := re.fullmatch(r"\w+_(train|validation)", key):  # as older files have it
+                near = [f"{rows[1]}_rows"]
             hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
             raise ValueError(f"{where}: no notebook has a parameter {shown(key)}; {hint}")
 

@@ -7,9 +7,10 @@ differs from the defaults.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 
 from kd_utils.config.base import Config
 from kd_utils.config.fields import (
@@ -26,37 +27,45 @@ from kd_utils.config.fields import (
 )
 from kd_utils.config.trial import TrialConfig
 
-TASK_NAMES = ("sst2", "mmlu", "gsm8k")
+
+def rows_by_task(text: str) -> dict[str, int]:
+    """`"sst2=600 mmlu=730"` -> {"sst2": 600, "mmlu": 730}.
+
+    Raises:
+        ValueError: not of this form, a task without rows, or a task that is named twice.
+    """
+    parts = [part.partition("=")[::2] for part in text.split()]
+    rows = {task: int(count) for task, count in parts if re.fullmatch(r"[1-9][0-9]{0,8}", count)}
+    if not rows or len(rows) < len(parts) or "" in rows:
+        raise ValueError(
+            "Input should be TASK=ROWS, several with spaces between, such as 'sst2=600 mmlu=730': "
+            "each task once and with at least 1 row (leave out a task that should have none)"
+        )
+    return rows
+
+
+TaskRows = Annotated[str, AfterValidator(lambda text: rows_by_task(text) and text)]
 
 
 class DataConfig(Config):
-    """Parameters of `01_prepare_data`."""
+    """Parameters of `01_prepare_data`. Which tasks there are is known to `data/tasks`."""
 
     build: Literal["toy", "smol", "smol-cross", "none"]
     data_dir: PlaceOrBlank
     tokenizer: Place
     max_length: PositiveInt
     data_seed: Seed
-    sst2_train: Count
-    sst2_validation: Count
-    mmlu_train: Count
-    mmlu_validation: Count
-    gsm8k_train: Count
-    gsm8k_validation: Count
+    train_rows: TaskRows
+    validation_rows: TaskRows
 
-    @model_validator(mode="after")
-    def _some_rows(self) -> Self:
-        for split in ("train", "validation"):
-            if not any(self.rows(task, split) for task in TASK_NAMES):
-                raise ValueError(
-                    f"no task has {split} rows: set sst2_{split}, mmlu_{split} or gsm8k_{split} "
-                    f"above 0"
-                )
-        return self
+    def rows(self, split: str) -> dict[str, int]:
+        """How many rows of each task go into `split` ("train" or "validation")."""
+        return rows_by_task(getattr(self, f"{split}_rows"))
 
-    def rows(self, task: str, split: str) -> int:
-        """How many rows of `task` go into `split` ("train" or "validation")."""
-        return getattr(self, f"{task}_{split}")
+    @property
+    def tasks(self) -> set[str]:
+        """Names of all tasks that rows are asked of."""
+        return {*self.rows("train"), *self.rows("validation")}
 
 
 class CacheConfig(Config):

@@ -1,6 +1,4 @@
-"""The hub: a model's or dataset's files, fetched whole before anything is read, and what is wrong
-if they are not.
-"""
+"""The hub: files of a model or dataset, fetched whole before anything is read."""
 
 from __future__ import annotations
 
@@ -24,24 +22,22 @@ def hub_folder(
     kind: str = "model",
     otherwise: str = "name a folder that holds the model",
 ) -> Path:
-    """The hub's files of a model or dataset, whole, in the hub's local cache: .../snapshots/COMMIT.
+    """The folder .../snapshots/COMMIT of the hub's local cache, with a model's or dataset's files.
 
-    They are fetched before anything is loaded: transformers waits for minutes for a hub that does
-    not answer, and takes a tokenizer's file that it could not get for one that is not there. A
-    first request without retries shows in HF_HUB_ETAG_TIMEOUT (10) seconds whether there is a way
-    in; if not, what the cache holds is used.
+    They are fetched before anything is loaded, because transformers waits for minutes for a hub
+    that does not answer, and treats a tokenizer's file that it could not get as one that does not
+    exist. A first request without retries shows in HF_HUB_ETAG_TIMEOUT (10) seconds whether the hub
+    can be reached. If not, what the cache holds is used.
 
     Args:
         name: the hub's `owner/name`.
         files: patterns of the files to fetch.
         revision: a branch, tag or commit; "" is `main`.
-        kind: "model" or "dataset"; a model's subfolders hold other formats of the same and are left
-            out.
+        kind: "model" or "dataset". A model's subfolders hold other formats and are left out.
         otherwise: how to do without the hub, for the error.
 
     Raises:
-        ConnectionError: in one line what is wrong (gate, name, revision, network, the hub) and the
-            remedy.
+        ConnectionError: what is wrong (gate, name, revision, network, the hub), with the remedy.
     """
     from huggingface_hub import snapshot_download
 
@@ -84,9 +80,7 @@ def _ask_hub(name: str, revision: str, kind: str) -> None:
 
 
 def _limit_wait(request: Any) -> None:
-    """A time limit for every request: huggingface_hub names none where it lists files, and a minute
-    elsewhere.
-    """
+    """Give every request a time limit: huggingface_hub has none where it lists files."""
     from huggingface_hub import constants
 
     limit = max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
@@ -97,24 +91,20 @@ def _limit_wait(request: Any) -> None:
 
 
 def _refuse_to_wait(response: Any) -> None:
-    """Errors where huggingface_hub sleeps for as long as it is told to, or begins a download anew
-    without end.
-    """
+    """Raise where huggingface_hub sleeps as long as it is told, or restarts a download forever."""
     from huggingface_hub.utils import hf_raise_for_status
 
     if response.status_code == 429:
         hf_raise_for_status(response)
-    if (
-        response.status_code == 200
-        and response.request.headers.get("Range", "bytes=0-") != "bytes=0-"
-    ):
+    resumed = response.request.headers.get("Range", "bytes=0-") != "bytes=0-"
+    if response.status_code == 200 and resumed:
         raise ConnectionError(
             "the download was cut off, and the server begins anew instead of going on"
         )
 
 
 def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> str:
-    """What went wrong, by the class of the error or of what it came from, and the remedy."""
+    """What went wrong and the remedy, by the class of the error or of its causes."""
     from huggingface_hub import errors
 
     chain = [error]
@@ -125,32 +115,48 @@ def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> s
         (link.response.status_code for link in chain if isinstance(link, errors.HfHubHTTPError)), 0
     )
     page = f"https://huggingface.co/{'datasets/' * (kind == 'dataset')}{name}"
-    problems = {
-        f"it is gated: accept its licence on {page}, then log in with `hf auth login` or set HF_TOKEN": errors.GatedRepoError
-        in kinds,
-        "there is none of that name, or it is private: check the name, log in with `hf auth login` or set HF_TOKEN": errors.RepositoryNotFoundError
-        in kinds,
-        f"it has no revision {revision}: choose one of {page}/commits": errors.RevisionNotFoundError
-        in kinds,
-        f"the hub refuses the token (HTTP {status}): log in anew with `hf auth login`, or set "
-        f"HF_TOKEN to one that may "
-        f"read {page}": status in (401, 403),
-        "the hub limits requests (HTTP 429): try again in some minutes, log in with `hf auth login`": status
-        == 429,
-        f"the hub has a fault of its own (HTTP {status}): try again later": status >= 500,
-        "HF_HUB_OFFLINE is set and the cache does not hold it: unset it": errors.OfflineModeIsEnabled
-        in kinds,
-        f"the cache cannot be written ({one_line(error)}): make room, or set HF_HOME to another folder": getattr(
-            error, "errno", None
-        )
-        is not None,
-    }
-    return next(
-        (problem for problem, holds in problems.items() if holds),
-        f"no whole answer ({one_line(chain[-1])}): check the network, try again later",
-    )
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    problems = [
+        (
+            errors.GatedRepoError in kinds,
+            f"it is gated: accept its licence on {page}, then {login}",
+        ),
+        (
+            errors.RepositoryNotFoundError in kinds,
+            f"there is none of that name, or it is private: check the name, {login}",
+        ),
+        (
+            errors.RevisionNotFoundError in kinds,
+            f"it has no revision {revision}: choose one of {page}/commits",
+        ),
+        (
+            status in (401, 403),
+            f"the hub refuses the token (HTTP {status}): log in anew with `hf auth login`, or set "
+            f"HF_TOKEN to one that may read {page}",
+        ),
+        (
+            status == 429,
+            "the hub limits requests (HTTP 429): try again in some minutes, log in with "
+            "`hf auth login`",
+        ),
+        (
+            status >= 500,
+            f"the hub has a fault of its own (HTTP {status}): try again later",
+        ),
+        (
+            errors.OfflineModeIsEnabled in kinds,
+            "HF_HUB_OFFLINE is set and the cache does not hold it: unset it",
+        ),
+        (
+            getattr(error, "errno", None) is not None,
+            f"the cache cannot be written ({one_line(error)}): make room, or set HF_HOME to "
+            "another folder",
+        ),
+        (True, f"no whole answer ({one_line(chain[-1])}): check the network, try again later"),
+    ]
+    return next(problem for holds, problem in problems if holds)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's class and text, of whatever library, in one line of readable length."""
+    """An error's class and text in one line of readable length."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -16,9 +16,10 @@ from typing import Any
 import pandas as pd
 
 from kd_utils.config.project_paths import project_path, short_path
-from kd_utils.config.stages import TASK_NAMES, DataConfig
+from kd_utils.config.stages import DataConfig
 from kd_utils.data.prepared_table import PREPARED, read_table, require_own_ids
-from kd_utils.data.tasks import SOURCES, TASKS, content_key
+from kd_utils.data.task_rows import content_keys
+from kd_utils.data.tasks import find_task
 from kd_utils.records.source_code import changed_files, code_of
 from kd_utils.store.files import full_disk_named, sha256_file, written_folder
 from kd_utils.store.sealed import RecordError, read_sealed, write_sealed
@@ -266,10 +267,9 @@ def _source_files(config: DataConfig) -> dict[str, str]:
     if config.data_dir:
         used = {
             f"{task}/{source}.parquet"
-            for task in TASK_NAMES
             for split in SPLITS
-            if config.rows(task, split)
-            for source in (SOURCES[task][split], TASKS[task].shot_split)
+            for task in config.rows(split)
+            for source in (find_task(task).splits[split], find_task(task).splits["shots"])
         }
         files |= {name: project_path(config.data_dir) / name for name in sorted(used)}
     digests = {name: sha256_file(path) for name, path in files.items() if path.is_file()}
@@ -282,16 +282,9 @@ def _source_files(config: DataConfig) -> dict[str, str]:
 
 
 def _require_disjoint(train: pd.DataFrame, validation: pd.DataFrame, where: str) -> None:
-    both = _contents(train) & _contents(validation)
+    both = {*content_keys(train)} & {*content_keys(validation)}
     if both:
         raise ValueError(
             f"{where}: {len(both)} contents are in train and in validation, expected none: run "
             "01_prepare_data again"
         )
-
-
-def _contents(table: pd.DataFrame) -> set[str]:
-    return {
-        content_key(task, prompt)
-        for task, prompt in zip(table["task"], table["prompt"], strict=True)
-    }

@@ -4,7 +4,6 @@ meets a surprise.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_utils.config.project_paths import short_path
-from kd_utils.data.tasks import COLUMNS, TASKS, final_number
+from kd_utils.data.task_rows import COLUMNS
+from kd_utils.data.tasks import TASKS
 
 #: Columns of a prepared table, in order; all are text but `choices`, a list of texts.
 PREPARED = tuple(column for column in COLUMNS if column != "row")
@@ -110,17 +110,8 @@ def _problem(row: dict[str, Any]) -> str:
         return f"task = {_shown(row['task'])}, expected one of {', '.join(TASKS)}"
     if not row["prompt"].strip():
         return "prompt is empty, expected a question: a model needs a token to start from"
-    choices, answer, gold = TASKS[row["task"]].choices, row["answer"], row["gold"]
-    if row["choices"] != list(choices):
-        return f"choices = {_shown(row['choices'])}, expected {list(choices)} of {row['task']}"
-    if choices and gold not in map(str, range(len(choices))):
-        return f"gold = {_shown(gold)}, expected 0 to {len(choices) - 1}, the right choice's number"
-    if not choices and not re.fullmatch(r"-?[0-9.,]+", gold):
-        return f"gold = {_shown(gold)}, expected a number"
-    if choices and answer != choices[int(gold)] or not choices and final_number(answer) != gold:
-        expected = repr(choices[int(gold)]) if choices else f"it to end in '#### {gold}'"
-        return f"answer = {_shown(answer[-60:])}, expected {expected}, since gold is {gold}"
-    return ""
+    task = TASKS[row["task"]]
+    return task.prepared_problem(row["choices"], row["answer"], row["gold"])
 
 
 def _shown(value: Any, limit: int = 80) -> str:

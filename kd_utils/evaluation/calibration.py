@@ -1,6 +1,4 @@
-"""Whether a choice model is as often right as it is sure: confidence, reliability and expected
-calibration error.
-"""
+"""Calibration of choices: confidence, reliability and expected calibration error."""
 
 from __future__ import annotations
 
@@ -11,30 +9,31 @@ BINS = 15
 
 
 def confidences(predictions: pd.DataFrame) -> pd.DataFrame:
-    """How sure the model was of each choice that it made.
+    """The model's confidence in each choice that it made.
 
-    The confidence is the largest of the softmax over the choices' log-likelihoods, as Jiang et al.
-    2021 ("How can we know when language models know?") take it: probability among the choices
-    offered, not among all continuations.
+    It is the largest value of the softmax over the choices' log-likelihoods, as in Jiang et al.
+    2021 ("How can we know when language models know?"): a probability among the choices offered,
+    not among all continuations.
 
     Args:
         predictions: `task`, `loglikelihoods` (nats, one per choice; None for generated answers),
-            `correct`; columns beside these are kept.
+            `correct`; further columns are kept.
 
     Returns:
         The rows that have choices, without `loglikelihoods`, with `confidence` in [1 / choices, 1].
     """
     chosen = predictions[predictions["loglikelihoods"].notna()]
-    values = [np.asarray(each, dtype=float) for each in chosen["loglikelihoods"]]
-    sure = [float(1 / np.exp(each - each.max()).sum()) for each in values]
+    scores = [np.asarray(values, dtype=float) for values in chosen["loglikelihoods"]]
+    confidence = [float(1 / np.exp(values - values.max()).sum()) for values in scores]
     return chosen.drop(columns="loglikelihoods").assign(
-        confidence=sure, correct=chosen["correct"].astype(bool)
+        confidence=confidence, correct=chosen["correct"].astype(bool)
     )
 
 
 def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> pd.DataFrame:
-    """Accuracy and mean confidence in bins of equal width; a bin holds its upper edge (Guo et al.
-    2017, section 2).
+    """Accuracy and mean confidence in bins of equal width (Guo et al. 2017, section 2).
+
+    A bin includes its upper edge.
 
     Args:
         confidence: (n,) in [0, 1]; correct: (n,) bool.
@@ -45,8 +44,7 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
     confidence, correct = np.asarray(confidence, dtype=float), np.asarray(correct, dtype=bool)
     if len(confidence) != len(correct) or not len(confidence):
         raise ValueError(
-            f"{len(confidence)} confidences and {len(correct)} outcomes: give one of each per "
-            f"example"
+            f"{len(confidence)} confidences and {len(correct)} outcomes: give both per example"
         )
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("a confidence is a probability: values must lie in [0, 1]")
@@ -65,28 +63,25 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
 
 
 def _places(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """Which bin each confidence is in; a bin holds its upper edge."""
-    return np.clip(
-        np.searchsorted(np.linspace(0, 1, bins + 1), confidence, side="left") - 1, 0, bins - 1
-    )
+    """The bin of each confidence."""
+    edges = np.linspace(0, 1, bins + 1)
+    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
 
 
 def expected_calibration_error(
     confidence: np.ndarray, correct: np.ndarray, bins: int = BINS
 ) -> float:
-    """ECE = sum over bins of n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, eq. 3); 0 is
-    calibrated, at most 1.
+    """ECE = sum over bins of n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, eq. 3).
 
-    With few examples it is biased upwards: a calibrated model's is above 0 too.
+    It is between 0 (calibrated) and 1. With few examples it is biased upwards: even a calibrated
+    model's is above 0.
     """
     table = reliability(confidence, correct, bins)
     return float(np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["n"]))
 
 
 def calibrated_error(confidence: np.ndarray, bins: int = BINS, draws: int = 200) -> float:
-    """The expected calibration error that right confidences would have on average: the bias of few
-    examples.
-    """
+    """The mean calibration error of a calibrated model with these confidences: the bias of ECE."""
     confidence = np.asarray(confidence, dtype=float)
     right = np.random.default_rng(0).uniform(size=(draws, confidence.size)) < confidence
     in_bin = _places(confidence, bins)[:, None] == np.arange(bins)
@@ -95,7 +90,7 @@ def calibrated_error(confidence: np.ndarray, bins: int = BINS, draws: int = 200)
 
 
 def calibration_errors(predictions: pd.DataFrame) -> dict[str, float]:
-    """`calibration_error/TASK`: the expected calibration error of each choice task, a fraction."""
+    """`calibration_error/TASK`: expected calibration error of each task with choices."""
     return {
         f"calibration_error/{task}": expected_calibration_error(rows["confidence"], rows["correct"])
         for task, rows in confidences(predictions).groupby("task", sort=False)
@@ -103,26 +98,22 @@ def calibration_errors(predictions: pd.DataFrame) -> dict[str, float]:
 
 
 def reliability_by_method(predictions: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
-    """`reliability` of each method on each choice task, the answers of all its seeds together: for
-    a figure.
+    """`reliability` of each method on each task with choices, all seeds together, for a figure.
 
     Args:
-        predictions: `records.predictions`: `task`, `distill_type`, `loglikelihoods`, `correct`;
-            `setting` too where other keys were swept (from `tables.planned_trials`, by `trial`),
-            else their answers would be mixed.
+        predictions: `task`, `distill_type`, `loglikelihoods`, `correct`, as the run's records have
+            them; also `setting` where further keys were swept, whose answers are kept apart.
 
     Returns:
-        task, setting (if it came), distill_type; low, high, n, confidence, accuracy of each bin
-        that has answers;
-        error: the expected calibration error over these bins. No rows if no task has choices.
+        task, setting (if given), distill_type; low, high, n, confidence, accuracy of each bin that
+        has answers; error, the expected calibration error over these bins. No rows if no task has
+        choices.
     """
     keys = [key for key in ("task", "setting", "distill_type") if key in predictions]
-    parts = [
-        reliability(rows["confidence"], rows["correct"], bins).assign(
-            **dict(zip(keys, names)),
-            error=expected_calibration_error(rows["confidence"], rows["correct"], bins),
-        )
-        for names, rows in confidences(predictions).groupby(keys, sort=False)
-    ]
+    parts = []
+    for names, rows in confidences(predictions).groupby(keys, sort=False):
+        error = expected_calibration_error(rows["confidence"], rows["correct"], bins)
+        table = reliability(rows["confidence"], rows["correct"], bins)
+        parts.append(table.assign(**dict(zip(keys, names, strict=True)), error=error))
     columns = [*keys, "low", "high", "n", "confidence", "accuracy", "error"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)

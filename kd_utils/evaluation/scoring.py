@@ -1,6 +1,4 @@
-"""Predictions and accuracy as lm-evaluation-harness 0.4.13 counts them, for `sst2`, `mmlu` and
-`gsm8k`.
-"""
+"""Predictions and accuracies as lm-evaluation-harness 0.4.13 counts them."""
 
 from __future__ import annotations
 
@@ -13,30 +11,19 @@ from typing import Any
 import pandas as pd
 import torch
 
-from kd_utils.config.stages import TASK_NAMES
-from kd_utils.data.tasks import load_task
-from kd_utils.evaluation.generation import (
-    batches,
-    context_length,
-    generate_answers,
-    score_generated,
-)
+from kd_utils.data.task_rows import load_task
+from kd_utils.data.tasks import find_task, task_order
+from kd_utils.data.tasks.base import FLEXIBLE
+from kd_utils.evaluation.generation import batches, context_length, generate_answers
 from kd_utils.models.devices import autocast
 from kd_utils.models.loading import load_causal_lm, load_tokenizer
 from kd_utils.store.files import written_aside
 from kd_utils.tokens.encoding import encode_pair
 
-PREDICTION_COLUMNS = (
-    "example_id",
-    "task",
-    "prompt",
-    "gold",
-    "prediction",
-    "correct",
-    "loglikelihoods",
-    "generated",
-    "correct_flexible",
-)
+#: Columns of `evaluate`: the example's own, then what the model said.
+EXAMPLE_COLUMNS = ("example_id", "task", "prompt", "gold")
+
+SAID_COLUMNS = ("prediction", "correct", "loglikelihoods", "generated", "correct_flexible")
 
 
 def evaluate(
@@ -50,27 +37,26 @@ def evaluate(
 ) -> pd.DataFrame:
     """One prediction per example.
 
-    SST-2 and MMLU: the choice with the largest sum of its tokens' natural-log probabilities, no
-    length normalisation, the first of a tie. GSM8K: greedy generation, exact match of the extracted
-    number. The batch size changes the speed and nothing else (in float32; lower precisions round
+    Of choices: the one with the largest sum of its tokens' natural-log probabilities, no length
+    normalisation, the first of a tie. Without choices: greedy generation, read and compared as the
+    task says. The batch size changes the speed and nothing else (in float32; lower precisions round
     with the shape). Wrap the call in autocast for mixed precision.
 
     Args:
-        model: any causal `transformers` model, on any device; left in the mode (train or eval) that
-            it was in.
+        model: any causal `transformers` model, on any device; it is left in its mode (train or
+            eval).
         tokenizer: its tokenizer; special tokens are those that it adds itself.
-        table: rows of `tasks.load_task` or of prepared data.
+        table: rows of `load_task` or of prepared data.
         batch_size: sequences per forward pass.
-        max_new_tokens: GSM8K's longest generation, in tokens (the harness: 256).
+        max_new_tokens: the longest generation, in tokens (the harness: 256).
         progress: show a bar.
 
     Returns:
-        A row per example, in the table's order: `example_id`, `task`, `prompt`, `gold`,
-            `prediction` (index of the
-        choice as a string, or the number of the strict match, "[invalid]" if there is none),
-        `correct` (bool), `loglikelihoods` (list of floats, nats, a value per choice; None for
-        GSM8K), `generated` (text up to the stop; None for choices), `correct_flexible` (bool, the
-        last number counts; None for choices).
+        A row per example, in the table's order: `example_id`, `task`, `prompt`, `gold`;
+        `prediction` (number of the choice as a string, or the strictly extracted answer,
+        "[invalid]" if there is none), `correct` (bool), `loglikelihoods` (list of floats, nats, a
+        value per choice; None without choices), `generated` (text up to the stop; None for
+        choices), `correct_flexible` (bool, for the flexibly extracted answer; None for choices).
 
     Raises:
         ValueError: a count below 1, no room in the model's context for a prompt and
@@ -80,40 +66,42 @@ def evaluate(
         raise ValueError(
             f"batch_size = {batch_size} and max_new_tokens = {max_new_tokens} must be at least 1"
         )
-    records: list[dict[str, Any]] = [{} for _ in range(len(table))]
-    has_choices = [len(choices) > 0 for choices in table["choices"]]
+    said: list[dict[str, Any]] = [{} for _ in range(len(table))]
+    golds, tasks = table["gold"].tolist(), table["task"].tolist()
     with _evaluating(model):
-        chosen = [place for place, choice in enumerate(has_choices) if choice]
+        chosen = [place for place, choices in enumerate(table["choices"]) if len(choices)]
         scores = choice_loglikelihoods(
             model, tokenizer, table.iloc[chosen], batch_size=batch_size, progress=progress
         )
         for place, values in zip(chosen, scores, strict=True):
-            gold = table["gold"].iloc[place]
             prediction = str(values.index(max(values)))
-            records[place] = {
+            said[place] = {
                 "prediction": prediction,
-                "correct": prediction == gold,
+                "correct": prediction == golds[place],
                 "loglikelihoods": values,
             }
-        asked = [place for place, choice in enumerate(has_choices) if not choice]
-        texts = generate_answers(
-            model,
-            tokenizer,
-            table["prompt"].iloc[asked].tolist(),
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            progress=progress,
-        )
-        for place, text in zip(asked, texts, strict=True):
-            records[place] = {"generated": text, **score_generated(text, table["gold"].iloc[place])}
-    given = table[["example_id", "task", "prompt", "gold"]].reset_index(drop=True)
+        free = sorted(set(range(len(table))) - set(chosen))
+        for name in task_order(tasks[place] for place in free):
+            generation = find_task(name).generation
+            asked = [place for place in free if tasks[place] == name]
+            texts = generate_answers(
+                model,
+                tokenizer,
+                table["prompt"].iloc[asked].tolist(),
+                stop_strings=generation.stop_strings,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                progress=progress,
+            )
+            for place, text in zip(asked, texts, strict=True):
+                said[place] = {"generated": text, **generation.score(text, golds[place])}
     # Object columns: a missing value is None, and a bool stays a bool beside it.
-    made = {
-        column: pd.Series([record.get(column) for record in records], dtype=object)
-        for column in PREDICTION_COLUMNS[len(given.columns) :]
+    columns = {
+        column: pd.Series([row.get(column) for row in said], dtype=object)
+        for column in SAID_COLUMNS
     }
-    made["correct"] = made["correct"].astype(bool)
-    return given.assign(**made)
+    columns["correct"] = columns["correct"].astype(bool)
+    return table[list(EXAMPLE_COLUMNS)].reset_index(drop=True).assign(**columns)
 
 
 def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
@@ -122,26 +110,20 @@ def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
     Returns:
         `validation_accuracy` (over examples), `validation_accuracy/macro` (mean over tasks),
         `validation_accuracy/TASK` for each task that is there, and
-        `validation_accuracy/gsm8k_flexible`.
+        `validation_accuracy/TASK_flexible` for those with generated answers.
     """
     if predictions.empty:
         raise ValueError("no predictions: an accuracy needs at least one example")
     per_task = predictions.groupby("task")["correct"].mean()
-    result = {
-        "validation_accuracy": float(predictions["correct"].mean()),
-        "validation_accuracy/macro": float(per_task.mean()),
+    generated = predictions[predictions["correct_flexible"].notna()]
+    flexible = generated.astype({"correct_flexible": float}).groupby("task")["correct_flexible"]
+    values = {
+        "": predictions["correct"].mean(),
+        "/macro": per_task.mean(),
+        **{f"/{task}": per_task[task] for task in task_order(per_task.index)},
+        **{f"/{task}{FLEXIBLE}": share for task, share in flexible.mean().items()},
     }
-    result |= {
-        f"validation_accuracy/{task}": float(per_task[task])
-        for task in TASK_NAMES
-        if task in per_task.index
-    }
-    if "gsm8k" in per_task.index:
-        flexible = (
-            predictions.loc[predictions["task"] == "gsm8k", "correct_flexible"].astype(float).mean()
-        )
-        result["validation_accuracy/gsm8k_flexible"] = float(flexible)
-    return result
+    return {f"validation_accuracy{name}": float(value) for name, value in values.items()}
 
 
 @torch.inference_mode()
@@ -231,20 +213,18 @@ def evaluate_folder(
     precision: str = "float32",
     progress: bool = False,
 ) -> pd.DataFrame:
-    """Evaluate a saved causal model and write one row per example, as `python -m kd_utils evaluate`
-    does.
+    """Evaluate a saved model and write one row per example, as `python -m kd_utils evaluate` does.
 
     Args:
-        model_dir: folder with a `transformers` model and its tokenizer.
+        model_dir: folder with a causal `transformers` model and its tokenizer.
         out: parquet file to write, written aside and moved into place.
         precision: "float32", "bfloat16" autocast, or "auto" (bfloat16 on a GPU).
         The rest is as in `load_task` and `evaluate`.
 
     Returns:
-        The table of the file: `row` (int), `prompt`, `gold`, `prediction`, `correct`; for choice
-            tasks gold and
-        prediction are ints and there is `loglikelihoods` (list of doubles, nats); for GSM8K they
-        are strings and there are `generated` and `correct_flexible`.
+        The table of the file: `row` (int), `prompt`, `gold`, `prediction`, `correct`. With choices,
+        gold and prediction are ints and there is `loglikelihoods` (list of doubles, nats); else
+        they are strings and there are `generated` and `correct_flexible`.
 
     Raises:
         FileNotFoundError: no model in the folder, or `out` is no place for a file.
@@ -259,7 +239,15 @@ def evaluate_folder(
     if out.is_dir() or not out.parent.is_dir():
         raise FileNotFoundError(f"cannot write {out}: it must be a file in a folder that exists")
     table = load_task(task, split, data_dir=data_dir, num_fewshot=num_fewshot, limit=limit)
-    model, tokenizer = _load_model(model_dir)
+    try:
+        place = str(model_dir.absolute())
+        tokenizer, model = load_tokenizer(place), load_causal_lm(place)
+    except ValueError as error:
+        raise ValueError(
+            f"{model_dir} is no causal model with its tokenizer: {error}; save both with "
+            "save_pretrained"
+        ) from None
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     with autocast(model.device, precision):
         predictions = evaluate(
             model,
@@ -269,32 +257,15 @@ def evaluate_folder(
             max_new_tokens=max_new_tokens,
             progress=progress,
         )
-    result = pd.DataFrame({"row": table["row"]}).join(
-        predictions.drop(columns=["example_id", "task"])
-    )
-    if task == "gsm8k":
+    result = table[["row"]].join(predictions.drop(columns=["example_id", "task"]))
+    if find_task(task).generation:
         result = result.drop(columns="loglikelihoods").astype({"correct_flexible": bool})
     else:
-        result = result.drop(columns=["generated", "correct_flexible"]).astype(
-            {"gold": int, "prediction": int}
-        )
+        result = result.drop(columns=["generated", "correct_flexible"])
+        result = result.astype({"gold": int, "prediction": int})
     with written_aside(out) as aside:
         result.to_parquet(aside, index=False)
     return result
-
-
-def _load_model(model_dir: Path) -> tuple[Any, Any]:
-    try:
-        tokenizer, model = (
-            load_tokenizer(str(model_dir.absolute())),
-            load_causal_lm(str(model_dir.absolute())),
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"{model_dir} is no causal model with its tokenizer: {error}; save both with "
-            "save_pretrained"
-        ) from None
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 @contextmanager

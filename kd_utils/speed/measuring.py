@@ -19,7 +19,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from kd_utils.config.stages import TASK_NAMES
 from kd_utils.models.attention_maps import encode_map
 from kd_utils.models.signals import forward_signals
 from kd_utils.tokens.encoding import Example
@@ -208,7 +207,7 @@ def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
     whole = sum(rows for rows, _, _ in LENGTH_MIX.values())
     ends = np.cumsum([0] + [rows for rows, _, _ in LENGTH_MIX.values()]) * count // whole
     examples = []
-    for task, first, last in zip(TASK_NAMES, ends, ends[1:]):
+    for task, first, last in zip(LENGTH_MIX, ends, ends[1:]):
         _, tokens, answers = LENGTH_MIX[task]
         for place in (np.arange(last - first) + 0.5) / max(last - first, 1) * 20:
             length, answer = (

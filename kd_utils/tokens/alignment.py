@@ -1,6 +1,4 @@
-"""Two tokenizations of one text, lined up: the groups of tokens between the places where both
-end.
-"""
+"""Two tokenizations of one text, lined up: the groups of tokens between places where both end."""
 
 from __future__ import annotations
 
@@ -11,8 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Groups:
-    """Neighbouring tokens of both sides that spell the same bytes. In order, they tile both
-    sequences.
+    """Neighbouring tokens of both sides that spell the same bytes; in order, they tile both.
 
     Attributes:
         teacher, student: (G,) int64, index of each group's last token.
@@ -37,27 +34,25 @@ class Groups:
 
 
 def align(teacher_ends: np.ndarray, student_ends: np.ndarray) -> Groups:
-    """Two pointers over byte ends: whichever side is behind goes on, and a group closes where both
-    ends meet.
+    """Two pointers over byte ends: the side that is behind advances; equal ends close a group.
 
     Tokens without bytes (begin tokens, a leading space that is not in the text) pair with each
-    other where both sides have one, else they belong to the group that follows; at the text's end,
-    to the last one.
+    other where both sides have one. Else they belong to the group that follows, and at the end of
+    the text to the last group.
 
     Args:
-        teacher_ends: (n_t,) behind which byte of the text each of the teacher's tokens ends
+        teacher_ends: (n_t,) after how many bytes each of the teacher's tokens ends
             (`vocabulary.byte_ends`).
-        student_ends: (n_s,) the same of the student's.
+        student_ends: (n_s,) the same for the student's tokens.
 
     Raises:
-        ValueError: the two do not end together, so they are not of one text.
+        ValueError: the two do not end together, so they are not from one text.
     """
     teacher, student = teacher_ends.tolist(), student_ends.tolist()
     if (teacher[-1:] or [0]) != (student[-1:] or [0]) or bool(teacher) != bool(student):
         raise ValueError(
             f"the teacher's {len(teacher)} tokens spell {teacher[-1] if teacher else 0} bytes and "
-            f"the "
-            f"student's {len(student)} spell {student[-1] if student else 0}: not one text"
+            f"the student's {len(student)} spell {student[-1] if student else 0}: not one text"
         )
     places, i, j = [], 0, 0
     while i < len(teacher) and j < len(student):
@@ -77,10 +72,9 @@ def identity(length: int) -> Groups:
 
 
 def merge_map(rows: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """An attention map over groups instead of tokens: a group's keys are summed, and its last query
-    speaks for it.
+    """An attention map over groups: a group's keys are summed, its last query represents it.
 
-    Each row still sums to one. This is the plain form, for figures and tests; `losses` does the
+    Each row still sums to one. This is the plain form, for figures and tests; `distill` does the
     same in batches.
 
     Args:

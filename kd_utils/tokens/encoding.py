@@ -1,4 +1,4 @@
-"""From text to token ids, and what tells one tokenizer from another."""
+"""From text to token ids, and what distinguishes one tokenizer from another."""
 
 from __future__ import annotations
 
@@ -6,27 +6,21 @@ import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-from kd_utils.store.files import sha256_file
-
-if TYPE_CHECKING:
-    from kd_utils.tokens.vocabulary import Vocabulary
-
 import pandas as pd
 
+from kd_utils.store.files import sha256_file
 from kd_utils.tokens.vocabulary import Vocabulary, byte_ends
 
 
 def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt and of the answer that continues it, as lm-evaluation-harness splits
-    them.
+    """Ids of a prompt and of the answer that continues it, as lm-evaluation-harness splits them.
 
-    Prompt and answer are encoded together, the prompt once more alone, and what the whole has
-    beyond the prompt's length is the answer. Special tokens are put where the tokenizer itself puts
-    them. White space at the prompt's end counts as the answer's.
+    Prompt and answer are encoded together, and the prompt once more alone. What the whole has
+    beyond the prompt's length is the answer. Special tokens are where the tokenizer itself puts
+    them. White space at the end of the prompt counts as part of the answer.
 
     Returns:
         The prompt's ids and the answer's ids (no end token); both are non-empty.
@@ -42,29 +36,26 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
             f"the prompt before {answer[:40]!r} is empty: a model needs a token to start from"
         )
     prompt_ids = tokenizer.encode(prompt)
-    if (
-        len(prompt_ids) > 1
-        and prompt_ids[-1] != tokenizer.unk_token_id
-        and prompt_ids[-1] in tokenizer.all_special_ids
-    ):
-        last = tokenizer.convert_ids_to_tokens(prompt_ids[-1])
-        if not prompt.endswith(last):  # it would stand between prompt and answer, and shift the cut
+    last = prompt_ids[-1] if len(prompt_ids) > 1 else None
+    if last != tokenizer.unk_token_id and last in tokenizer.all_special_ids:
+        token = tokenizer.convert_ids_to_tokens(last)
+        # It would be between prompt and answer, and shift the cut.
+        if not prompt.endswith(token):
             raise ValueError(
-                f"the tokenizer ends every text with {last!r}: set add_eos_token to false in its "
+                f"the tokenizer ends every text with {token!r}: set add_eos_token to false in its "
                 "tokenizer_config.json, or choose another tokenizer"
             )
     answer_ids = tokenizer.encode(prompt + answer)[len(prompt_ids) :]
     if not answer_ids:
         raise ValueError(
             f"answer {answer[:40]!r} has no token of its own after {prompt[-40:]!r}: this "
-            f"tokenizer "
-            "joins them and cannot be used"
+            "tokenizer joins them and cannot be used"
         )
     return prompt_ids, answer_ids
 
 
 def encode_example(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Ids of a training sequence: the prompt's, and the answer's with the end token behind it."""
+    """Ids of a training sequence: the prompt's, and the answer's followed by the end token."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end token (eos_token): a model trained with it would never stop"
@@ -74,7 +65,7 @@ def encode_example(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int],
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Sixteen hex digits over all that decides which ids a text gets.
+    """Sixteen hex digits over everything that decides which ids a text gets.
 
     These are the pieces with their ids (added tokens too), the end token, how text is normalised
     and split, where special tokens are put, and the ids of a probe text. Names, padding and chat
@@ -95,21 +86,21 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def tokenizer_files(folder: Path) -> dict[str, str]:
-    """Digests of a folder's files that a tokenizer is read from, by name; beside them there may be
-    a model.
-    """
-    return {
-        path.name: sha256_file(path)
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and path.name.startswith(("tokenizer", "special_tokens", "added_tokens", "vocab", "merges"))
-    }
+    """Digests by name of the files in a folder that a tokenizer is read from, not of a model's."""
+    starts = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    return {path.name: sha256_file(path) for path in files if path.name.startswith(starts)}
 
 
 @dataclass
 class Example:
-    """One row, shaped: `signals` has those of its columns that are read, by name. Shapes as in the
-    module's table.
+    """One row as tokens, with the signals of the teacher that are read.
+
+    Attributes:
+        tokens: (T,) int32, prompt, answer and end token.
+        answer_start: index of the answer's first token.
+        ends: (T,) int32 of `byte_ends`; empty where the tokens do not spell the text.
+        signals: by column of a cache's shards, in the shapes of `models/signal_kinds`.
     """
 
     example_id: str
@@ -126,17 +117,17 @@ def encode_table(
     *,
     vocabulary: Vocabulary | None = None,
 ) -> list[Example]:
-    """Each prepared row as tokens: prompt, answer, end token; its signals still to come.
+    """Each row of a prepared table as tokens, still without signals.
 
     Args:
-        vocabulary: the tokenizer's: then each row has `ends` too (none where the tokens do not
-            spell the text).
+        where: what the table is called in an error.
+        vocabulary: the tokenizer's, for examples with `ends`.
 
     Raises:
         ValueError: names `where` and the row that this tokenizer cannot encode.
     """
     rows = []
-    for example_id, prompt, answer in zip(table["example_id"], table["prompt"], table["answer"]):
+    for example_id, prompt, answer in table[["example_id", "prompt", "answer"]].to_numpy():
         try:
             prompt_ids, answer_ids = encode_example(tokenizer, prompt, answer)
         except ValueError as error:
@@ -144,14 +135,13 @@ def encode_table(
         if not prompt_ids:
             raise ValueError(
                 f"{where}, row {example_id}: this tokenizer has no token for its prompt "
-                f"{prompt[:40]!r}: "
-                "leave the row out, or choose another tokenizer"
+                f"{prompt[:40]!r}: leave the row out, or choose another tokenizer"
             )
         ids, ends = prompt_ids + answer_ids, None
         if vocabulary is not None:
             try:
                 ends = byte_ends(tokenizer, vocabulary, prompt + answer, ids)
-            except ValueError:  # of use to a student with the same tokens only, who needs no ends
+            except ValueError:  # a student with the same tokens needs no ends
                 ends = np.zeros(0, np.int32)
         rows.append(Example(example_id, np.asarray(ids, np.int32), len(prompt_ids), ends))
     return rows
@@ -168,7 +158,7 @@ def encode_splits(
 
 
 def right_padded(examples: list[Example]) -> tuple[np.ndarray, list[int]]:
-    """(B, T) int64 token ids, 0 behind each example's end, and the real lengths."""
+    """(B, T) int64 token ids, padded with 0, and the real lengths."""
     lengths = [len(row.tokens) for row in examples]
     input_ids = np.zeros((len(examples), max(lengths)), np.int64)
     for b, row in enumerate(examples):

@@ -53,3 +53,19 @@ def test_a_student_below_chance_retains_less_than_nothing():
 def test_a_teacher_at_chance_has_nothing_to_retain(task, accuracy):
     table = retention(results(**{task: [0.9, 0.9]}), teacher(**{task: accuracy}), ROWS)
     assert np.isnan(table["retention"].item()) and display(table).iloc[0, 0] == "–"
+
+
+def test_a_task_that_is_not_known_is_shown_and_its_retention_is_not():
+    table = retention(
+        results(sst2=[0.7, 0.8], riddles=[0.4, 0.5]), teacher(sst2=0.9, riddles=0.6), ROWS
+    )
+    assert table["task"].tolist() == ["sst2", "riddles"]
+    assert table[["chance", "retention"]].iloc[1].isna().all() and table["teacher"][1] == 0.6
+    shown = display(table).iloc[0]
+    assert shown["riddles (teacher 60.0, chance not known)"] == "not known"
+    assert shown["sst2 (teacher 90.0, chance 50)"].startswith("62 [")
+
+
+def test_a_task_that_the_teacher_did_not_answer_has_no_retention():
+    shown = display(retention(results(sst2=[0.7], mmlu=[0.5]), teacher(sst2=0.9), ROWS))
+    assert shown["mmlu (teacher not known, chance 25)"].tolist() == ["not known"]

@@ -98,6 +98,7 @@ def test_per_task_is_a_row_per_trial_and_task():
     table = results({"black_box": BLACK_BOX, "attention": ATTENTION}, "validation_accuracy/sst2")
     table["validation_accuracy/mmlu"] = 0.25
     table["validation_accuracy/macro"] = table["validation_accuracy/gsm8k_flexible"] = 0.9
+    table["validation_accuracy/unknown_flexible"] = 0.9
     table.loc[0, "status"] = "failed"
     assert tables.tasks_of(table) == ["sst2", "mmlu"]
     long = tables.per_task(table)

@@ -34,6 +34,8 @@ def test_every_parameter_file_builds_all_four_configs(path):
     "text, message",
     [
         ("temprature: 2", "no notebook has a parameter 'temprature'; did you mean 'temperature'"),
+        ("sst2_train: 2", "no notebook has a parameter 'sst2_train'; did you mean 'train_rows'"),
+        ("x_validation: 2", "no notebook has a parameter 'x_validation'; .* 'validation_rows'"),
         ("qqq: 2", "known keys: "),
         ("- a\n- b", "must be flat"),
         (

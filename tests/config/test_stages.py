@@ -147,6 +147,24 @@ def test_values_that_are_taken_as_they_stand():
     )  # blank is the hub, as "" is
 
 
+@pytest.mark.parametrize(
+    "text", ["", "sst2", "sst2=", "sst2=0", "=5", "sst2=-1", "sst2=1.5", "sst2=1 sst2=2", "sst2:5"]
+)
+def test_rows_of_tasks_are_a_checked_text(text):
+    data = notebook_defaults("01_prepare_data")
+    with pytest.raises(ValueError, match="train_rows = '.*': Input should be TASK=ROWS") as caught:
+        NOTEBOOKS["01_prepare_data"](**{**data, "train_rows": text})
+    assert "\n" not in str(caught.value) and "leave out a task" in str(caught.value)
+
+
+def test_rows_of_tasks_by_split():
+    data = notebook_defaults("01_prepare_data")
+    config = NOTEBOOKS["01_prepare_data"](**{**data, "validation_rows": " arc=5  sst2=1"})
+    assert config.rows("train") == {"sst2": 600, "mmlu": 730, "gsm8k": 600}
+    assert config.rows("validation") == {"arc": 5, "sst2": 1}
+    assert config.tasks == {"sst2", "mmlu", "gsm8k", "arc"}
+
+
 def test_a_config_is_frozen_and_shows_every_value():
     config = TrialConfig(**DEFAULTS)
     with pytest.raises(Exception, match="frozen"):

@@ -4,10 +4,10 @@ import pandas as pd
 import pytest
 from tiny import write_task_files
 
-from kd_utils.config.stages import TASK_NAMES
 from kd_utils.data import leakage
 from kd_utils.data.leakage import near_overlap, question_words
-from kd_utils.data.tasks import TASKS, load_task
+from kd_utils.data.task_rows import load_task
+from kd_utils.data.tasks import TASKS
 
 STORY = "Tom has two red apples and his old aunt buys him seven more at the market on Monday"
 
@@ -32,7 +32,7 @@ def table(task, *contents, gold="0"):
                 "example_id": f"{task}:{len(rows)}",
                 "task": task,
                 "prompt": head + TASKS[task].prompt(row),
-                "choices": list(TASKS[task].choices),
+                "choices": list(TASKS[task].labels),
                 "gold": gold,
             }
         )
@@ -244,7 +244,7 @@ def test_a_planted_leak_stops():
     with pytest.raises(
         ValueError,
         match="gsm8k: training has half or more of 3 of 102 validation questions, above 2%: "
-        "lower gsm8k_train or gsm8k_validation, or set another data_seed",
+        "lower gsm8k in train_rows or validation_rows, or set another data_seed",
     ):
         leakage.require_no_leak(many)
     exact = summary(train, table("gsm8k", *clean, STORY)).reset_index()
@@ -260,7 +260,7 @@ def test_a_planted_leak_stops():
 
 def test_shots_are_the_first_rows_and_of_mmlu_those_of_each_subject(tmp_path):
     folder = write_task_files(tmp_path)
-    shots = leakage.few_shot_rows(str(folder), TASK_NAMES, count=2)
+    shots = leakage.few_shot_rows(str(folder), TASKS, count=2)
     assert shots["task"].value_counts().to_dict() == {"mmlu": 4, "sst2": 2, "gsm8k": 2}
     for task, split in (("sst2", "validation"), ("mmlu", "test"), ("gsm8k", "test")):
         asked = load_task(task, split, data_dir=folder, num_fewshot=2)["prompt"][0]
@@ -377,12 +377,8 @@ def test_mmlu_cut_in_two_as_the_notebook_says(shared):
         tokenizer="none",
         max_length=512,
         data_seed=0,
-        sst2_train=0,
-        sst2_validation=0,
-        mmlu_train=1000,
-        mmlu_validation=1000,
-        gsm8k_train=0,
-        gsm8k_validation=0,
+        train_rows="mmlu=1000",
+        validation_rows="mmlu=1000",
     )
     prepared = prepare(config, AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama2"))
     overlap = near_overlap(prepared.train, prepared.validation)

@@ -13,7 +13,7 @@ from kd_utils.data import prepared_data
 from kd_utils.data.drawing import prepare
 from kd_utils.data.leakage import SHOTS, few_shot_overlap, few_shot_rows, require_unseen_shots
 from kd_utils.data.prepared_data import load_prepared, read_manifest, save_prepared, why_stale
-from kd_utils.data.tasks import COLUMNS, content_key
+from kd_utils.data.task_rows import COLUMNS, content_keys
 from kd_utils.records import source_code
 from kd_utils.store.files import sha256_file
 from kd_utils.store.sealed import read_sealed, write_sealed
@@ -47,18 +47,18 @@ def config(folder, **changes):
         tokenizer="a/hub-model",
         max_length=512,
         data_seed=0,
-        sst2_train=2,
-        sst2_validation=3,
-        mmlu_train=2,
-        mmlu_validation=3,
-        gsm8k_train=2,
-        gsm8k_validation=1,
     )
+    rows = {"train": dict(sst2=2, mmlu=2, gsm8k=2), "validation": dict(sst2=3, mmlu=3, gsm8k=1)}
+    for key in changes.keys() & {f"{task}_{split}" for split in rows for task in rows[split]}:
+        task, split = key.split("_")
+        rows[split][task] = changes.pop(key)
+    for split, counts in rows.items():
+        values[f"{split}_rows"] = " ".join(f"{task}={n}" for task, n in counts.items() if n)
     return DataConfig(**{**values, **changes})
 
 
 def contents(table):
-    return [content_key(task, prompt) for task, prompt in zip(table["task"], table["prompt"])]
+    return content_keys(table).tolist()
 
 
 def test_rows_are_as_many_as_asked_for_and_disjoint(folder):
@@ -84,11 +84,11 @@ def test_content_of_validation_is_dropped_from_training_and_counted(folder):
     assert counts.loc[("mmlu", "train"), "duplicates"] == 0
     with pytest.raises(
         ValueError,
-        match=r"sst2_train = 4, but there are 3 \(train has 9 rows, of which 1 are dup.*, 5 "
-        "are few-shot rows",
+        match=r"train_rows asks for sst2=4, but there are 3 \(train has 9 rows, of which 1 are dup"
+        ".*, 5 are few-shot rows",
     ):
         prepare(config(folder, sst2_train=4), TOKENIZER)
-    with pytest.raises(ValueError, match="mmlu_train = 3, but there are 2 .*lower mmlu_train"):
+    with pytest.raises(ValueError, match="for mmlu=3, but there are 2 .*lower mmlu in train_rows"):
         prepare(config(folder, mmlu_train=3), TOKENIZER)
 
 
@@ -127,7 +127,7 @@ def test_few_shot_rows_are_never_drawn_wherever_their_content_stands(folder):
         ("mmlu", "validation"): 1,
         ("gsm8k", "validation"): 0,
     }
-    with pytest.raises(ValueError, match="mmlu_train = 3, but there are 2 .*1 are few-shot rows"):
+    with pytest.raises(ValueError, match="for mmlu=3, but there are 2 .*1 are few-shot rows"):
         prepare(config(folder, mmlu_train=3, mmlu_validation=2), TOKENIZER)
 
 
@@ -175,7 +175,7 @@ def test_too_long_is_dropped_and_counted_never_cut(folder):
     all_but_one = prepare(config(folder, max_length=lengths[2] - 1, **only_gsm8k), TOKENIZER)
     assert len(all_but_one.train) == 2
     with pytest.raises(
-        ValueError, match="gsm8k_train = 3, but there are 2 .* 1 longer than max_length"
+        ValueError, match="for gsm8k=3, but there are 2 .* 1 longer than max_length"
     ):
         prepare(
             config(folder, max_length=lengths[2] - 1, **{**only_gsm8k, "gsm8k_train": 3}), TOKENIZER
@@ -409,10 +409,10 @@ def test_other_code_makes_prepared_data_stale_and_so_does_its_builder(
     )
     changed = {
         **source_code.code_of("01_prepare_data", {"data.prepared_data", "data.drawing"}),
-        "kd_utils/data/tasks.py": "other",
+        "kd_utils/data/tasks/mmlu.py": "other",
     }
     monkeypatch.setattr(prepared_data, "code_of", lambda stem, start: changed)
-    assert why_stale(place, config(folder)) == "code changed (kd_utils/data/tasks.py)"
+    assert why_stale(place, config(folder)) == "code changed (kd_utils/data/tasks/mmlu.py)"
     monkeypatch.undo()
     toy = config(folder, build="toy")
     place = save_prepared(prepare(toy, TOKENIZER), tmp_path / "prepared")

@@ -1,8 +1,14 @@
+import dataclasses
+from pathlib import Path
+
 import pandas as pd
 import pytest
 from tiny import write_task_files
 
-from kd_utils.data.tasks import COLUMNS, content_key, load_task
+from kd_utils.data import tasks
+from kd_utils.data.task_rows import COLUMNS, load_task
+from kd_utils.data.tasks import TASKS, find_task, register, task_order
+from kd_utils.records.source_code import code_of
 
 
 @pytest.fixture
@@ -99,23 +105,22 @@ def test_example_id_covers_content_and_split_but_not_shots(folder):
 
 
 def test_content_key_ignores_space_case_and_subject_line():
-    assert content_key("sst2", "Not  dull \nQ") == content_key("sst2", "not dull\nq")
-    assert content_key("sst2", "not dull") != content_key("sst2", "dull")
-    assert content_key("mmlu", "about a.\n\nWhich?\nA. 1") == content_key(
-        "mmlu", "about b.\n\nWhich?\nA. 1"
-    )
+    sst2, mmlu = find_task("sst2").content_key, find_task("mmlu").content_key
+    assert sst2("Not  dull \nQ") == sst2("not dull\nq")
+    assert sst2("not dull") != sst2("dull") and sst2("Q") != mmlu("Q")
+    assert mmlu("about a.\n\nWhich?\nA. 1") == mmlu("about b.\n\nWhich?\nA. 1")
 
 
 @pytest.mark.parametrize(
     "name, columns, message",
     [
-        ("sst2/train", {"label": [0, 1, 2, 1]}, "row 2: label = 2, expected 0 to 1"),
+        ("sst2/train", {"label": [0, 1, 2, 1]}, "row 2: gold = '2', expected 0 to 1"),
         (
             "sst2/train",
             {"label": [0, -1, 0, 1]},
-            "row 1: label = -1.*GLUE test split has no labels",
+            "row 1: gold = '-1'.*this split has no labels",
         ),
-        ("sst2/train", {"label": [0.0, 1.0, 0.0, 1.0]}, "row 0: label = 0.0"),
+        ("sst2/train", {"label": [0.0, 1.0, 0.0, 1.0]}, "row 0: gold = '0.0', expected 0 to 1"),
         (
             "sst2/train",
             {"sentence": ["a", None, "c", "d"]},
@@ -126,11 +131,11 @@ def test_content_key_ignores_space_case_and_subject_line():
             {"choices": [["a", "b", "c"]] * 5},
             r"row 0: choices = .*expected a list of 4 texts",
         ),
-        ("mmlu/test", {"answer": [4] * 5}, "row 0: answer = 4, expected 0 to 3"),
+        ("mmlu/test", {"answer": [4] * 5}, "row 0: gold = '4', expected 0 to 3"),
         (
             "gsm8k/train",
             {"answer": ["#### 5", "twelve", "#### 1"]},
-            "row 1: answer = 'twelve', expected it to end in",
+            "row 1: answer = ' twelve', expected it to end in a final answer",
         ),
     ],
 )
@@ -147,7 +152,7 @@ def test_unknown_task_and_impossible_counts(folder):
     with pytest.raises(ValueError, match="limit = 0"):
         load_task("sst2", "train", data_dir=folder, limit=0)
     with pytest.raises(
-        ValueError, match="5 shots asked for, but dev has 2 other rows of subject 'astronomy'"
+        ValueError, match="num_fewshot = 5, but dev has 2 other rows of subject 'astronomy'"
     ):
         load_task("mmlu", "test", data_dir=folder, num_fewshot=5)
 
@@ -183,7 +188,7 @@ def test_the_hubs_files_are_read_as_a_folders(folder, tmp_path, monkeypatch):
         asked.append((name, files, about["kind"]))
         return tmp_path / "snapshot"
 
-    monkeypatch.setattr("kd_utils.data.tasks.hub_folder", served)
+    monkeypatch.setattr("kd_utils.data.task_rows.hub_folder", served)
     (tmp_path / "snapshot/main").mkdir(parents=True)
     whole = pd.read_parquet(folder / "gsm8k/train.parquet")
     for number, part in enumerate((whole[:2], whole[2:])):  # in the order of the shards
@@ -226,3 +231,21 @@ def test_real_data_is_read_whole(shared, name, split, rows):
         for choices, gold in zip(table["choices"], table["gold"])
     ]
     assert all(answer.endswith(end) for answer, end in zip(table["answer"], right))
+
+
+@pytest.mark.parametrize("name", ["macro", "a b", "a=1", "", "../x", "mine_flexible"])
+def test_a_name_that_means_something_else_is_refused(name):
+    task = dataclasses.replace(find_task("sst2"), name=name)
+    with pytest.raises(ValueError, match=f"task name '{name}'"):
+        register(task)
+    assert list(TASKS) == ["sst2", "mmlu", "gsm8k"]
+
+
+def test_unknown_tasks_come_behind_the_known_ones():
+    assert task_order(["b", "gsm8k", "a", "sst2", "b"]) == ["sst2", "gsm8k", "a", "b"]
+
+
+def test_a_file_of_the_folder_is_a_task_and_part_of_what_a_trial_is_made_from():
+    files = {path.name for path in Path(tasks.__file__).parent.glob("[!_]*.py")} - {"base.py"}
+    assert files == {f"{name}.py" for name in TASKS}
+    assert {f"kd_utils/data/tasks/{name}" for name in files} <= code_of("03_train_student").keys()

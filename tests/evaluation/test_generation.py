@@ -1,14 +1,16 @@
+import functools
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from kd_utils.data.tasks import normalise_number
-from kd_utils.evaluation.generation import (
-    extract_flexible,
-    extract_strict,
-    generate_answers,
-    score_generated,
-)
+from kd_utils.data.tasks import find_task
+from kd_utils.evaluation.generation import generate_answers
+
+GSM8K = find_task("gsm8k").generation
+
+
+answers = functools.partial(generate_answers, stop_strings=GSM8K.stop_strings)
 
 PROMPTS = [
     "Question: Tom has 12 apples.\nAnswer:",
@@ -49,9 +51,7 @@ def generated(tokenizer, *texts, max_new_tokens=60):
     scripts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
     model = Scripted(tokenizer, scripts)
     prompts = ["Answer:"] * len(texts)
-    return generate_answers(
-        model, tokenizer, prompts, batch_size=8, max_new_tokens=max_new_tokens
-    ), model
+    return answers(model, tokenizer, prompts, batch_size=8, max_new_tokens=max_new_tokens), model
 
 
 @pytest.mark.parametrize("stop", ["Question:", "</s>", "<|im_end|>", "<e>"])
@@ -64,9 +64,7 @@ def test_stops_at_each_stop_and_drops_it(tokenizer, stop):
 def test_a_stop_string_is_found_however_it_is_split(tokenizer):
     letters = [tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "ab Question: 3"]
     model = Scripted(tokenizer, [letters])
-    assert generate_answers(model, tokenizer, ["Answer:"], batch_size=1, max_new_tokens=30) == [
-        "ab "
-    ]
+    assert answers(model, tokenizer, ["Answer:"], batch_size=1, max_new_tokens=30) == ["ab "]
     assert model.steps == len("ab Question:")
 
 
@@ -79,7 +77,7 @@ def test_rows_stop_for_themselves_and_the_batch_with_the_last(tokenizer):
 def test_the_prompts_own_stop_strings_do_not_count(tokenizer):
     script = tokenizer.encode(" 5 apples", add_special_tokens=False)
     prompts = ["Question: a </s> Question:"]
-    [text] = generate_answers(
+    [text] = answers(
         Scripted(tokenizer, [script]), tokenizer, prompts, batch_size=1, max_new_tokens=len(script)
     )
     assert text == " 5 apples"
@@ -107,8 +105,7 @@ def test_padded_batches_with_cache_equal_plain_greedy(tokenizer, batch_size):
     for side in ("left", "right"):
         tokenizer.padding_side = side
         assert (
-            generate_answers(model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=20)
-            == expected
+            answers(model, tokenizer, PROMPTS, batch_size=batch_size, max_new_tokens=20) == expected
         )
         assert tokenizer.padding_side == side
 
@@ -120,14 +117,14 @@ def test_the_models_own_sampling_and_length_do_not_count_and_its_penalties_do(to
     from transformers import GenerationConfig
 
     model = tiny_model(tokenizer)
-    plain = generate_answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20)
+    plain = answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20)
     model.generation_config = own = GenerationConfig(
         do_sample=True, temperature=5.0, top_p=0.1, max_length=4
     )
-    assert generate_answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20) == plain
+    assert answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20) == plain
     assert model.generation_config is own
     model.generation_config = GenerationConfig(repetition_penalty=9.0)
-    assert generate_answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20) != plain
+    assert answers(model, tokenizer, PROMPTS, batch_size=3, max_new_tokens=20) != plain
 
 
 def test_the_models_own_end_tokens_count(tokenizer):
@@ -136,11 +133,11 @@ def test_the_models_own_end_tokens_count(tokenizer):
     model.lm_head.weight.data.zero_()
     model.lm_head.weight.data[first] = 1.0
     model.model.norm.weight.data.zero_()  # every logit 0: the first id, "<b>", always wins
-    assert generate_answers(model, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=5) == [""]
+    assert answers(model, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=5) == [""]
     model.generation_config.eos_token_id = [0, tokenizer.eos_token_id]
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    generate_answers(model, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=5)
+    answers(model, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=5)
     assert len(calls) == 1
 
 
@@ -148,15 +145,13 @@ def test_a_long_prompt_is_cut_on_the_left_with_a_warning(tokenizer):
     model = tiny_model(tokenizer, context=64)
     long = "Tom has 12 apples. " * 20 + PROMPTS[0]
     with pytest.warns(UserWarning, match="1 prompts leave no room for 20 new tokens"):
-        texts = generate_answers(
-            model, tokenizer, [long, PROMPTS[1]], batch_size=2, max_new_tokens=20
-        )
+        texts = answers(model, tokenizer, [long, PROMPTS[1]], batch_size=2, max_new_tokens=20)
     kept = [tokenizer.encode(prompt)[-44:] for prompt in (long, PROMPTS[1])]
     assert texts == [greedy_by_hand(model, tokenizer, ids, 20) for ids in kept]
     with pytest.raises(
         ValueError, match="max_new_tokens = 64 leaves no room .* 64 tokens, lower max_new_tokens"
     ):
-        generate_answers(model, tokenizer, PROMPTS, batch_size=2, max_new_tokens=64)
+        answers(model, tokenizer, PROMPTS, batch_size=2, max_new_tokens=64)
 
 
 # What lm-evaluation-harness 0.4.13's two filters and its exact_match gave for these texts.
@@ -180,8 +175,8 @@ def test_a_long_prompt_is_cut_on_the_left_with_a_warning(tokenizer):
     ],
 )
 def test_extraction_and_match(text, gold, strict, flexible, right, right_flexible):
-    assert (extract_strict(text), extract_flexible(text)) == (strict, flexible)
-    assert score_generated(text, gold) == {
+    assert (GSM8K.strict(text), GSM8K.flexible(text)) == (strict, flexible)
+    assert GSM8K.score(text, gold) == {
         "prediction": strict,
         "correct": right,
         "correct_flexible": right_flexible,
@@ -189,5 +184,5 @@ def test_extraction_and_match(text, gold, strict, flexible, right, right_flexibl
 
 
 def test_normalised_number():
-    assert normalise_number("12+3=15.\n#### 1,500.") == "1500"
-    assert normalise_number("$[INVALID]") == "[invalid]"
+    assert GSM8K.normalise("12+3=15.\n#### 1,500.") == "1500"
+    assert GSM8K.normalise("$[INVALID]") == "[invalid]"

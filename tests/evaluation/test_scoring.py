@@ -4,9 +4,10 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer, write_task_files
 
-from kd_utils.data.tasks import load_task
+from kd_utils.data.task_rows import load_task
 from kd_utils.evaluation.scoring import (
-    PREDICTION_COLUMNS,
+    EXAMPLE_COLUMNS,
+    SAID_COLUMNS,
     accuracies,
     choice_loglikelihoods,
     evaluate,
@@ -78,7 +79,7 @@ def test_loglikelihoods_equal_the_definition_at_any_batch_size(pair, table, batc
 
 def test_columns_and_what_does_not_apply(pair, table):
     predictions = evaluate(*pair, table, batch_size=4, max_new_tokens=4)
-    assert tuple(predictions.columns) == PREDICTION_COLUMNS
+    assert tuple(predictions.columns) == (*EXAMPLE_COLUMNS, *SAID_COLUMNS)
     assert predictions["correct"].dtype == bool
     for row in predictions.itertuples():
         if row.task == "gsm8k":

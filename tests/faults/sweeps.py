@@ -20,12 +20,8 @@ import psutil
 LONG = os.environ.get("KD_FAULTS") == "long"  # `make faults`
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
-    "sst2_train": 24,
-    "sst2_validation": 9,
-    "mmlu_train": 16,
-    "mmlu_validation": 8,
-    "gsm8k_train": 16,
-    "gsm8k_validation": 7,
+    "train_rows": "sst2=24 mmlu=16 gsm8k=16",
+    "validation_rows": "sst2=9 mmlu=8 gsm8k=7",
     "teacher_epochs": 1,
     "shard_examples": 20,
     "epochs": 3,

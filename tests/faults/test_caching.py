@@ -159,12 +159,8 @@ def prepared(work: Path) -> Part:
         data_dir=str(raw),
         tokenizer="a/hub-model",
         max_length=512,
-        sst2_train=0,
-        sst2_validation=2,
-        mmlu_train=2,
-        mmlu_validation=2,
-        gsm8k_train=0,
-        gsm8k_validation=1,
+        train_rows="mmlu=2",
+        validation_rows="sst2=2 mmlu=2 gsm8k=1",
     )
     old, new = (prepare(DataConfig(**values, data_seed=seed), tokenizer) for seed in (1, 0))
     assert old.data_hash != new.data_hash

@@ -106,7 +106,7 @@ import contextlib, io, json, os, sys, time
 from dataclasses import replace
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
-from kd_utils.data import tasks
+from kd_utils.data import task_rows, tasks
 from kd_utils.models import loading
 from kd_utils.__main__ import main
 from kd_utils.tokens.encoding import tokenizer_fingerprint
@@ -116,7 +116,7 @@ def use_dataset(name):
 
 def data(name, revision):
     use_dataset(name)
-    return ",".join(tasks.load_task("gsm8k", "train")["gold"])
+    return ",".join(task_rows.load_task("gsm8k", "train")["gold"])
 
 def command(name, revision):
     use_dataset(name)

@@ -23,7 +23,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer, write_task_files
 
 from kd_utils.config.parameter_files import load_grid, load_parameters
-from kd_utils.data.tasks import load_task
+from kd_utils.data.task_rows import load_task
 from kd_utils.evaluation.scoring import evaluate_folder
 from kd_utils.models.loading import load_causal_lm, load_tokenizer, save_model
 from kd_utils.models.students import build_student

@@ -19,12 +19,8 @@ from kd_utils.config.stages import NOTEBOOKS
 from kd_utils.speed.floors import FLOORS
 
 SMALL = {
-    "sst2_train": 24,
-    "sst2_validation": 9,
-    "mmlu_train": 16,
-    "mmlu_validation": 8,
-    "gsm8k_train": 16,
-    "gsm8k_validation": 7,
+    "train_rows": "sst2=24 mmlu=16 gsm8k=16",
+    "validation_rows": "sst2=9 mmlu=8 gsm8k=7",
     "teacher_epochs": 1,
     "shard_examples": 20,
     "epochs": 2,
@@ -194,7 +190,7 @@ def test_the_untrained_student_has_the_weights_that_every_trial_starts_from(home
         "task == 'sst2'"
     )
     both = mine.merge(pd.read_parquet(out), on="prompt")
-    assert len(both) == len(mine) == SMALL["sst2_validation"]
+    assert len(both) == len(mine) == 9
     for one, other in zip(both["loglikelihoods_x"], both["loglikelihoods_y"]):
         assert list(one) == pytest.approx(list(other), abs=1e-4)
 

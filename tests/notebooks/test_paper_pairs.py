@@ -22,12 +22,8 @@ from kd_utils.config.parameter_files import load_parameters, notebook_path
 from kd_utils.config.project_paths import ROOT
 
 SMALL = {
-    "sst2_train": 12,
-    "sst2_validation": 4,
-    "mmlu_train": 6,
-    "mmlu_validation": 4,
-    "gsm8k_train": 6,
-    "gsm8k_validation": 3,
+    "train_rows": "sst2=12 mmlu=6 gsm8k=6",
+    "validation_rows": "sst2=4 mmlu=4 gsm8k=3",
     "epochs": 1,
     "max_new_tokens": 4,
     "batch_tokens": 2048,

@@ -12,7 +12,8 @@ from tiny import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from kd_utils.data.tasks import TASKS, load_task
+from kd_utils.data.task_rows import load_task
+from kd_utils.data.tasks import TASKS
 from kd_utils.tokens.alignment import align
 from kd_utils.tokens.encoding import encode_example
 from kd_utils.tokens.vocabulary import (
