@@ -95,6 +95,7 @@ from kd_utils.records import run_folder
 run_folder.collect(project_path(AnalysisConfig.from_notebook(globals()).run_dir))""",
     "05_measure_speed": "",
     "06_any_teacher": "",
+    "07_published_claim": "",
 }
 
 

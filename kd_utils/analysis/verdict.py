@@ -1,22 +1,25 @@
 """The research questions answered in words, by rule: the same numbers always give the same
-sentence.
+sentences.
 
-A difference that is not significant is never called equality, every answer says on how many pairs
-it rests, and beside each null result stands the smallest difference that so many pairs could have
-found.
+A difference that is not significant is never called equality. Every answer says how many pairs it
+rests on, and each null result says which difference so many pairs could have found.
 """
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kd_utils.analysis import stats
-from kd_utils.analysis.comparisons import BASELINE, PRIMARY, WHITE_BOX
+from kd_utils.analysis.comparisons import BASELINE, PRIMARY, WHITE_BOX, interaction_tasks
 from kd_utils.analysis.tables import beside_each_setting
+
+Row = dict[str, Any]
 
 QUESTION_TEXTS = {
     "teacher": "Do the teacher's logits help at all, beside the same training without a teacher?",
@@ -25,21 +28,19 @@ QUESTION_TEXTS = {
     "combining": "Does combining help, beyond the better of the two?",
     "task": "Does the gain over logits, in points of accuracy, depend on the task (an interaction)?",
     "spread": "Do white-box signals lower the spread over seeds?",
-    "hypothesis": "Hypothesis: similar on sentiment, better on reasoning (MMLU) and mathematics (GSM8K).",
+    "hypothesis": "Hypothesis: similar on sentiment, better on reasoning (MMLU) and mathematics "
+    "(GSM8K).",
 }
 
 SIMILAR_ON, BETTER_ON = ("sst2",), ("mmlu", "gsm8k")
 
-#: What the numbers are over, and what they do not speak of.
+#: What the numbers are over, and what they do not cover.
 SCOPE = (
     "A seed varies the order of the data, the projector's initial weights, and dropout where a "
-    "model has any. p "
-    "flips the signs of the seeds' differences, on these validation rows; better and worse must "
-    "also hold over "
-    "other rows (rows p); both are corrected by Holm, the 95 % intervals, over seeds and rows, are "
-    "not. All "
-    "trials share one teacher and the student's initial weights, so another teacher or student is "
-    "not spoken of."
+    "model has any. p flips the signs of the seeds' differences, on these validation rows; better "
+    "and worse must also hold over other rows (rows p); both are corrected by Holm, the 95 % "
+    "intervals, over seeds and rows, are not. All trials share one teacher and the student's "
+    "initial weights, so another teacher or student is not spoken of."
 )
 
 NOT_SHOWN, NOT_TESTED = "Not shown.", "Not tested."
@@ -49,110 +50,91 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
     """Every question with its answer.
 
     Args:
-        table: `comparisons.compare`'s rows; interaction: `comparisons.interactions`'s.
-        margin: the one that they were made with, a fraction.
+        table: the rows of `comparisons.compare`.
+        interaction: the rows of `comparisons.interactions`.
+        margin: the one that `compare` was called with, a fraction.
 
     Returns:
         question (key of `QUESTION_TEXTS`), setting, answer (a few words), evidence (sentences with
         the numbers).
     """
-    rows: list[tuple[str, str, str, list[str]]] = []
     primary = table[table["metric"] == PRIMARY]
-    for question, answer in ANSWERS.items():
-        for setting, family in _by_setting(primary[primary["question"] == question]):
-            rows.append(
-                (
-                    question,
-                    setting,
-                    answer(family, margin) if _tested(family) else NOT_TESTED,
-                    [sentence(row, margin) for row in family],
-                )
-            )
-    for setting, family in _by_setting(interaction):
-        rows.append(("task", setting, *_answer_task(family)))
     white_box = table[table["question"] == "white_box"]
-    for setting, family in _by_setting(white_box[white_box["metric"] == PRIMARY]):
-        rows.append(("spread", setting, *_answer_spread(family)))
-    for setting, by_task in _by_setting(
-        white_box[white_box["metric"].isin({*SIMILAR_ON, *BETTER_ON})]
-    ):
-        rows.append(("hypothesis", setting, *_answer_hypothesis(by_task, margin)))
+    by_task = white_box[white_box["metric"].isin([*SIMILAR_ON, *BETTER_ON])]
+    asked: list[tuple[str, pd.DataFrame, Callable[..., tuple[str, list[str]]]]] = [
+        (question, primary[primary["question"] == question], partial(_by_outcome, answer))
+        for question, answer in ANSWERS.items()
+    ]
+    asked += [
+        ("task", interaction, _by_interaction),
+        ("spread", white_box[white_box["metric"] == PRIMARY], _by_spread),
+        ("hypothesis", by_task, _by_hypothesis),
+    ]
+    rows = [
+        (question, setting, *answer(family.to_dict("records"), margin))
+        for question, chosen, answer in asked
+        for setting, family in beside_each_setting(chosen).groupby("setting", sort=False)
+    ]
     return pd.DataFrame(rows, columns=["question", "setting", "answer", "evidence"])
 
 
-def _by_setting(table: pd.DataFrame) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Rows by setting; those with fewer swept keys stand beside every fuller setting that they go
-    with.
-    """
-    return [
-        (setting, rows.to_dict("records"))
-        for setting, rows in beside_each_setting(table).groupby("setting", sort=False)
-    ]
-
-
-def _tested(family: list[dict[str, Any]]) -> bool:
-    return any(row["outcome"] != "not tested" for row in family)
-
-
 def verdict_text(found: pd.DataFrame, coverage: str) -> str:
-    """The verdicts as lines to print, after how many trials they rest on.
+    """The verdicts as lines to print, after the number of trials that they rest on.
 
     Args:
         found: of `verdicts`.
-        coverage: `tables.coverage`'s sentence: failed and missing trials by name.
+        coverage: the sentence of `tables.coverage`.
     """
-    lines = [
-        *_wrapped(coverage),
-        *_wrapped(SCOPE if len(found) else "There is no pair of trials to compare."),
-    ]
+    scope = SCOPE if len(found) else "There is no pair of trials to compare."
+    lines = [*_wrapped(coverage), *_wrapped(scope)]
     for question, rows in found.groupby("question", sort=False):
         lines += ["", *_wrapped(QUESTION_TEXTS[question])]
         for row in rows.itertuples():
-            where = f"[{row.setting}] " if row.setting else ""
-            lines += _wrapped(where + row.answer, "  ")
-            for each in row.evidence:
-                lines += _wrapped(f"- {each}", "    ")
+            setting = f"[{row.setting}] " if row.setting else ""
+            lines += _wrapped(setting + row.answer, "  ")
+            for evidence in row.evidence:
+                lines += _wrapped(f"- {evidence}", "    ")
     return "\n".join(lines)
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    more = indent + "  " * text.startswith("- ")
+    following = indent + "  " * text.startswith("- ")
     return textwrap.wrap(
-        text, 118, initial_indent=indent, subsequent_indent=more, break_on_hyphens=False
+        text, 118, initial_indent=indent, subsequent_indent=following, break_on_hyphens=False
     )
 
 
-def sentence(row: dict[str, Any], margin: float) -> str:
+def sentence(row: Row, margin: float) -> str:
     """One comparison in words: what was found, on how many pairs, and what could have been
     found.
     """
-    what = f"{row['method']} minus {row['baseline']}"
-    pairs = f"{row['pairs']} of {row['planned']} pairs"
     if row["outcome"] == "not tested":
-        return f"{what}: not tested, {pairs} are done and a test needs two."
+        return f"{_what(row)}: not tested, {_pairs(row)} are done and a test needs two."
     size = "" if np.isnan(row["g"]) else f", g = {row['g']:.2f}"
     numbers = (
-        f"{what}: {_points(row['difference'])} points [{_points(row['low'])}, "
-        f"{_points(row['high'])}], "
-        f"{_p(row['p'])}, Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}{size}, {pairs}"
+        f"{_what(row)}: {_points(row['difference'])} points "
+        f"[{_points(row['low'])}, {_points(row['high'])}], {_p(row['p'])}, "
+        f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}{size}, {_pairs(row)}"
     )
-    within = f" (and equal within {_margin(margin)})" if row["equal"] else ""
-    if row["outcome"] in ("better", "worse"):
-        return f"{numbers}: {row['outcome']}{within}."
-    if row["outcome"].endswith("on these rows"):
-        return f"{numbers}: {row['outcome']}{within}; other validation rows might not show it."
     if row["outcome"] == "equivalent":
         return f"{numbers}: equal within {_margin(margin)} (TOST {_p(row['p_equivalence_holm'])})."
-    return f"{numbers}: neither a difference nor equality is shown; {_could_have(row)}."
+    if row["outcome"] == "undecided":
+        return f"{numbers}: neither a difference nor equality is shown; {_could_have(row)}."
+    within = f" (and equal within {_margin(margin)})" if row["equal"] else ""
+    elsewhere = "; other validation rows might not show it" * _only_on_these_rows(row)
+    return f"{numbers}: {row['outcome']}{within}{elsewhere}."
 
 
-def _could_have(row: dict[str, Any]) -> str:
-    """Beside a null result: the difference found with power 0.8, or how many pairs a finding would
-    take.
+def _could_have(row: Row) -> str:
+    """For a null result: the difference found with power 0.8, or how many pairs a finding would
+    need.
     """
     if stats.smallest_p(row["pairs"]) * row["family"] > stats.ALPHA:
         needed = next(n for n in range(2, 99) if stats.smallest_p(n) * row["family"] <= stats.ALPHA)
-        return f"no difference, however large, could be significant with {row['pairs']} pairs: {needed} are needed"
+        return (
+            f"no difference, however large, could be significant with {row['pairs']} pairs: "
+            f"{needed} are needed"
+        )
     if not row["detectable"] > 0:
         return "no pair differs"
     return (
@@ -160,68 +142,62 @@ def _could_have(row: dict[str, Any]) -> str:
     )
 
 
-def _names(family: list[dict[str, Any]], outcome: str) -> str:
-    return ", ".join(row["method"] for row in family if row["outcome"] == outcome)
+def _by_outcome(
+    answer: Callable[[list[Row], str], str], family: list[Row], margin: float
+) -> tuple[str, list[str]]:
+    """The answer to a question whose comparisons have outcomes, with their sentences."""
+    tested = any(row["outcome"] != "not tested" for row in family)
+    within = f"equal within {_margin(margin)}"
+    return answer(family, within) if tested else NOT_TESTED, [sentence(r, margin) for r in family]
 
 
-def _answer_teacher(family: list[dict[str, Any]], margin: float) -> str:
-    [row] = family
-    return {
+def _answer_teacher(family: list[Row], within: str) -> str:
+    known = {
         "better": "Yes.",
         "worse": "No: they make it worse.",
-        "equivalent": _no_benefit(margin),
-    }.get(row["outcome"], _only_here(family))
+        "equivalent": f"No additional benefit ({within}).",
+    }
+    return known.get(family[0]["outcome"]) or _not_shown(family)
 
 
-def _answer_white_box(family: list[dict[str, Any]], margin: float) -> str:
-    better, worse = _names(family, "better"), _names(family, "worse")
-    if better:
-        return f"Yes: {better}." + (f" But worse: {worse}." if worse else "")
-    complete = {row["method"] for row in family} == set(WHITE_BOX)
-    if complete and all(row["outcome"] == "equivalent" for row in family):
-        return _no_benefit(margin)
-    if complete and worse and all(row["outcome"] in ("worse", "equivalent") for row in family):
-        return f"No: worse: {worse}" + (
-            f"; equal: {_names(family, 'equivalent')}." if worse.count(",") < 2 else "."
-        )
-    return _only_here(family) + (f" Worse: {worse}." if worse else "")
-
-
-def _answer_which(family: list[dict[str, Any]], margin: float) -> str:
-    [row] = family
-    return {
+def _answer_which(family: list[Row], within: str) -> str:
+    known = {
         "better": "Attention maps.",
         "worse": "Hidden states.",
-        "equivalent": f"Neither: equal within {_margin(margin)}.",
-    }.get(row["outcome"], _only_here(family))
+        "equivalent": f"Neither: {within}.",
+    }
+    return known.get(family[0]["outcome"]) or _not_shown(family)
 
 
-def _answer_combining(family: list[dict[str, Any]], margin: float) -> str:
-    outcomes = [row["outcome"] for row in family]
-    if "worse" in outcomes:
-        return (
-            "No: worse than "
-            + ", ".join(row["baseline"] for row in family if row["outcome"] == "worse")
-            + "."
-        )
-    if len(family) == 2 and all(outcome == "better" for outcome in outcomes):
-        return "Yes: better than either alone."
-    if len(family) == 2 and all(outcome == "equivalent" for outcome in outcomes):
-        return _no_benefit(margin)
-    only = [row["baseline"] for row in family if row["outcome"] == "better"]
-    return f"Not shown: better than {only[0]}, but not than both." if only else _only_here(family)
-
-
-def _only_here(family: list[dict[str, Any]]) -> str:
-    """Nothing is shown that would hold on other rows; what these rows show is named."""
-    here = [
-        f"{row['method']} {row['outcome'].split()[0]} than {row['baseline']}"
-        for row in family
-        if row["outcome"].endswith("on these rows")
-    ]
-    return (
-        f"Not shown beyond these validation rows, where {', '.join(here)}." if here else NOT_SHOWN
+def _answer_white_box(family: list[Row], within: str) -> str:
+    better, worse, equal = (
+        [row["method"] for row in family if row["outcome"] == outcome]
+        for outcome in ("better", "worse", "equivalent")
     )
+    also_worse = f" Worse: {', '.join(worse)}." if worse else ""
+    if better:
+        return f"Yes: {', '.join(better)}." + also_worse.replace("Worse", "But worse")
+    if {*worse, *equal} != set(WHITE_BOX):
+        return _not_shown(family) + also_worse
+    if not worse:
+        return f"No additional benefit ({within})."
+    return f"No: worse: {', '.join(worse)}" + (f"; equal: {', '.join(equal)}." if equal else ".")
+
+
+def _answer_combining(family: list[Row], within: str) -> str:
+    baselines = {
+        outcome: [row["baseline"] for row in family if row["outcome"] == outcome]
+        for outcome in ("better", "worse", "equivalent")
+    }
+    if baselines["worse"]:
+        return f"No: worse than {', '.join(baselines['worse'])}."
+    if len(baselines["better"]) == 2:
+        return "Yes: better than either alone."
+    if len(baselines["equivalent"]) == 2:
+        return f"No additional benefit ({within})."
+    if baselines["better"]:
+        return f"Not shown: better than {baselines['better'][0]}, but not than both."
+    return _not_shown(family)
 
 
 ANSWERS = {
@@ -232,139 +208,120 @@ ANSWERS = {
 }
 
 
-def _answer_task(rows: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    on_rows = [row["method"] for row in rows if row["p_holm"] < stats.ALPHA]
-    found = [
-        row["method"]
-        for row in rows
-        if row["method"] in on_rows and row["p_rows_holm"] < stats.ALPHA
+def _not_shown(family: list[Row]) -> str:
+    """Nothing was shown that would hold on other rows; what these rows show is named."""
+    here = [
+        f"{row['method']} {row['outcome'].split()[0]} than {row['baseline']}"
+        for row in family
+        if _only_on_these_rows(row)
     ]
-    known = {
-        "setting",
-        "method",
-        "baseline",
-        "planned",
-        "pairs",
-        "p",
-        "p_rows",
-        "p_holm",
-        "p_rows_holm",
-        "smallest_p",
-    }
+    if not here:
+        return NOT_SHOWN
+    return f"Not shown beyond these validation rows, where {', '.join(here)}."
+
+
+def _by_interaction(rows: list[Row], margin: float) -> tuple[str, list[str]]:
+    here = [row for row in rows if row["p_holm"] < stats.ALPHA]
+    found = [row["method"] for row in here if row["p_rows_holm"] < stats.ALPHA]
     lines = []
     for row in rows:
-        by_task = {key: value for key, value in row.items() if key not in known}
-        pairs = f"{row['pairs']} of {row['planned']} pairs"
+        by_task = {task: row[task] for task in interaction_tasks(row)}
         if np.isnan(row["p"]):
-            lines.append(
-                f"{row['method']} minus {row['baseline']}: not tested, {len(by_task)} tasks and "
-                f"{pairs}."
-            )
+            lines.append(f"{_what(row)}: not tested, {len(by_task)} tasks and {_pairs(row)}.")
             continue
-        few = "" if row["smallest_p"] <= stats.ALPHA else "; so few pairs could show none"
+        differences = ", ".join(f"{task} {_points(value)}" for task, value in by_task.items())
+        few = "; so few pairs could show none" * (row["smallest_p"] > stats.ALPHA)
         lines.append(
-            f"{row['method']} minus {row['baseline']}: "
-            + ", ".join(f"{task} {_points(value)}" for task, value in by_task.items())
-            + f" points; interaction {_p(row['p'])}, Holm {_p(row['p_holm'])}, rows "
-            f"{_p(row['p_rows_holm'])}, {pairs}{few}."
+            f"{_what(row)}: {differences} points; interaction {_p(row['p'])}, "
+            f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}, {_pairs(row)}{few}."
         )
     if all(np.isnan(row["p"]) for row in rows):
         return NOT_TESTED, lines
     if found:
         return f"Yes: {', '.join(found)}.", lines
-    here = (
-        f"beyond these validation rows: {', '.join(on_rows)}"
-        if on_rows
-        else "which is not the same as independence"
-    )
-    return f"Not shown, {here}.", lines
+    if here:
+        methods = ", ".join(row["method"] for row in here)
+        return f"Not shown, beyond these validation rows: {methods}.", lines
+    return "Not shown, which is not the same as independence.", lines
 
 
-def _answer_spread(family: list[dict[str, Any]]) -> tuple[str, list[str]]:
-    shown = [
-        row
-        for row in family
-        if row["p_spread_holm"] < stats.ALPHA
-        and not row["sd_ratio_low"] <= 1 <= row["sd_ratio_high"]
-    ]
-    lower = ", ".join(row["method"] for row in shown if row["sd_ratio"] < 1)
-    higher = ", ".join(row["method"] for row in shown if row["sd_ratio"] > 1)
+def _by_spread(family: list[Row], margin: float) -> tuple[str, list[str]]:
+    found = [row for row in family if row["p_spread_holm"] < stats.ALPHA]
+    lower = ", ".join(row["method"] for row in found if row["sd_ratio_high"] < 1)
+    higher = ", ".join(row["method"] for row in found if row["sd_ratio_low"] > 1)
     lines = []
     for row in family:
         if np.isnan(row["p_spread"]):
-            lines.append(
-                f"{row['method']}: not tested, {row['pairs']} of {row['planned']} pairs"
-                + (
-                    ", and a spread needs five."
-                    if row["pairs"] < stats.FEWEST
-                    else " and no spread."
-                )
-            )
+            few = row["pairs"] < stats.FEWEST
+            why = ", and a spread needs five." if few else " and no spread."
+            lines.append(f"{row['method']}: not tested, {_pairs(row)}{why}")
             continue
         ratio = stats.detectable_ratio(row["pairs"], stats.ALPHA / row["family"])
         lines.append(
             f"{row['method']}: sd {100 * row['sd']:.1f} against {100 * row['baseline_sd']:.1f} "
-            f"points, ratio "
-            f"{row['sd_ratio']:.2f} [{row['sd_ratio_low']:.2f}, {row['sd_ratio_high']:.2f}], "
-            f"Brown-Forsythe "
-            f"{_p(row['p_spread'])}, Holm {_p(row['p_spread_holm'])}; {row['pairs']} seeds find a "
-            f"ratio of "
-            f"{ratio:.1f} or 1/{ratio:.1f} with power {stats.POWER} (normal values)."
+            f"points, ratio {row['sd_ratio']:.2f} [{row['sd_ratio_low']:.2f}, "
+            f"{row['sd_ratio_high']:.2f}], Brown-Forsythe {_p(row['p_spread'])}, "
+            f"Holm {_p(row['p_spread_holm'])}; {row['pairs']} seeds find a ratio of {ratio:.1f} or "
+            f"1/{ratio:.1f} with power {stats.POWER} (normal values)."
         )
     if all(np.isnan(row["p_spread"]) for row in family):
         return NOT_TESTED, lines
-    return " ".join(
-        filter(None, [lower and f"Yes: {lower}.", higher and f"Higher: {higher}."])
-    ) or NOT_SHOWN, lines
+    answers = [f"Yes: {lower}."] * bool(lower) + [f"Higher: {higher}."] * bool(higher)
+    return " ".join(answers) or NOT_SHOWN, lines
 
 
-def _answer_hypothesis(by_task: list[dict[str, Any]], margin: float) -> tuple[str, list[str]]:
-    lines, answers = [], {}
+def _by_hypothesis(by_task: list[Row], margin: float) -> tuple[str, list[str]]:
+    answers, lines = [], []
     for method in dict.fromkeys(row["method"] for row in by_task):
-        mine = {row["metric"]: row for row in by_task if row["method"] == method}
-        if not _tested(list(mine.values())):
-            answers[method] = "not tested"
-            lines.append(sentence(next(iter(mine.values())), margin))
+        rows = {row["metric"]: row for row in by_task if row["method"] == method}
+        if all(row["outcome"] == "not tested" for row in rows.values()):
+            answers.append(f"{method}: not tested")
+            lines.append(sentence(next(iter(rows.values())), margin))
             continue
-        against = [
-            f"{task} differs by more than {_margin(margin)}"
-            for task in SIMILAR_ON
-            if task in mine
-            and "on these rows" not in mine[task]["outcome"]
-            and mine[task]["outcome"] in ("better", "worse")
-            and (mine[task]["low"] > margin or mine[task]["high"] < -margin)
-        ]
-        against += [
-            f"{task} {mine[task]['outcome']}"
-            for task in BETTER_ON
-            if task in mine and mine[task]["outcome"] in ("worse", "equivalent")
-        ]
-        holds = all(task in mine and mine[task]["equal"] for task in SIMILAR_ON) and all(
-            task in mine and mine[task]["outcome"] == "better" for task in BETTER_ON
-        )
-        answers[method] = (
-            "supported"
-            if holds
-            else f"contradicted ({', '.join(against)})"
-            if against
-            else "not shown"
-        )
-        lines.append(
-            f"{method} minus {BASELINE}: "
-            + "; ".join(
-                f"{task} {_points(row['difference'])} [{_points(row['low'])}, "
-                f"{_points(row['high'])}], Holm "
-                f"{_p(row['p_holm'])}, TOST {_p(row['p_equivalence_holm'])}, {row['outcome']}"
-                + (f" ({_could_have(row)})" if row["outcome"] == "undecided" else "")
-                for task, row in mine.items()
-            )
-            + "."
-        )
-    return "; ".join(f"{method}: {answer}" for method, answer in answers.items()) + ".", lines
+        answers.append(f"{method}: {_supports_hypothesis(rows, margin)}")
+        tasks = [_task_sentence(task, row) for task, row in rows.items()]
+        lines.append(f"{method} minus {BASELINE}: {'; '.join(tasks)}.")
+    return "; ".join(answers) + ".", lines
 
 
-def _no_benefit(margin: float) -> str:
-    return f"No additional benefit (equal within {_margin(margin)})."
+def _supports_hypothesis(rows: dict[str, Row], margin: float) -> str:
+    """Supported, contradicted or not shown, from a method's comparison on each task."""
+    outcomes = {task: row["outcome"] for task, row in rows.items()}
+    similar = all(task in rows and rows[task]["equal"] for task in SIMILAR_ON)
+    if similar and all(outcomes.get(task) == "better" for task in BETTER_ON):
+        return "supported"
+    against = [
+        f"{task} differs by more than {_margin(margin)}"
+        for task in SIMILAR_ON
+        if outcomes.get(task) in ("better", "worse")
+        and (rows[task]["low"] > margin or rows[task]["high"] < -margin)
+    ]
+    against += [
+        f"{task} {outcomes[task]}"
+        for task in BETTER_ON
+        if outcomes.get(task) in ("worse", "equivalent")
+    ]
+    return f"contradicted ({', '.join(against)})" if against else "not shown"
+
+
+def _task_sentence(task: str, row: Row) -> str:
+    could = f" ({_could_have(row)})" if row["outcome"] == "undecided" else ""
+    return (
+        f"{task} {_points(row['difference'])} [{_points(row['low'])}, {_points(row['high'])}], "
+        f"Holm {_p(row['p_holm'])}, TOST {_p(row['p_equivalence_holm'])}, {row['outcome']}{could}"
+    )
+
+
+def _only_on_these_rows(row: Row) -> bool:
+    return row["outcome"].endswith("on these rows")
+
+
+def _what(row: Row) -> str:
+    return f"{row['method']} minus {row['baseline']}"
+
+
+def _pairs(row: Row) -> str:
+    return f"{row['pairs']} of {row['planned']} pairs"
 
 
 def _margin(margin: float) -> str:
@@ -378,6 +335,6 @@ def _points(value: float) -> str:
 def _p(value: float) -> str:
     if np.isnan(value):
         return "p –"
-    return (
-        "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
-    )
+    if value < 0.001:
+        return "p < 0.001"
+    return f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"

@@ -137,6 +137,10 @@ class AlignmentConfig(Config):
         return dict(part.split("=", 1) for part in self.teacher_tokenizers.split())
 
 
+class PublishedConfig(Config):
+    """Parameters of `07_published_claim`: those that every notebook has."""
+
+
 NOTEBOOKS: dict[str, type[Config]] = {
     "01_prepare_data": DataConfig,
     "02_cache_teacher": CacheConfig,
@@ -144,4 +148,5 @@ NOTEBOOKS: dict[str, type[Config]] = {
     "04_analyse_results": AnalysisConfig,
     "05_measure_speed": SpeedConfig,
     "06_any_teacher": AlignmentConfig,
+    "07_published_claim": PublishedConfig,
 }

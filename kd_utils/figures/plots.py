@@ -1,27 +1,24 @@
-"""What all figures share, their look and `show`, and the figures of the data and of the teacher.
+"""The look that all figures share, `show`, and the figures of the data and of the teacher.
 
-A figure is a function that takes a tidy table and returns an `alt.Chart`; those over trials are in
-`result_plots`. Every method has one colour (Okabe and Ito's, told apart by colour-blind readers),
-and a loss term has the colour of the method that adds it. Axes say when they do not start at 0.
+A figure is a function that takes a tidy table and returns an `alt.Chart`. Every method has one
+colour (Okabe and Ito's, which colour-blind readers can tell apart), and a loss term has the colour
+of the method that adds it. Subtitles say so when an axis does not start at 0.
 """
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+import altair as alt
 import numpy as np
 import pandas as pd
+import vl_convert
+from IPython.display import Image
 
-from kd_utils.analysis.tables import setting_items
-from kd_utils.config.trial import METHODS
-
-if TYPE_CHECKING:
-    import altair as alt
-
-#: The references are quiet: no method of distilling, but what gives one its meaning.
+#: The references have quiet colours: they are what the methods are compared with.
 COLOURS = {
     "untrained": "#b3b3b3",
     "task_only": "#56b4e9",
@@ -42,9 +39,6 @@ TERM_COLOURS = {
 
 LONGEST_MAP = 60
 
-#: Where methods stand that do not use the swept key.
-NOT_USED = "–"
-
 
 def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Any:
     """The chart as a PNG image for the last line of a cell.
@@ -60,9 +54,6 @@ def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Any:
     Returns:
         `IPython.display.Image` whose mimebundle has `image/png`.
     """
-    import vl_convert
-    from IPython.display import Image
-
     png = _packed(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale))
     width = int.from_bytes(png[16:20], "big")
     return Image(png, format="png", width=round(width / scale))
@@ -77,8 +68,6 @@ def token_lengths(lengths: pd.DataFrame, max_length: int, bins: int = 40) -> alt
         max_length: tokens.
         bins: bins of equal width from 0 to the longest example or `max_length`.
     """
-    import altair as alt
-
     edges = np.histogram_bin_edges(
         [], bins, range=(0, max(max_length, lengths["tokens"].max()) + 1)
     )
@@ -139,8 +128,6 @@ def attention_heatmap(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
 
 def map_cells(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
     """The panel of `attention_heatmap`, without its titles."""
-    import altair as alt
-
     matrix = np.asarray(matrix, dtype=float)
     if matrix.shape != (len(tokens), len(tokens)):
         raise ValueError(
@@ -169,109 +156,34 @@ def map_cells(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
     return cells.properties(width=cell * size, height=cell * size)
 
 
-def method_colour(methods: Iterable[str], legend: Any = None) -> alt.Color:
-    """Colour by method, the same in every figure whichever methods it has.
+def colour(
+    field: str, names: Iterable[str], known: Mapping[str, str] = COLOURS, **options: Any
+) -> alt.Color:
+    """A colour scale on which the known names always have their own colours.
 
     Args:
-        methods: those of the figure.
-        legend: None where panels or axes name the methods, else `alt.Legend(values=methods)` or the
-            like.
+        field: the column to colour by.
+        names: the values that the figure shows; unknown ones get further colours.
+        known: name -> colour.
+        options: of `alt.Color`, such as `legend`.
     """
-    import altair as alt
-
-    further = [method for method in methods if method not in COLOURS]
-    colours = COLOURS | {
-        m: FURTHER_COLOURS[i % len(FURTHER_COLOURS)] for i, m in enumerate(further)
-    }
-    return alt.Color(
-        "distill_type:N",
-        legend=legend,
-        scale=alt.Scale(
-            domain=[*METHODS, *further], range=[colours[m] for m in (*METHODS, *further)]
-        ),
-    )
+    further = [name for name in dict.fromkeys(names) if name not in known]
+    colours = dict(known)
+    for at, name in enumerate(further):
+        colours[name] = FURTHER_COLOURS[at % len(FURTHER_COLOURS)]
+    scale = alt.Scale(domain=list(colours), range=list(colours.values()))
+    return alt.Color(f"{field}:N", scale=scale, **options)
 
 
-def facet(
-    panels: alt.LayerChart | alt.Chart,
-    data: pd.DataFrame,
-    column: str,
-    order: Sequence[str],
-    row: str = "setting",
-) -> alt.FacetChart:
-    """A panel per value of `column`, in this order, and a row of them per value of `row`, unless
-    all is one setting.
-    """
-    import altair as alt
-
-    # Panels go by numbers with names for labels: by names in an order of their own, Vega lays those
-    # that have no data first, and all others stand at wrong names.
-    rows, columns = list(dict.fromkeys(data[row])), list(order)
-    data = data.assign(
-        panel_row=data[row].map(rows.index), panel_column=data[column].map(columns.index)
-    )
-    header = alt.Header(labelExpr=f"{json.dumps(columns)}[datum.value]")
-    across = alt.Column("panel_column:O", title=None, header=header)
-    if row == "setting" and len(rows) < 2:
-        return panels.facet(data=data, column=across)
-    # A row's name lies, with a line per swept key.
-    names = alt.Header(
-        labelAngle=0, labelAlign="left", labelExpr=f"split({json.dumps(rows)}[datum.value], ', ')"
-    )
-    return panels.facet(
-        data=data, column=across, row=alt.Row("panel_row:O", title=None, header=names)
-    )
-
-
-def panel_height(data: pd.DataFrame, alone: int) -> int:
-    """Pixels of a panel: of one that stands alone, or of one in a row per setting."""
-    return alone if data["setting"].nunique() < 2 else round(0.6 * alone)
-
-
-def setting_axis(data: pd.DataFrame) -> tuple[pd.DataFrame, alt.X, str | None]:
-    """The rows with `at`, their place on an axis of settings; the axis; the key's name where one
-    key was swept.
-
-    With one key a place is its value, numbers in their order; with several it is the setting as it
-    is.
-    """
-    import altair as alt
-
-    settings = list(dict.fromkeys(data["setting"]))
-    [*keys] = {key for setting in settings for key in setting_items(setting)}
-    if len(keys) == 1:
-        name = {
-            setting: next(iter(setting_items(setting).values()), NOT_USED) for setting in settings
-        }
-        axis = alt.Axis(labelAngle=0)
-    else:
-        name = {setting: setting or NOT_USED for setting in settings}
-        axis = alt.Axis(labelAngle=-35, labelLimit=260, labelExpr="split(datum.label, ', ')")
-    order = sorted(settings, key=lambda setting: (setting != "", _number(name[setting])))
-    scale = alt.Scale(
-        domain=[name[setting] for setting in order], paddingInner=0.15, paddingOuter=0.075
-    )
-    return (
-        data.assign(at=data["setting"].map(name)),
-        alt.X("at:N", axis=axis, scale=scale),
-        keys[0] if len(keys) == 1 else None,
-    )
-
-
-def _number(value: str) -> float:
-    # Sorting is stable, so what is no number stays in the grid's order.
-    try:
-        return float(value)
-    except ValueError:
-        return 0.0
+def method_colour(methods: Iterable[str], legend: alt.Legend | None = None) -> alt.Color:
+    """Colour by method (`distill_type`), the same in every figure."""
+    return colour("distill_type", methods, legend=legend)
 
 
 def epoch_axis(epochs: pd.Series, title: str | None = "epoch") -> alt.X:
     """Whole epochs only, at most about ten of them labelled, with room beside the first and the
     last point.
     """
-    import altair as alt
-
     values = sorted(int(epoch) for epoch in epochs.unique())
     return alt.X(
         "epoch:Q",
@@ -285,8 +197,6 @@ def log_axis(low: float, high: float) -> dict[str, Any]:
     """Scale and axis from low to high in logs, labelled at each power of 10, and between where
     there are few.
     """
-    import altair as alt
-
     steps = (1,) if high / low > 100 else (1, 2, 5) if high / low > 10 else range(1, 10)
     ticks = [float(f"{step}e{power}") for power in range(-12, 7) for step in steps]
     return {
@@ -295,20 +205,18 @@ def log_axis(low: float, high: float) -> dict[str, Any]:
     }
 
 
-def panel_name(metric: str) -> str:
-    """What a panel is headed with, for "macro", "micro" and tasks."""
-    return {"macro": "mean of tasks", "micro": "all examples"}.get(metric, metric)
-
-
 def words(metric: str) -> str:
     """A metric's key as words."""
     return metric.replace("_", " ").replace("/", ", ")
 
 
+def sentence(text: str) -> alt.Chart:
+    """A figure that only says why there is nothing to draw."""
+    return finish(alt.Chart().mark_text().properties(width=400, height=1), text, "")
+
+
 def finish(chart: Any, title: str, subtitle: str) -> Any:
     """Title, one font and quiet grid: the same for all figures."""
-    import altair as alt
-
     return (
         chart.properties(
             title=alt.TitleParams(title, subtitle=subtitle, anchor="start"),

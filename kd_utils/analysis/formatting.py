@@ -1,0 +1,148 @@
+"""Tables for a reader: accuracies in per cent, differences in points, a dash for no value.
+
+Each function takes a tidy table of `tables` or `comparisons`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kd_utils.analysis.comparisons import PRIMARY, interaction_tasks
+from kd_utils.analysis.tables import ACCURACY, is_accuracy, method_order, summary_table, tasks_of
+
+
+def summary(table: pd.DataFrame) -> pd.DataFrame:
+    """`tables.summary_table`'s rows: accuracies in per cent, losses in nats per token, n of
+    planned.
+    """
+    rows = []
+    for row in table.to_dict("records"):
+        scale, form = (100, "{:.1f}") if is_accuracy(row["metric"]) else (1, "{:.3f}")
+        low_high = (scale * row["low"], scale * row["high"])
+        rows.append(
+            {
+                "metric": row["metric"],
+                **({"setting": row["setting"]} if table["setting"].any() else {}),
+                "method": row["distill_type"],
+                "n": f"{row['n']} of {row['planned']}",
+                "mean": _text(form, scale * row["mean"]),
+                "sd": _text(form, scale * row["sd"]),
+                "95 % interval": _text(f"[{form}, {form}]", *low_high),
+            }
+        )
+    return _indexed(rows, "metric", "setting", "method")
+
+
+def means(results: pd.DataFrame, metrics: Mapping[str, str]) -> pd.DataFrame:
+    """Mean +- sd over seeds of several metrics side by side: a row per method, a column per name.
+
+    Args:
+        results: as in `tables.planned_trials`.
+        metrics: column name -> metric; a metric that the results do not have is left out.
+    """
+    columns = {}
+    for name, metric in metrics.items():
+        if metric in results:
+            table = summary(summary_table(results, metric)).droplevel("metric")
+            columns.setdefault("n", table["n"])
+            spread = table["sd"].map(lambda sd: "" if sd == "–" else f" ± {sd}")
+            columns[name] = table["mean"] + spread
+    return pd.DataFrame(columns)
+
+
+def glance(results: pd.DataFrame, teacher: Mapping[str, float]) -> pd.DataFrame:
+    """Accuracies in per cent: every method's mean +- sd over seeds, and the teacher's.
+
+    Args:
+        results: as in `tables.planned_trials`.
+        teacher: metric -> fraction, as in a trial's record.
+
+    Returns:
+        Index method (and setting if the grid swept more); n, mean of tasks, all examples, a column
+        per task.
+    """
+    metrics = {"mean of tasks": f"{ACCURACY}/macro", "all examples": ACCURACY}
+    metrics |= {task: f"{ACCURACY}/{task}" for task in tasks_of(results)}
+    shown = means(results, metrics)
+    of_teacher = {
+        name: _text("{:.1f}", 100 * teacher.get(metric, np.nan)) for name, metric in metrics.items()
+    }
+    label = "teacher" if shown.index.nlevels == 1 else ("", "teacher")
+    shown.loc[label, :] = pd.Series({"n": "1"} | of_teacher)
+    return shown
+
+
+def comparisons(table: pd.DataFrame) -> pd.DataFrame:
+    """`comparisons.compare`'s rows: differences in points, pairs of planned pairs."""
+    rows = [
+        {
+            "metric": row["metric"],
+            **({"setting": row["setting"]} if table["setting"].any() else {}),
+            "method": row["method"],
+            "minus": row["baseline"],
+            "pairs": f"{row['pairs']} of {row['planned']}",
+            "points": _text("{:+.1f}", 100 * row["difference"]),
+            "95 % interval": _text("[{:+.1f}, {:+.1f}]", 100 * row["low"], 100 * row["high"]),
+            "p": _text("{:.3f}", row["p"]),
+            "Holm": _text("{:.3f}", row["p_holm"]),
+            "Holm, over rows too": _text("{:.3f}", row["p_rows_holm"]),
+            "TOST, Holm": _text("{:.3f}", row["p_equivalence_holm"]),
+            "g": _text("{:.2f}", row["g"]),
+            "detectable": _text("{:.1f}", 100 * row["detectable"]).replace("inf", "none"),
+            "outcome": row["outcome"],
+        }
+        for _, rows in table.groupby("metric", sort=False)
+        for row in rows.to_dict("records")
+    ]
+    return _indexed(rows, "metric", "method")
+
+
+def interactions(table: pd.DataFrame) -> pd.DataFrame:
+    """`comparisons.interactions`'s rows: differences per task in points, and the tests' p."""
+    points = {task: 100 * table[task] for task in interaction_tasks(table)}
+    return table.assign(**points).round(3)
+
+
+def spreads(table: pd.DataFrame) -> pd.DataFrame:
+    """Standard deviations over seeds (points) of the methods and of black box, their ratio and its
+    test, from `comparisons.compare`'s rows.
+    """
+    rows = table[(table["question"] == "white_box") & (table["metric"] == PRIMARY)]
+    columns = "sd baseline_sd sd_ratio sd_ratio_low sd_ratio_high p_spread p_spread_holm".split()
+    shown = rows.set_index("method")[columns].astype(float)
+    return shown.assign(sd=100 * shown["sd"], baseline_sd=100 * shown["baseline_sd"]).round(3)
+
+
+def gradient_shares(terms: pd.DataFrame) -> pd.DataFrame:
+    """The share (per cent) of each loss term in the gradient norm at the last epoch, from
+    `tables.loss_terms`.
+    """
+    last = (terms["quantity"] == "gradient share") & (terms["epoch"] == terms["epoch"].max())
+    keys = ["distill_type", "setting"]
+    wide = terms[last].pivot_table(index=keys, columns="term", values="value", sort=False)
+    return wide.mul(100).round(3)
+
+
+def by_task(values: pd.Series) -> pd.DataFrame:
+    """Means over trials in per cent: a row per method, a column per task.
+
+    Args:
+        values: fractions, with the index levels distill_type and task.
+    """
+    if values.empty:
+        return pd.DataFrame()
+    wide = values.groupby(["distill_type", "task"]).mean().mul(100).round(1).unstack("task")
+    return wide.loc[method_order(wide.index)]
+
+
+def _text(form: str, *values: float) -> str:
+    return "–" if np.isnan(values).any() else form.format(*values)
+
+
+def _indexed(rows: list[dict[str, Any]], *names: str) -> pd.DataFrame:
+    shown = pd.DataFrame(rows)
+    return shown.set_index([name for name in names if name in shown]) if rows else shown
