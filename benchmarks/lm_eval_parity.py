@@ -203,7 +203,7 @@ def their_records(samples: list[Record], numbers: list[int]) -> list[Record]:
     return records
 
 
-# ---------------------------------------------------------------------------------------------------- the comparison
+# ---- the comparison
 
 
 def run_lm_eval(python: str | Path, jobs: list[Record], work: Path) -> list[list[Record]]:
@@ -421,7 +421,7 @@ def check(
     return failed
 
 
-# ---------------------------------------------------------------------------------------------------- what is compared
+# ---- what is compared
 
 
 def make_model(tokenizer: Any, folder: Path, *, seed: int = 0) -> Path:

@@ -58,7 +58,7 @@ METHODS = {
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Write teacher, student, rows by id, and every epoch's batches as ids."""
     from kd_utils.distill.batches import epoch_batches
-    from kd_utils.speed.measuring import SHAPES, random_model, random_rows
+    from kd_utils.speed.workload import SHAPES, random_model, random_rows
 
     for seed, (role, shape) in enumerate(SHAPES[args.shapes].items()):
         random_model(shape, seed=seed).save_pretrained(args.work / role)
@@ -162,40 +162,25 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
-    """One teacher pass over the rows, its cache written."""
+    """Run the teacher once over the rows and write its cache."""
     import numpy as np
     import torch
 
-    from kd_utils.cache.writer import write_cache
     from kd_utils.models.devices import amp_dtype
     from kd_utils.models.loading import load_causal_lm
-    from kd_utils.speed.floors import header
-    from kd_utils.teacher.extraction import signal_function, stored_lm_head
+    from kd_utils.speed.caching import write_sample
     from kd_utils.tokens.encoding import Example
 
     device = torch.device(args.device)
-    teacher = (
-        load_causal_lm(str(args.work / "teacher"), dtype=amp_dtype(device, "auto"))
-        .to(device)
-        .eval()
-    )
+    teacher = load_causal_lm(str(args.work / "teacher"), dtype=amp_dtype(device, "auto"))
+    teacher = teacher.to(device).eval()
+    saved = json.loads((args.work / "rows.json").read_text())["rows"]
     rows = [
         Example(example_id, np.asarray(tokens, np.int32), start)
-        for example_id, (start, tokens) in json.loads((args.work / "rows.json").read_text())[
-            "rows"
-        ].items()
+        for example_id, (start, tokens) in saved.items()
     ]
     start = clocks()
-    run = signal_function(teacher, signals="white_box", attention_dtype="float16")
-    manifest = write_cache(
-        args.cache,
-        {"train": rows},
-        run,
-        stored_lm_head(teacher),
-        header(teacher, "float16"),
-        shard_examples=256,
-        batch_tokens=TEACHER_BATCH_TOKENS,
-    )
+    manifest = write_sample(args.cache, rows, teacher, batch_tokens=TEACHER_BATCH_TOKENS)
     return measured(
         args.device,
         start,
@@ -320,7 +305,7 @@ SIDES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ the driver
+# ---- the driver
 
 
 def in_process(args: argparse.Namespace, side: str, work: str, cache: str = "") -> dict[str, Any]:
@@ -452,7 +437,7 @@ def drive(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="Python of an environment with TRL")
-    parser.add_argument("--shapes", default="small", help="a name in kd_utils.speed.SHAPES")
+    parser.add_argument("--shapes", default="small", help="a name in kd_utils.speed.workload.SHAPES")
     parser.add_argument("--rows", type=int, default=96, help=f"a multiple of {BATCH_SIZE}")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -481,7 +466,8 @@ def main() -> None:
     print(f"{'':<56}{'examples/s':>11}{'times TRL':>11}{'peak MB':>9}")
     for row in result["summary"]:
         print(
-            f"{row['counted']:<56}{row['examples_per_second']:>11.2f}{row['times_trl']:>11.2f}{row['peak_mb']:>9.0f}"
+            f"{row['counted']:<56}{row['examples_per_second']:>11.2f}"
+            f"{row['times_trl']:>11.2f}{row['peak_mb']:>9.0f}"
         )
 
 

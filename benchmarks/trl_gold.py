@@ -577,7 +577,7 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
     return lines
 
 
-# ------------------------------------------------------------------------------------------------------ the driver
+# ---- the driver
 
 
 def in_process(python: str, side: str, args: argparse.Namespace, work: str) -> Any:

@@ -1,4 +1,4 @@
-"""How well a student's tokenizer can take a teacher's signals: shares of tokens, groups and
+"""How much of a teacher reaches a student with another tokenizer: shares of tokens, groups and
 probability.
 """
 
@@ -8,12 +8,13 @@ from collections.abc import Iterable
 
 import pandas as pd
 import torch
-from torch import Tensor
 
+from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.distill.targets import groups_of
+from kd_utils.distill.teacher_terms import within
 from kd_utils.models.output_head import OutputHead
 from kd_utils.tokens.encoding import Example
-from kd_utils.tokens.vocabulary import Vocabulary, shared_pieces
+from kd_utils.tokens.vocabulary import SharedPieces, Vocabulary, shared_pieces
 
 
 def token_agreement(
@@ -22,60 +23,59 @@ def token_agreement(
     vocabularies: tuple[Vocabulary, Vocabulary],
     tasks: Iterable[str],
 ) -> pd.DataFrame:
-    """How two tokenizations of the same rows line up, by task.
+    """Compare two tokenizations of the same rows, task by task.
 
     Args:
-        teacher, student: the rows as each side's tokens, with `ends`, in the same order.
+        teacher, student: the rows with the tokens of either side and their `ends`, in one order.
         vocabularies: the teacher's, the student's.
         tasks: of each row.
 
     Returns:
         A row per task: `rows`; `teacher tokens`, `student tokens` and `groups` per row; `single
-            groups`, the share of
-        groups with one token on each side; `shared pieces`, the share of the teacher's tokens that
-        are pieces of both vocabularies; `hidden states`, the share of the student's tokens that end
-        a group, so that one is compared.
+        groups`, the share of groups with one token on each side; `shared pieces`, the share of the
+        teacher's tokens that are pieces of both vocabularies; `hidden states`, the share of the
+        student's tokens that end a group, where a hidden state is compared.
     """
     shared = set(shared_pieces(*vocabularies).teacher.tolist())
     counts = []
-    for theirs, ours, task in zip(teacher, student, tasks, strict=True):
-        groups = groups_of(theirs, ours)
-        counts.append(
-            {
-                "task": task,
-                "rows": 1,
-                "teacher tokens": len(theirs.tokens),
-                "student tokens": len(ours.tokens),
-                "groups": len(groups),
-                "single": int(groups.single.sum()),
-                "shared": sum(token in shared for token in theirs.tokens.tolist()),
-            }
-        )
-    total = pd.DataFrame(counts).groupby("task", sort=False).sum()
-    shares = pd.DataFrame(
-        {
-            "single groups": total["single"] / total["groups"],
-            "shared pieces": total["shared"] / total["teacher tokens"],
-            "hidden states": total["groups"] / total["student tokens"],
-        }
-    )
+    for teacher_row, student_row, task in zip(teacher, student, tasks, strict=True):
+        groups, tokens = groups_of(teacher_row, student_row), teacher_row.tokens.tolist()
+        sizes = len(tokens), len(student_row.tokens), len(groups)
+        counts.append((task, 1, *sizes, groups.single.sum(), sum(t in shared for t in tokens)))
+    columns = ["task", "rows", "teacher tokens", "student tokens", "groups", "single", "shared"]
+    total = pd.DataFrame(counts, columns=columns).groupby("task", sort=False).sum()
     lengths = total[["teacher tokens", "student tokens", "groups"]].div(total["rows"], axis=0)
-    return pd.concat([total["rows"], lengths, shares], axis=1)
+    shares = {
+        "single groups": total["single"] / total["groups"],
+        "shared pieces": total["shared"] / total["teacher tokens"],
+        "hidden states": total["groups"] / total["student tokens"],
+    }
+    return pd.concat([total["rows"], lengths, pd.DataFrame(shares)], axis=1)
+
+
+def shared_output_rows(cache: TeacherCache, student: Vocabulary) -> SharedPieces:
+    """The pieces of both vocabularies that have a row in the teacher's and the student's head."""
+    shared = shared_pieces(cache.vocabulary(), student)
+    return within(shared, cache.manifest["shape"]["vocab_size"], len(student.pieces))
 
 
 @torch.no_grad()
-def shared_mass(row: Example, head: OutputHead, pieces: Tensor, temperature: float) -> float:
-    """The probability that the teacher gives to these of its pieces, a mean over one example's
-    positions.
+def shared_mass(
+    cache: TeacherCache, example_ids: Iterable[str], pieces: SharedPieces, temperature: float
+) -> list[float]:
+    """The teacher's probability of shared pieces, for each example the mean over its positions.
 
-    What is left goes to the rest bucket of `logit_losses.kd_loss`: there the student learns how
-    much, and not which.
+    The other pieces go to the rest bucket of `logit_losses.kd_loss`: the student learns how
+    probable they are together, and not one by one.
 
     Args:
-        row: with the teacher's final hidden states.
-        head: the teacher's.
-        pieces: (K,) ids.
+        cache: with the teacher's final hidden states and its head.
         temperature: T of softmax(z / T).
     """
-    hidden = torch.from_numpy(row.signals["hidden"].astype("float32"))
-    return float((head.logits(hidden) / temperature).softmax(-1)[:, pieces].sum(-1).mean())
+    head = OutputHead(cache.lm_head().float(), **cache.manifest["head"])
+    masses = []
+    for example_id in example_ids:
+        hidden = torch.from_numpy(cache[example_id].signals["hidden"].astype("float32"))
+        probabilities = (head.logits(hidden) / temperature).softmax(-1)
+        masses.append(float(probabilities[:, pieces.teacher].sum(-1).mean()))
+    return masses

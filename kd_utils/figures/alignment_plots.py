@@ -1,5 +1,5 @@
-"""Figures of two tokenizations: the groups on the text's bytes, and a map before and after it is
-merged.
+"""Figures of two tokenizations: their groups over the bytes of a text, and an attention map before
+and after its tokens are merged to groups.
 """
 
 from __future__ import annotations
@@ -15,88 +15,78 @@ from kd_utils.tokens.alignment import Groups, merge_map
 if TYPE_CHECKING:
     import altair as alt
 
-MOST_BYTES = 120  # of a text, so that pieces can be read
+MOST_BYTES = 90  # of a text, so that its pieces can be read
 
 
 def token_groups(
     text: str, teacher_ends: np.ndarray, student_ends: np.ndarray, groups: Groups
 ) -> alt.Chart:
-    """Both tokenizations over the bytes of the text, each group in one colour; of a longer text the
-    beginning.
+    """Draw both tokenizations over the bytes of a text, each group in one colour.
 
     Args:
-        text: what was tokenized.
+        text: what was tokenized; of a longer text the first `MOST_BYTES` bytes are drawn.
         teacher_ends, student_ends: (n,) behind which byte each token ends.
     """
     import altair as alt
 
-    rows, data = text.encode(), []
-    for side, ends, last in (
-        ("teacher", teacher_ends, groups.teacher),
-        ("student", student_ends, groups.student),
-    ):
+    spelled, boxes = text.encode(), []
+    sides = ("teacher", teacher_ends, groups.teacher), ("student", student_ends, groups.student)
+    for side, ends, last in sides:
+        colours = np.searchsorted(last, np.arange(len(ends))) % 3
         starts = np.concatenate([[0], ends[:-1]])
-        for k, (start, end) in enumerate(zip(starts.tolist(), ends.tolist())):
+        for start, end, colour in zip(starts.tolist(), ends.tolist(), colours, strict=True):
             if start < end <= MOST_BYTES:
-                group = int(np.searchsorted(last, k))
-                data.append(
-                    {
-                        "side": side,
-                        "start": start,
-                        "end": end,
-                        "middle": (start + end) / 2,
-                        "colour": group % 3,
-                        "piece": visible(rows[start:end].decode(errors="replace")),
-                    }
-                )
-    table = pd.DataFrame(data)
-    y = alt.Y("side:N", sort=["teacher", "student"], title=None)
-    boxes = (
-        alt.Chart(table)
-        .mark_rect(stroke="white", strokeWidth=2)
-        .encode(
-            x=alt.X("start:Q", title="byte of the text", scale=alt.Scale(nice=False, zero=True)),
-            x2="end:Q",
-            y=y,
-            color=alt.Color(
-                "colour:N", legend=None, scale=alt.Scale(range=["#9ecae1", "#fdd0a2", "#c7e9c0"])
-            ),
-        )
+                piece = visible(spelled[start:end].decode(errors="replace"))
+                boxes.append((side, start, end, (start + end) / 2, colour, piece))
+    columns = ["side", "start", "end", "middle", "colour", "piece"]
+    table = pd.DataFrame(boxes, columns=columns)
+    base = alt.Chart(table).encode(y=alt.Y("side:N", sort=["teacher", "student"], title=None))
+    palette = alt.Scale(range=["#9ecae1", "#fdd0a2", "#c7e9c0"])
+    rectangles = base.mark_rect(stroke="white", strokeWidth=2).encode(
+        x=alt.X("start:Q", title="byte of the text", scale=alt.Scale(nice=False, zero=True)),
+        x2="end:Q",
+        color=alt.Color("colour:N", legend=None, scale=palette),
     )
-    words = (
-        alt.Chart(table).mark_text(fontSize=11, angle=270).encode(x="middle:Q", y=y, text="piece:N")
+    words = base.mark_text(fontSize=10, angle=270).encode(x="middle:Q", text="piece:N")
+    cut = (
+        "" if len(spelled) <= MOST_BYTES else f"; the first {MOST_BYTES} of {len(spelled):,} bytes"
     )
-    cut = "" if len(rows) <= MOST_BYTES else f"; the first {MOST_BYTES} of {len(rows):,} bytes"
     return finish(
-        (boxes + words).properties(width=min(900, 8 * int(table["end"].max())), height=220),
+        (rectangles + words).properties(width=10 * int(table["end"].max()), height=220),
         "Two tokenizations of one text",
-        f"a colour is a group: it closes where both sides end a token{cut}",
+        f"each group has one colour; it closes where both sides end a token{cut}",
     )
 
 
 def merged_maps(
     rows: np.ndarray, tokens: list[str], groups: Groups, text: str, ends: np.ndarray
 ) -> alt.HConcatChart:
-    """One head's map over the teacher's tokens, and over groups: keys summed, the last query's row.
+    """Draw one head's map over the teacher's tokens, and beside it over groups.
+
+    The keys of a group are summed, and its last query gives the row. If every group has one token
+    of the teacher, the two maps are equal and only one is drawn.
 
     Args:
         rows: (n, n) the teacher's map.
         tokens: its n tokens, as text.
-        ends: (n,) behind which byte of `text` each ends.
+        ends: (n,) behind which byte of `text` each token ends.
     """
     import altair as alt
 
     spelled, last = text.encode(), ends[groups.teacher]
+    starts = np.concatenate([[0], last[:-1]])
     names = [
         spelled[start:end].decode(errors="replace") or tokens[place]
-        for start, end, place in zip(np.concatenate([[0], last[:-1]]), last, groups.teacher)
+        for start, end, place in zip(starts, last, groups.teacher, strict=True)
     ]
     before = map_cells(rows, tokens).properties(title=f"over the teacher's {len(tokens)} tokens")
     after = map_cells(merge_map(rows, groups.teacher), names).properties(
         title=f"over {len(names)} groups"
     )
+    changes = len(names) < len(tokens)
+    equal = "; every group has one token of the teacher, so merging does not change the map"
     return finish(
-        alt.hconcat(before, after),
-        "A teacher's map, before and after it is lined up",
-        "rows sum to 1 in both",
+        alt.hconcat(*((before, after) if changes else (before,))),
+        "A teacher's attention map, before and after merging" if changes else "A teacher's map",
+        "rows sum to 1" + ("" if changes else equal),
     )

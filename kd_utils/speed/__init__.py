@@ -1,1 +1,1 @@
-"""How fast is each part, beside its limit?"""
+"""How fast is each part, and how far is it from its limit? Notebook 05 measures with this room."""

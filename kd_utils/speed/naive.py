@@ -1,122 +1,143 @@
 """The plan's first design, kept as the baseline of notebook 05: the same loss, with nothing saved.
 
-Every example is padded to `length` tokens; all layers run eager attention and hand out their maps;
-the student's logits are computed at every position; the teacher's logits, hidden states and square
-maps lie in Parquet as nested lists of floats and come back as Python lists.
+Every example is padded to `length` tokens. All layers run eager attention and return their maps.
+The student's logits are computed at every position. The teacher's logits, hidden states and square
+maps are stored in Parquet as nested lists of floats and are read as Python lists.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from kd_utils.distill.batches import collate
+from kd_utils.distill.training import weighted_sum
 from kd_utils.models.attention_maps import decode_map
+from kd_utils.models.devices import amp_dtype, autocast
+from kd_utils.speed.step import WEIGHTS, StepBench
 from kd_utils.tokens.encoding import Example
 
 
-@dataclass
-class PaddedBatch:
-    """(B, L) `input_ids`, `labels` (-100 where nothing is predicted) and `mask`; the teacher's
-    signals, padded with 0.
-
-    Attributes:
-        logits: (B, L, V); hidden: (B, L, d); maps: (B, H, L, L).
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    mask: Tensor
-    logits: Tensor
-    hidden: Tensor
-    maps: Tensor
-
-
 def write_rows(path: Path, examples: list[Example], teacher_head: Tensor, *, length: int) -> None:
-    """Examples with their signals as nested lists of float32, padded to `length`; the same values
-    as in the cache.
+    """Write examples and their signals as nested lists, padded to `length`.
+
+    The columns of a row are `input_ids` (L), `labels` (L; -100 where nothing is predicted), `mask`
+    (L; 1 for real tokens), and of the teacher `logits` (L, V), `hidden` (L, d), the final hidden
+    states, and `maps` (H, L, L), the attention maps of the last layer.
+
+    Args:
+        path: of the Parquet file.
+        examples: with the signals of a cache; their values do not change.
+        teacher_head: (V, d) the teacher's `lm_head`, which makes its logits.
     """
-    columns: dict[str, list] = {
-        name: [] for name in ("input_ids", "labels", "mask", "logits", "hidden", "maps")
-    }
+    padded = []
     for row in examples:
-        n = len(row.tokens)
-        labels = np.where(np.arange(n) < row.answer_start, -100, row.tokens)
-        hidden = torch.from_numpy(row.signals["hidden"].astype(np.float32))
+        n, hidden = len(row.tokens), torch.from_numpy(row.signals["hidden"].astype(np.float32))
+        tokens = torch.from_numpy(row.tokens.astype(np.int64))
+        labels = tokens.where(torch.arange(n) >= row.answer_start, -100)
         maps = decode_map(torch.from_numpy(row.signals["attention"].copy()), 0, n)
-        padded = {
-            "input_ids": F.pad(torch.from_numpy(row.tokens.astype(np.int64)), (0, length - n)),
-            "labels": F.pad(torch.from_numpy(labels), (0, length - n), value=-100),
-            "mask": F.pad(torch.ones(n, dtype=torch.int64), (0, length - n)),
-            "logits": F.pad(hidden @ teacher_head.float().T, (0, 0, 0, length - n)),
-            "hidden": F.pad(hidden, (0, 0, 0, length - n)),
-            "maps": F.pad(maps, (0, length - n, 0, length - n)),
-        }
-        for name, values in padded.items():
-            columns[name].append(values)
-    table = pa.table(
-        {name: _nested(torch.stack(values).numpy()) for name, values in columns.items()}
-    )
-    pq.write_table(table, path, row_group_size=1)
-
-
-def _nested(values: np.ndarray) -> pa.Array:
-    """(N, a, b, ...) as N nested lists."""
-    array = pa.array(values.reshape(-1))
-    for width in reversed(values.shape[1:]):
-        array = pa.ListArray.from_arrays(
-            pa.array(np.arange(0, len(array) + 1, width, dtype=np.int32)), array
+        end = (0, length - n)
+        padded.append(
+            {
+                "input_ids": F.pad(tokens, end),
+                "labels": F.pad(labels, end, value=-100),
+                "mask": F.pad(torch.ones(n, dtype=torch.int64), end),
+                "logits": F.pad(hidden @ teacher_head.float().T, (0, 0, *end)),
+                "hidden": F.pad(hidden, (0, 0, *end)),
+                "maps": F.pad(maps, (*end, *end)),
+            }
         )
+    table = {name: _nested(torch.stack([row[name] for row in padded])) for name in padded[0]}
+    pq.write_table(pa.table(table), path, row_group_size=1)
+
+
+def _nested(values: Tensor) -> pa.Array:
+    """(N, a, b, ...) as N nested lists."""
+    array = pa.array(values.numpy().reshape(-1))
+    for width in reversed(values.shape[1:]):
+        starts = pa.array(np.arange(0, len(array) + 1, width, dtype=np.int32))
+        array = pa.ListArray.from_arrays(starts, array)
     return array
 
 
-def read_batch(path: Path, groups: list[int], device: torch.device | str = "cpu") -> PaddedBatch:
-    """Rows by their number, as tensors made from Python lists."""
+def read_batch(
+    path: Path, groups: Iterable[int], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Read rows by their number and make tensors of their Python lists, (B, ...) by column."""
     file = pq.ParquetFile(path)
     rows = [file.read_row_group(group).to_pylist()[0] for group in groups]
-    return PaddedBatch(
-        **{name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
-    )
+    return {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
 
 
-def loss_terms(
-    student: nn.Module, batch: PaddedBatch, projector: nn.Linear, temperature: float
-) -> dict[str, Tensor]:
-    """The four terms of `training.loss_terms` with `distill_tokens` "all": same values, same
-    gradients.
+def loss_terms(bench: StepBench, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The four loss terms over all tokens: the same values and gradients as `bench.loss_terms`."""
+    bench.student.set_attn_implementation("eager")
+    with autocast(bench.device, bench.config.precision):
+        output = bench.student(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["mask"],
+            output_attentions=True,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        T, real = bench.config.temperature, batch["mask"].bool()
+        log_student = (output.logits / T).log_softmax(-1)
+        teacher = (batch["logits"] / T).softmax(-1)
+        kd = F.kl_div(log_student, teacher, reduction="none").sum(-1)
+        projected = bench.projector(output.hidden_states[-1])
+        hidden = F.mse_loss(projected, batch["hidden"], reduction="none").mean(-1)
+        causal = (real[:, :, None] & real[:, None, :]).tril()[:, None]  # (B, 1, L, L)
+        maps = output.attentions[-1]
+        attention = F.mse_loss(maps, batch["maps"], reduction="none") * causal
+        student, labels = output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        return {
+            "task": F.cross_entropy(student, labels),
+            "kd": T**2 * (kd * real).sum() / real.sum(),
+            "hidden": (hidden * real).sum() / real.sum(),
+            "attention": attention.sum() / (causal.sum() * maps.shape[1]),
+        }
+
+
+def step(bench: StepBench, path: Path, count: int, reading_seconds: list[float]) -> None:
+    """Train the student of a bench on the first `count` rows of a file.
+
+    The seconds that reading took are appended to `reading_seconds`.
+    """
+    start = time.perf_counter()
+    batch = read_batch(path, range(count), bench.device)
+    reading_seconds.append(time.perf_counter() - start)
+    weighted_sum(loss_terms(bench, batch), WEIGHTS).backward()
+    bench.update()
+
+
+def beside_cached(bench: StepBench, path: Path, examples: list[Example]) -> pd.DataFrame:
+    """Compare the loss terms of a batch in both designs.
 
     Args:
-        student: a causal LM whose attention is "eager".
+        bench: gives student and projector.
+        path: of a file whose first rows are `examples`.
+        examples: with the signals of the cache.
+
+    Returns:
+        A row per term, with the columns "cached" and "naive".
+
+    Raises:
+        AssertionError: they differ by more than rounding explains.
     """
-    output = student(
-        input_ids=batch.input_ids,
-        attention_mask=batch.mask,
-        output_attentions=True,
-        output_hidden_states=True,
-        use_cache=False,
-    )
-    real = batch.mask.bool()
-    tokens = real.sum()
-    per_token = F.kl_div(
-        (output.logits / temperature).log_softmax(-1),
-        (batch.logits / temperature).softmax(-1),
-        reduction="none",
-    ).sum(-1)
-    hidden = F.mse_loss(projector(output.hidden_states[-1]), batch.hidden, reduction="none").mean(
-        -1
-    )
-    causal = (real[:, :, None] & real[:, None, :]).tril()[:, None]  # (B, 1, L, L)
-    maps = output.attentions[-1]
-    errors = F.mse_loss(maps, batch.maps, reduction="none") * causal
-    return {
-        "task": F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()),
-        "kd": temperature**2 * (per_token * real).sum() / tokens,
-        "hidden": (hidden * real).sum() / tokens,
-        "attention": errors.sum() / (causal.sum() * maps.shape[1]),
-    }
+    with torch.no_grad():
+        cached = bench.loss_terms(collate(examples, device=bench.device), tuple(WEIGHTS))
+        naive = loss_terms(bench, read_batch(path, range(len(examples)), bench.device))
+    table = pd.DataFrame({"cached": cached, "naive": naive}).map(Tensor.item)
+    exact = amp_dtype(bench.device, bench.config.precision) == torch.float32
+    tolerance = {"atol": 1e-5, "rtol": 1e-3} if exact else {"atol": 1e-3, "rtol": 3e-2}
+    pd.testing.assert_series_equal(table["cached"], table["naive"], check_names=False, **tolerance)
+    return table

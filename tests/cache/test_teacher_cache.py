@@ -17,7 +17,7 @@ from kd_utils.cache.teacher_cache import TeacherCache, byte_planes
 from kd_utils.cache.writer import cache_folder, write_cache
 from kd_utils.models.output_head import lm_head_weight
 from kd_utils.models.signals import forward_signals
-from kd_utils.speed import measuring
+from kd_utils.speed import meters
 from kd_utils.teacher.extraction import signal_function, stored_lm_head
 
 LENGTHS = [5, 9, 3, 12, 7, 7, 4, 10]
@@ -367,7 +367,7 @@ def test_a_row_that_was_written_is_let_go():
         for _ in range(200):
             byte_planes("hidden", values)
 
-    assert measuring.peak_mb(make_many) < 50
+    assert meters.peak_mb(make_many) < 50
 
 
 def test_only_what_is_wanted_is_read(cache):

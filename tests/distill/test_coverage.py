@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_utils.distill.coverage import shared_mass, token_agreement
-from kd_utils.models.output_head import OutputHead
+from kd_utils.distill.coverage import shared_mass, shared_output_rows, token_agreement
 from kd_utils.tokens.encoding import Example
-from kd_utils.tokens.vocabulary import PIECE, Vocabulary
+from kd_utils.tokens.vocabulary import PIECE, SharedPieces, Vocabulary
 
 
 def example(tokens, ends):
@@ -29,18 +28,33 @@ def test_agreement_by_hand():
     assert both.loc["one", "single groups"] == pytest.approx(4 / 5)
 
 
+class StoredTeacher(dict):
+    """Rows by id, and a head whose logits are the hidden states."""
+
+    manifest = {"head": {"scale": 1.0, "cap": None}, "shape": {"vocab_size": 2}}
+
+    def lm_head(self):
+        return torch.eye(3)
+
+    def vocabulary(self):
+        return Vocabulary([b"a", b"b", b"c"], [PIECE] * 3)
+
+
 def test_mass_is_that_of_the_whole_softmax():
-    head = OutputHead(torch.eye(3))
-    row = Example(
-        "x",
-        np.zeros(2, np.int32),
-        1,
-        signals={
-            "hidden": np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])).astype(np.float16)
-        },
-    )
-    assert shared_mass(row, head, torch.tensor([0, 2]), 1.0) == pytest.approx(
-        (0.75 + 0.9) / 2, abs=1e-3
-    )
-    assert shared_mass(row, head, torch.tensor([0, 1, 2]), 3.0) == pytest.approx(1)
-    assert shared_mass(row, head, torch.tensor([], dtype=torch.long), 1.0) == 0
+    probabilities = np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    signals = {"hidden": np.log(probabilities).astype(np.float16)}
+    cache = StoredTeacher(x=Example("x", np.zeros(2, np.int32), 1, signals=signals))
+
+    def mass(ids, temperature):
+        pieces = SharedPieces(np.array(ids, np.int64), np.arange(len(ids)))
+        [value] = shared_mass(cache, ["x"], pieces, temperature)
+        return value
+
+    assert mass([0, 2], 1.0) == pytest.approx((0.75 + 0.9) / 2, abs=1e-3)
+    assert mass([0, 1, 2], 3.0) == pytest.approx(1)
+    assert mass([], 1.0) == 0
+
+
+def test_pieces_without_an_output_row_are_not_shared():
+    pieces = shared_output_rows(StoredTeacher(), Vocabulary([b"c", b"b"], [PIECE] * 2))
+    assert pieces.teacher.tolist() == [1] and pieces.student.tolist() == [1]  # "c" has no row

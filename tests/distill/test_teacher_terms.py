@@ -23,7 +23,7 @@ from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.models.students import make_projector
-from kd_utils.speed.measuring import cosine
+from kd_utils.speed.step import cosine
 from kd_utils.teacher.extraction import column_dtypes, signal_function, stored_lm_head
 from kd_utils.tokens.alignment import merge_map
 from kd_utils.tokens.encoding import Example

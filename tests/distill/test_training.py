@@ -21,7 +21,7 @@ from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead, lm_head_weight, output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.models.students import make_projector
-from kd_utils.speed.measuring import cosine, exact_rows
+from kd_utils.speed.step import cosine, exact_rows
 from kd_utils.teacher.extraction import signal_function
 
 TEACHER = tiny_llama(width=48, layers=3)

@@ -34,7 +34,7 @@ def test_groups_have_one_colour_and_tokens_lie_on_their_bytes():
 def test_a_long_text_is_cut():
     ends = np.arange(1, 501)
     chart = token_groups("a" * 500, ends, ends, align(ends, ends))
-    assert len(chart.data) == 2 * 120 and "the first 120 of 500 bytes" in chart.title.subtitle
+    assert len(chart.data) == 2 * 90 and "the first 90 of 500 bytes" in chart.title.subtitle
 
 
 def test_both_maps_are_drawn_and_rows_of_both_sum_to_one():
@@ -51,3 +51,9 @@ def test_both_maps_are_drawn_and_rows_of_both_sum_to_one():
         5 / 6, abs=1e-4
     )
     assert show(chart).data.startswith(b"\x89PNG")
+
+
+def test_a_map_that_merging_does_not_change_is_drawn_once():
+    ends = np.arange(1, 4)
+    chart = merged_maps(np.eye(3), ["a", "b", "c"], align(ends, ends), "abc", ends)
+    assert len(chart.hconcat) == 1 and "does not change the map" in chart.title.subtitle
