@@ -22,7 +22,7 @@ from kd_utils.cache.row_checks import check_recomputed, check_rows
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.project_paths import project_path
 from kd_utils.records.source_code import changed_files
-from kd_utils.store.locks import held
+from kd_utils.store.locks import locked
 from kd_utils.store.sealed import RecordError, read_sealed, write_sealed
 from kd_utils.tokens.encoding import Example, tokenizer_files
 
@@ -61,7 +61,7 @@ def verify(
             _require_verified(cache)
         return _table(_checks(cache, data, recompute, samples, tolerance))
     read_manifest(folder)  # a lock would make the folder
-    with held(folder, "a verification"):
+    with locked(folder, "a verification"):
         (folder / "verified.json").unlink(
             missing_ok=True
         )  # a failure below must not leave an earlier word behind

@@ -48,7 +48,7 @@ from kd_utils.cache.shards import (
     plan_shards,
     write_shards,
 )
-from kd_utils.store.locks import held
+from kd_utils.store.locks import locked
 
 
 def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
@@ -129,7 +129,7 @@ def assemble_cache(
         ValueError: another process is writing this cache.
         OSError: the disk is full; what is whole stays.
     """
-    with held(folder, "a caching run"):
+    with locked(folder, "a caching run"):
         _remove_half_files(folder)
         try:
             manifest = check_files(folder)

@@ -23,7 +23,7 @@ from kd_utils.models.loading import (
 )
 from kd_utils.models.output_head import require_known_head
 from kd_utils.store.files import sha256_file, sha256_json, written_folder
-from kd_utils.store.locks import held
+from kd_utils.store.locks import locked
 from kd_utils.store.sealed import RecordError, read_sealed, write_sealed
 from kd_utils.teacher.fine_tuning import fine_tune
 from kd_utils.tokens.encoding import (
@@ -81,7 +81,7 @@ def prepare_teacher(
     lock = folder.with_name(
         f".{folder.name}.lock"
     )  # not in the folder, which is replaced as a whole
-    with held(lock, "a fine-tuning"):
+    with locked(lock, "a fine-tuning"):
         remove_leftovers(folder)
         return name, pd.DataFrame(
             _kept_history(folder) or _fine_tuned(config, train, folder, progress)

@@ -195,7 +195,9 @@ def test_a_lock_of_the_dead_or_one_that_says_nothing_is_no_obstacle(tmp_path):
     with locked(tmp_path, "a sweep"):
         assert len((tmp_path / ".lock").read_text()) < 100
         (tmp_path / ".lock").write_text("")
-        held = pytest.raises(ValueError, match="in use by another process: wait for it or stop it")
+        held = pytest.raises(
+            ValueError, match="in use by another process: wait for it, or stop it and run"
+        )
         with held, locked(tmp_path, "x"):
             pytest.fail("two hold it")
 
@@ -282,7 +284,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", none)
     with pytest.raises(
         OSError,
-        match=r"toy/\.lock: this file system gives no locks .*put the folder on one that does",
+        match=r"toy/\.lock: this file system has no locks .*use a folder on another file system",
     ):
         with locked(tmp_path / "toy", "a sweep"):
             pass
