@@ -136,3 +136,5 @@ NOTEBOOKS: dict[str, type[Config]] = {
     "05_measure_speed": SpeedConfig,
     "06_any_teacher": AlignmentConfig,
 }
+
+PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN = NOTEBOOKS
