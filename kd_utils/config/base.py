@@ -1,9 +1,4 @@
-"""Typed parameters: one frozen config per notebook, checked before anything is loaded.
-
-The defaults stand in the notebooks' cells tagged `parameters` and nowhere else; the classes here
-say which keys exist, of what type and in which range. A file in `papermill_params/` holds what
-differs from the defaults.
-"""
+"""The base class of all configs: what every notebook has, and how a bad value is reported."""
 
 from __future__ import annotations
 
@@ -16,21 +11,21 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from kd_utils.config.fields import (
-    Name,
-    Place,
-    in_one_line,
-)
+from kd_utils.config.fields import Name, Place, in_one_line
 from kd_utils.config.project_paths import project_path
 
-#: Names, places and devices: parameters that no fingerprint holds.
+#: Names, places and devices: parameters that no fingerprint contains and no grid may sweep.
 NEVER_IN_A_RESULT = frozenset(
     {"name", "artifacts_dir", "run_dir", "trial", "device", "save_student", "checkpoint_seconds"}
 )
 
 
 class Config(BaseModel):
-    """What all notebooks share: names, places, and how a bad value is reported."""
+    """A notebook's parameters, frozen and checked before anything is loaded.
+
+    Raises:
+        ValueError: one line with every wrong parameter, its value and what is allowed.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
@@ -47,16 +42,12 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _as_it_stands(cls, value: Any, info: Any) -> Any:
-        """Refuse what pydantic would take for something else, and text that files and libraries do
-        not take.
-        """
+    def _no_conversion(cls, value: Any, info: Any) -> Any:
+        """Refuse what pydantic would convert, and text that files and libraries cannot hold."""
         if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
             raise ValueError("Input should be a number, not true or false")
-        if (
-            isinstance(value, bytes)
-            or isinstance(value, str)
-            and re.search(r"[\0\ud800-\udfff]", value)
+        if isinstance(value, bytes) or (
+            isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value)
         ):
             raise ValueError("Input should be plain text: no bytes, no NUL, no lone surrogates")
         return value
@@ -76,16 +67,15 @@ class Config(BaseModel):
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> Self:
-        """The config from a notebook's `globals()`, after its `parameters` cell and what papermill
-        injected.
+        """Build the config from a notebook's `globals()`, after papermill injected its parameters.
 
         Raises:
-            ValueError: one line: key, value and what is allowed; also for an injected key that no
-                notebook declares.
+            ValueError: a value is wrong, a parameter is missing, or an injected key is declared by
+                no notebook.
         """
-        from kd_utils.config.parameter_files import injected_names, unknown_keys_are_errors
+        from kd_utils.config.parameter_files import injected_names, refuse_unknown_keys
 
-        unknown_keys_are_errors(injected_names(namespace.get("In", [])), "injected parameters")
+        refuse_unknown_keys(injected_names(namespace.get("In", [])), "injected parameters")
         required = {key for key, field in cls.model_fields.items() if field.is_required()}
         if missing := [key for key in cls.model_fields if key in required - namespace.keys()]:
             raise ValueError(
@@ -108,10 +98,10 @@ class Config(BaseModel):
 
     @property
     def without_effect(self) -> set[str]:
-        """Parameters that cannot change a result because of what others say."""
+        """Parameters that cannot change a result, because other parameters switch them off."""
         return set()
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits over all values but those that cannot change a result."""
+        """Sixteen hex digits over all parameters except those that cannot change a result."""
         values = self.model_dump(exclude=NEVER_IN_A_RESULT | self.without_effect)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,36 +9,24 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kd_utils.config.base import Config
+from kd_utils.config.base import NEVER_IN_A_RESULT, Config
 from kd_utils.config.fields import shown
 from kd_utils.config.project_paths import CODE_ROOT
-from kd_utils.config.stages import NOTEBOOKS
+from kd_utils.config.stages import NOTEBOOKS, TRAIN
 from kd_utils.config.trial import TrialConfig
 
-#: Keys of 03 that say where a trial's files go and not what it is.
-NOT_SWEPT = (
-    "name",
-    "artifacts_dir",
-    "run_dir",
-    "trial",
-    "device",
-    "save_student",
-    "checkpoint_seconds",
-)
-
-#: More than this is no parameter file, no sweep that ends, no file name.
-MOST_BYTES, MOST_TRIALS, MOST_NAME = 1_000_000, 10_000, 200
+#: No parameter file is longer than this, and no sweep with more trials comes to its end.
+MOST_BYTES, MOST_TRIALS = 1_000_000, 10_000
 
 
 def notebook_path(stem: str) -> Path:
-    """Source of a notebook. It travels with the code, so it lies beside the package and not under
-    KD_ROOT.
-    """
+    """A source notebook: it lies beside the package, with which it travels on a cluster."""
     return CODE_ROOT / "notebooks" / f"{stem}.ipynb"
 
 
@@ -55,18 +43,14 @@ def notebook_defaults(stem: str) -> dict[str, Any]:
 
 
 def notebook_config(stem: str, parameters: dict[str, Any]) -> Config:
-    """The config that notebook `stem` builds when it is passed those of `parameters` that it
-    declares.
-    """
+    """The config of notebook `stem`: its defaults, and those of `parameters` that it declares."""
     config = NOTEBOOKS[stem]
     known = {key: value for key, value in parameters.items() if key in config.model_fields}
     return config(**{**notebook_defaults(stem), **known})
 
 
-def unknown_keys_are_errors(keys: Any, where: str) -> None:
-    """Raise a ValueError for the first key that no notebook declares, with the nearest one that it
-    may have meant.
-    """
+def refuse_unknown_keys(keys: Iterable[str], where: str) -> None:
+    """Raise a ValueError for the first key that no notebook declares, and suggest a similar one."""
     known = sorted({key for config in NOTEBOOKS.values() for key in config.model_fields})
     for key in keys:
         if key not in known:
@@ -78,13 +62,11 @@ def unknown_keys_are_errors(keys: Any, where: str) -> None:
 
 
 def injected_names(cells: list[str]) -> list[str]:
-    """Names assigned in the cell that papermill injects, which begins with the comment `#
-    Parameters`.
-    """
+    """Names assigned in cells that start with `# Parameters`, as the one that papermill injects."""
     names: list[str] = []
     for source in cells:
         if source.startswith("# Parameters\n"):
-            with contextlib.suppress(SyntaxError):  # written by hand, and did not run
+            with contextlib.suppress(SyntaxError):  # a cell written by hand, which did not run
                 names += [
                     node.id
                     for node in ast.walk(ast.parse(source))
@@ -94,73 +76,46 @@ def injected_names(cells: list[str]) -> list[str]:
 
 
 def load_parameters(path: str | Path) -> dict[str, Any]:
-    """A parameter file: flat YAML, only keys that some notebook declares, one scalar each.
+    """Load a parameter file: flat YAML, one scalar for each key, only keys of some notebook.
 
     Raises:
-        ValueError: not flat YAML, or a key that no notebook declares (with the nearest that one
-            does).
-        FileNotFoundError: no such file, with those that there are.
+        ValueError: the file is not flat YAML, or has a key that no notebook declares.
+        FileNotFoundError: no such file; the error lists the files that are there.
     """
-    path = Path(path)
-    if not os.path.isfile(path):  # Path's own raises where a name is too long
-        near = (
-            sorted(p.name for p in path.parent.glob("*.yaml")) if os.path.isdir(path.parent) else []
-        )
-        raise FileNotFoundError(
-            f"no parameter file {path} (files there: {', '.join(near) or 'none'})"
-        )
-    loader, nodes = _read_yaml(path)
-    unknown_keys_are_errors(nodes, str(path))
+    loader, nodes = _read_yaml(Path(path), "parameter")
+    refuse_unknown_keys(nodes, str(path))
     return {key: _scalar(loader, node, f"{path}: {key}") for key, node in nodes.items()}
 
 
 def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
-    """A grid file: flat YAML, a list of values per key of 03. None: the project's own, all methods
-    x 7 seeds.
+    """Load a grid file: flat YAML, a list of values for each swept parameter of 03.
+
+    Args:
+        path: None for the project's own grid, all methods times 7 seeds.
 
     Raises:
-        ValueError: not `key: [values]`, a key that 03 does not declare or that cannot change a
-            result, or a value that 03 refuses.
+        ValueError: the file is not `key: [values]`, or has a key that cannot be swept or a value
+            that 03 refuses.
         FileNotFoundError: no such file.
     """
     path = Path(path or CODE_ROOT / "papermill_params" / "grid.yaml")
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"no grid file {path}")
-    loader, nodes = _read_yaml(path)
+    loader, nodes = _read_yaml(path, "grid")
     if not nodes:
         raise ValueError(f"{path} must hold `key: [value, ...]` lines")
-    defaults, grid = notebook_defaults("03_train_student"), {}
+    swept = [key for key in TrialConfig.model_fields if key not in NEVER_IN_A_RESULT]
+    defaults, grid = notebook_defaults(TRAIN), {}
     for key, node in nodes.items():
-        if key not in TrialConfig.model_fields or key in NOT_SWEPT:
-            known = ", ".join(k for k in TrialConfig.model_fields if k not in NOT_SWEPT)
-            raise ValueError(f"{path}: {shown(key)} cannot be swept; a grid may have: {known}")
-        if (
-            not isinstance(node, yaml.SequenceNode)
-            or node.tag != "tag:yaml.org,2002:seq"
-            or not node.value
-        ):
+        if key not in swept:
+            raise ValueError(
+                f"{path}: {shown(key)} cannot be swept; a grid may have: {', '.join(swept)}"
+            )
+        is_list = isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq"
+        if not is_list or not node.value:
             raise ValueError(
                 f"{path}: {key} must be a list of one or more scalars, got {_source(loader, node)}"
             )
-        grid[key] = [_scalar(loader, item, f"{path}: each value of {key}") for item in node.value]
-        for at, value in enumerate(grid[key]):
-            if isinstance(value, str) and not re.fullmatch("[ -~]+", value):
-                raise ValueError(
-                    f"{path}: in {key}: {shown(value)} must be ASCII: it becomes a part of a "
-                    f"trial's name"
-                )
-            try:
-                meant = getattr(TrialConfig(**{**defaults, key: value}), key)
-            except ValueError as error:
-                raise ValueError(f"{path}: {error}") from None
-            # YAML reads 1e-4 as text, and 3.0 is no seed: the plan has what the trial will have. 1
-            # stays 1 in a name.
-            grid[key][at] = value if isinstance(meant, float) and isinstance(value, int) else meant
-    longest = "_".join(f"{key}={max(map(str, values), key=len)}" for key, values in grid.items())
-    if len(longest) > MOST_NAME:
-        raise ValueError(
-            f"{path}: a trial would be called {shown(longest)}: at most {MOST_NAME} characters"
-        )
+        values = [_scalar(loader, item, f"{path}: each value of {key}") for item in node.value]
+        grid[key] = [_grid_value(key, value, defaults, path) for value in values]
     trials = math.prod(map(len, grid.values()))
     if trials > MOST_TRIALS:
         raise ValueError(
@@ -169,27 +124,40 @@ def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
     return grid
 
 
-def _read_yaml(path: Path) -> tuple[yaml.SafeLoader, dict[str, yaml.Node]]:
-    """The keys of a flat YAML file and what stands behind them, which `_scalar` makes into values.
-
-    It is `yaml.safe_load` with a look in between. Nothing but a scalar is made, so that nesting and
-    aliases of aliases cost nothing, and no key is given twice, of which YAML would keep the last.
-    """
-    if path.stat().st_size > MOST_BYTES:
+def _grid_value(key: str, value: Any, defaults: dict[str, Any], path: Path) -> Any:
+    """The value that a trial's config will have: YAML reads 1e-4 as text, and 3.0 is no seed."""
+    if isinstance(value, str) and not re.fullmatch("[ -~]+", value):
         raise ValueError(
-            f"{path} is too long: a parameter or grid file has at most {MOST_BYTES:,} bytes"
+            f"{path}: in {key}: {shown(value)} must be ASCII: it becomes part of a trial's name"
         )
+    try:
+        checked = getattr(TrialConfig(**{**defaults, key: value}), key)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return value if isinstance(checked, float) and isinstance(value, int) else checked  # 1 stays 1
+
+
+def _read_yaml(path: Path, kind: str) -> tuple[yaml.SafeLoader, dict[str, yaml.Node]]:
+    """Read the keys of a flat YAML file and their nodes, which `_scalar` turns into values.
+
+    Unlike `yaml.safe_load`, this builds nothing but scalars, so deep nesting and aliases of aliases
+    cost nothing, and it refuses a key that is given twice, where YAML keeps the last.
+    """
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
+        near = path.parent.glob("*.yaml") if os.path.isdir(path.parent) else []
+        names = ", ".join(sorted(p.name for p in near)) or "none"
+        raise FileNotFoundError(f"no {kind} file {path} (files there: {names})")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path} is too long: a {kind} file has at most {MOST_BYTES:,} bytes")
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
-    except (yaml.YAMLError, OSError) as error:
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         text = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
         raise ValueError(f"{path} is not YAML: {text[:300]}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not YAML: byte {error.start} is not UTF-8") from None
     except RecursionError:
         raise ValueError(f"{path} is not YAML that can be read: nested too deeply") from None
-    except (ValueError, OverflowError):  # PyYAML's own check lets them through
+    except (ValueError, OverflowError):  # which PyYAML does not turn into errors of its own
         raise ValueError(
             f"{path} is not YAML: an escape or a version in it is out of range"
         ) from None
@@ -206,8 +174,7 @@ def _read_yaml(path: Path) -> tuple[yaml.SafeLoader, dict[str, yaml.Node]]:
         if key.value in nodes:
             raise ValueError(
                 f"{path}: {shown(key.value)} is given twice, again in line "
-                f"{key.start_mark.line + 1}: "
-                "a key must stand there once"
+                f"{key.start_mark.line + 1}: give each key once"
             )
         nodes[key.value] = node
     return loader, nodes
@@ -215,23 +182,19 @@ def _read_yaml(path: Path) -> tuple[yaml.SafeLoader, dict[str, yaml.Node]]:
 
 def _scalar(loader: yaml.SafeLoader, node: yaml.Node, where: str) -> str | int | float | bool:
     if isinstance(node, yaml.ScalarNode):
-        with contextlib.suppress(
-            Exception
-        ):  # PyYAML fails in many ways at `!!int x`, `0x_`, 2026-02-31, `=`
+        # PyYAML fails in many ways at `!!int x`, `0x_`, 2026-02-31, `=`
+        with contextlib.suppress(Exception):
             value = loader.construct_object(node)
             if isinstance(value, (str, int, float)):
                 return value
     raise ValueError(
         f"{where} must be one scalar (text, a number, true or false), got {_source(loader, node)}: "
-        f"text "
-        "that looks like something else belongs in quotes, a list (of scalars) in a grid file"
+        "put text that looks like something else in quotes, and a list (of scalars) in a grid file"
     )
 
 
 def _source(loader: yaml.SafeLoader, node: yaml.Node) -> str:
-    """What stands in the file, and what YAML takes it for."""
+    """The text of a node in the file, and the type that YAML gives it."""
     text = loader.buffer[node.start_mark.index : node.end_mark.index].strip()
-    kind = shown(node.tag.removeprefix("tag:yaml.org,2002:"))[
-        1:-1
-    ]  # a tag may hold any character, as %0A
+    kind = shown(node.tag.removeprefix("tag:yaml.org,2002:"))[1:-1]  # a tag may hold any character
     return f"{shown(text)} (to YAML {kind})"

@@ -150,3 +150,5 @@ NOTEBOOKS: dict[str, type[Config]] = {
     "06_any_teacher": AlignmentConfig,
     "07_published_claim": PublishedConfig,
 }
+
+PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN = NOTEBOOKS
