@@ -437,7 +437,9 @@ def drive(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="Python of an environment with TRL")
-    parser.add_argument("--shapes", default="small", help="a name in kd_utils.speed.workload.SHAPES")
+    parser.add_argument(
+        "--shapes", default="small", help="a name in kd_utils.speed.workload.SHAPES"
+    )
     parser.add_argument("--rows", type=int, default=96, help=f"a multiple of {BATCH_SIZE}")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from kd_utils.config import parameter_files, project_paths, stages
+from kd_utils.config import notebook_files, project_paths, stages
 from kd_utils.config.trial import trial_name
 from kd_utils.records import check, run_folder, trial_record
 from kd_utils.records.environment import environment
@@ -27,7 +27,7 @@ from kd_utils.store.sealed import write_sealed
 VALUES = {
     key: value
     for stem in stages.NOTEBOOKS
-    for key, value in parameter_files.notebook_defaults(stem).items()
+    for key, value in notebook_files.notebook_defaults(stem).items()
 }
 VALUES |= {
     "name": "stub",
@@ -137,7 +137,7 @@ def stub_notebooks(tmp_path, monkeypatch):
     write_notebooks(tmp_path / "notebooks")
     monkeypatch.setattr(project_paths, "ROOT", tmp_path)
     monkeypatch.setattr(
-        parameter_files, "notebook_path", lambda stem: tmp_path / "notebooks" / f"{stem}.ipynb"
+        notebook_files, "notebook_path", lambda stem: tmp_path / "notebooks" / f"{stem}.ipynb"
     )
     return tmp_path
 

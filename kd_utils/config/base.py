@@ -11,6 +11,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
+from kd_utils.config import notebook_files
 from kd_utils.config.fields import Name, Place, in_one_line
 from kd_utils.config.project_paths import project_path
 
@@ -73,9 +74,8 @@ class Config(BaseModel):
             ValueError: a value is wrong, a parameter is missing, or an injected key is declared by
                 no notebook.
         """
-        from kd_utils.config.parameter_files import injected_names, refuse_unknown_keys
-
-        refuse_unknown_keys(injected_names(namespace.get("In", [])), "injected parameters")
+        injected = notebook_files.injected_names(namespace.get("In", []))
+        notebook_files.refuse_unknown_keys(injected, "injected parameters", cls.model_fields)
         required = {key for key, field in cls.model_fields.items() if field.is_required()}
         if missing := [key for key in cls.model_fields if key in required - namespace.keys()]:
             raise ValueError(

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import difflib
-import json
 import math
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kd_utils.config import notebook_files
 from kd_utils.config.base import NEVER_IN_A_RESULT, Config
 from kd_utils.config.fields import shown
 from kd_utils.config.project_paths import CODE_ROOT
@@ -25,54 +22,11 @@ from kd_utils.config.trial import TrialConfig
 MOST_BYTES, MOST_TRIALS = 1_000_000, 10_000
 
 
-def notebook_path(stem: str) -> Path:
-    """A source notebook: it lies beside the package, with which it travels on a cluster."""
-    return CODE_ROOT / "notebooks" / f"{stem}.ipynb"
-
-
-def notebook_defaults(stem: str) -> dict[str, Any]:
-    """The literals that a notebook's `parameters` cell assigns, as a dict."""
-    cells = json.loads(notebook_path(stem).read_text())["cells"]
-    [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    assigned = ast.parse("".join(cell["source"])).body
-    return {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in assigned
-        if isinstance(node, ast.Assign)
-    }
-
-
 def notebook_config(stem: str, parameters: dict[str, Any]) -> Config:
     """The config of notebook `stem`: its defaults, and those of `parameters` that it declares."""
     config = NOTEBOOKS[stem]
     known = {key: value for key, value in parameters.items() if key in config.model_fields}
-    return config(**{**notebook_defaults(stem), **known})
-
-
-def refuse_unknown_keys(keys: Iterable[str], where: str) -> None:
-    """Raise a ValueError for the first key that no notebook declares, and suggest a similar one."""
-    known = sorted({key for config in NOTEBOOKS.values() for key in config.model_fields})
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key[:100], known, n=1)
-            if rows := re.fullmatch(r"\w+_(train|validation)", key):  # as older files have it
-                near = [f"{rows[1]}_rows"]
-            hint = f"did you mean {near[0]!r}?" if near else "known keys: " + ", ".join(known)
-            raise ValueError(f"{where}: no notebook has a parameter {shown(key)}; {hint}")
-
-
-def injected_names(cells: list[str]) -> list[str]:
-    """Names assigned in cells that start with `# Parameters`, as the one that papermill injects."""
-    names: list[str] = []
-    for source in cells:
-        if source.startswith("# Parameters\n"):
-            with contextlib.suppress(SyntaxError):  # a cell written by hand, which did not run
-                names += [
-                    node.id
-                    for node in ast.walk(ast.parse(source))
-                    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-                ]
-    return names
+    return config(**{**notebook_files.notebook_defaults(stem), **known})
 
 
 def load_parameters(path: str | Path) -> dict[str, Any]:
@@ -83,7 +37,7 @@ def load_parameters(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such file; the error lists the files that are there.
     """
     loader, nodes = _read_yaml(Path(path), "parameter")
-    refuse_unknown_keys(nodes, str(path))
+    notebook_files.refuse_unknown_keys(nodes, str(path))
     return {key: _scalar(loader, node, f"{path}: {key}") for key, node in nodes.items()}
 
 
@@ -103,7 +57,7 @@ def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
     if not nodes:
         raise ValueError(f"{path} must hold `key: [value, ...]` lines")
     swept = [key for key in TrialConfig.model_fields if key not in NEVER_IN_A_RESULT]
-    defaults, grid = notebook_defaults(TRAIN), {}
+    defaults, grid = notebook_files.notebook_defaults(TRAIN), {}
     for key, node in nodes.items():
         if key not in swept:
             raise ValueError(

@@ -151,4 +151,4 @@ NOTEBOOKS: dict[str, type[Config]] = {
     "07_published_claim": PublishedConfig,
 }
 
-PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN = NOTEBOOKS
+PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN, *_ = NOTEBOOKS

@@ -12,13 +12,13 @@ from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 
-from kd_utils.config import parameter_files
+from kd_utils.config import notebook_files
 from kd_utils.config.project_paths import CODE_ROOT
 
 PACKAGE = CODE_ROOT / "kd_utils"
 
 #: What reads parameters and takes these digests: the values themselves are part of every config.
-NOT_COUNTED = {"config.parameter_files", "records.source_code"}
+NOT_COUNTED = {"config.notebook_files", "config.parameter_files", "records.source_code"}
 
 
 def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
@@ -34,7 +34,7 @@ def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
     Returns:
         "notebooks/STEM.ipynb" and "kd_utils/MODULE.py" -> twelve hex digits.
     """
-    cells = json.loads(parameter_files.notebook_path(stem).read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(notebook_files.notebook_path(stem).read_text(encoding="utf-8"))["cells"]
     source = "\n".join(
         "".join(cell["source"])
         for cell in cells

@@ -20,7 +20,7 @@ from typing import Any
 from traitlets.config import Config
 
 from kd_utils.cluster.machines import unlike_the_sweeps
-from kd_utils.config import parameter_files, project_paths
+from kd_utils.config import notebook_files, project_paths
 from kd_utils.records import trial_record
 from kd_utils.records.source_code import changed_files, code_of
 from kd_utils.store.sealed import write_sealed
@@ -43,7 +43,7 @@ class NotebookFailed(RuntimeError):
 
 def injected(stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """Those of `parameters` that notebook `stem` declares and that differ from its defaults."""
-    defaults = parameter_files.notebook_defaults(stem)
+    defaults = notebook_files.notebook_defaults(stem)
     return {
         key: value
         for key, value in parameters.items()
@@ -88,7 +88,7 @@ def execute(
         # taken for fields.
         source, out = (
             str(path).replace("{", "{{").replace("}", "}}")
-            for path in (parameter_files.notebook_path(stem), aside)
+            for path in (notebook_files.notebook_path(stem), aside)
         )
         papermill.execute_notebook(
             source,
@@ -149,7 +149,7 @@ def keep_failure(target: Path, stem: str, cause: str, aside: Path | None = None)
     """
     failed = target.with_name(f"{target.stem}.failed.ipynb")
     # Nothing aside: it failed before papermill wrote anything, so the source stands for it.
-    source = parameter_files.notebook_path(stem)
+    source = notebook_files.notebook_path(stem)
     # One's own alone: a process whose sweep was killed may outlive it, and the next sweep's be at
     # this trial already.
     aside = next(

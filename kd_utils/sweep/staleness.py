@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_utils.cache.manifest import CacheError, find_cache, read_manifest
-from kd_utils.config import parameter_files, project_paths
+from kd_utils.config import notebook_files, parameter_files, project_paths
 from kd_utils.config.fields import teacher_weights
 from kd_utils.records import run_folder
 from kd_utils.records.source_code import changed_files, code_of
@@ -50,7 +50,7 @@ def made_of(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> r
             cache=(earlier.get("cache") or {}).get("content_hash", ""), code=code_of(TRAIN), **named
         )
     names = {
-        trial.parameters.get("student", parameter_files.notebook_defaults(TRAIN)["student"])
+        trial.parameters.get("student", notebook_files.notebook_defaults(TRAIN)["student"])
         for trial in trials
     }
     return run_folder.Made(

@@ -2,13 +2,8 @@
 
 import pytest
 
-from kd_utils.config.parameter_files import (
-    injected_names,
-    load_grid,
-    load_parameters,
-    notebook_config,
-    notebook_defaults,
-)
+from kd_utils.config.notebook_files import injected_names, notebook_defaults
+from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
 from kd_utils.config.project_paths import ROOT
 from kd_utils.config.stages import NOTEBOOKS
 

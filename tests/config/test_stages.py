@@ -11,7 +11,8 @@ import sys
 import pytest
 import yaml
 
-from kd_utils.config.parameter_files import notebook_config, notebook_defaults, notebook_path
+from kd_utils.config.notebook_files import notebook_defaults, notebook_path
+from kd_utils.config.parameter_files import notebook_config
 from kd_utils.config.project_paths import ROOT, project_path, run_label, short_path
 from kd_utils.config.stages import NOTEBOOKS, AnalysisConfig
 from kd_utils.config.trial import METHODS, TrialConfig

@@ -10,7 +10,7 @@ from tiny import all_terms, example_rows, tiny_llama
 
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.cache.writer import write_cache
-from kd_utils.config.parameter_files import notebook_defaults
+from kd_utils.config.notebook_files import notebook_defaults
 from kd_utils.config.trial import METHODS, TrialConfig
 from kd_utils.distill.batches import collate, split_batch
 from kd_utils.distill.logit_losses import Shared, forward_kl_top_k, span_kl

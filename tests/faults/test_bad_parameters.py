@@ -29,13 +29,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 from papermill.translators import PythonTranslator
 
 from kd_utils.__main__ import main
-from kd_utils.config import parameter_files, project_paths
-from kd_utils.config.parameter_files import (
-    injected_names,
-    load_grid,
-    load_parameters,
-    notebook_defaults,
-)
+from kd_utils.config import notebook_files, project_paths
+from kd_utils.config.notebook_files import injected_names, notebook_defaults
+from kd_utils.config.parameter_files import load_grid, load_parameters
 from kd_utils.config.stages import NOTEBOOKS
 from kd_utils.config.trial import TrialConfig
 from kd_utils.sweep import sweep
@@ -152,7 +148,7 @@ def fast_and_elsewhere(monkeypatch, tmp_path):
     machine's runs.
     """
     monkeypatch.setattr(
-        parameter_files, "notebook_defaults", functools.cache(parameter_files.notebook_defaults)
+        notebook_files, "notebook_defaults", functools.cache(notebook_files.notebook_defaults)
     )
     monkeypatch.setattr(project_paths, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -683,7 +679,7 @@ def test_one_real_execution_brings_every_string_through(tmp_path, tried):
     source = (
         "import json, kd_utils.config.parameter_files\n"
         f"values = {{name: globals()[name] for name in {list(values)!r}}}\n"
-        "names = kd_utils.config.parameter_files.injected_names(In)\n"
+        "names = kd_utils.config.notebook_files.injected_names(In)\n"
         "open('read.json', 'w').write(json.dumps([values, names]))"
     )
     nbformat.write(

@@ -19,7 +19,7 @@ from stubs import stub_project
 
 from kd_utils.__main__ import main
 from kd_utils.cache import manifest
-from kd_utils.config import parameter_files, project_paths
+from kd_utils.config import notebook_files, project_paths
 from kd_utils.records import environment, run_folder, source_code
 from kd_utils.records.check import check_run
 from kd_utils.store.sealed import write_sealed
@@ -76,7 +76,7 @@ TRIALS = [f"{method}_seed{seed}" for method in ("black_box", "attention") for se
 
 def execute_here(stem, target, parameters_, about, **_):
     """As `execution.execute`, in this process."""
-    notebook = json.loads(parameter_files.notebook_path(stem).read_text())
+    notebook = json.loads(notebook_files.notebook_path(stem).read_text())
     namespace = {}
     try:
         for cell in notebook["cells"]:
@@ -120,7 +120,7 @@ def home(tmp_path, monkeypatch):
             (tmp_path / "models" / name / file).write_text(file + name)
     monkeypatch.setattr(project_paths, "ROOT", tmp_path)
     monkeypatch.setattr(
-        parameter_files, "notebook_path", lambda stem: tmp_path / "notebooks" / f"{stem}.ipynb"
+        notebook_files, "notebook_path", lambda stem: tmp_path / "notebooks" / f"{stem}.ipynb"
     )
     monkeypatch.setattr(source_code, "PACKAGE", tmp_path / "kd_utils")
     imported = lru_cache(source_code._imported)  # five sweeps a test ask for the same

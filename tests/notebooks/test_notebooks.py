@@ -13,7 +13,7 @@ import nbformat
 import pandas as pd
 import pytest
 
-from kd_utils.config.parameter_files import notebook_path
+from kd_utils.config.notebook_files import notebook_path
 from kd_utils.config.project_paths import ROOT
 from kd_utils.config.stages import NOTEBOOKS
 from kd_utils.speed.floors import FLOORS

@@ -18,7 +18,8 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from kd_utils.config.parameter_files import load_parameters, notebook_path
+from kd_utils.config.notebook_files import notebook_path
+from kd_utils.config.parameter_files import load_parameters
 from kd_utils.config.project_paths import ROOT
 
 SMALL = {

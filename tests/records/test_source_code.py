@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from kd_utils.config import parameter_files, stages
+from kd_utils.config import stages
 from kd_utils.records import source_code
 from kd_utils.records.source_code import changed_files, code_of
 
@@ -38,7 +38,7 @@ def package(tmp_path, monkeypatch):
     gives its code.
     """
     monkeypatch.setattr(source_code, "PACKAGE", tmp_path / "kd_utils")
-    monkeypatch.setattr(parameter_files, "notebook_path", lambda stem: tmp_path / f"{stem}.ipynb")
+    monkeypatch.setattr(notebook_files, "notebook_path", lambda stem: tmp_path / f"{stem}.ipynb")
 
     def code(cells=(), start=None, modules=()):
         shutil.rmtree(tmp_path / "kd_utils", ignore_errors=True)
