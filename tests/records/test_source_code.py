@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from kd_utils.config import stages
+from kd_utils.config import notebook_files, stages
 from kd_utils.records import source_code
 from kd_utils.records.source_code import changed_files, code_of
 
