@@ -70,7 +70,7 @@ def teacher_terms_of(
     return terms.to(device)
 
 
-def student_layers(teachers: Iterable[TeacherTerms]) -> dict[str, set[int]]:
+def layers_needed(teachers: Iterable[TeacherTerms]) -> dict[str, set[int]]:
     """The layers that `forward_signals` must capture of the student, as its keyword arguments."""
     terms = [term for teacher in teachers for term in teacher.values()]
     return {

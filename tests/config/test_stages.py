@@ -333,6 +333,41 @@ def test_paths_start_at_the_root(tmp_path):
     assert short_path(ROOT / "runs" / "x") == "runs/x" and short_path(tmp_path) == str(tmp_path)
 
 
+def test_a_method_and_a_parameter_from_outside_change_no_other_trial():
+    """In a process of its own, as registration lasts as long as the process."""
+    code = """
+from typing import Annotated
+from kd_utils.config.fields import Layers, Weight
+from kd_utils.config.parameter_files import notebook_config
+from kd_utils.config.trial import METHODS, TrialConfig, UsedBy
+
+def fingerprint(**changes):
+    return notebook_config('03_train_student', changes).fingerprint()
+
+before = fingerprint()
+METHODS['relations'] = {'task': 'alpha', 'relation': 'gamma_relation'}
+TrialConfig.add_parameter('gamma_relation', Weight, 0.5)
+TrialConfig.add_parameter('relation_layers', Annotated[Layers, UsedBy('relation')], 'last')
+assert before == fingerprint() == fingerprint(gamma_relation=3.0, relation_layers='uniform')
+config = notebook_config('03_train_student', {'distill_type': 'relations'})
+assert config.weights == {'task': 1.0, 'relation': 0.5} and config.distils
+assert {'beta', 'temperature', 'paired_layers'} <= config.without_effect
+assert not {'gamma_relation', 'relation_layers', 'distill_tokens'} & config.without_effect
+new = {'distill_type': 'relations', 'relation_layers': 'uniform'}
+assert fingerprint(**new, paired_layers=2) != fingerprint(**new, paired_layers=3)
+namespace = {key: getattr(config, key) for key in type(config).model_fields} | {'seed': 4}
+del namespace['gamma_relation']
+assert TrialConfig.from_notebook(namespace).gamma_relation == 0.5
+try:
+    fingerprint(gamma_relation=-1)
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "gamma_relation = -1: Input should be greater than or equal to 0" in done.stdout
+
+
 def test_importing_the_package_is_cheap():
     code = (
         "import kd_utils.config, sys; heavy = {'torch', 'transformers', 'ray', 'pandas', "

@@ -14,7 +14,7 @@ from kd_utils.config.notebook_files import notebook_defaults
 from kd_utils.config.trial import METHODS, TrialConfig
 from kd_utils.distill.batches import collate, split_batch
 from kd_utils.distill.logit_losses import Shared, forward_kl_top_k, span_kl
-from kd_utils.distill.teacher_terms import TeacherTerms, student_layers, teacher_terms_of
+from kd_utils.distill.teacher_terms import TeacherTerms, layers_needed, teacher_terms_of
 from kd_utils.distill.terms.attention import AttentionMaps, head_mix
 from kd_utils.distill.terms.kd import KD
 from kd_utils.distill.training import loss_terms, weighted_sum
@@ -388,7 +388,7 @@ def test_the_chosen_layers_are_compared_and_no_other_is_read(tmp_path, changes):
     wanted = {f"hidden_{t}" if t < 4 else "hidden" for t, _ in hidden.pairs} | {"hidden"}
     wanted |= {f"attention_{t}" if t < 4 else "attention" for t, _ in attention.pairs}
     assert set(rows[0].signals) == wanted and teacher_terms["kd"].shared is None
-    batch, needed = collate(rows), student_layers([teacher_terms])
+    batch, needed = collate(rows), layers_needed([teacher_terms])
     assert needed == {
         "hidden_layers": {s for _, s in hidden.pairs},
         "map_layers": {s for _, s in attention.pairs},
