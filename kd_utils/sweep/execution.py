@@ -73,6 +73,7 @@ def execute(
     """
     import papermill
 
+    papermill.log.logger.setLevel("ERROR")  # it warns of a default with "=" in its text
     failed = target.with_name(f"{target.stem}.failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
     failed.unlink(missing_ok=True)
