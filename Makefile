@@ -82,13 +82,10 @@ types: setup ## mypy
 contract: setup ## import-linter: a room imports only from rooms below it
 	$(VENV)/bin/lint-imports
 
-# Whole files of tests go to JOBS processes: half of their time they wait, for Ray's start and for kernels. The second line
-# is Run All: notebooks 01 to 04, in order, with their own defaults, in a project root of its own (05 and 06 are executed by
-# tests, in small). One thread: on a busy machine two that wait for each other take many times as long.
+# Whole files of tests go to JOBS processes: half of their time they wait, for Ray's start and for kernels. tests/notebooks
+# has Run All of notebooks 01 to 04 with their own defaults.
 test: lint types contract smol-weights ## every test but the slow ones, notebooks included, in two processes (JOBS=N for N)
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "not ($(SLOW))"
-	@home=$$(mktemp -d) && trap 'rm -rf "$$home"' EXIT && KD_ROOT="$$home" OMP_NUM_THREADS=1 \
-		$(RUN) -m pytest --nbval-lax notebooks/0[1-4]*.ipynb
 
 test-slow: lm-eval smol-weights ## what make test leaves out: lm-evaluation-harness beside our scoring, and the long tours
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "$(SLOW)"
