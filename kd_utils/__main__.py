@@ -41,117 +41,48 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from kd_utils.analysis import tables
-    from kd_utils.config import project_paths
-    from kd_utils.config.parameter_files import load_grid, load_parameters
+    from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
+    from kd_utils.config.stages import TRAIN
     from kd_utils.records import check, run_folder
-    from kd_utils.sweep import planning, staleness, sweep
+    from kd_utils.sweep import planning, report
+    from kd_utils.sweep.sweep import Sweep
 
-    parameters, grid = load_parameters(options.parameters), load_grid(options.grid)
-    run_dir = (
-        Path(options.run_dir or planning.default_run_dir(parameters, options.grid))
-        .expanduser()
-        .absolute()
-    )
-    chosen = planning.select(planning.plan(parameters, grid, run_dir), options.only, grid)
+    values, lists = load_parameters(options.parameters), load_grid(options.grid)
+    run_dir = options.run_dir or planning.default_run_dir(values, options.grid)
+    planned = Sweep(values, lists, run_dir, options.only)
     if options.dry_run:
-        sweep.require_own(run_dir, parameters)
-        why = {
-            stem: staleness.why_to_run(stem, run_dir, parameters)
-            for stem in (planning.PREPARE, planning.CACHE)
-        }
-        for stem, reason in why.items():
-            print(f"{stem:<32} {f'to run: {reason}' if reason else 'done'}")
-        states = staleness.status(chosen, run_dir, parameters)
-        for name, state in states.items():
-            print(f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why))
-        done = sum(state.state == "done" for state in states.values())
-        print(
-            f"{done} of {len(states)} trials are done, {len(states) - done} to run; "
-            f"records: {project_paths.short_path(run_dir)}"
-        )
-        if done and any(why.values()):
-            print(
-                "If data or cache come out otherwise than they were, the trials that are done are "
-                "to run again too"
-            )
-        _print_reach(chosen)
+        print(*report.dry_run(planned), sep="\n")
         return 0
-    results = sweep.run_sweep(
-        parameters,
-        grid,
-        only=options.only,
-        run_dir=run_dir,
-        address=options.address,
-        cpus_per_trial=options.cpus_per_trial,
-        gpus_per_trial=options.gpus_per_trial,
-    )
-    analysed, verdict = "done" in set(results["status"]), run_dir / run_folder.VERDICT
-    print(
-        verdict.read_text(encoding="utf-8")
-        if analysed and verdict.exists()
-        else tables.coverage(results)
-    )
-    print(
-        f"Records: {project_paths.short_path(run_dir)}/ (one executed notebook per trial in "
-        f"trials/, {run_folder.SUMMARY}" + ", 04_analyse_results.ipynb" * analysed + ")"
-    )
-    for problem in check.differences(
-        run_dir, run_folder.trials_with_status(run_dir)
-    ):  # of a package, say, since upgraded
+
+    def executor() -> Any:
+        from kd_utils.sweep.ray_executor import ray_executor
+
+        device = notebook_config(TRAIN, values).device
+        return ray_executor(
+            options.address, options.cpus_per_trial, options.gpus_per_trial, device
+        )
+
+    results = planned.run(executor)
+    print(*report.outcome(planned, results), sep="\n")
+    trials = run_folder.trials_with_status(planned.run_dir)
+    for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say
         print(
-            f"warning: {problem}: remove those of one kind from trials/ and run again",
+            f"warning: {problem}: remove the trials of one kind from trials/ and run again",
             file=sys.stderr,
         )
-    of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
-    return 0 if (of_chosen["status"] == "done").all() else 1
-
-
-def _print_reach(trials: list[Any]) -> None:
-    """What these trials could show at best: a family too large for its pairs finds nothing, however
-    large it is.
-    """
-    import pandas as pd
-
-    from kd_utils.analysis import comparisons, stats, tables
-
-    planned = pd.DataFrame(
-        [
-            {
-                "trial": trial.trial,
-                "status": "done",
-                **{f"config/{key}": value for key, value in trial.swept.items()},
-            }
-            for trial in trials
-        ]
-    )
-    for row in comparisons.reach(tables.planned_trials(planned)).itertuples():
-        verdict = (
-            "can be significant"
-            if row.smallest_p < stats.ALPHA
-            else "CANNOT be significant: give more seeds"
-        )
-        print(
-            f"question {row.question}: {row.comparisons} comparisons of {row.pairs} pairs, "
-            f"smallest corrected p "
-            f"{row.smallest_p:.3f}, {verdict}"
-        )
+    chosen = results[results["trial"].isin([trial.trial for trial in planned.chosen])]
+    return 0 if (chosen["status"] == "done").all() else 1
 
 
 def bench(options: argparse.Namespace) -> int:
     from kd_utils.config import project_paths
     from kd_utils.config.parameter_files import load_parameters, notebook_config
-    from kd_utils.sweep.execution import execute, in_thread, injected
+    from kd_utils.sweep.execution import execute_stage
 
     parameters = load_parameters(options.parameters) if options.parameters else {}
     run_dir = project_paths.project_path(notebook_config(SPEED, parameters).run_dir)
     run_dir = Path(options.run_dir or run_dir).expanduser().absolute()
-    values = injected(SPEED, parameters | {"run_dir": project_paths.short_path(run_dir)})
-    in_thread(
-        lambda: execute(
-            SPEED, run_dir / f"{SPEED}.ipynb", values, dict, progress_bar=sys.stderr.isatty()
-        )
-    )
+    execute_stage(SPEED, run_dir, parameters | {"run_dir": project_paths.short_path(run_dir)})
     record = json.loads((run_dir / "speed.json").read_text(encoding="utf-8"))
     for key, value in record.items():
         if isinstance(value, float):
