@@ -1,200 +1,181 @@
-"""`python -m kd_utils`: sweep, bench, evaluate, verify, check. Exit: 0 well, 1 failed, 2 wrong
-input, 130 stopped.
+"""The command line, `python -m kd_utils`. Exit status: 0 well, 1 failed, 2 wrong input, 130
+stopped.
+
+A command is a function with `@app.command()`: its arguments are parsed from its signature, its
+first docstring line is the help, and it returns its exit status. It imports what it needs itself,
+so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-SPEED = "05_measure_speed"
+import typer
+from typer import Argument, Option
+
 INTERRUPTED = 130
 
-
-def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        from kd_utils.sweep.execution import NotebookFailed
-
-        if not isinstance(error, NotebookFailed):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        kept = (
-            "; what is done is kept: run the same command again to go on"
-            if options.run is sweep
-            else ""
-        )
-        print(f"\nstopped{kept}", file=sys.stderr)
-        return INTERRUPTED
+app = typer.Typer(
+    help="White-box distillation benchmark: sweeps of trials, and what checks their results.",
+    add_completion=False,
+)
 
 
-def sweep(options: argparse.Namespace) -> int:
-    from kd_utils.analysis import tables
-    from kd_utils.config import project_paths
-    from kd_utils.config.parameter_files import load_grid, load_parameters
+@app.command()
+def sweep(
+    parameters: Annotated[
+        Path, Argument(metavar="PARAMS.yaml", help="What differs from the notebooks' defaults.")
+    ],
+    grid: Annotated[
+        Path | None,
+        Option(metavar="FILE", help="Lists of values. Default: all methods times 7 seeds."),
+    ] = None,
+    only: Annotated[
+        str,
+        Option(
+            metavar="KEY=VALUES,...",
+            help="Run a part of the grid: distill_type=attention,seed=0-2 (several: seed=0-2+5).",
+        ),
+    ] = "",
+    run_dir: Annotated[
+        Path | None,
+        Option(
+            metavar="DIR",
+            help="Where the records go. Default: runs/NAME; runs/NAME-X with --grid grid-X.yaml.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None,
+        Option(metavar="HOST:PORT", help="A Ray cluster, or auto. Default: this machine."),
+    ] = None,
+    cpus_per_trial: Annotated[float, Option(metavar="N", help="CPUs reserved for a trial.")] = 1,
+    gpus_per_trial: Annotated[
+        float | None,
+        Option(metavar="N", help="Fractions too. Default: 1 where there is a GPU."),
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Only show the trials, and which are done.")
+    ] = False,
+) -> int:
+    """Run a parameter file times a grid; what is done is not run again."""
+    from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
+    from kd_utils.config.stages import TRAIN
     from kd_utils.records import check, run_folder
-    from kd_utils.sweep import planning, staleness, sweep
+    from kd_utils.sweep import planning, report
+    from kd_utils.sweep.sweep import Sweep
 
-    parameters, grid = load_parameters(options.parameters), load_grid(options.grid)
-    run_dir = (
-        Path(options.run_dir or planning.default_run_dir(parameters, options.grid))
-        .expanduser()
-        .absolute()
-    )
-    chosen = planning.select(planning.plan(parameters, grid, run_dir), options.only, grid)
-    if options.dry_run:
-        sweep.require_own(run_dir, parameters)
-        why = {
-            stem: staleness.why_to_run(stem, run_dir, parameters)
-            for stem in (planning.PREPARE, planning.CACHE)
-        }
-        for stem, reason in why.items():
-            print(f"{stem:<32} {f'to run: {reason}' if reason else 'done'}")
-        states = staleness.status(chosen, run_dir, parameters)
-        for name, state in states.items():
-            print(f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why))
-        done = sum(state.state == "done" for state in states.values())
-        print(
-            f"{done} of {len(states)} trials are done, {len(states) - done} to run; "
-            f"records: {project_paths.short_path(run_dir)}"
-        )
-        if done and any(why.values()):
-            print(
-                "If data or cache come out otherwise than they were, the trials that are done are "
-                "to run again too"
-            )
-        _print_reach(chosen)
+    values, lists = load_parameters(parameters), load_grid(grid)
+    planned = Sweep(values, lists, run_dir or planning.default_run_dir(values, grid), only)
+    if dry_run:
+        print(*report.dry_run(planned), sep="\n")
         return 0
-    results = sweep.run_sweep(
-        parameters,
-        grid,
-        only=options.only,
-        run_dir=run_dir,
-        address=options.address,
-        cpus_per_trial=options.cpus_per_trial,
-        gpus_per_trial=options.gpus_per_trial,
-    )
-    analysed, verdict = "done" in set(results["status"]), run_dir / run_folder.VERDICT
-    print(
-        verdict.read_text(encoding="utf-8")
-        if analysed and verdict.exists()
-        else tables.coverage(results)
-    )
-    print(
-        f"Records: {project_paths.short_path(run_dir)}/ (one executed notebook per trial in "
-        f"trials/, {run_folder.SUMMARY}" + ", 04_analyse_results.ipynb" * analysed + ")"
-    )
-    for problem in check.differences(
-        run_dir, run_folder.trials_with_status(run_dir)
-    ):  # of a package, say, since upgraded
+
+    def executor() -> Any:
+        from kd_utils.sweep.ray_executor import ray_executor
+
+        device = notebook_config(TRAIN, values).device
+        return ray_executor(address, cpus_per_trial, gpus_per_trial, device)
+
+    results = planned.run(executor)
+    print(*report.outcome(planned, results), sep="\n")
+    trials = run_folder.trials_with_status(planned.run_dir)
+    for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say
         print(
-            f"warning: {problem}: remove those of one kind from trials/ and run again",
+            f"warning: {problem}: remove the trials of one kind from trials/ and run again",
             file=sys.stderr,
         )
-    of_chosen = results[results["trial"].isin([trial.trial for trial in chosen])]
-    return 0 if (of_chosen["status"] == "done").all() else 1
+    chosen = results[results["trial"].isin([trial.trial for trial in planned.chosen])]
+    return 0 if (chosen["status"] == "done").all() else 1
 
 
-def _print_reach(trials: list[Any]) -> None:
-    """What these trials could show at best: a family too large for its pairs finds nothing, however
-    large it is.
-    """
-    import pandas as pd
-
-    from kd_utils.analysis import comparisons, stats, tables
-
-    planned = pd.DataFrame(
-        [
-            {
-                "trial": trial.trial,
-                "status": "done",
-                **{f"config/{key}": value for key, value in trial.swept.items()},
-            }
-            for trial in trials
-        ]
-    )
-    for row in comparisons.reach(tables.planned_trials(planned)).itertuples():
-        verdict = (
-            "can be significant"
-            if row.smallest_p < stats.ALPHA
-            else "CANNOT be significant: give more seeds"
-        )
-        print(
-            f"question {row.question}: {row.comparisons} comparisons of {row.pairs} pairs, "
-            f"smallest corrected p "
-            f"{row.smallest_p:.3f}, {verdict}"
-        )
-
-
-def bench(options: argparse.Namespace) -> int:
-    from kd_utils.config import project_paths
+@app.command()
+def bench(
+    parameters: Annotated[
+        Path | None,
+        Argument(metavar="PARAMS.yaml", help="Default: small shapes, for 2 CPU cores."),
+    ] = None,
+    run_dir: Annotated[
+        Path | None, Option(metavar="DIR", help="Where the record goes. Default: runs/bench.")
+    ] = None,
+) -> int:
+    """Measure the speed: execute notebook 05."""
     from kd_utils.config.parameter_files import load_parameters, notebook_config
-    from kd_utils.sweep.execution import execute, in_thread, injected
+    from kd_utils.config.project_paths import project_path, short_path
+    from kd_utils.config.stages import SPEED
+    from kd_utils.sweep.execution import execute_stage
 
-    parameters = load_parameters(options.parameters) if options.parameters else {}
-    run_dir = project_paths.project_path(notebook_config(SPEED, parameters).run_dir)
-    run_dir = Path(options.run_dir or run_dir).expanduser().absolute()
-    values = injected(SPEED, parameters | {"run_dir": project_paths.short_path(run_dir)})
-    in_thread(
-        lambda: execute(
-            SPEED, run_dir / f"{SPEED}.ipynb", values, dict, progress_bar=sys.stderr.isatty()
-        )
-    )
-    record = json.loads((run_dir / "speed.json").read_text(encoding="utf-8"))
-    for key, value in record.items():
+    values = load_parameters(parameters) if parameters else {}
+    folder = project_path(notebook_config(SPEED, values).run_dir)
+    folder = Path(run_dir or folder).expanduser().absolute()
+    execute_stage(SPEED, folder, values | {"run_dir": short_path(folder)})
+    for key, value in json.loads((folder / "speed.json").read_text(encoding="utf-8")).items():
         if isinstance(value, float):
             print(f"{key:<32} {value:.4g}")
-    print(
-        f"Record: {project_paths.short_path(run_dir)}/ (speed.json and {SPEED}.ipynb, with its "
-        f"charts)"
-    )
+    print(f"Record: {short_path(folder)}/ (speed.json and {SPEED}.ipynb, with its charts)")
     return 0
 
 
-def evaluate(options: argparse.Namespace) -> int:
+@app.command()
+def evaluate(
+    model_dir: Annotated[Path, Argument(metavar="MODEL_DIR")],
+    task: Annotated[str, Option(help="A task of kd_utils/data/tasks, such as sst2.")],
+    split: Annotated[str, Option(metavar="S")],
+    out: Annotated[Path, Option(metavar="FILE.parquet", help="Where the predictions go.")],
+    data_dir: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="A folder with the hub's files. Default: the hub."),
+    ] = None,
+    limit: Annotated[
+        int | None, Option(metavar="N", help="The first N rows (MMLU: of each subject).")
+    ] = None,
+    num_fewshot: Annotated[
+        int, Option(metavar="K", help="Solved examples before each prompt.")
+    ] = 0,
+    batch_size: Annotated[int, Option(metavar="N")] = 8,
+    max_new_tokens: Annotated[
+        int, Option(metavar="N", help="The longest answer of GSM8K (as lm-eval).")
+    ] = 256,
+    precision: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        Option(help="auto: bfloat16 autocast on a GPU, as trials do."),
+    ] = "float32",
+) -> int:
+    """Score a causal LM, with the prompts and the scoring of the trials."""
     from kd_utils.evaluation.scoring import evaluate_folder
 
     table = evaluate_folder(
-        options.model_dir,
-        options.task,
-        options.split,
-        options.out,
-        data_dir=options.data_dir,
-        limit=options.limit,
-        num_fewshot=options.num_fewshot,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        precision=options.precision,
+        model_dir,
+        task,
+        split,
+        out,
+        data_dir=data_dir,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        precision=precision,
         progress=True,
     )
-    print(
-        f"{options.task} {options.split}: accuracy {100 * table['correct'].mean():.2f} % of "
-        f"{len(table)} rows; "
-        f"written to {options.out}"
-    )
+    accuracy = 100 * table["correct"].mean()
+    print(f"{task} {split}: accuracy {accuracy:.2f} % of {len(table)} rows; written to {out}")
     return 0
 
 
-def verify(options: argparse.Namespace) -> int:
+@app.command()
+def verify(cache_dir: Annotated[Path, Argument(metavar="CACHE_DIR")]) -> int:
+    """Check everything in a teacher cache, and print what was checked."""
     from kd_utils.cache.manifest import CacheError
     from kd_utils.cache.verification import verify as verify_cache
 
-    if not options.cache_dir.is_dir():
-        raise FileNotFoundError(f"no cache folder {options.cache_dir}")
+    if not cache_dir.is_dir():
+        raise FileNotFoundError(f"no cache folder {cache_dir}")
     try:
-        report = verify_cache(options.cache_dir)
+        report = verify_cache(cache_dir)
     except CacheError as error:
         print(f"not whole: {error}", file=sys.stderr)
         return 1
@@ -202,109 +183,46 @@ def verify(options: argparse.Namespace) -> int:
     return 0
 
 
-def check(options: argparse.Namespace) -> int:
+@app.command()
+def check(run_dir: Annotated[Path, Argument(metavar="RUN_DIR")]) -> int:
+    """Say whether the records of a run are whole, or exactly what is wrong."""
     from kd_utils.records.check import check_run, count_done
 
-    problems = check_run(options.run_dir)
-    for problem in problems:
-        print(problem)
-    done, planned = count_done(options.run_dir)
-    print(f"{done} of {planned} trials whole" + (f"; {len(problems)} problems" if problems else ""))
+    problems = check_run(run_dir)
+    done, planned = count_done(run_dir)
+    whole = f"{done} of {planned} trials whole" + f"; {len(problems)} problems" * bool(problems)
+    print(*problems, whole, sep="\n")
     return 1 if problems else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m kd_utils", description="White-box distillation benchmark."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command, and return its exit status; an error is one line on stderr."""
+    command = typer.main.get_command(app)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    try:
+        with command.make_context("python -m kd_utils", given) as context:
+            return command.invoke(context)
+    except typer.Exit as done:  # --help
+        return done.exit_code
+    except typer.TyperException as error:
+        return _error(f"{error.format_message()} (see --help)", 2)
+    except (ValueError, OSError) as error:
+        return _error(error, 2)
+    except RuntimeError as error:
+        from kd_utils.sweep.execution import NotebookFailed
 
-    add = commands.add_parser(
-        "sweep", help="run a parameter file times a grid; only what is missing"
-    )
-    add.set_defaults(run=sweep)
-    add.add_argument(
-        "parameters", metavar="PARAMS.yaml", help="what differs from the notebooks' defaults"
-    )
-    add.add_argument(
-        "--grid", metavar="FILE", help="lists of values (default: all methods x 7 seeds)"
-    )
-    add.add_argument(
-        "--only",
-        default="",
-        metavar="KEY=VALUES,...",
-        help="run a part: distill_type=attention,seed=0-2 (several values: seed=0-2+5)",
-    )
-    add.add_argument(
-        "--run-dir",
-        metavar="DIR",
-        help="where the records go (default: runs/NAME, or runs/NAME-X with --grid grid-X.yaml)",
-    )
-    add.add_argument("--address", help="a Ray cluster (auto, or HOST:PORT); default: this machine")
-    add.add_argument("--cpus-per-trial", type=float, default=1, metavar="N")
-    add.add_argument(
-        "--gpus-per-trial",
-        type=float,
-        metavar="N",
-        help="fractions too (default: 1 where there is a GPU)",
-    )
-    add.add_argument(
-        "--dry-run", action="store_true", help="show the trials, and which are already done"
-    )
+        if not isinstance(error, NotebookFailed):
+            raise
+        return _error(error, 1)
+    except KeyboardInterrupt:
+        kept = "; what is done is kept: run the same command again to go on"
+        print("\nstopped" + kept * ("sweep" in given[:1]), file=sys.stderr)
+        return INTERRUPTED
 
-    add = commands.add_parser("bench", help="measure the speed: execute notebook 05")
-    add.set_defaults(run=bench)
-    add.add_argument(
-        "parameters",
-        metavar="PARAMS.yaml",
-        nargs="?",
-        help="default: small shapes, for 2 CPU cores",
-    )
-    add.add_argument("--run-dir", metavar="DIR", help="where the record goes (default: runs/bench)")
 
-    add = commands.add_parser(
-        "evaluate", help="score a causal LM folder, with prompts and scoring of the trials"
-    )
-    add.set_defaults(run=evaluate)
-    add.add_argument("model_dir", metavar="MODEL_DIR", type=Path)
-    add.add_argument(
-        "--data-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder with the hub's schema (default: the hub)",
-    )
-    add.add_argument("--task", required=True, metavar="TASK", help="a task of kd_utils/data/tasks")
-    add.add_argument("--split", required=True, metavar="S")
-    add.add_argument("--limit", type=int, metavar="N", help="the first N rows of each subject")
-    add.add_argument(
-        "--num-fewshot", type=int, default=0, metavar="K", help="solved examples before each prompt"
-    )
-    add.add_argument("--batch-size", type=int, default=8, metavar="N")
-    add.add_argument(
-        "--max-new-tokens",
-        type=int,
-        default=256,
-        metavar="N",
-        help="the longest generated answer (as lm-eval)",
-    )
-    add.add_argument(
-        "--precision",
-        default="float32",
-        choices=["auto", "float32", "bfloat16"],
-        help="auto: bfloat16 autocast on a GPU, as trials use",
-    )
-    add.add_argument("--out", required=True, type=Path, metavar="FILE.parquet")
-
-    add = commands.add_parser("verify", help="look at everything in a teacher cache")
-    add.set_defaults(run=verify)
-    add.add_argument("cache_dir", metavar="CACHE_DIR", type=Path)
-
-    add = commands.add_parser(
-        "check", help="say whether a run's records are whole, or exactly what is wrong"
-    )
-    add.set_defaults(run=check)
-    add.add_argument("run_dir", metavar="RUN_DIR", type=Path)
-    return parser
+def _error(message: object, status: int) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
 
 
 def _interrupt(*signal_and_frame: Any) -> None:
@@ -314,13 +232,9 @@ def _interrupt(*signal_and_frame: Any) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
     status = main()
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # too late to stop anything: the status is that of what was done
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if (
-        status == INTERRUPTED
-    ):  # Ray, interrupted while it starts, can crash the interpreter's own end
+    for number in (signal.SIGINT, signal.SIGTERM):  # too late to stop anything
+        signal.signal(number, signal.SIG_IGN)
+    if status == INTERRUPTED:  # Ray, interrupted while it starts, can crash the interpreter's end
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

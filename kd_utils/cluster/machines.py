@@ -1,6 +1,4 @@
-"""Ray, on this machine or a cluster: one task per trial, which executes 03 through papermill and
-yields its epochs.
-"""
+"""The machines of a Ray cluster: what they have, and whether they see the same files."""
 
 from __future__ import annotations
 
@@ -8,23 +6,18 @@ import math
 from collections import Counter
 from typing import Any
 
-from kd_utils.cluster.session import (
-    _in_words,
-)
+from kd_utils.cluster.session import in_words
 from kd_utils.config import project_paths
 from kd_utils.store.files import sha256_file
 
-NODES_SECONDS = (
-    120  # for every machine to say what it sees: it has to unpack and import the code first
-)
+NODES_SECONDS = 120  # for every machine to answer: it has to unpack and import the code first
 
 
-def require_same_view(seen: dict[str, str], cpus: float = 0, gpus: float = 0) -> None:
-    """Ask every machine that can run a trial whether it sees the files that trials read and write
-    as they are here.
+def require_same_view(files: dict[str, str], cpus: float = 0, gpus: float = 0) -> None:
+    """Ask every machine that can run a trial whether it sees the sweep's files as they are here.
 
     Args:
-        seen: path under the project's root -> SHA-256 (`execution.unlike_the_sweeps`).
+        files: path under the project's root -> SHA-256.
         cpus, gpus: of a trial. A machine that has less, as the head of many clusters, needs no
             shared folder.
 
@@ -34,44 +27,59 @@ def require_same_view(seen: dict[str, str], cpus: float = 0, gpus: float = 0) ->
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    look = ray.remote(num_cpus=0, max_retries=0)(unlike_the_sweeps)
+    look = ray.remote(num_cpus=0, max_retries=0)(problem_with_files)
     asked = {
         look.options(
             scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        ).remote(seen): node
+        ).remote(files): node
         for node in _able(ray.nodes(), cpus, gpus)
     }
     answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS)
-    there, problems = {node["NodeID"] for node in _able(ray.nodes(), cpus, gpus)}, []
-    for ref, node in asked.items():
+    present, problems = [node["NodeID"] for node in _able(ray.nodes(), cpus, gpus)], []
+    for answer, node in asked.items():
         try:
-            problem = ray.get(ref) if ref in answered else "does not answer"
+            problem = ray.get(answer) if answer in answered else "does not answer"
         except ray.exceptions.RayError as error:
-            problem = f"cannot run this code ({_in_words(error)})"
-        if (
-            problem and node["NodeID"] in there
-        ):  # one that was lost in the meantime is in nobody's way
+            problem = f"cannot run this code ({in_words(error)})"
+        if problem and node["NodeID"] in present:  # a machine lost meanwhile is no obstacle
             problems.append(f"node {node['NodeManagerAddress']}: {problem}")
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise ValueError(
-            "; ".join(problems[:4])
-            + more
-            + ". All nodes must see one folder: run from a checkout on it, "
-            "or set KD_ROOT to it (on a node that sees it elsewhere, before `ray start` there)"
+            f"{'; '.join(problems[:4])}{more}. All nodes must see one folder: run from a checkout "
+            "on it, or set KD_ROOT to it (on a node that sees it elsewhere, before `ray start` "
+            "there)"
         )
+
+
+def problem_with_files(files: dict[str, str]) -> str:
+    """The first file that this machine does not see as the sweep does, in one line; "" if none.
+
+    Args:
+        files: path under the project's root -> SHA-256 of the file as the sweep saw it.
+    """
+    for path, checksum in files.items():
+        place = project_paths.project_path(path)
+        try:
+            if sha256_file(place) != checksum:
+                return f"{place} differs from the file that the sweep sees"
+        except OSError as error:
+            return f"{place}: {error.strerror}"
+    return ""
 
 
 def fitting_gpus(
     nodes: list[dict[str, Any]], cpus: float, gpus: float | None, device: str = "auto"
 ) -> float:
-    """GPUs per trial (default: one where any node has one); an error when no node could ever run a
-    trial.
+    """Decide how many GPUs a trial gets: by default one where any machine has one.
 
     Args:
         nodes: `ray.nodes()`.
-        cpus, gpus: asked for; no GPUs given: decided here.
+        cpus, gpus: asked for; `gpus` None: decided here.
         device: the trials' parameter: "cuda" needs a GPU, "cpu" none.
+
+    Raises:
+        ValueError: no machine could ever run a trial.
     """
     if gpus is None:
         gpus = 1 if device != "cpu" and _able(nodes, 0, 1) else 0
@@ -79,31 +87,30 @@ def fitting_gpus(
         f"{node['Resources'].get('CPU', 0):g} CPUs and {node['Resources'].get('GPU', 0):g} GPUs"
         for node in _able(nodes, 0, 0)
     )
-    there = "; ".join(
+    machines = "; ".join(
         f"{number} x {kind}" if number > 1 else kind for kind, number in kinds.items()
     )
     if any(not 0 <= n < math.inf or 0 < n < 1e-4 for n in (cpus, gpus)) or gpus > 1 and gpus % 1:
         raise ValueError(
-            f"a trial cannot ask for {cpus:g} CPUs and {gpus:g} GPUs: give 0, or 0.0001 and more, "
-            f"and of "
-            "more than one GPU a whole number"
+            f"a trial cannot ask for {cpus:g} CPUs and {gpus:g} GPUs: give 0 or at least 0.0001, "
+            "and more than one GPU only as a whole number"
         )
     if device.startswith("cuda") and gpus <= int(device.partition(":")[2] or 0):
         raise ValueError(
-            f"device = {device!r}, but a trial gets {gpus:g} GPUs (the machines have: {there}): "
-            f"set "
-            "device to 'auto' or 'cpu', or ask for more with --gpus-per-trial where there are more"
+            f"device = {device!r}, but a trial gets {gpus:g} GPUs (the machines have: {machines}): "
+            "set device to 'auto' or 'cpu', or ask for more with --gpus-per-trial where there are "
+            "more"
         )
     if not _able(nodes, cpus, gpus):
         raise ValueError(
-            f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, but the machines have: {there}; "
+            f"a trial asks for {cpus:g} CPUs and {gpus:g} GPUs, but the machines have: {machines}; "
             "ask for less with --cpus-per-trial or --gpus-per-trial"
         )
     return gpus
 
 
 def _able(nodes: list[dict[str, Any]], cpus: float, gpus: float) -> list[dict[str, Any]]:
-    """The machines that are there and have so much, in use or not."""
+    """The machines that are alive and have that much, in use or not."""
     return [
         node
         for node in nodes
@@ -111,20 +118,3 @@ def _able(nodes: list[dict[str, Any]], cpus: float, gpus: float) -> list[dict[st
         and node["Resources"].get("CPU", 0) >= cpus
         and node["Resources"].get("GPU", 0) >= gpus
     ]
-
-
-def unlike_the_sweeps(seen: dict[str, str]) -> str:
-    """How this machine sees the shared folder otherwise than the sweep does, in one line; "" if it
-    does not.
-
-    Args:
-        seen: path under the project's root -> SHA-256 of the file there, as the sweep saw it.
-    """
-    for path, checksum in seen.items():
-        place = project_paths.project_path(path)
-        try:
-            if sha256_file(place) != checksum:
-                return f"{place} is not the sweep's: another content"
-        except OSError as error:
-            return f"{place}: {error.strerror}"
-    return ""

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 
+def say(text: str) -> None:
+    """Print a line to stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class Progress:
-    """Counts a sweep's trials as they start, report an epoch, end or fail, and shows it.
+    """Counts the trials of a sweep as they start, report an epoch, end or fail, and shows it.
 
     Args:
         planned: trial name -> its number of epochs, for the trials to run now.
@@ -40,41 +46,40 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.stop()
-            self._live = None
 
     def started(self, trial: str) -> None:
         if not (self.running or self.done or self.failed):
-            self.began = time.monotonic()  # Ray's own start is over now
+            self.began = time.monotonic()  # the executor's own start is over now
         self.running[trial] = {}
 
     def reported(self, trial: str, row: dict[str, Any]) -> None:
         self.running[trial] = row
-        self._say(f"{trial}: {self._epoch(trial)}", lasting=False)
+        if self._live is None:  # the table shows it
+            self._line(trial, self._epoch(trial))
 
     def finished(self, trial: str) -> None:
         self.done.append(trial)
-        last = self.running.pop(trial, {})
-        self._say(f"{trial}: done{_accuracy(last)}")
+        self._line(trial, f"done{_accuracy(self.running.pop(trial, {}))}")
 
-    def lost(self, trial: str, why: str) -> None:
+    def restarted(self, trial: str, number: int, most: int) -> None:
         self.running.pop(trial, None)
-        self._say(f"{trial}: {why}")
+        self._line(trial, f"its process or machine was lost; starting again ({number} of {most})")
 
     def broke(self, trial: str, cause: str) -> None:
         self.running.pop(trial, None)
         self.failed.append(trial)
-        self._say(f"{trial}: FAILED: {cause}")
+        self._line(trial, f"FAILED: {cause}")
 
     def say(self, text: str) -> None:
-        """A line of its own, above the table where there is one."""
+        """Print a line of its own, above the table where there is one."""
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def seconds_left(self) -> float | None:
-        """Time since the first trial, scaled by the epochs still to do over those done; None before
-        the first epoch.
+        """Time since the first trial, scaled by the epochs to do over those done; None before the
+        first epoch.
         """
         total = sum(self.planned.values())
         ended = sum(self.planned[trial] for trial in self.done + self.failed)
@@ -90,11 +95,8 @@ class Progress:
         seconds = self.seconds_left()
         return counts if seconds is None else f"{counts}, about {_duration(seconds)} left"
 
-    def _say(self, text: str, lasting: bool = True) -> None:
-        if self._live is None:
-            self.say(f"[{self.summary()}] {text}")
-        elif lasting:
-            self.say(text)
+    def _line(self, trial: str, text: str) -> None:
+        self.say(f"{trial}: {text}" if self._live else f"[{self.summary()}] {trial}: {text}")
 
     def _epoch(self, trial: str) -> str:
         row = self.running[trial]
@@ -117,8 +119,5 @@ def _accuracy(row: dict[str, Any]) -> str:
     return "" if value is None else f", validation accuracy {100 * value:.1f} %"
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+def _duration(seconds: float) -> timedelta:
+    return timedelta(seconds=round(seconds))  # shown as hours:minutes:seconds

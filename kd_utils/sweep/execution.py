@@ -1,5 +1,5 @@
-"""Notebooks executed through papermill: beside their place, then renamed; a failed one is kept with
-its traceback.
+"""Execute notebooks through papermill: written aside, then renamed into place when they ran to
+their end.
 
 An executed notebook gets `metadata.kd_utils`: what it was executed for, or why it failed, and its
 seal.
@@ -9,32 +9,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from traitlets.config import Config
 
-from kd_utils.cluster.machines import unlike_the_sweeps
 from kd_utils.config import notebook_files, project_paths
-from kd_utils.records import trial_record
-from kd_utils.records.source_code import changed_files, code_of
 from kd_utils.store.sealed import write_sealed
 
 POLL_SECONDS = 0.2
 
-# for a kernel to start, or to send an output: papermill's 60 and 4 are short beside 27 others
+#: For a kernel to start or to send an output: papermill's 60 and 4 are too short beside 27 others.
 KERNEL_SECONDS = 300
 
 
 class NotebookFailed(RuntimeError):
-    """A notebook that did not run to its end: the `cause` in one line, and whether the notebook is
-    `kept`.
-    """
+    """A notebook did not run to its end: the `cause` in one line, and whether it was `kept`."""
 
     def __init__(self, stem: str, cause: str, kept: str = "") -> None:
         super().__init__(f"{stem} failed: {cause}" + f" (notebook kept: {kept})" * bool(kept))
@@ -51,6 +50,20 @@ def injected(stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def execute_stage(
+    stem: str,
+    run_dir: Path,
+    parameters: dict[str, Any],
+    about: Callable[[], dict[str, Any]] = dict,
+) -> None:
+    """Execute notebook `stem` into `run_dir`, with a progress bar in a terminal (see `execute`)."""
+    values, target = injected(stem, parameters), run_dir / f"{stem}.ipynb"
+    os.environ["KD_ROOT"] = str(project_paths.ROOT)
+    bar = sys.stderr.isatty()
+    for _ in in_thread(lambda: execute(stem, target, values, about, progress_bar=bar)):
+        pass
+
+
 def execute(
     stem: str,
     target: Path,
@@ -59,231 +72,133 @@ def execute(
     *,
     progress_bar: bool = False,
 ) -> None:
-    """Execute notebook `stem`, aside, and rename it to `target` when it ran to its end.
+    """Execute notebook `stem` aside, and rename it to `target` when it ran to its end.
 
     Args:
-        target: where the executed notebook goes; a failed one goes to `<target's
-            stem>.failed.ipynb` beside it.
+        target: where the executed notebook goes. One that failed goes to `TARGET.failed.ipynb`.
         parameters: what papermill injects.
-        about: called after the last cell; its dict becomes `metadata.kd_utils`. A ValueError from
-            it is a failure too.
+        about: called after the last cell; its dict becomes `metadata.kd_utils`. When it raises, the
+            notebook has failed.
 
     Raises:
-        NotebookFailed: a cell raised, the kernel died, or `about` refused.
+        NotebookFailed: a cell raised, the kernel died, or `about` raised.
     """
     import papermill
 
-    papermill.log.logger.setLevel("ERROR")  # it warns of a default with "=" in its text
-    failed = target.with_name(f"{target.stem}.failed.ipynb")
     target.parent.mkdir(parents=True, exist_ok=True)
-    failed.unlink(missing_ok=True)
-    for leftover in target.parent.glob(
-        f".{target.stem}.partial-*"
-    ):  # of an execution that was killed
+    _failed(target).unlink(missing_ok=True)
+    for leftover in target.parent.glob(f".{target.stem}.partial-*"):  # of a killed execution
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     aside = target.with_name(f".{target.stem}.partial-{os.getpid()}.ipynb")
     sockets = tempfile.TemporaryDirectory(prefix="kd-", ignore_cleanup_errors=True)
+    # papermill formats both paths, so that braces in a folder's name would be taken for fields.
+    source, out = (
+        str(path).replace("{", "{{").replace("}", "}}")
+        for path in (notebook_files.notebook_path(stem), aside)
+    )
     try:
-        # The kernel starts beside the code, so that on a cluster it imports what travelled, not the
-        # shared folder's. papermill formats both paths, so that braces in a folder's name would be
-        # taken for fields.
-        source, out = (
-            str(path).replace("{", "{{").replace("}", "}}")
-            for path in (notebook_files.notebook_path(stem), aside)
-        )
         papermill.execute_notebook(
             source,
             out,
             parameters,
+            # On a cluster the kernel imports the code that travelled, not the shared folder's.
             cwd=project_paths.CODE_ROOT,
             kernel_name="python3",
             progress_bar=progress_bar,
             **kernel_settings(sockets.name),
             coalesce_streams=True,  # of a progress bar the last state is kept
-            # All is on disk by then, and torch takes a second to leave by itself.
+            # Everything is on disk by then, and torch takes a second to leave by itself.
             shutdown_kernel="immediate",
             extra_arguments=["--log-level=CRITICAL"],
         )
         _finish(aside, target, stem, about())
+        aside.unlink()
     except Exception as error:
         cause = _cause(error)
         kept = keep_failure(target, stem, cause, aside)
-        raise NotebookFailed(
-            target.stem, cause, project_paths.short_path(failed) if kept else ""
-        ) from None
+        where = project_paths.short_path(_failed(target)) if kept else ""
+        raise NotebookFailed(target.stem, cause, where) from None
     finally:
         sockets.cleanup()
 
 
 def kernel_settings(folder: str) -> dict[str, Any]:
-    """How papermill talks to its kernel: with patience, and through sockets in `folder`, which only
-    their owner reads.
+    """How papermill talks to its kernel: patiently, and through sockets in `folder`, which only
+    their owner can read.
 
-    TCP ports, the default, are chosen first and bound by the kernel later: of kernels that start
-    side by side on a machine two may choose one port, and the later dies. Where there can be no
-    socket, it is left at ports: the path may be too long, or the file system of a kind that has
-    none.
+    By default it uses TCP ports, which are chosen first and bound by the kernel later: of kernels
+    that start side by side two may choose the same port, and the later one dies. Ports remain where
+    there can be no socket: the path is too long, or the file system has none.
     """
     patience = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
     connection = os.path.join(folder, "kernel.json")
     try:
         with socket.socket(socket.AF_UNIX) as probe:
-            probe.bind(f"{connection}-probe")  # longer than theirs
+            probe.bind(f"{connection}-probe")  # a longer name than any of the kernel's sockets
     except (OSError, AttributeError):
         return patience
-    return {
-        **patience,
-        "config": Config(KernelManager={"transport": "ipc", "connection_file": connection}),
-    }
+    sockets = {"transport": "ipc", "connection_file": connection}
+    return {**patience, "config": Config(KernelManager=sockets)}
 
 
 def keep_failure(target: Path, stem: str, cause: str, aside: Path | None = None) -> bool:
-    """Put what there is of a failed execution to `<target's stem>.failed.ipynb`, with the cause in
-    its metadata.
+    """Keep a failed execution as `TARGET.failed.ipynb`, with the cause in its metadata.
 
     Args:
-        aside: where papermill wrote, as far as it came; None: of a process that is gone, so it is
-            looked for.
+        aside: what papermill wrote so far. None: the process is gone, and its file is looked for. A
+            process must name its own file: one whose sweep was killed may outlive it, while the
+            next sweep already runs the same trial.
 
     Returns:
-        Whether that could be done: the disk may be full.
+        Whether the notebook was kept: the disk may be full.
     """
-    failed = target.with_name(f"{target.stem}.failed.ipynb")
-    # Nothing aside: it failed before papermill wrote anything, so the source stands for it.
-    source = notebook_files.notebook_path(stem)
-    # One's own alone: a process whose sweep was killed may outlive it, and the next sweep's be at
-    # this trial already.
-    aside = next(
-        (
-            target.parent.glob(f".{target.stem}.partial-*.ipynb")
-            if aside is None
-            else filter(Path.exists, [aside])
-        ),
-        source,
-    )
+    asides = [aside] if aside else target.parent.glob(f".{target.stem}.partial-*.ipynb")
+    written = list(filter(Path.exists, asides))[:1]
     try:
-        try:
-            _finish(aside, failed, stem, {"failure": cause})
-        except ValueError:  # killed while papermill wrote it
-            _finish(source, failed, stem, {"failure": cause})
+        # The source notebook stands in for a file that is missing or half written.
+        for notebook in (*written, notebook_files.notebook_path(stem)):
+            with suppress(ValueError):
+                _finish(notebook, _failed(target), stem, {"failure": cause})
+                return True
     except OSError:
         return False
     finally:
-        if aside != source:
-            aside.unlink(missing_ok=True)
-    return True
+        for path in written:
+            path.unlink(missing_ok=True)
+    return False
 
 
-class InThread:
-    """Work in a thread of its own, waited for in steps.
+def in_thread(work: Callable[[], None]) -> Iterator[None]:
+    """Run `work` in a thread: yields every moment while it runs and once after its end, and then
+    raises what it raised.
 
-    papermill in the main thread takes Ctrl-C for itself; from a thread it reaches the waiting
-    caller, and the kernel ends with its parent process.
+    In the main thread papermill catches Ctrl-C itself. From here it reaches the waiting caller, and
+    the kernel ends with its parent process.
     """
+    result: Future[None] = Future()
 
-    def __init__(self, work: Callable[[], None]) -> None:
-        self._work, self._raised = work, None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            self._work()
+            result.set_result(work())
         except BaseException as error:
-            self._raised = error
+            result.set_exception(error)
 
-    def goes_on(self) -> bool:
-        """Wait for a moment; whether the work goes on. What it raised is raised here."""
-        self._thread.join(POLL_SECONDS)
-        if not self._thread.is_alive() and self._raised:
-            raise self._raised
-        return self._thread.is_alive()
-
-
-def in_thread(work: Callable[[], None]) -> None:
-    """Run `work` in a thread and wait for its end (see `InThread`)."""
-    running = InThread(work)
-    while running.goes_on():
-        pass
+    threading.Thread(target=run, daemon=True).start()
+    while wait([result], POLL_SECONDS).not_done:
+        yield
+    yield
+    result.result()
 
 
-def execute_trial(
-    trial: dict[str, Any], run_dir: Path, threads: int, seen: dict[str, str]
-) -> Iterator[dict[str, Any]]:
-    """One trial: notebook 03 executed into `RUN_DIR/trials`.
-
-    Args:
-        trial: its entry of `sweep.json`, with `parameters`, what is injected, and `code`, which it
-            must be.
-        threads: for torch and what is below it, so that trials side by side do not fight for cores.
-        seen: files that must be here as the sweep saw them (`unlike_the_sweeps`).
-
-    Yields:
-        Each epoch's metrics, as the notebook tells of it.
-
-    Raises:
-        NotebookFailed: it did not run to its end, or did not leave the record that the plan
-            expects.
-    """
-    stem, folder = "03_train_student", run_dir / "trials" / trial["trial"]
-    target = folder.with_name(f"{trial['trial']}.ipynb")
-
-    def about() -> dict[str, Any]:
-        metrics = trial_record.read_record(folder)
-        if metrics["config_hash"] != trial["config_hash"]:
-            raise ValueError(
-                f"its record has config {metrics['config_hash']}, the plan {trial['config_hash']}"
-            )
-        if files := changed_files(
-            metrics.get("code", {}), trial["code"]
-        ):  # it may have run the one and noted the other
-            raise ValueError(f"the code changed while it ran ({files}): run the same command again")
-        return {
-            "trial": trial["trial"],
-            "config_hash": trial["config_hash"],
-            "record": metrics["checksums"]["sha256"],
-        }
-
-    problem = unlike_the_sweeps(seen)
-    if files := changed_files(code_of(stem), trial["code"]):
-        problem = f"the code changed since the sweep began ({files}): run the same command again"
-    if problem:  # kept where the sweep is: here may be another folder
-        raise NotebookFailed(target.stem, problem)
-    with tempfile.TemporaryDirectory(prefix="kd-") as scratch:
-        progress = Path(scratch) / "epochs.jsonl"
-        os.environ.update(
-            KD_PROGRESS=str(progress),
-            KD_ROOT=str(project_paths.ROOT),
-            TOKENIZERS_PARALLELISM="false",
-            OMP_NUM_THREADS=str(threads),
-            MKL_NUM_THREADS=str(threads),
-        )
-        rows = _new_rows(progress)
-        running = InThread(lambda: execute(stem, target, trial["parameters"], about))
-        goes_on = True
-        while goes_on:
-            goes_on = running.goes_on()
-            for row in next(
-                rows
-            ):  # no `yield from`: Ray sends to its generators, and a list takes nothing
-                yield row
-
-
-def _new_rows(path: Path) -> Iterator[list[dict[str, Any]]]:
-    """At each step, the JSON lines that were added to the file since the last."""
-    read = 0
-    while True:
-        data = path.read_bytes()[read:] if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        read += len(whole)
-        yield [json.loads(line) for line in whole.splitlines()]
+def _failed(target: Path) -> Path:
+    return target.with_name(f"{target.stem}.failed.ipynb")
 
 
 def _finish(aside: Path, target: Path, stem: str, about: dict[str, Any]) -> None:
-    """Give an executed notebook its metadata and its seal, and rename it into place."""
+    """Write an executed notebook to `target`, with its metadata and its seal."""
     notebook = json.loads(aside.read_text(encoding="utf-8"))
     metadata = notebook["metadata"]
-    if "papermill" in metadata:  # papermill wrote this machine's paths, and the name aside
+    if "papermill" in metadata:  # papermill wrote paths of this machine, and the name aside
         inside = target.is_relative_to(project_paths.ROOT)
         metadata["papermill"] |= {
             "input_path": f"notebooks/{stem}.ipynb",
@@ -291,26 +206,15 @@ def _finish(aside: Path, target: Path, stem: str, about: dict[str, Any]) -> None
         }
     metadata["kd_utils"] = about
     write_sealed(target, notebook, "metadata.kd_utils")
-    if aside.name.startswith("."):
-        aside.unlink()
 
 
 def _cause(error: Exception) -> str:
-    """An error in one line; papermill's own text holds the whole traceback, which the notebook
-    keeps.
-    """
-    if hasattr(error, "ename"):
+    """An error in one line; the traceback in papermill's own text is kept in the notebook."""
+    text = f"{type(error).__name__}: {error}"
+    if hasattr(error, "ename"):  # raised in a cell
         text = f"{error.ename}: {error.evalue}"
-        if (
-            "OutOfMemory" in error.ename
-            or error.ename.endswith("MemoryError")
-            or "can't allocate memory" in text
-        ):
+        if re.search(r"OutOfMemory|MemoryError: |can't allocate memory", text):
             text = f"out of memory, lower micro_batch_size and eval_batch_size ({text})"
-    elif type(error).__name__ == "DeadKernelError" or str(error).startswith(
-        "Kernel died"
-    ):  # or while it started
+    elif text.startswith("DeadKernelError") or str(error).startswith("Kernel died"):
         text = "the kernel died: killed, or out of memory"
-    else:
-        text = f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:500]

@@ -1,116 +1,87 @@
-"""Ray, on this machine or a cluster: one task per trial, which executes 03 through papermill and
-yields its epochs.
-"""
+"""Ray as the executor of a sweep: a task for each trial, on this machine or a cluster."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any
 
-from kd_utils.cluster.session import (
-    RESTARTS,
-    _in_words,
-    _was_lost,
-)
-from kd_utils.config import project_paths
-from kd_utils.sweep.display import Progress
-from kd_utils.sweep.execution import NotebookFailed, execute_trial, keep_failure
+import ray
+
+from kd_utils.cluster.machines import fitting_gpus, require_same_view
+from kd_utils.cluster.session import in_words, ray_running, was_lost
+from kd_utils.sweep.display import say
+from kd_utils.sweep.executor import Executor, Job, Report, execute_trial
 
 WAIT_SECONDS = 0.5  # between two looks at what the trials report: Ctrl-C is answered within it
 
 
-def run_trials(
-    trials: dict[str, dict[str, Any]],
-    run_dir: Path,
-    progress: Progress,
-    *,
-    cpus: float,
-    gpus: float,
-    seen: dict[str, str],
-) -> None:
-    """Run trials on the Ray that is running, as many side by side as fit; one that fails does not
-    stop others.
-
-    A trial whose process or machine is lost starts again elsewhere, `RESTARTS` times at the most.
+@contextmanager
+def ray_executor(
+    address: str | None, cpus: float, gpus: float | None, device: str
+) -> Iterator[Executor]:
+    """Ray for as long as the block runs, and RAY_ADDRESS for 02 to run its teacher there.
 
     Args:
-        trials: name -> its entry of `sweep.json`.
-        run_dir: where the records go.
-        progress: told of every start, epoch, end and failure.
-        cpus, gpus: what Ray reserves for a trial, fractions too.
-        seen: files that every trial must see as they are here (`execution.unlike_the_sweeps`).
+        address: of a Ray cluster whose nodes see the project's root at the same path (or KD_ROOT);
+            None: this machine.
+        cpus, gpus: reserved for each trial, fractions too; `gpus` None: one where there is one.
+        device: the trials' parameter.
 
     Raises:
-        OSError: Ray itself ended; of trials that were not done nothing is said to have failed.
+        ValueError: no cluster answers, or none of its machines has what a trial asks for.
     """
-    import ray
+    say("Ray is starting")
+    with ray_running(address):
+        os.environ["RAY_ADDRESS"] = address or "local"
+        yield RayExecutor(cpus, fitting_gpus(ray.nodes(), cpus, gpus, device))
 
-    place = project_paths.short_path(run_dir)  # a node may have its own root
 
-    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-    def run(trial: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        # No pickled exception: one line is enough, and it must not need this code's classes where
-        # it is read.
-        try:
-            yield {"started": True}
-            for row in execute_trial(
-                trial, project_paths.project_path(place), max(1, int(cpus)), seen
-            ):
-                yield row
-        except NotebookFailed as error:
-            yield {"failure": error.cause, "kept": error.kept}
+class RayExecutor:
+    """Runs jobs as tasks on the Ray that is running, as many side by side as fit.
 
-    running = {run.options(name=name).remote(trial): name for name, trial in trials.items()}
-    restarts = dict.fromkeys(trials, 0)
-    while running:
+    Args:
+        cpus, gpus: reserved for each job, fractions too.
+    """
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        self.cpus, self.gpus = cpus, gpus
+        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(execute_trial)
+        self._streams: dict[Any, str] = {}
+
+    def require_same_view(self, files: dict[str, str]) -> None:
+        require_same_view(files, self.cpus, self.gpus)
+
+    def submit(self, job: Job) -> None:
+        stream = self._task.options(name=job.name).remote(job, max(1, int(self.cpus)))
+        self._streams[stream] = job.name
+
+    def reports(self) -> Iterator[Report]:
+        streams = list(self._streams)
         ready, _ = ray.wait(
-            list(running), num_returns=len(running), timeout=WAIT_SECONDS, fetch_local=False
+            streams, num_returns=len(streams), timeout=WAIT_SECONDS, fetch_local=False
         )
         for stream in ready:
-            name, row = running[stream], _next_row(stream)
-            if "started" in row:
-                progress.started(name)
-            elif "ended" in row:
-                del running[stream]
-                progress.finished(name)
-            elif "failure" not in row:
-                progress.reported(name, row)
-            else:
-                del running[stream]
-                if row.get("lost") and restarts[name] < RESTARTS:
-                    restarts[name] += 1
-                    progress.lost(
-                        name,
-                        f"its process or machine was lost; starting again ({restarts[name]} of "
-                        f"{RESTARTS})",
-                    )
-                    running[run.options(name=name).remote(trials[name])] = name
-                    continue
-                if not row[
-                    "kept"
-                ]:  # the process was killed, or its machine does not see the run's folder
-                    keep_failure(
-                        run_dir / "trials" / f"{name}.ipynb", "03_train_student", row["failure"]
-                    )
-                progress.broke(name, row["failure"])
+            report = _next_report(stream, self._streams[stream])
+            if report.kind in ("ended", "failed", "lost"):
+                del self._streams[stream]
+            yield report
+
+    def cancel(self) -> None:
+        for stream in self._streams:
+            with suppress(Exception):  # Ray itself may have ended
+                ray.cancel(stream, force=True)
 
 
-def _next_row(stream: Iterator[Any]) -> dict[str, Any]:
-    """What a trial says next: "started", an epoch's row, "ended", or why it is a "failure" and
-    whether it was lost.
-    """
-    import ray
-
+def _next_report(stream: Iterator[Any], trial: str) -> Report:
+    """What a trial reports next; an error of Ray's is the loss or the failure of the trial."""
     try:
         return ray.get(next(stream))
-    except StopIteration:
-        return {"ended": True}
     except ray.exceptions.LocalRayletDiedError:
         raise OSError(
             "Ray's process on this machine ended: killed, or out of memory; what is done is kept: "
-            "run the "
-            "same command again"
+            "run the same command again"
         ) from None
     except ray.exceptions.RayError as error:
-        return {"failure": _in_words(error), "lost": _was_lost(error), "kept": False}
+        return Report(trial, "lost" if was_lost(error) else "failed", cause=in_words(error))

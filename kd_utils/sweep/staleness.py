@@ -14,11 +14,12 @@ from typing import Any
 from kd_utils.cache.manifest import CacheError, find_cache, read_manifest
 from kd_utils.config import notebook_files, parameter_files, project_paths
 from kd_utils.config.fields import teacher_weights
+from kd_utils.config.stages import CACHE, PREPARE, TRAIN
 from kd_utils.records import run_folder
 from kd_utils.records.source_code import changed_files, code_of
 from kd_utils.store.files import sha256_file, sha256_json
 from kd_utils.store.sealed import RecordError
-from kd_utils.sweep.planning import CACHE, PREPARE, TRAIN, Trial
+from kd_utils.sweep.planning import Trial
 
 
 def status(

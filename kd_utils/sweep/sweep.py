@@ -1,40 +1,32 @@
-"""The sweep: a parameter file times a grid, planned, run through Ray, and never run twice.
+"""The sweep: a parameter file times a grid, planned, run by an executor, and never run twice.
 
-Stages 01 and 02 run here; then each trial is one papermill execution of 03 in a task of Ray; 04
-closes the run.
+01 and 02 are executed here; then each trial is one execution of 03 by the executor; 04 ends the
+run.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kd_utils.cache.manifest import CacheError, find_cache
-from kd_utils.cluster.machines import fitting_gpus, require_same_view
-from kd_utils.cluster.session import ray_running
-from kd_utils.config import parameter_files, project_paths
+from kd_utils.config import project_paths
+from kd_utils.config.parameter_files import notebook_config
+from kd_utils.config.stages import ANALYSE, CACHE, PREPARE, TRAIN
 from kd_utils.records import run_folder, trial_record
 from kd_utils.records.source_code import code_of
 from kd_utils.store.files import sha256_file, written_aside
 from kd_utils.store.locks import locked
 from kd_utils.store.sealed import write_sealed
-from kd_utils.sweep.display import Progress
-from kd_utils.sweep.execution import execute, in_thread, injected
-from kd_utils.sweep.planning import (
-    ANALYSE,
-    CACHE,
-    PREPARE,
-    TRAIN,
-    Trial,
-    default_run_dir,
-    plan,
-    select,
-)
-from kd_utils.sweep.ray_executor import run_trials
+from kd_utils.sweep.display import Progress, say
+from kd_utils.sweep.execution import execute_stage
+from kd_utils.sweep.executor import Executor, Job, run_trials
+from kd_utils.sweep.planning import Trial, plan, select
 from kd_utils.sweep.staleness import (
     artifact_of,
     earlier_plan,
@@ -48,237 +40,164 @@ from kd_utils.sweep.staleness import (
 if TYPE_CHECKING:
     import pandas as pd
 
-ANALYSES = ("comparisons.csv", "analysis.csv")  # which 04 writes, beside the verdict
+#: What 04 writes into the run folder.
+ANALYSES = (f"{ANALYSE}.ipynb", run_folder.VERDICT, "comparisons.csv", "analysis.csv")
 
 
-def run_sweep(
-    parameters: dict[str, Any],
-    grid: dict[str, list[Any]],
-    *,
-    only: str = "",
-    run_dir: str | Path | None = None,
-    address: str | None = None,
-    cpus_per_trial: float = 1,
-    gpus_per_trial: float | None = None,
-) -> pd.DataFrame:
-    """Run what is missing of a sweep, write `results_summary.csv`, execute 04.
+class Sweep:
+    """A parameter file times a grid, in one run folder.
 
     Args:
-        parameters, grid: as `parameters.load_parameters` and `load_grid` give them; the plan is
-            always the whole grid.
+        parameters, grid: as `load_parameters` and `load_grid` return them; the plan is always the
+            whole grid.
         only: which of its trials to run now (see `select`).
-        run_dir: where the records go; None: `runs/NAME`.
-        address: of a Ray cluster whose nodes see the project's root at the same path (or KD_ROOT);
-            None: this machine.
-        cpus_per_trial, gpus_per_trial: what Ray reserves for a trial, fractions too; None: one GPU
-            where there is one.
-
-    Returns:
-        The results table, a row per planned trial (`run_folder.collect`). A trial that failed is in
-        it as `failed`.
 
     Raises:
-        ValueError: bad parameters, resources that no machine has, or a run folder that another
-            sweep is at, before anything is run; a machine that does not see the shared folder,
-            before any trial is.
-        NotebookFailed: 01, 02 or 04 did not run to its end.
+        ValueError: bad parameters, or a folder that holds another experiment, whose trials this
+            sweep would replace.
     """
-    run_dir = Path(os.path.abspath(run_dir or default_run_dir(parameters)))
-    trials = plan(parameters, grid, run_dir)
-    chosen = select(trials, only, grid)
-    require_own(run_dir, parameters)
-    with locked(run_dir, "a sweep", "wait for it or stop it, or give this one another --run-dir"):
-        if _is_done(chosen, run_dir, parameters):
-            _write_plan(run_dir, parameters, grid, trials)
-            Progress({}).say(f"{len(chosen)} of {len(chosen)} trials: already done")
-            results = _write_summary(run_dir)
-        else:
-            Progress({}).say("Ray is starting")
-            with ray_running(address):
-                results = _run(
-                    parameters,
-                    grid,
-                    trials,
-                    chosen,
-                    run_dir,
-                    address,
-                    cpus_per_trial,
-                    gpus_per_trial,
+
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        grid: dict[str, list[Any]],
+        run_dir: str | Path,
+        only: str = "",
+    ) -> None:
+        self.parameters, self.grid = parameters, grid
+        self.run_dir = Path(os.path.abspath(os.path.expanduser(run_dir)))
+        self.place = project_paths.short_path(self.run_dir)  # as records and machines know it
+        self.trials = plan(parameters, grid, self.run_dir)
+        self.chosen = select(self.trials, only, grid)
+        self.name = notebook_config(PREPARE, parameters).name
+        earlier = earlier_plan(self.run_dir).get("name", self.name)
+        if earlier != self.name:
+            raise ValueError(
+                f"{self.place} holds experiment {earlier!r}, and this is {self.name!r}: give "
+                "another --run-dir, or remove that folder"
+            )
+
+    def why_to_run(self) -> dict[str, str]:
+        """Why 01 and 02 must be executed (again), each in one line; "" if not."""
+        return {stem: why_to_run(stem, self.run_dir, self.parameters) for stem in (PREPARE, CACHE)}
+
+    def states(self, trials: list[Trial]) -> dict[str, run_folder.Status]:
+        return status(trials, self.run_dir, self.parameters)
+
+    def run(self, executor: Callable[[], AbstractContextManager[Executor]]) -> pd.DataFrame:
+        """Run what is missing, write `results_summary.csv`, execute 04.
+
+        Args:
+            executor: called only if something is missing.
+
+        Returns:
+            The results table, a row for each planned trial (`run_folder.collect`). A trial that
+            failed is in it as `failed`.
+
+        Raises:
+            ValueError: resources that no machine has, another sweep in this folder, or a machine
+                that does not see the shared folder, all before any trial is run.
+            NotebookFailed: 01, 02 or 04 did not run to its end.
+        """
+        remedy = "wait for it or stop it, or give this sweep another --run-dir"
+        with locked(self.run_dir, "a sweep", remedy):
+            states = self.states(self.chosen).values()
+            if any(self.why_to_run().values()) or any(state.state != "done" for state in states):
+                with executor() as running:
+                    results = self._run_missing(running)
+            else:
+                self._write_plan()
+                say(f"{len(self.chosen)} of {len(self.chosen)} trials: already done")
+                results = self._write_summary()
+            if (results["status"] == "done").any():
+                parameters = self.parameters | {"run_dir": self.place}
+                execute_stage(ANALYSE, self.run_dir, parameters, self._written)
+            else:  # an earlier plan's trials showed them
+                for name in ANALYSES:
+                    (self.run_dir / name).unlink(missing_ok=True)
+        return results
+
+    def _run_missing(self, executor: Executor) -> pd.DataFrame:
+        """01, 02 and the missing trials of those chosen; the results table."""
+        self._write_plan()
+        executor.require_same_view(self._shared_files())  # before the teacher runs for hours
+        self._prepare()
+        self._write_plan()
+        states = self.states(self.trials)
+        todo = [trial for trial in self.chosen if states[trial.trial].state != "done"]
+        files, code, place = self._shared_files(), code_of(TRAIN), self.place
+        jobs = [Job(trial, place, code, files) for trial in todo]
+        already = sum(state.state == "done" for state in states.values())
+        try:
+            executor.require_same_view(files)
+            with Progress({trial.trial: trial.epochs for trial in todo}, already) as progress:
+                for trial in todo:
+                    if states[trial.trial].state == "stale":
+                        progress.say(f"{trial.trial}: stale, {states[trial.trial].why}")
+                run_trials(executor, jobs, progress)
+        finally:  # after Ctrl-C too: the table says what is done so far
+            results = self._write_summary()
+        if (results["status"] == "done").all():
+            # A trial that was killed after it wrote its record leaves a checkpoint.
+            artifacts = notebook_config(TRAIN, self.parameters).artifacts
+            checkpoints = artifacts / "checkpoints" / project_paths.run_label(self.run_dir)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        return results
+
+    def _prepare(self) -> None:
+        """Execute 01 and 02 unless they are done."""
+        for stem in (PREPARE, CACHE):
+            why = why_to_run(stem, self.run_dir, self.parameters)
+            say(f"{stem}: running ({why})" if why else f"{stem}: already done")
+            if why:
+                execute_stage(
+                    stem, self.run_dir, self.parameters, lambda stem=stem: self._made(stem)
                 )
-        if (results["status"] == "done").any():
-            _execute_stage(
-                ANALYSE,
-                run_dir,
-                parameters | {"run_dir": project_paths.short_path(run_dir)},
-                lambda: {
-                    "wrote": {
-                        path.name: sha256_file(path)
-                        for path in sorted(run_dir.iterdir())
-                        if path.name == run_folder.VERDICT or path.suffix == ".csv"
-                    }
-                },
-            )
-        else:  # what an earlier plan's trials showed is not this one's
-            for name in (f"{ANALYSE}.ipynb", run_folder.VERDICT, *ANALYSES):
-                (run_dir / name).unlink(missing_ok=True)
-    return results
 
+    def _made(self, stem: str) -> dict[str, Any]:
+        key = stage_key(stem, self.parameters)
+        if key is None:
+            raise ValueError(f"{stem} ran to its end, but left no result under artifacts_dir")
+        return key
 
-def require_own(run_dir: Path, parameters: dict[str, Any]) -> None:
-    """Raise a ValueError if the run's folder holds another experiment, whose trials this sweep
-    would replace.
-    """
-    name, earlier = parameter_files.notebook_config(PREPARE, parameters).name, earlier_plan(run_dir)
-    if earlier.get("name", name) != name:
-        raise ValueError(
-            f"{project_paths.short_path(run_dir)} holds experiment {earlier['name']!r}, and this "
-            f"is {name!r}: "
-            "give another --run-dir, or remove that folder"
-        )
+    def _written(self) -> dict[str, Any]:
+        """Checksums of the tables and the verdict, for the record of 04."""
+        files = sorted([*self.run_dir.glob("*.csv"), *self.run_dir.glob(run_folder.VERDICT)])
+        return {"wrote": {path.name: sha256_file(path) for path in files}}
 
+    def _write_summary(self) -> pd.DataFrame:
+        results = run_folder.collect(self.run_dir)
+        with written_aside(self.run_dir / run_folder.SUMMARY) as aside:
+            results.to_csv(aside, index=False)
+        return results
 
-def _run(
-    parameters: dict[str, Any],
-    grid: dict[str, list[Any]],
-    trials: list[Trial],
-    chosen: list[Trial],
-    run_dir: Path,
-    address: str | None,
-    cpus: float,
-    gpus: float | None,
-) -> pd.DataFrame:
-    """01, 02 and what is missing of the chosen trials, on the Ray that is running; the results
-    table.
-    """
-    import ray
+    def _shared_files(self) -> dict[str, str]:
+        """What every machine must see as it is here: the plan, and the manifests of the data and
+        the caches that exist.
+        """
+        settings = notebook_config(CACHE, self.parameters)
+        folders = [settings.data_path, *more_caches(self.trials, self.parameters).values()]
+        with suppress(CacheError):
+            folders.append(find_cache(settings.artifacts, settings.name))
+        paths = [self.run_dir / run_folder.PLAN, *(path / "manifest.json" for path in folders)]
+        return {
+            project_paths.short_path(path): sha256_file(path) for path in paths if path.is_file()
+        }
 
-    device = parameter_files.notebook_config(TRAIN, parameters).device
-    gpus = fitting_gpus(ray.nodes(), cpus, gpus, device)
-    _write_plan(run_dir, parameters, grid, trials)
-    if address not in (
-        None,
-        "local",
-    ):  # before the teacher runs for hours, as far as it can be told by then
-        require_same_view(_shared_files(trials, run_dir, parameters), cpus, gpus)
-    _prepare(run_dir, parameters, address)
-    _write_plan(run_dir, parameters, grid, trials)
-    states = status(trials, run_dir, parameters)
-    todo = {trial.trial: trial for trial in chosen if states[trial.trial].state != "done"}
-    code = code_of(TRAIN)
-    try:
-        if todo:
-            seen = _shared_files(trials, run_dir, parameters)
-            require_same_view(seen, cpus, gpus)
-            already = sum(state.state == "done" for state in states.values())
-            with Progress(
-                {name: trial.epochs for name, trial in todo.items()}, already
-            ) as progress:
-                for name, state in states.items():
-                    if name in todo and state.state == "stale":
-                        progress.say(f"{name}: stale, {state.why}")
-                entries = {
-                    name: dataclasses.asdict(trial) | {"code": code} for name, trial in todo.items()
-                }
-                run_trials(entries, run_dir, progress, cpus=cpus, gpus=gpus, seen=seen)
-    finally:  # after Ctrl-C too: the table says what is done so far
-        results = _write_summary(run_dir)
-    if (
-        results["status"] == "done"
-    ).all():  # of a trial that was killed between its record and its last breath
-        shutil.rmtree(
-            project_paths.project_path(
-                parameter_files.notebook_config(TRAIN, parameters).artifacts_dir
-            )
-            / "checkpoints"
-            / project_paths.run_label(run_dir),
-            ignore_errors=True,
-        )
-    return results
-
-
-def _is_done(chosen: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> bool:
-    if any(why_to_run(stem, run_dir, parameters) for stem in (PREPARE, CACHE)):
-        return False
-    return all(state.state == "done" for state in status(chosen, run_dir, parameters).values())
-
-
-def _write_summary(run_dir: Path) -> pd.DataFrame:
-    results = run_folder.collect(run_dir)
-    with written_aside(run_dir / run_folder.SUMMARY) as aside:
-        results.to_csv(aside, index=False)
-    return results
-
-
-def _shared_files(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, str]:
-    """What every machine must see as it is here: the plan, the data's and the cache's manifest,
-    once they are there.
-    """
-    settings = parameter_files.notebook_config(CACHE, parameters)
-    paths = [run_dir / run_folder.PLAN, settings.data_path / "manifest.json"]
-    with suppress(CacheError):
-        paths.append(find_cache(settings.artifacts, settings.name) / "manifest.json")
-    paths += [folder / "manifest.json" for folder in more_caches(trials, parameters).values()]
-    return {project_paths.short_path(path): sha256_file(path) for path in paths if path.is_file()}
-
-
-def _write_plan(
-    run_dir: Path, parameters: dict[str, Any], grid: dict[str, list[Any]], trials: list[Trial]
-) -> None:
-    """Write `sweep.json`: what is to be run, and what of (`made_of`, the earlier plan's where there
-    is no cache).
-    """
-    made = made_of(trials, run_dir, parameters)
-    cache = (artifact_of(CACHE, parameters) or earlier_plan(run_dir)).get("cache")
-    document = {
-        "format": trial_record.FORMAT,
-        "name": parameter_files.notebook_config(PREPARE, parameters).name,
-        "parameters": parameters,
-        "grid": grid,
-        "cache": {key: cache[key] for key in ("name", "content_hash")} if cache else None,
-        "more_caches": made.more_caches,
-        "tokenizer": made.tokenizer,
-        "students": made.students,
-        "code": made.code,
-        "trials": [dataclasses.asdict(trial) for trial in trials],
-    }
-    write_sealed(run_dir / run_folder.PLAN, document, "checksums")
-
-
-def _prepare(run_dir: Path, parameters: dict[str, Any], address: str | None) -> None:
-    """Execute 01 and 02 unless they are done."""
-    progress = Progress({})
-    for stem in (PREPARE, CACHE):
-        why = why_to_run(stem, run_dir, parameters)
-        if not why:
-            progress.say(f"{stem}: already done")
-            continue
-
-        def about(stem: str = stem) -> dict[str, Any]:
-            key = stage_key(stem, parameters)
-            if key is None:
-                raise ValueError(
-                    f"{stem} ran to its end, but what it makes is not under artifacts_dir"
-                )
-            return key
-
-        progress.say(f"{stem}: running ({why})")
-        _execute_stage(stem, run_dir, parameters, about, address)
-
-
-def _execute_stage(
-    stem: str, run_dir: Path, parameters: dict[str, Any], about: Any, address: str | None = None
-) -> None:
-    os.environ["KD_ROOT"] = str(project_paths.ROOT)
-    values, before = injected(stem, parameters), os.environ.get("RAY_ADDRESS")
-    os.environ["RAY_ADDRESS"] = address or "local"  # 02 runs its teacher where the trials will run
-    try:
-        in_thread(
-            lambda: execute(
-                stem, run_dir / f"{stem}.ipynb", values, about, progress_bar=os.isatty(2)
-            )
-        )
-    finally:
-        if before is None:
-            del os.environ["RAY_ADDRESS"]
-        else:
-            os.environ["RAY_ADDRESS"] = before
+    def _write_plan(self) -> None:
+        """Write `sweep.json`: what is to be run, and what it has to be made from (`made_of`)."""
+        made = made_of(self.trials, self.run_dir, self.parameters)
+        cache = (artifact_of(CACHE, self.parameters) or earlier_plan(self.run_dir)).get("cache")
+        document = {
+            "format": trial_record.FORMAT,
+            "name": self.name,
+            "parameters": self.parameters,
+            "grid": self.grid,
+            "cache": {key: cache[key] for key in ("name", "content_hash")} if cache else None,
+            "more_caches": made.more_caches,
+            "tokenizer": made.tokenizer,
+            "students": made.students,
+            "code": made.code,
+            "trials": [asdict(trial) for trial in self.trials],
+        }
+        write_sealed(self.run_dir / run_folder.PLAN, document, "checksums")

@@ -1,22 +1,18 @@
-"""The teacher on several GPUs or machines: Ray Data hands shards to a pool of workers, each with a
-teacher of its own.
+"""The teacher on several GPUs or machines: a pool of Ray actors, each with a teacher of its own.
 
-A worker writes its shards into the folder that all machines see, by the very code that a single
-process uses; what travels back is a line of text. So nothing in a cache depends on how many workers
-made it.
+A worker writes its shards into the folder that all machines see, with the same code as a single
+process; only a line of text travels back. So a cache does not depend on how many workers made it.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,12 +25,7 @@ from kd_utils.models.loading import load_causal_lm
 from kd_utils.teacher.extraction import signal_function
 from kd_utils.tokens.encoding import Example
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-# of a worker, and of a shard; Ray's default is no limit, and a shard that kills would go round for
-# ever
-RESTARTS = 3
+RESTARTS = 3  # of a worker that dies, and of the shard that it was writing
 
 
 def shard_writer(
@@ -45,55 +36,36 @@ def shard_writer(
     how: dict[str, Any],
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Callable[[list[Shard]], None]:
-    """How `cache_writer.assemble_cache` gets its shards: from `model` here, or from a pool
-    (`config.workers`).
+    """The function that writes shards for `assemble_cache`: with `model` here, or with a pool.
 
     The pool is on the Ray cluster that the environment variable RAY_ADDRESS names, else on this
     machine.
 
     Args:
-        config: parameters of 02.
+        config: parameters of 02; `config.workers` is the size of the pool.
         folder: the cache's; every machine of the cluster sees it at this path.
         model: the teacher, in eval mode, on its device.
-        teacher: the name that `prepare_teacher` gave; workers load the teacher from there.
-        how: what `signal_function` is told besides the model.
+        teacher: the name that `prepare_teacher` returned; workers load the teacher from there.
+        how: arguments of `signal_function`.
         progress: wraps the list of shards, e.g. `tqdm`.
     """
     device = choose_device(config.device)
+    options = {"batch_tokens": config.batch_tokens, "progress": progress}
 
     def write(shards: list[Shard]) -> None:
         workers = min(pool_size(config.workers, device), len(shards))
         if workers == 1:
-            return write_shards(
-                folder,
-                shards,
-                signal_function(model, **how),
-                batch_tokens=config.batch_tokens,
-                progress=progress,
-            )
+            return write_shards(folder, shards, signal_function(model, **how), **options)
+        dtype = amp_dtype(device, config.precision)
         load = partial(
-            load_signal_function,
-            teacher,
-            config.teacher_revision,
-            device.type,
-            amp_dtype(device, config.precision),
-            how,
+            load_signal_function, teacher, config.teacher_revision, device.type, dtype, how
         )
-        place = next(model.parameters()).device
-        # Each worker gets a whole GPU. This process's copy makes room, and comes back to verify the
-        # cache with.
+        on_gpu, place = device.type == "cuda", next(model.parameters()).device
+        # Each worker gets a whole GPU: this copy makes room, and returns to verify the cache.
         model.to("cpu")
         torch.cuda.empty_cache()
         try:
-            write_shards_in_pool(
-                folder,
-                shards,
-                load,
-                workers=workers,
-                on_gpu=device.type == "cuda",
-                batch_tokens=config.batch_tokens,
-                progress=progress,
-            )
+            write_shards_in_pool(folder, shards, load, workers=workers, on_gpu=on_gpu, **options)
         finally:
             model.to(place)
 
@@ -101,24 +73,22 @@ def shard_writer(
 
 
 def pool_size(workers: int, device: torch.device) -> int:
-    """How many workers run the teacher; 1: none, this process does.
+    """How many workers run the teacher; 1 means that this process does, without a pool.
 
     Args:
-        workers: as many as asked for; 0: one for each GPU of the Ray cluster or, without one, of
-            this machine.
-        device: what this process runs the teacher on; "cpu", or one GPU by its number, asks for no
-            others.
+        workers: asked for; 0: one for each GPU of the Ray cluster or, without one, of this machine.
+        device: where this process runs the teacher; "cpu", or one GPU by its number, means no pool.
     """
     if workers or device.type != "cuda" or device.index is not None:
         return workers or 1
-    if not (address := os.environ.get("RAY_ADDRESS")) or address == "local":
+    if (address := os.environ.get("RAY_ADDRESS", "local")) == "local":
         return torch.cuda.device_count()
     with _muted(), ray_running(address):
         return max(1, _available("GPU"))
 
 
 def _available(resource: str) -> int:
-    """For how many workers the machines have one each."""
+    """For how many workers the machines have one GPU or CPU each."""
     import ray
 
     return sum(int(node["Resources"].get(resource, 0)) for node in ray.nodes() if node["Alive"])
@@ -127,9 +97,7 @@ def _available(resource: str) -> int:
 def load_signal_function(
     teacher: str, revision: str, device: str, dtype: torch.dtype, how: dict[str, Any]
 ) -> SignalsOf:
-    """The teacher loaded from a folder or the hub, as a function from batches to signals
-    (`signal_function`).
-    """
+    """Load the teacher from a folder or the hub, as a function from batches to signals."""
     return signal_function(load_causal_lm(teacher, revision, dtype).to(device).eval(), **how)
 
 
@@ -143,12 +111,12 @@ def write_shards_in_pool(
     batch_tokens: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """As `cache_writer.write_shards`, by `workers` processes; what one was writing when it died is
+    """Like `write_shards`, in `workers` processes. What a worker was writing when it died is
     written again.
 
     Args:
         load: called once in each worker; can be pickled.
-        on_gpu: each worker has a GPU of its own; else a CPU core.
+        on_gpu: each worker has a GPU of its own; otherwise a CPU core.
 
     Raises:
         ValueError: more workers than the machines have GPUs or cores, or no Ray cluster answers.
@@ -156,119 +124,80 @@ def write_shards_in_pool(
             whole stay.
     """
     with _muted(), ray_running(os.environ.get("RAY_ADDRESS")):
+        import ray
+        from ray.util import ActorPool
+
         resource = "GPU" if on_gpu else "CPU"
         if workers > _available(resource):
             raise ValueError(
                 f"{workers} workers need a {resource} each, and Ray has {_available(resource)}: "
-                f"set "
-                "workers to that, or to 1 for no Ray at all"
+                "set workers to that, or to 1 for no Ray at all"
             )
-        failures = list(
-            filter(None, _run_pool(folder, shards, load, workers, on_gpu, batch_tokens, progress))
+        worker = ray.remote(
+            num_gpus=int(on_gpu),
+            num_cpus=int(not on_gpu),
+            max_restarts=RESTARTS,
+            max_task_retries=RESTARTS,
+            # Packing and compressing a shard takes about as long as computing the next one.
+            max_concurrency=WRITERS,
+        )(ShardWorker)
+        actors = [worker.remote(folder, load, batch_tokens) for _ in range(workers)]
+        results = ActorPool(actors * WRITERS).map_unordered(
+            lambda actor, shard: actor.write.remote(shard), shards
         )
-    if failures:
-        raise RuntimeError(
-            f"{failures[0]} (shards that are whole are kept: run 02 again, it goes on)"
-        )
-
-
-def _run_pool(
-    folder: Path,
-    shards: list[Shard],
-    load: Callable[[], SignalsOf],
-    workers: int,
-    on_gpu: bool,
-    batch_tokens: int,
-    progress: Callable[[Iterable], Iterable],
-) -> list[str]:
-    """What went wrong with each shard, mostly nothing: ""."""
-    import ray.data
-    from ray.exceptions import OutOfMemoryError, RayActorError
-
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    # Two shards at a time in each worker, since packing and compressing one takes about as long as
-    # computing the next.
-    pool = ray.data.ActorPoolStrategy(
-        size=workers,
-        max_concurrent_calls_per_actor=WRITERS,
-        max_tasks_in_flight_per_actor=WRITERS,
-        enable_true_multi_threading=True,
-    )
-    # `max_restarts` and its like are to go in Ray 2.64, with nothing named in their place yet.
-    needs = {"num_gpus": 1} if on_gpu else {"num_cpus": 1}
-    rows = [{"shard": pickle.dumps(shard)} for shard in shards]
-    written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-        ShardWorker,
-        fn_constructor_args=(folder, load, batch_tokens),
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=pool,
-        max_restarts=RESTARTS,
-        max_task_retries=RESTARTS,
-        **needs,
-    )
-    try:
-        with closing(iter(written.iter_rows())) as results:
-            return [row["failure"] for _, row in zip(progress(shards), results, strict=True)]
-    except (RayActorError, OutOfMemoryError) as error:
-        if getattr(
-            error, "actor_init_failed", False
-        ):  # `load` cannot even be unpickled there: no such module
-            return [f"a worker did not start: {str(error).splitlines()[-1]}"]
-        return [
-            f"workers died more than {RESTARTS} times, killed or out of memory "
-            f"({type(error).__name__})"
-        ]
+        try:
+            failures = [failure for _, failure in zip(progress(shards), results, strict=True)]
+        except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+            failures = [f"workers died more than {RESTARTS} times, killed or out of memory"]
+            if getattr(error, "actor_init_failed", False):  # it has no module that `load` needs
+                failures = [f"a worker did not start: {str(error).splitlines()[-1]}"]
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+    if failure := next(filter(None, failures), ""):
+        raise RuntimeError(f"{failure} (complete shards are kept: run 02 again to go on)")
 
 
 @contextmanager
 def _muted() -> Iterator[None]:
-    """Nothing to stdout and stderr: no option keeps Ray from telling of a dead worker, with the
-    machine's address.
-
-    A progress bar that was given its stream before, as 02's is, goes on.
+    """Discard stdout and stderr: Ray reports a dead worker with its machine's address, and no
+    option prevents it. A progress bar that has its stream already, as in 02, is not affected.
     """
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        stderr = os.dup(2)  # Ray's C++ writes there
+        stderr = os.dup(2)  # which Ray's C++ side writes to
         os.dup2(nowhere.fileno(), 2)
         try:
-            with warnings.catch_warnings(action="ignore"):
-                yield
+            yield
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
 
 
 class ShardWorker:
-    """An actor of the pool: loads the teacher once, then writes one shard a call.
+    """An actor of the pool: loads the teacher once, then writes shards.
 
-    An error is handed back as text: raised, it would have Ray stop the other workers in the middle
-    of their shards. After an error this worker writes nothing more, so that what is left passes by
-    and the pool comes to its end.
+    It returns an error as text instead of raising it, so that the other workers finish the shards
+    that they are writing. After an error it writes nothing more, and the rest of the shards pass.
     """
 
     def __init__(self, folder: Path, load: Callable[[], SignalsOf], batch_tokens: int) -> None:
-        self.folder, self.batch_tokens, self.failure = folder, batch_tokens, ""
-        self.teacher_is_free = Lock()  # of a model, one thread at a time
+        self.folder, self.load, self.batch_tokens = folder, load, batch_tokens
+        self.signals_of: SignalsOf | None = None
+        self.failure = ""
+        self.teacher_is_free = Lock()  # one thread at a time uses a model
         torch.set_num_threads(1)  # the core that Ray reserves; OMP_NUM_THREADS may say more
-        try:
-            self.signals_of = load()
-        except Exception as error:
-            self.failure = _line(error)
 
-    def __call__(self, batch: pa.Table) -> dict[str, list[str]]:
-        shard = pickle.loads(batch["shard"][0].as_py())
+    def write(self, shard: Shard) -> str:
+        """Write one shard; return what went wrong in this worker so far, or ""."""
         if not self.failure:
             try:
                 write_shards(self.folder, [shard], self._signals, batch_tokens=self.batch_tokens)
             except Exception as error:
-                self.failure = f"{shard.file}: {_line(error)}"
-        return {"failure": [self.failure]}
+                text = " ".join(str(error).split())
+                self.failure = f"{shard.file}: {type(error).__name__}: {text}"
+        return self.failure
 
     def _signals(self, batch: list[Example]) -> Iterable[Example]:
         with self.teacher_is_free:
+            self.signals_of = self.signals_of or self.load()
             return self.signals_of(batch)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"

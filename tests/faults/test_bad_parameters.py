@@ -412,8 +412,8 @@ def test_no_bad_file_starts_a_model_load(tmp_path):
 import sys
 from pathlib import Path
 from kd_utils.__main__ import main
-from kd_utils.parameters import load_grid, load_parameters
-from kd_utils.planning import plan
+from kd_utils.config.parameter_files import load_grid, load_parameters
+from kd_utils.sweep.planning import plan
 class Refuse:  # stronger than a look at sys.modules afterwards: who imports one of them does not get on
     def find_spec(self, name, path=None, target=None):
         assert name.split(".")[0] not in ("torch", "transformers", "ray", "tokenizers", "safetensors"), name

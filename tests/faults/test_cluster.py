@@ -192,8 +192,8 @@ def test_nodes_that_see_no_cache_or_another_are_refused_before_training(
         address = others[0].node_ip_address
         for problem in (
             f"{tmp_path}/nothing/runs/stub/sweep.json: No such file",
-            f"{tmp_path}/plan/runs/stub/sweep.json is not the sweep's: another content",
-            f"{manifest} is not the sweep's: another content",
+            f"{tmp_path}/plan/runs/stub/sweep.json differs from the file that the sweep sees",
+            f"{manifest} differs from the file that the sweep sees",
             f"{tmp_path}/data/artifacts/data/stub/manifest.json: No such file",
         ):
             assert f"node {address}: {problem}" in error

@@ -443,12 +443,6 @@ FORBIDDEN = (
 )
 #: Where it is known to be harmless: file, name, how often, and why.
 ALLOWED = {
-    ("kd_utils/teacher/pool.py", "pickle.dumps"): (1, "writing runs nothing"),
-    ("kd_utils/teacher/pool.py", "pickle.loads"): (
-        1,
-        "a shard's description, which Ray carries between the processes "
-        "of one run; never read from a file",
-    ),
     ("notebooks/05_measure_speed.ipynb", "verdict.style"): (
         1,
         "a Styler does not escape; its texts are 05's own",

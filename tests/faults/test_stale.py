@@ -23,7 +23,7 @@ from kd_utils.config import notebook_files, project_paths
 from kd_utils.records import environment, run_folder, source_code
 from kd_utils.records.check import check_run
 from kd_utils.store.sealed import write_sealed
-from kd_utils.sweep import execution, sweep
+from kd_utils.sweep import execution, executor, ray_executor
 
 FIRST = """
 from kd_utils.cache import manifest as cache
@@ -92,25 +92,28 @@ def execute_here(stem, target, parameters_, about, **_):
     write_sealed(target, notebook, "metadata.kd_utils")
 
 
-def run_here(trials, run_dir, progress, *, seen, **_):
-    """As `scheduling.run_trials`, one after the other."""
-    for name, trial in trials.items():
-        progress.started(name)
-        try:
-            list(execution.execute_trial(trial, run_dir, 1, seen))
-            progress.finished(name)
-        except execution.NotebookFailed as error:
-            execution.keep_failure(
-                run_dir / "trials" / f"{name}.ipynb", "03_train_student", error.cause
-            )
-            progress.broke(name, error.cause)
+class Here:
+    """An executor that runs its jobs in this process, one after the other."""
+
+    def __init__(self):
+        self.jobs = []
+
+    def require_same_view(self, files):
+        pass
+
+    def submit(self, job):
+        self.jobs.append(job)
+
+    def reports(self):
+        yield from executor.execute_trial(self.jobs.pop(0), threads=1)
+
+    def cancel(self):
+        self.jobs.clear()
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A project of stubs, swept once: 2 methods x 2 seeds, of accuracy 0.25."""
-    import ray
-
     stub_project(tmp_path)
     for stem, source in SOURCES.items():
         edit_notebook(tmp_path, stem, lambda cells: cells[1].update(source=source))
@@ -126,14 +129,8 @@ def home(tmp_path, monkeypatch):
     imported = lru_cache(source_code._imported)  # five sweeps a test ask for the same
     monkeypatch.setattr(source_code, "_imported", lambda source: set(imported(source)))
     monkeypatch.setattr(execution, "execute", execute_here)
-    for name, value in {
-        "execute": execute_here,
-        "run_trials": run_here,
-        "ray_running": lambda _: nullcontext(),
-        "require_same_view": lambda *_: None,
-    }.items():
-        monkeypatch.setattr(sweep, name, value)
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+    monkeypatch.setattr(executor, "execute", execute_here)
+    monkeypatch.setattr(ray_executor, "ray_executor", lambda *_: nullcontext(Here()))
     monkeypatch.setattr(os, "environ", os.environ.copy())
     manifest.cache_code.cache_clear()
     monkeypatch.chdir(tmp_path)
@@ -231,7 +228,7 @@ CHANGES = {
     "student": (lambda home: replaced(home, student="models/other"), {}, "config changed"),
     "config": (lambda home: parameter(home, learning_rate=0.5), {}, "config changed"),
     "module": (
-        lambda home: edit_module(home, "tables", "\nNEW = 1\n"),
+        lambda home: edit_module(home, "analysis/tables", "\nNEW = 1\n"),
         {},
         "code changed: kd_utils/analysis/tables.py",
     ),
@@ -288,8 +285,10 @@ def test_after_a_change_old_trials_are_stale_with_the_reason_and_in_no_table_bes
 @pytest.mark.parametrize(
     "change",
     [
-        lambda home: edit_module(home, "tables", "\n# a comment\n"),
-        lambda home: edit_module(home, "plots", "\nNEW = 1\n"),  # which nothing here reaches
+        lambda home: edit_module(home, "analysis/tables", "\n# a comment\n"),
+        lambda home: edit_module(
+            home, "figures/plots", "\nNEW = 1\n"
+        ),  # which nothing here reaches
         lambda home: edit_notebook(
             home,
             "03_train_student",
@@ -395,7 +394,7 @@ def test_an_edit_while_a_sweep_runs_a_second_sweep_and_a_kill_end_in_trials_of_o
         and "give this one another --run-dir" in output
         and output.count("\n") == 1
     )
-    edit_module(home, "records", "\nEDIT = 1\n")
+    edit_module(home, "records/trial_record", "\nEDIT = 1\n")
     hold(home, False)
     status, output = first.wait()
     assert (

@@ -13,16 +13,6 @@ from kd_utils.config import project_paths
 from kd_utils.sweep import execution
 
 
-def test_epochs_are_read_only_when_their_line_is_whole(tmp_path):
-    path = tmp_path / "epochs.jsonl"
-    rows = execution._new_rows(path)
-    assert next(rows) == []
-    path.write_text('{"epoch": 1}\n{"epo')
-    assert next(rows) == [{"epoch": 1}]
-    path.write_text('{"epoch": 1}\n{"epoch": 2}\n')
-    assert next(rows) == [{"epoch": 2}]
-
-
 @pytest.fixture
 def notebook(stub_notebooks, monkeypatch):
     """Where notebook 04 goes, and a function that gives its stub another last cell."""

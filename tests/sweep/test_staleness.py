@@ -6,6 +6,7 @@ import dataclasses
 
 from stubs import metrics_of, write_trial
 
+from kd_utils.config.stages import PREPARE
 from kd_utils.records import run_folder
 from kd_utils.sweep import planning, staleness, sweep
 
@@ -13,9 +14,10 @@ from kd_utils.sweep import planning, staleness, sweep
 def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
     """Without it trials of two caches would count as done beside each other."""
     parameters = {"name": "stub"}
-    trials = planning.plan(parameters, {"distill_type": ["black_box"], "seed": [0]}, run_dir)
+    grid = {"distill_type": ["black_box"], "seed": [0]}
+    trials = planning.plan(parameters, grid, run_dir)
     earlier = run_folder.read_plan(run_dir)
-    sweep._write_plan(run_dir, parameters, {}, trials)
+    sweep.Sweep(parameters, grid, run_dir)._write_plan()
     plan = run_folder.read_plan(run_dir)
     assert len(plan["trials"]) == 1 and plan["code"] != earlier["code"]
     for key in ("cache", "more_caches", "tokenizer", "students"):
@@ -45,10 +47,10 @@ def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     parameters = {key: f"artifacts/embedded/toy/{key}" for key in models} | {"build": "toy"}
-    assert "not there" not in staleness._why_stale(planning.PREPARE, parameters)
+    assert "not there" not in staleness._why_stale(PREPARE, parameters)
     (models["student"] / "model.safetensors").unlink()
     assert (
-        staleness._why_stale(planning.PREPARE, parameters)
+        staleness._why_stale(PREPARE, parameters)
         == "artifacts/embedded/toy/student is not there any more"
     )
-    assert "not there" not in staleness._why_stale(planning.PREPARE, parameters | {"build": "none"})
+    assert "not there" not in staleness._why_stale(PREPARE, parameters | {"build": "none"})

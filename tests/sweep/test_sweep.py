@@ -7,8 +7,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-
-# noqa: F401 (one is a fixture)
 from stubs import stub_project, sweep_in, write_plan
 
 from kd_utils.__main__ import main

@@ -1,0 +1,188 @@
+"""What runs the trials of a sweep: the interface of an executor, and the loop over its reports.
+
+Ray is one executor (`ray_executor`). Others need the four methods of `Executor` and a way to run
+`execute_trial` elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from kd_utils.cluster.machines import problem_with_files
+from kd_utils.config import project_paths
+from kd_utils.config.stages import TRAIN
+from kd_utils.records import trial_record
+from kd_utils.records.source_code import changed_files, code_of
+from kd_utils.sweep.display import Progress
+from kd_utils.sweep.execution import NotebookFailed, execute, in_thread, keep_failure
+from kd_utils.sweep.planning import Trial
+
+RESTARTS = 3  # of a trial whose process or machine was lost; it resumes from its last epoch
+
+
+@dataclass(frozen=True)
+class Job:
+    """A trial to run, with everything that another process or machine has to know.
+
+    Attributes:
+        run_dir: where the record goes, relative to the project's root, which a machine may see at a
+            place of its own.
+        code: digests of the code that the trial must run (`source_code.code_of`).
+        files: path -> SHA-256 of the files that the trial must see as the sweep sees them.
+    """
+
+    trial: Trial
+    run_dir: str
+    code: dict[str, str]
+    files: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return self.trial.trial
+
+    @property
+    def notebook(self) -> Path:
+        return project_paths.project_path(self.run_dir) / "trials" / f"{self.name}.ipynb"
+
+
+@dataclass(frozen=True)
+class Report:
+    """One event in the life of a running trial.
+
+    Attributes:
+        kind: "ended", "failed" and "lost" are the last report of a submitted job. A trial is lost
+            when its process or machine is gone, and has failed when an error of its own ended it.
+        row: an epoch's metrics.
+        cause: why it failed or was lost, in one line.
+        kept: whether the failed notebook is in the run folder already.
+    """
+
+    trial: str
+    kind: Literal["started", "epoch", "ended", "failed", "lost"]
+    row: dict[str, Any] = field(default_factory=dict)
+    cause: str = ""
+    kept: bool = False
+
+
+class Executor(Protocol):
+    """Runs jobs somewhere: in a cluster, in a pool of processes, through a batch system."""
+
+    def require_same_view(self, files: dict[str, str]) -> None:
+        """Raise a ValueError if a machine sees other `files` (path -> SHA-256) than this one."""
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; it runs `execute_trial` as soon as there is room. A lost one comes again."""
+
+    def reports(self) -> Iterable[Report]:
+        """Wait for at most about half a second, and return what the jobs reported meanwhile."""
+
+    def cancel(self) -> None:
+        """Stop the jobs that run, and forget those that wait."""
+
+
+def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> None:
+    """Run all jobs to their end; one that fails does not stop the others.
+
+    A job that is lost is submitted again, at most `RESTARTS` times. Whatever stops this loop, such
+    as Ctrl-C, cancels the jobs.
+
+    Args:
+        progress: told of every start, epoch, end and failure.
+    """
+    unfinished, losses = {job.name: job for job in jobs}, Counter()
+    try:
+        for job in unfinished.values():
+            executor.submit(job)
+        while unfinished:
+            for report in executor.reports():
+                name, job = report.trial, unfinished[report.trial]
+                losses[name] += report.kind == "lost"
+                if report.kind == "started":
+                    progress.started(name)
+                elif report.kind == "epoch":
+                    progress.reported(name, report.row)
+                elif report.kind == "lost" and losses[name] <= RESTARTS:
+                    progress.restarted(name, losses[name], RESTARTS)
+                    executor.submit(job)
+                elif report.kind == "ended":
+                    del unfinished[name]
+                    progress.finished(name)
+                else:
+                    del unfinished[name]
+                    times = f"the trial's process or machine was lost {losses[name]} times: "
+                    cause = times * (report.kind == "lost") + report.cause
+                    if not report.kept:
+                        keep_failure(job.notebook, TRAIN, cause)
+                    progress.broke(name, cause)
+    except BaseException:
+        executor.cancel()
+        raise
+
+
+def execute_trial(job: Job, threads: int) -> Iterator[Report]:
+    """Run a trial here: notebook 03 executed into `RUN_DIR/trials`.
+
+    Args:
+        threads: for torch and the libraries below it, so that trials side by side do not compete
+            for cores.
+
+    Yields:
+        What an executor hands on: the start, each epoch, and the end or the failure.
+    """
+    yield Report(job.name, "started")
+    problem = problem_with_files(job.files)
+    if files := changed_files(code_of(TRAIN), job.code):
+        problem = f"the code changed since the sweep began ({files}): run the same command again"
+    if problem:  # the sweep keeps the failure: the run folder here may be another one
+        yield Report(job.name, "failed", cause=problem)
+        return
+    with tempfile.TemporaryDirectory(prefix="kd-") as scratch:
+        reported, shown = Path(scratch) / "epochs.jsonl", 0
+        os.environ.update(
+            KD_PROGRESS=str(reported),
+            KD_ROOT=str(project_paths.ROOT),
+            TOKENIZERS_PARALLELISM="false",
+            OMP_NUM_THREADS=str(threads),
+            MKL_NUM_THREADS=str(threads),
+        )
+        about = partial(_about, job)
+        try:
+            for _ in in_thread(lambda: execute(TRAIN, job.notebook, job.trial.parameters, about)):
+                rows = read_epochs(reported)
+                for row in rows[shown:]:
+                    yield Report(job.name, "epoch", row)
+                shown = len(rows)
+            yield Report(job.name, "ended")
+        except NotebookFailed as error:
+            yield Report(job.name, "failed", cause=error.cause, kept=error.kept)
+
+
+def _about(job: Job) -> dict[str, Any]:
+    """What the executed notebook notes; a ValueError if the record is not the planned one."""
+    metrics = trial_record.read_record(job.notebook.with_suffix(""))
+    if metrics["config_hash"] != job.trial.config_hash:
+        raise ValueError(
+            f"the record has config {metrics['config_hash']}, the plan {job.trial.config_hash}"
+        )
+    # It may have run one version of the code and recorded another.
+    if files := changed_files(metrics.get("code", {}), job.code):
+        raise ValueError(f"the code changed while it ran ({files}): run the same command again")
+    return {
+        "trial": job.name,
+        "config_hash": job.trial.config_hash,
+        "record": metrics["checksums"]["sha256"],
+    }
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file that is still being written: only those that are complete."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]

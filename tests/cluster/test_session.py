@@ -1,0 +1,102 @@
+"""Sessions of Ray: what is refused, what starts with it, and how it ends."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kd_utils.cluster import session
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "ray://127.0.0.1:10001", "127.0.0.1", "http://here:8265", ":1", ""]
+)
+def test_an_address_that_is_none_is_refused_with_what_to_give(address):
+    with (
+        pytest.raises(ValueError, match=f"--address {address}: give HOST:PORT"),
+        session.ray_running(address),
+    ):
+        pass
+
+
+def test_the_dashboard_that_ray_starts_listens_to_this_machine_alone():
+    """A process of that name is there for Ray's own ends even where no dashboard is asked for."""
+    code = """
+import psutil, ray
+from kd_utils.cluster.session import ray_running
+with ray_running(None):
+    session = ray._private.worker._global_node.get_session_dir_path()
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if any(word.endswith("dashboard.py") for word in words) and f"--session-dir={session}" in words:
+            print(*(word for word in words if word.startswith("--host")))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert ran.stdout.splitlines() == ["--host=127.0.0.1"], ran.stderr
+
+
+def test_a_sigterm_while_ray_shuts_down_waits_for_its_end():
+    """Ray's C++ side, as it ends, sets the signal back to killing at once; its processes would be
+    left.
+    """
+    code = """
+import os, signal, time, psutil, ray
+from kd_utils.cluster.session import ray_running
+signal.signal(signal.SIGTERM, lambda *_: print("caught;", len(psutil.Process().children(recursive=True)), "left"))
+shut_down = ray.shutdown
+def shut_down_and_be_told_to_end():
+    shut_down()
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    print("shut down")
+with ray_running(None):
+    ray.shutdown = shut_down_and_be_told_to_end
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert (ran.returncode, ran.stdout.splitlines()) == (0, ["shut down", "caught; 0 left"]), (
+        ran.stderr
+    )
+
+
+def test_a_home_that_cannot_be_written_is_told_with_the_way_around(tmp_path):
+    code = """
+from kd_utils.cluster.session import ray_running
+try:
+    with ray_running(None):
+        print("runs")
+except ValueError as error:
+    print(error)
+"""
+
+    def told(**more):
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=600,
+            env={**os.environ, "HOME": "/proc/nohome", **more},
+        ).stdout.strip()
+
+    assert told().endswith(
+        "where HOME is not writable, name a file that holds one in RAY_AUTH_TOKEN_PATH"
+    )
+    (tmp_path / "token").write_text("0123456789abcdef" * 4)
+    assert told(RAY_AUTH_TOKEN_PATH=str(tmp_path / "token")) == "runs"
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once():
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # a port of ours at which nothing listens
+        began = time.monotonic()
+        with pytest.raises(
+            ValueError,
+            match=r"cannot join a Ray cluster at 127.0.0.1:\d+ \(ConnectionError: "
+            "nothing answers there.*see `ray status` there",
+        ):
+            with session.ray_running(f"127.0.0.1:{nobody.getsockname()[1]}"):
+                pass
+    assert time.monotonic() - began < 30
