@@ -136,6 +136,17 @@ def cache_header(
     }
 
 
+def signal_options(config: CacheConfig, header: dict[str, Any]) -> dict[str, Any]:
+    """What `signal_function` is told besides the model, from `cache_header`'s result."""
+    return {
+        "signals": config.signals,
+        "top_k": config.top_k,
+        "temperatures": header["temperatures"],
+        "attention_dtype": config.attention_dtype,
+        "layers": header["layers"],
+    }
+
+
 def column_dtypes(
     signals: str, layers: dict[str, list[int]], total: int, attention_dtype: str
 ) -> dict[str, str]:

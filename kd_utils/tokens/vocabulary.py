@@ -175,6 +175,17 @@ def same_pieces(teacher: Vocabulary, student: Vocabulary) -> bool:
     )
 
 
+def compared(teacher: Vocabulary, student: Vocabulary) -> str:
+    """How far two vocabularies agree, in one sentence."""
+    if same_pieces(teacher, student):
+        return "teacher and student have the same tokenizer"
+    shared = len(shared_pieces(teacher, student).teacher)
+    sizes = f"{len(teacher.pieces):,} and {len(student.pieces):,}"
+    return (
+        f"teacher and student share {shared:,} pieces of {sizes}: notebook 06 shows the alignment"
+    )
+
+
 def _by_bytes(vocabulary: Vocabulary) -> dict[tuple[bool, bytes], list[int]]:
     """Ids by (is it a special token, what it spells); fallback bytes come behind pieces."""
     ids: defaultdict[tuple[bool, bytes], list[int]] = defaultdict(list)
