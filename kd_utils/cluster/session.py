@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 import psutil
 
 from kd_utils.config import project_paths
-from kd_utils.records.environment import git_commit
+from kd_utils.records.provenance import git_commit
 
 #: What Ray would say on its own account; the sweep has its own display, and so has 02.
 QUIET = {

@@ -22,7 +22,7 @@ from traitlets.config import Config
 from kd_utils.cluster.machines import unlike_the_sweeps
 from kd_utils.config import parameter_files, project_paths
 from kd_utils.records import trial_record
-from kd_utils.records.source_code import changed_files, code_of
+from kd_utils.records.provenance import changed_files, code_of
 from kd_utils.store.sealed import write_sealed
 
 POLL_SECONDS = 0.2

@@ -18,7 +18,7 @@ from kd_utils.cluster.machines import fitting_gpus, require_same_view
 from kd_utils.cluster.session import ray_running
 from kd_utils.config import parameter_files, project_paths
 from kd_utils.records import run_folder, trial_record
-from kd_utils.records.source_code import code_of
+from kd_utils.records.provenance import code_of
 from kd_utils.store.files import sha256_file, written_aside
 from kd_utils.store.locks import locked
 from kd_utils.store.sealed import write_sealed

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from kd_utils.demos import smol
-from kd_utils.records.environment import environment, git_commit
+from kd_utils.records.provenance import environment, git_commit
 
 ROOT = Path(__file__).resolve().parents[2]
 NOT_OURS_TO_PIN = {"pip", "setuptools", "wheel", "kd-utils"}  # what installs, and what is installed
