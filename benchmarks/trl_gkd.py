@@ -400,7 +400,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]], epochs: int) -> list[dict[s
 
 def drive(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every side `repeats` times, in turn."""
-    from kd_utils.records.environment import environment
+    from kd_utils.records.provenance import environment
 
     runs: dict[str, list[dict[str, Any]]] = {
         side: [] for side in ("cache", "trl", *METHODS)

@@ -19,7 +19,7 @@ import pytest
 from kd_utils.config import notebook_files, project_paths, stages
 from kd_utils.config.trial import trial_name
 from kd_utils.records import check, run_folder, trial_record
-from kd_utils.records.environment import environment
+from kd_utils.records.provenance import environment
 from kd_utils.store.files import sha256_file, sha256_json
 from kd_utils.store.sealed import write_sealed
 
@@ -46,18 +46,18 @@ config = DataConfig.from_notebook(globals())
 sealed.write_sealed(config.data_path / "manifest.json", {
     "format": data.FORMAT, "name": config.name, "config_fingerprint": config.fingerprint(),
     "tokenizer_fingerprint": "t", "data_hash": str(config.data_seed), "counts": [],
-    **data._made_from(config)}, "checksums")""",
+    "made_from": data._made_from(config)}, "checksums")""",
     "02_cache_teacher": """
 from kd_utils.cache import manifest as cache
 from kd_utils.config.stages import CacheConfig
 from kd_utils.data import prepared_data as data
-from kd_utils.store import files
+from kd_utils.store import files, sealed
 config = CacheConfig.from_notebook(globals())
 prepared = data.read_manifest(config.data_path)
 manifest = {"format": cache.FORMAT_VERSION, "teacher": config.teacher, "base_teacher": config.teacher,
             "data_hash": prepared["data_hash"], "code": cache.cache_code()}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
-files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
+sealed.write_sealed(folder / "manifest.json", manifest, "checksums")""",
     "03_train_student": """
 import os, time
 import pandas as pd
@@ -65,8 +65,8 @@ from kd_utils.cache import manifest as cache
 from kd_utils.config.project_paths import project_path
 from kd_utils.config.trial import TrialConfig
 from kd_utils.records import trial_record as records
-from kd_utils.records.environment import environment
-from kd_utils.records.source_code import code_of
+from kd_utils.records.provenance import environment
+from kd_utils.records.provenance import code_of
 config = TrialConfig.from_notebook(globals())
 trial = config.trial
 with open(config.artifacts / "executed.txt", "a") as file:

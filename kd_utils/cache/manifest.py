@@ -1,41 +1,21 @@
-"""The teacher cache: its signals for every example, ragged, keyed by `example_id`, checksummed,
-resumable.
+"""What a teacher cache is: a folder `NAME-DATE-KEY`, its manifest, and how a cache is found.
 
-A cache is a folder `NAME-DATE-KEY`: Parquet shards of one row group per example (so that one row is
-one read), `vocabulary.parquet` (what each id spells), `lm_head.safetensors`, and `manifest.json`,
-which is written last: without it there is no cache. Tokens are the teacher's own; where the
-student's differ, the two are lined up when it trains.
-
-| column | per example of n tokens |
-|---|---|
-| `example_id`, `tokens`, `answer_start` | key, int32 (n,), index of the answer's first token |
-| `ends` | int32 (n,) behind which byte of the text each token ends; empty if the tokens do not spell the text |
-| `hidden` | float16 (n, d) final hidden state, after the last norm: times `lm_head` it is the logits |
-| `attention` | float16 or uint8 (H, n (n + 1) / 2) last layer's map as `signals.encode_map` gives it |
-| `hidden_7`, `attention_7`, ... | the same of other layers that were asked for; the hidden state before any norm |
-| `top_logits`, `top_ids`, `log_mass` | instead of these: float32 (n, k), int32 (n, k), float32 (n, temperatures) |
-
-A signal is stored as byte planes: column `hidden.0` has the first byte of every value, `hidden.1`
-the second. Exponents then stand beside exponents and compress, mantissas beside mantissas
-(Parquet's BYTE_STREAM_SPLIT does the same, but the lists that it needs are read and written at half
-the speed). `manifest.json` has the dtypes.
+The manifest (a `SealedFolder`'s document) is written last: without it the cache is not finished.
+What the files hold is described in `cache.teacher_cache`.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from kd_utils.records.source_code import code_of
-from kd_utils.store.files import sha256_file, sha256_json
+from kd_utils.records.provenance import code_of
+from kd_utils.store.files import sha256_json
+from kd_utils.store.sealed import SealedFolder
 
-if TYPE_CHECKING:
-    pass
-
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 FOLDER = re.compile(r"(?P<name>.+)-\d{4}-\d\d-\d\d-(?P<key>[0-9a-f]{8})")
 
@@ -46,23 +26,18 @@ class CacheError(ValueError):
 
 @lru_cache(maxsize=1)  # what this process imported, and not what is edited while it runs
 def cache_code() -> dict[str, str]:
-    """Digests of the code that decides what a cache holds (see `source_code.code_of`)."""
-    return code_of(
-        "02_cache_teacher", ("teacher.preparation", "teacher.extraction", "cache.writer")
-    )
+    """Digests of the code that decides what a cache holds (see `provenance.code_of`)."""
+    start = ("teacher.preparation", "teacher.extraction", "cache.writer")
+    return code_of("02_cache_teacher", start)
 
 
 def key_digest(key: dict[str, Any]) -> str:
-    """The end of a cache folder's name: everything that decides the content, in eight hex
-    digits.
-    """
+    """The end of a cache folder's name: eight hex digits of everything that decides the content."""
     return sha256_json({"format": FORMAT_VERSION, **key})[:8]
 
 
 def finished_caches(artifacts: Path, name: str) -> list[Path]:
-    """Folders of experiment `name`'s finished caches, in the order in which 02 wrote, or was asked
-    for, them last.
-    """
+    """Folders of experiment `name`'s finished caches, the one that 02 was last asked for last."""
     folders = [
         path.parent
         for path in (artifacts / "cache").glob("*/manifest.json")
@@ -72,7 +47,7 @@ def finished_caches(artifacts: Path, name: str) -> list[Path]:
 
 
 def find_cache(artifacts: Path, name: str) -> Path:
-    """The finished cache of experiment `name` that 02 wrote, or was asked for, last.
+    """The finished cache of experiment `name` that 02 was last asked for.
 
     Raises:
         CacheError: there is none, or it is not what its folder's name says.
@@ -86,70 +61,42 @@ def find_cache(artifacts: Path, name: str) -> Path:
     return folders[-1]
 
 
+def sealed_cache(folder: Path, document: str = "manifest.json") -> SealedFolder:
+    """The folder of a cache, whose files are listed in its manifest."""
+    return SealedFolder(
+        folder, document, remedy="run 02 again, it keeps the files that are whole", error=CacheError
+    )
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, if it is one of this format, this folder's own, and unchanged since it was
-    written.
+    """The manifest, with `content_hash`, which is the checksum of the manifest itself.
+
+    Raises:
+        CacheError: it is missing, damaged, of another format, or another cache's.
     """
-    where = f"{folder.name}/manifest.json"
-    try:
-        text = (folder / "manifest.json").read_bytes().decode()
-        manifest = json.loads(text)
-        # The text is compared too, since other digits, or an E for an e, can read as the same
-        # number.
-        unchanged = text == json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-        stated = manifest.pop("content_hash")
-        unchanged &= sha256_json(manifest) == stated
-    except FileNotFoundError:
-        raise CacheError(
-            f"{where} is missing: caching did not finish; run 02 again, it resumes"
-        ) from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise CacheError(f"{where} is damaged or cannot be read: run 02 again") from None
-    if not unchanged:
-        raise CacheError(f"{where} was changed after it was written: run 02 again")
+    sealed = sealed_cache(folder)
+    manifest = sealed.read()
     if manifest.get("format") != FORMAT_VERSION:
-        raise CacheError(
-            f"{where} has format {manifest.get('format')}, this code reads {FORMAT_VERSION}: run "
-            f"02 again"
+        raise sealed.problem(
+            f"manifest.json has format {manifest.get('format')}, expected {FORMAT_VERSION}"
         )
     parts = FOLDER.fullmatch(folder.name)
-    if (
-        parts
-        and "key" in manifest
-        and (parts["name"], parts["key"]) != (manifest["name"], key_digest(manifest["key"]))
-    ):
-        raise CacheError(
-            f"{where} is that of {manifest['name']}-DATE-{key_digest(manifest['key'])}: another "
-            f"cache was "
-            "copied here, or the folder renamed: run 02 again"
-        )
-    return {**manifest, "content_hash": stated}
+    if parts and "key" in manifest:
+        name, key = manifest["name"], key_digest(manifest["key"])
+        if (parts["name"], parts["key"]) != (name, key):
+            raise sealed.problem(
+                f"manifest.json is from the cache {name}-DATE-{key}: it was copied here, or the "
+                "folder was renamed"
+            )
+    return {**manifest, "content_hash": manifest["checksums"]["sha256"]}
 
 
 def check_files(folder: Path) -> dict[str, Any]:
-    """Every file that the manifest names is there, byte for byte. Returns the manifest.
+    """The manifest, after every file that it lists was compared with its checksum.
 
     Raises:
-        CacheError: the first file that is missing or differs.
+        CacheError: the first file that is missing or damaged.
     """
     manifest = read_manifest(folder)
-    for entry in [
-        *manifest["shards"],
-        *(manifest[name] for name in ("vocabulary", "lm_head") if name in manifest),
-    ]:
-        _check_file(folder, entry)
+    sealed_cache(folder).check(*(shard["file"] for shard in manifest["shards"]))
     return manifest
-
-
-def _check_file(folder: Path, entry: dict[str, Any]) -> Path:
-    path = folder / entry["file"]
-    if not path.is_file():
-        raise CacheError(
-            f"{folder.name}/{path.name} is missing: run 02 again, it writes what is missing"
-        )
-    if sha256_file(path) != entry["sha256"]:
-        raise CacheError(
-            f"{folder.name}/{path.name} is damaged, or another cache's (checksum differs): run 02 "
-            f"again"
-        )
-    return path

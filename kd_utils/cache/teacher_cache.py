@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from kd_utils.tokens.vocabulary import Vocabulary
-from kd_utils.cache.manifest import CacheError, _check_file, check_files
+from kd_utils.cache.manifest import CacheError, check_files, sealed_cache
 from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens.encoding import Example
 
@@ -183,9 +183,8 @@ class TeacherCache:
         """
         from kd_utils.tokens.vocabulary import Vocabulary
 
-        return Vocabulary.from_table(
-            pq.read_table(_check_file(self.folder, self.manifest["vocabulary"]))
-        )
+        file = sealed_cache(self.folder).file("vocabulary.parquet", self.manifest)
+        return Vocabulary.from_table(pq.read_table(file))
 
     def lm_head(self) -> Tensor | None:
         """(V, d) the teacher's output layer, as stored; None in a top-k cache.
@@ -195,6 +194,7 @@ class TeacherCache:
         """
         from safetensors.torch import load_file
 
-        if "lm_head" not in self.manifest:
+        if "lm_head.safetensors" not in self.manifest["checksums"]:
             return None
-        return load_file(_check_file(self.folder, self.manifest["lm_head"]))["lm_head"]
+        file = sealed_cache(self.folder).file("lm_head.safetensors", self.manifest)
+        return load_file(file)["lm_head"]

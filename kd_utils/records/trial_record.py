@@ -1,8 +1,7 @@
-"""The record that a trial leaves behind: how it is written, whole or not at all, and read back.
+"""The record of a trial: how it is written, completely or not at all, and read back.
 
-A trial is whole when `trials/TRIAL/` (metrics.json, predictions.parquet) and the executed
-`trials/TRIAL.ipynb` are both there, unchanged since they were written (see `sealed`), and of the
-same execution.
+A trial is whole if the folder `trials/TRIAL/` (metrics.json, predictions.parquet) and the executed
+notebook `trials/TRIAL.ipynb` are unchanged since they were written, in the same execution.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kd_utils.records.environment import environment
-from kd_utils.records.source_code import code_of
-from kd_utils.store.files import sha256_file, written_folder
-from kd_utils.store.sealed import RecordError, label, plain, read_sealed, write_sealed
+from kd_utils.records.provenance import code_of, environment
+from kd_utils.store.sealed import RecordError, SealedFolder, plain
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
 
+PREDICTIONS = "predictions.parquet"
+
 
 class Shape(BaseModel):
-    """What a document of ours must have; it may have more."""
+    """What a JSON document must have; it may have more."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
 
 class Metrics(Shape):
-    """What every `metrics.json` has; with a default, what only newer ones have."""
+    """What every `metrics.json` has; keys with a default are missing in older records."""
 
     class Cache(Shape):
         name: str
@@ -59,71 +58,47 @@ class Metrics(Shape):
 
 
 def report_epoch(row: dict[str, Any]) -> None:
-    """Append one epoch's metrics, as a JSON line, to the file that KD_PROGRESS names; nothing when
-    it is unset.
-    """
+    """Append an epoch's metrics as a JSON line to the file that KD_PROGRESS names, if any."""
     if path := os.environ.get("KD_PROGRESS"):
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(row, finite=False)) + "\n")
 
 
 def write_record(folder: str | Path, metrics: dict[str, Any], predictions: pd.DataFrame) -> None:
-    """Write a trial's `metrics.json` and `predictions.parquet` aside and rename them into place,
-    over an older record.
+    """Write a trial's `metrics.json` and `predictions.parquet`, in place of an older record.
 
     Args:
         folder: `RUN_DIR/trials/TRIAL`.
-        metrics: `Metrics`' keys and any others; `format` and `checksums` are added here.
-        predictions: one row per validation example, as `evaluation.evaluate` returns them.
+        metrics: the keys of `Metrics` and any others; `format` and `checksums` are added here.
+        predictions: one row per validation example, as `scoring.evaluate` returns them.
 
     Raises:
         RecordError: a key is missing, a number is not finite, or there are no predictions; nothing
             is written then.
     """
-    folder = Path(folder)
-    if missing := [
-        key
-        for key, field in Metrics.model_fields.items()
-        if field.is_required() and key not in metrics
-    ]:
+    folder, fields = Path(folder), Metrics.model_fields
+    missing = [name for name in fields if fields[name].is_required() and name not in metrics]
+    missing += [] if len(predictions) else ["predictions"]
+    if missing:
         raise RecordError(f"the record of {folder.name} has no {', '.join(missing)}")
-    if not len(predictions):
-        raise RecordError(f"the record of {folder.name} has no predictions")
-    metrics = {"format": FORMAT, **plain(metrics, finite=True), "checksums": {}}
-    # A folder cannot be renamed over another: killed in between, the trial is missing and done
-    # again.
-    with written_folder(folder) as aside:
-        predictions.to_parquet(aside / "predictions.parquet", index=False)
-        metrics["checksums"]["predictions.parquet"] = sha256_file(aside / "predictions.parquet")
-        write_sealed(aside / "metrics.json", metrics, "checksums")
+    document = {"format": FORMAT, **metrics}
+    with SealedFolder(folder, "metrics.json").replaced(document) as aside:
+        predictions.to_parquet(aside / PREDICTIONS, index=False)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """A trial's metrics, after the checksums of `metrics.json` and `predictions.parquet` were found
-    right.
+    """A trial's metrics, after the checksums of both files were compared.
 
     Raises:
         RecordError: names the file, and what is wrong with it.
     """
-    folder = Path(folder)
-    metrics = read_sealed(folder / "metrics.json", "checksums")
-    name = label(folder / "metrics.json")
+    sealed = SealedFolder(Path(folder), "metrics.json")
+    metrics = sealed.check(PREDICTIONS)
     if metrics.get("format") != FORMAT:
-        raise RecordError(f"{name} is not a record of format {FORMAT}")
-    require_shape(Metrics, metrics, name)
+        raise sealed.problem(f"metrics.json is not a record of format {FORMAT}")
+    require_shape(Metrics, metrics, f"{Path(folder).name}/metrics.json")
     if metrics["final"] != metrics["epochs"][-1]:
-        raise RecordError(f"{name}: its final metrics are not those of its last epoch")
-    predictions_file = folder / "predictions.parquet"
-    try:
-        checksum = sha256_file(predictions_file)
-    except OSError as error:
-        raise RecordError(f"{label(predictions_file)}: {error.strerror}") from None
-    if checksum != metrics["checksums"].get("predictions.parquet"):
-        raise RecordError(
-            f"{label(predictions_file)} is not the file that metrics.json was written with: its "
-            f"checksum "
-            "differs"
-        )
+        raise sealed.problem("metrics.json: its final metrics are not those of its last epoch")
     return metrics
 
 

@@ -1,10 +1,9 @@
-"""Files that are either whole or not there: written aside, synced, renamed into place; and who may
-write a folder.
-"""
+"""Files that are either whole or missing: written beside their place, then renamed into it."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -14,14 +13,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+FULL_DISK = {
+    errno.ENOSPC: "no space left on device",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EFBIG: "file too large",
+}
+
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to; it is renamed to `path` when the block ends without
-    an error.
+    """Yield a path beside `path` to write to; it is renamed to `path` if the block succeeds.
 
     Raises:
-        OSError: one line that names the file, where the disk is full.
+        OSError: one line that names the file if the disk is full.
     """
     aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
@@ -37,59 +41,60 @@ def written_aside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def written_folder(folder: Path) -> Iterator[Path]:
-    """As `written_aside`, for a folder: yields an empty one beside it, which takes its place, an
-    older one's too.
+    """Yield an empty folder beside `folder`; it takes its place if the block succeeds.
 
-    A folder cannot be renamed over another, so for a moment there is none: what reads it must be
-    able to make it again.
+    A folder cannot be renamed over another one, so for a moment there is no folder. What killed
+    processes left beside `folder` is removed first.
     """
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     old = aside.with_name(f"{aside.name}.old-{os.getpid()}")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if not _is_another_process(leftover.name.rpartition("-")[2]):
+            shutil.rmtree(leftover, ignore_errors=True)
     try:
         with full_disk_named(folder):
             aside.mkdir(parents=True)
             yield aside
             with suppress(FileNotFoundError):
-                folder.rename(
-                    old
-                )  # at once and whole: what somebody has open on NFS cannot be removed
+                # Renamed, not removed in place: on NFS, open files cannot be removed.
+                folder.rename(old)
             aside.rename(folder)
     finally:
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _is_another_process(number: str) -> bool:
+    try:
+        os.kill(int(number), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return int(number) != os.getpid()
+
+
 @contextmanager
 def full_disk_named(path: Path) -> Iterator[None]:
-    """Whatever a library raises when the disk is full becomes one OSError that names the file and
-    the remedy.
-    """
+    """Turn whatever a library raises on a full disk into one OSError with the file and a remedy."""
     try:
         yield
     except Exception as error:
-        full = {
-            errno.ENOSPC: "no space left on device",
-            errno.EDQUOT: "disk quota exceeded",
-            errno.EFBIG: "file too large",
-        }
-        for number, words in full.items():
+        for number, words in FULL_DISK.items():
             if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
                 raise OSError(
                     number,
                     f"{words} while writing {path.parent.name}/{path.name}: make room and run the "
-                    "same command again, what is whole is kept",
+                    "same command again, finished files are kept",
                 ) from None
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON that any reader accepts (no NaN), whole or not at all."""
+    """Write `value` as JSON that any reader accepts (no NaN), completely or not at all."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with written_aside(path) as aside:
-        aside.write_text(
-            json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        aside.write_text(text, encoding="utf-8")
 
 
 def sha256_file(path: Path) -> str:

@@ -1,5 +1,6 @@
-"""JSON documents (notebooks too) that carry a checksum of their own text, so that any later change
-is found.
+"""Files that prove to be unchanged: JSON with a checksum of its own text, and folders of files.
+
+Notebooks are JSON too. Any later change of a sealed file is found when it is read.
 """
 
 from __future__ import annotations
@@ -7,25 +8,24 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kd_utils.store.files import written_aside
+from kd_utils.store.files import sha256_file, written_aside, written_folder
 
 
 class RecordError(ValueError):
-    """A sealed file that is missing, changed or not of this execution; the message names it and
-    what is wrong.
-    """
+    """A sealed file that is missing, damaged or not the expected one; the message names it."""
 
 
 def seal(document: dict[str, Any], holder: str) -> str:
-    """Text of a JSON document that holds the SHA-256 of the rest of itself, as the `sha256` of
-    `holder`.
+    """The text of a JSON document with the SHA-256 of the rest of that text in it.
 
     Args:
-        holder: dotted place of a dict in the document ("metadata.kd_utils"), made where it is not
-            there.
+        holder: where the digest goes, as `sha256`: the dotted place of a dict in the document
+            ("metadata.kd_utils"), which is created if it is missing.
     """
     inside = document
     for key in holder.split("."):
@@ -36,54 +36,115 @@ def seal(document: dict[str, Any], holder: str) -> str:
 
 
 def read_sealed(path: Path, holder: str) -> dict[str, Any]:
-    """A document that `seal` wrote.
+    """Read a document that `write_sealed` wrote.
 
     Raises:
-        RecordError: no such file, no JSON, no seal, or any byte of it changed.
+        RecordError: the file is missing, is not JSON, or any byte of it changed.
     """
-    data = read_bytes(path)
     try:
-        text = data.decode()
+        text = path.read_bytes().decode()
         document = json.loads(text)
         sealed = seal(document, holder)
+    except OSError as error:
+        raise RecordError(f"{path.name} {_unreadable(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise RecordError(
-            f"{label(path)} is no JSON with a checksum of itself, or was damaged since"
-        ) from None
-    # Sealing it again must give the very bytes: the text is compared because a changed blank parses
-    # the same.
+        raise RecordError(f"{path.name} is damaged: it is not a sealed JSON file") from None
+    # The texts are compared, since JSON with other blanks or digits can have the same values.
     if sealed != text:
-        raise RecordError(f"{label(path)} was changed after it was written")
+        raise RecordError(
+            f"{path.name} was changed after it was written, or another version of the code wrote it"
+        )
     return document
 
 
 def write_sealed(path: Path, document: dict[str, Any], holder: str) -> None:
-    """Seal a document and write it, whole or not at all."""
+    """Seal a document and write it, completely or not at all."""
     with written_aside(path) as aside:
         aside.write_text(seal(document, holder), encoding="utf-8", newline="")
 
 
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RecordError(f"{label(path)}: {error.strerror}") from None
+class SealedFolder:
+    """A folder in which one sealed JSON document has the checksums of the other files.
 
+    The document is written last, so a folder without it is not finished.
 
-def label(path: str | Path) -> str:
-    """The last part of a path that says which file of a run it is, with nothing of the machine in
-    it.
+    Args:
+        path: the folder.
+        document: the name of the JSON document, such as "manifest.json".
+        label: what messages call the folder; its name by default.
+        remedy: what to do about a missing or damaged file; it ends every message.
+        error: the exception for such a file.
     """
-    path = Path(path)
-    return (
-        "/".join(path.parts[-2:])
-        if path.name in ("metrics.json", "predictions.parquet")
-        else path.name
-    )
+
+    def __init__(
+        self,
+        path: Path,
+        document: str,
+        *,
+        label: str = "",
+        remedy: str = "",
+        error: type[ValueError] = RecordError,
+    ) -> None:
+        self.path, self.document, self.error = path, document, error
+        self._message = f"{label or path.name}/{{}}" + (f": {remedy}" if remedy else "")
+
+    @contextmanager
+    def replaced(self, document: dict[str, Any]) -> Iterator[Path]:
+        """Yield an empty folder to write files to; then seal it and let it replace this one."""
+        with written_folder(self.path) as aside:
+            yield aside
+            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+            checksums = {str(path.relative_to(aside)): sha256_file(path) for path in files}
+            SealedFolder(aside, self.document).seal(document, checksums)
+
+    def seal(self, document: dict[str, Any], checksums: dict[str, str]) -> None:
+        """Write the document, with the checksums of the files that are in the folder already."""
+        document = {**plain(document, finite=True), "checksums": dict(checksums)}
+        write_sealed(self.path / self.document, document, "checksums")
+
+    def read(self) -> dict[str, Any]:
+        """The document; no other file is read.
+
+        Raises:
+            ValueError: (of type `error`) it is missing or damaged.
+        """
+        try:
+            return read_sealed(self.path / self.document, "checksums")
+        except RecordError as error:
+            raise self.problem(str(error)) from None
+
+    def check(self, *required: str) -> dict[str, Any]:
+        """The document, after all files that it lists, and the required ones, were compared.
+
+        Raises:
+            ValueError: (of type `error`) the first file that is missing or damaged.
+        """
+        document = self.read()
+        for name in sorted({*required, *document["checksums"]} - {"sha256"}):
+            self.file(name, document)
+        return document
+
+    def file(self, name: str, document: dict[str, Any]) -> Path:
+        """The path of one file whose bytes have the checksum in the document."""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise self.problem(f"{self.document} names a file outside of its folder")
+        try:
+            checksum = sha256_file(self.path / name)
+        except (OSError, ValueError) as error:
+            raise self.problem(f"{name} {_unreadable(error)}") from None
+        if checksum != document["checksums"].get(name):
+            raise self.problem(
+                f"{name} is damaged or from another folder: {self.document} has another checksum"
+            )
+        return self.path / name
+
+    def problem(self, text: str) -> ValueError:
+        """An error about a file of this folder, with the folder before it and the remedy after."""
+        return self.error(self._message.format(text))
 
 
 def plain(value: Any, *, finite: bool, at: str = "") -> Any:
-    """Plain JSON values; numpy's and torch's scalars become numbers.
+    """Plain JSON values; scalars of numpy and torch become numbers.
 
     Args:
         finite: refuse a number that is not finite (JSON has none); otherwise it becomes null.
@@ -93,22 +154,24 @@ def plain(value: Any, *, finite: bool, at: str = "") -> Any:
     """
     if isinstance(value, dict):
         return {
-            str(k): plain(v, finite=finite, at=f"{at}: {k}" if at else str(k))
-            for k, v in value.items()
+            str(key): plain(item, finite=finite, at=f"{at}: {key}" if at else str(key))
+            for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [
-            plain(item, finite=finite, at=f"{at}[{number}]") for number, item in enumerate(value)
-        ]
+        return [plain(item, finite=finite, at=f"{at}[{i}]") for i, item in enumerate(value)]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         if finite:
-            raise RecordError(
-                f"{at} is {value}: a record holds finite numbers only, this trial has failed"
-            )
+            raise RecordError(f"{at} is {value}, expected a finite number")
         return None
     return value
+
+
+def _unreadable(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    return f"cannot be read ({getattr(error, 'strerror', None) or error})"
 
 
 def _dump(document: Any) -> str:

@@ -20,7 +20,7 @@ from kd_utils.cluster.machines import problem_with_files
 from kd_utils.config import project_paths
 from kd_utils.config.stages import TRAIN
 from kd_utils.records import trial_record
-from kd_utils.records.source_code import changed_files, code_of
+from kd_utils.records.provenance import changed_files, code_of
 from kd_utils.sweep.display import Progress
 from kd_utils.sweep.execution import NotebookFailed, execute, in_thread, keep_failure
 from kd_utils.sweep.planning import Trial

@@ -19,7 +19,7 @@ from kd_utils.config import project_paths
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.config.stages import ANALYSE, CACHE, PREPARE, TRAIN
 from kd_utils.records import run_folder, trial_record
-from kd_utils.records.source_code import code_of
+from kd_utils.records.provenance import code_of
 from kd_utils.store.files import sha256_file, written_aside
 from kd_utils.store.locks import locked
 from kd_utils.store.sealed import write_sealed

@@ -71,8 +71,8 @@ def test_what_is_not_verified_does_not_open(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({"data_hash": "other"}, "made for other data"),
-        ({"teacher": "other"}, "made from teacher m, not other"),
+        ({"data_hash": "other"}, "data changed"),
+        ({"teacher": "other"}, r"teacher changed \(name was 'm', is 'other'\)"),
     ],
 )
 def test_other_data_or_another_teacher_is_refused(tmp_path, given, message):
@@ -86,8 +86,8 @@ def test_every_reason_is_given_at_once(tmp_path):
     verify(make(tmp_path / "c", code=code), ALL, RUN)
     with pytest.raises(
         CacheError,
-        match=r"c was made for other data \(d, prepared is e\), was made from teacher m, "
-        r"not n, was made by other code \(kd_utils/losses.py\): run 02 again",
+        match=r"c is stale: data changed \(.*\); teacher changed \(name was 'm', is 'n'\); "
+        r"code changed \(kd_utils/losses.py\): run 02 again",
     ):
         open_verified(tmp_path / "c", data_hash="e", teacher="n")
 
@@ -95,7 +95,7 @@ def test_every_reason_is_given_at_once(tmp_path):
 def test_other_code_is_refused_by_name(tmp_path):
     verify(make(tmp_path / "c", code={**HEADER["code"], "kd_utils/losses.py": "other"}), ALL, RUN)
     with pytest.raises(
-        CacheError, match=r"c was made by other code \(kd_utils/losses.py\): run 02 again"
+        CacheError, match=r"c is stale: code changed \(kd_utils/losses.py\): run 02 again"
     ):
         open_verified(tmp_path / "c", data_hash="d", teacher="m")
 
@@ -118,14 +118,12 @@ def test_other_weights_under_the_teachers_name_are_refused(tmp_path):
     kept = (base / "tokenizer.json").read_bytes()
     (base / "tokenizer.json").write_bytes(kept + b" ")
     with pytest.raises(
-        CacheError, match="c was made with another tokenizer of teacher .*/teacher: run 02 again"
+        CacheError, match=r"c is stale: teacher changed \(tokenizer/tokenizer.json\): run 02 again"
     ):
         open_verified(tmp_path / "c", **about)
     (base / "tokenizer.json").write_bytes(kept)
     save_model(tiny_model(tokenizer, seed=1), tokenizer, base)
-    with pytest.raises(
-        CacheError, match="c was made from other weights of teacher .*/teacher: run 02 again"
-    ):
+    with pytest.raises(CacheError, match=r"c is stale: teacher changed \(weights\): run 02 again"):
         open_verified(tmp_path / "c", **about)
     shutil.rmtree(base)  # a node that does not have the teacher trains all the same
     open_verified(tmp_path / "c", **about)
@@ -142,8 +140,8 @@ def test_what_changed_is_said_by_name(tmp_path):
     assert what_changed(tmp_path, header(key)) == ""
     now = header(key | {"data": "b", "teacher": "v", "code": "2"}, **{"kd_utils/losses.py": "2"})
     assert what_changed(tmp_path, now) == (
-        f"{earlier.name} is stale, changed since: data, the teacher's weights, code "
-        "(kd_utils/losses.py)"
+        f"{earlier.name} is stale: inputs changed (data was 'a', is 'b', teacher was 'w', is 'v'); "
+        "code changed (kd_utils/losses.py)"
     )
     write_named(tmp_path, "toy", {"data": "c"}, MODEL)  # of another config, and asked for last
     assert what_changed(tmp_path, header(key)) == "", "it need not be made: it is there"
@@ -155,7 +153,7 @@ def test_what_changed_is_said_by_name(tmp_path):
         (lambda path: path.unlink(), "has not been verified"),
         (
             lambda path: path.write_text("{"),
-            "c/verified.json is no JSON with a checksum.*run 02 again",
+            "c/verified.json is damaged: it is not a sealed JSON file.*run 02 again",
         ),
         (
             lambda path: path.write_text(path.read_text().replace("within", "WITHIN")),
@@ -163,7 +161,7 @@ def test_what_changed_is_said_by_name(tmp_path):
         ),
         (
             lambda path: shutil.copy(path.parents[1] / "other" / path.name, path),
-            "c/verified.json is of another cache",
+            "c/verified.json is from another cache",
         ),
     ],
 )

@@ -14,9 +14,9 @@ from kd_utils.data.drawing import prepare
 from kd_utils.data.leakage import SHOTS, few_shot_overlap, few_shot_rows, require_unseen_shots
 from kd_utils.data.prepared_data import load_prepared, read_manifest, save_prepared, why_stale
 from kd_utils.data.task_rows import COLUMNS, content_keys
-from kd_utils.records import source_code
+from kd_utils.records import provenance
 from kd_utils.store.files import sha256_file
-from kd_utils.store.sealed import read_sealed, write_sealed
+from kd_utils.store.sealed import RecordError, read_sealed, write_sealed
 from kd_utils.tokens.encoding import encode_example, tokenizer_fingerprint
 
 TOKENIZER = tiny_tokenizer(begin=True)
@@ -232,12 +232,14 @@ def test_the_hash_is_of_the_content_and_not_of_the_file(folder, tmp_path):
     table = pd.read_parquet(place / "train.parquet")
     table.to_parquet(place / "train.parquet", compression="zstd", index=True)
     with pytest.raises(
-        ValueError, match="prepared/train.parquet is not the file that manifest.json"
+        ValueError, match="prepared/train.parquet is damaged or from another folder: manifest.json"
     ):
         load_prepared(place)
     assert load_prepared(resealed(place)).data_hash == before
     table.iloc[::-1].to_parquet(place / "train.parquet", index=False)
-    with pytest.raises(ValueError, match="they were changed, run 01_prepare_data again"):
+    with pytest.raises(
+        ValueError, match="another data_hash than the tables: run 01_prepare_data again"
+    ):
         load_prepared(resealed(place))
 
 
@@ -310,25 +312,23 @@ def test_damage_is_found(folder, tmp_path):
     def counts(path):
         path.write_text(path.read_text().replace('"available": 9', '"available": 8'))
 
-    with pytest.raises(
-        FileNotFoundError, match="manifest.json is missing.*run 01_prepare_data first"
-    ):
+    with pytest.raises(RecordError, match="manifest.json is missing: run 01_prepare_data again"):
         load_prepared(tmp_path / "nowhere")
     for name, change, message in [
         (
             "train.parquet",
             lambda path: path.write_bytes(b"PAR1 no"),
-            "prepared/train.parquet is not the file that man",
+            "prepared/train.parquet is damaged or from another folder",
         ),
         (
             "train.parquet",
             lambda path: path.unlink(),
-            r"train.parquet is missing\): run 01_prepare_data first",
+            "train.parquet is missing: run 01_prepare_data again",
         ),
         (
             "manifest.json",
             lambda path: path.write_text("{"),
-            "manifest.json is no JSON with a checksum",
+            "manifest.json is damaged: it is not a sealed JSON file",
         ),
         (
             "manifest.json",
@@ -338,36 +338,36 @@ def test_damage_is_found(folder, tmp_path):
         (
             "manifest.json",
             counts,
-            "manifest.json was changed after it was written: run 01_prepare_data again",
+            "manifest.json was changed after it was written, or .*: run 01_prepare_data again",
         ),
         (
             "manifest.json",
             lambda path: write_sealed(path, {"format": 1}, "checksums"),
-            "not a manifest of format 2",
+            "not a manifest of format 3",
         ),
         (
             "manifest.json",
-            lambda path: write_sealed(path, {"format": 2, "name": "x"}, "checksums"),
-            "lacks code, conf",
+            lambda path: write_sealed(path, {"format": 3, "name": "x"}, "checksums"),
+            "lacks config_fingerprint, counts",
         ),
         (
             "train.parquet",
             lambda path: shutil.copy(other / path.name, path),
-            "train.parquet is not the file that man",
+            "train.parquet is damaged or from another folder",
         ),
         (
             "manifest.json",
             lambda path: shutil.copy(other / path.name, path),
-            "manifest.json is that of 'other'",
+            "manifest.json was copied here from the data 'other'",
         ),
     ]:
         place = save_prepared(prepared, tmp_path / "prepared")
         change(place / name)
-        with pytest.raises((ValueError, FileNotFoundError), match=message):
+        with pytest.raises(RecordError, match=message):
             load_prepared(place)
     shutil.rmtree(place)
     with pytest.raises(
-        ValueError, match="is that of 'other': it was copied here, run 01_prepare_data again"
+        ValueError, match="was copied here from the data 'other': run 01_prepare_data again"
     ):
         load_prepared(shutil.copytree(other, place))
 
@@ -386,7 +386,9 @@ def test_why_prepared_data_is_stale(folder, tmp_path):
         == ""
     )
     other = config(folder, tokenizer=str(tokenizer), max_length=99, data_seed=2)
-    assert why_stale(place, other) == "config changed (data_seed, max_length)"
+    assert why_stale(place, other) == (
+        "config changed (data_seed was 0, is 2, max_length was 512, is 99)"
+    )
     assert "manifest.json is missing" in why_stale(tmp_path / "nowhere", now)
     table = pd.read_parquet(folder / "mmlu" / "dev.parquet")
     table.iloc[:-1].to_parquet(folder / "mmlu" / "dev.parquet")
@@ -404,11 +406,11 @@ def test_other_code_makes_prepared_data_stale_and_so_does_its_builder(
 ):
     place = save_prepared(prepare(config(folder), TOKENIZER), tmp_path / "prepared")
     assert (
-        "kd_utils/data/prepared_data.py" in read_manifest(place)["code"]
-        and "kd_utils/demos/toy.py" not in read_manifest(place)["code"]
+        "kd_utils/data/prepared_data.py" in read_manifest(place)["made_from"]["code"]
+        and "kd_utils/demos/toy.py" not in read_manifest(place)["made_from"]["code"]
     )
     changed = {
-        **source_code.code_of("01_prepare_data", {"data.prepared_data", "data.drawing"}),
+        **provenance.code_of("01_prepare_data", {"data.prepared_data", "data.drawing"}),
         "kd_utils/data/tasks/mmlu.py": "other",
     }
     monkeypatch.setattr(prepared_data, "code_of", lambda stem, start: changed)
@@ -420,7 +422,7 @@ def test_other_code_makes_prepared_data_stale_and_so_does_its_builder(
         "kd_utils/demos/toy.py",
         "kd_utils/demos/toy_models.py",
         "kd_utils/data/prepared_data.py",
-    } <= read_manifest(place)["code"].keys()
+    } <= read_manifest(place)["made_from"]["code"].keys()
 
 
 def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(folder, tmp_path):
@@ -429,7 +431,7 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_is_not(folder, 
     dead.wait()
     for name in (
         f".prepared.partial-{dead.pid}",
-        f".prepared.old-{dead.pid}",
+        f".prepared.partial-{dead.pid}.old-{dead.pid}",
         f".prepared.partial-{os.getppid()}",
         f".other.partial-{dead.pid}",
     ):

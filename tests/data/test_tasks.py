@@ -8,7 +8,7 @@ from tiny import write_task_files
 from kd_utils.data import tasks
 from kd_utils.data.task_rows import COLUMNS, load_task
 from kd_utils.data.tasks import TASKS, find_task, register, task_order
-from kd_utils.records.source_code import code_of
+from kd_utils.records.provenance import code_of
 
 
 @pytest.fixture

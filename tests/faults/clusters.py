@@ -32,8 +32,8 @@ import json, os, shutil, signal, time
 from kd_utils.records import trial_record as records
 from kd_utils.config.project_paths import project_path
 from kd_utils.config.trial import TrialConfig
-from kd_utils.records.environment import environment
-from kd_utils.records.source_code import code_of
+from kd_utils.records.provenance import environment
+from kd_utils.records.provenance import code_of
 config, code = TrialConfig.from_notebook(globals()), code_of("03_train_student")
 trial, artifacts = config.trial, config.artifacts
 class Predictions(list):
@@ -56,7 +56,7 @@ for row in rows:
 manifest = next(artifacts.glob(f"cache/{config.name}-*/manifest.json"))
 metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(),
            "code": code, "tokenizer": "t",
-           "cache": {"name": manifest.parent.name, "content_hash": json.loads(manifest.read_text())["content_hash"]},
+           "cache": {"name": manifest.parent.name, "content_hash": json.loads(manifest.read_text())["checksums"]["sha256"]},
            "started": "2026-01-01T00:00:00Z", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": rows,
            "final": rows[-1]}
 tell("ends")

@@ -266,7 +266,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_half(tmp_path, times, tried, na
     for error in errors:
         assert re.fullmatch(
             r"OSError: \[Errno 28\] no space left on device while writing \S+: make room and run the "
-            r"same command again, what is whole is kept",
+            r"same command again, finished files are kept",
             error,
         ), error
     tried("disk full while caching", len(errors))

@@ -173,7 +173,7 @@ def test_nodes_that_see_no_cache_or_another_are_refused_before_training(
     shutil.copytree(home / "artifacts", tmp_path / "cache" / "artifacts")
     shutil.copytree(home / "runs", tmp_path / "cache" / "runs")
     manifest = next(tmp_path.glob("cache/artifacts/cache/*/manifest.json"))
-    manifest.write_text(manifest.read_text().replace("content_hash", "content-hash"))
+    manifest.write_text(manifest.read_text().replace("checksums", "check-sums"))
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "artifacts").symlink_to(home / "artifacts")
     shutil.copytree(home / "runs", tmp_path / "plan" / "runs")

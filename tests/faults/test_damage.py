@@ -203,12 +203,11 @@ def test_a_whole_folder_of_another_is_found_before_use(places, tmp_path, tried):
     copied = tmp_path / "0" / "cache" / cache.name
     shutil.copytree(other_cache, copied)
     with pytest.raises(
-        ValueError, match=f"{cache.name}/manifest.json is that of toy-DATE-{other_cache.name[-8:]}"
+        ValueError,
+        match=f"{cache.name}/manifest.json is from the cache toy-DATE-{other_cache.name[-8:]}",
     ):
         open_cache(copied)
-    with pytest.raises(
-        ValueError, match="other/manifest.json is that of 'toy': it was copied here"
-    ):
+    with pytest.raises(ValueError, match="other/manifest.json was copied here from the data 'toy'"):
         load_prepared(shutil.copytree(data, tmp_path / "other"))
     tried("file of cache or prepared data truncated, missing or foreign", 2)
 

@@ -161,7 +161,7 @@ def test_every_record_of_this_project_is_as_it_was_written(folder):
     problems, (done, planned) = check.check_run(folder), check.count_done(folder)
     if not (folder / run_folder.PLAN).exists():  # speeds, which no sweep wrote
         assert problems == [
-            f"{run_folder.PLAN} is missing: no sweep wrote this folder, so what should be in it is "
+            f"{run_folder.PLAN} is missing: no sweep wrote this folder, so its planned trials are "
             f"not known"
         ]
         return

@@ -20,7 +20,7 @@ from stubs import stub_project
 from kd_utils.__main__ import main
 from kd_utils.cache import manifest
 from kd_utils.config import notebook_files, project_paths
-from kd_utils.records import environment, run_folder, source_code
+from kd_utils.records import provenance, run_folder
 from kd_utils.records.check import check_run
 from kd_utils.store.sealed import write_sealed
 from kd_utils.sweep import execution, executor, ray_executor
@@ -40,7 +40,8 @@ SOURCES = {
     + """
 made_from = data._made_from(config)
 sealed.write_sealed(config.data_path / "manifest.json", {
-    "format": data.FORMAT, "name": config.name, "config_fingerprint": config.fingerprint(), "counts": [], **made_from,
+    "format": data.FORMAT, "name": config.name, "config_fingerprint": config.fingerprint(), "counts": [],
+    "made_from": made_from,
     "tokenizer_fingerprint": str(made_from["source"]), "data_hash": config.fingerprint()}, "checksums")""",
     "02_cache_teacher": FIRST.format("CacheConfig")
     + """
@@ -49,14 +50,14 @@ manifest = {"format": cache.FORMAT_VERSION, "code": cache.cache_code(), "teacher
             "base_teacher": config.teacher, "base_fingerprint": model_fingerprint(config.teacher),
             "tokenizer_files": tokenizer_files(project_path(config.teacher)), "data_hash": prepared["data_hash"]}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
-files.write_json(folder / "manifest.json", manifest | {"content_hash": files.sha256_json(manifest)})""",
+sealed.write_sealed(folder / "manifest.json", manifest, "checksums")""",
     "03_train_student": FIRST.format("TrialConfig")
     + """
 import pandas as pd
 from kd_utils.analysis import tables
 from kd_utils.records import trial_record as records
-from kd_utils.records.environment import environment
-from kd_utils.records.source_code import code_of
+from kd_utils.records.provenance import environment
+from kd_utils.records.provenance import code_of
 code = code_of("03_train_student")
 accuracy = float((config.artifacts / "accuracy").read_text())
 folder = cache.find_cache(config.artifacts, config.name)
@@ -125,9 +126,9 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setattr(
         notebook_files, "notebook_path", lambda stem: tmp_path / "notebooks" / f"{stem}.ipynb"
     )
-    monkeypatch.setattr(source_code, "PACKAGE", tmp_path / "kd_utils")
-    imported = lru_cache(source_code._imported)  # five sweeps a test ask for the same
-    monkeypatch.setattr(source_code, "_imported", lambda source: set(imported(source)))
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "kd_utils")
+    imported = lru_cache(provenance._imported)  # five sweeps a test ask for the same
+    monkeypatch.setattr(provenance, "_imported", lambda source: set(imported(source)))
     monkeypatch.setattr(execution, "execute", execute_here)
     monkeypatch.setattr(executor, "execute", execute_here)
     monkeypatch.setattr(ray_executor, "ray_executor", lambda *_: nullcontext(Here()))
@@ -197,12 +198,12 @@ def weights_of(home, name, file="model.safetensors"):
 CHANGES = {
     "data": (
         lambda home: parameter(home, data_seed=7),
-        {"01_prepare_data": "changed since: parameters"},
+        {"01_prepare_data": "parameters changed (data_seed was 0, is 7)"},
         "",
     ),
     "tokenizer": (
         lambda home: replaced(home, tokenizer="models/other"),
-        {"01_prepare_data": "parameters"},
+        {"01_prepare_data": "parameters changed (tokenizer was "},
         "config",
     ),
     "tokenizer's file": (
@@ -212,25 +213,25 @@ CHANGES = {
     ),
     "teacher": (
         lambda home: replaced(home, teacher="models/other"),
-        {"02_cache_teacher": "parameters"},
+        {"02_cache_teacher": "parameters changed (teacher was "},
         "config",
     ),
     "teacher's weights": (
         lambda home: weights_of(home, "teacher"),
-        {"02_cache_teacher": "the cache was made from other weights of teacher models/teacher"},
+        {"02_cache_teacher": "teacher changed (weights)"},
         "",
     ),
     "student's weights": (
         lambda home: weights_of(home, "student"),
         {},
-        "the student's initial weights changed",
+        "student changed (initial weights of models/student)",
     ),
     "student": (lambda home: replaced(home, student="models/other"), {}, "config changed"),
     "config": (lambda home: parameter(home, learning_rate=0.5), {}, "config changed"),
     "module": (
         lambda home: edit_module(home, "analysis/tables", "\nNEW = 1\n"),
         {},
-        "code changed: kd_utils/analysis/tables.py",
+        "code changed (kd_utils/analysis/tables.py)",
     ),
     "notebook": (
         lambda home: edit_notebook(
@@ -239,7 +240,7 @@ CHANGES = {
             lambda cells: cells[1].update(source=cells[1]["source"] + "\n1 + 1"),
         ),
         {},
-        "code changed: notebooks/03_train_student.ipynb",
+        "code changed (notebooks/03_train_student.ipynb)",
     ),
 }
 
@@ -324,10 +325,10 @@ def test_what_cannot_change_a_result_makes_nothing_stale(home, change, capsys):
 def test_trials_of_another_torch_are_told_of_though_they_are_not_run_again(
     home, capsys, monkeypatch, tried
 ):
-    real = environment.environment
+    real = provenance.environment
     shutil.rmtree(home / "runs" / "stub" / "trials" / "attention_seed1")
     monkeypatch.setattr(
-        environment,
+        provenance,
         "environment",
         lambda: (now := real()) | {"versions": now["versions"] | {"torch": "1.0"}},
     )
@@ -412,7 +413,7 @@ def test_an_edit_while_a_sweep_runs_a_second_sweep_and_a_kill_end_in_trials_of_o
     told = begun(home, 2, again)
     again.kill("driver")
     _, output = again.wait()
-    assert "black_box_seed0: stale, code changed: kd_utils/records/trial_record.py" in output, (
+    assert "black_box_seed0: stale, code changed (kd_utils/records/trial_record.py)" in output, (
         output
     )
     assert ended(told["pid"])

@@ -318,7 +318,7 @@ def test_verify_looks_at_the_cache(home):
             "no notebook has a parameter 'temprature'; did you mean 'temperature'?",
         ),
         (("-p", "beta", "-1"), "beta = -1: Input should be greater than or equal to 0"),
-        (("-p", "name", "nothing"), "run 01_prepare_data first"),
+        (("-p", "name", "nothing"), "run 01_prepare_data again"),
     ],
 )
 def test_03_refuses_bad_parameters_before_any_model_is_loaded(home, tmp_path, parameter, message):

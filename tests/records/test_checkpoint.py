@@ -193,7 +193,7 @@ def test_a_save_that_is_killed_before_its_last_file_leaves_the_earlier_state(tmp
     def killed(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kd_utils.records.checkpoint.write_sealed", killed)
+    monkeypatch.setattr("kd_utils.store.sealed.write_sealed", killed)
     with pytest.raises(KeyboardInterrupt):
         trial.save(2)
     monkeypatch.undo()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from kd_utils.records.environment import environment, git_commit
+from kd_utils.records.provenance import environment, git_commit
 
 
 def test_environment_says_nothing_of_the_machine_but_its_kind():

@@ -21,13 +21,13 @@ def test_status_says_why_a_trial_is_not_done(run_dir):
         return run_folder.trial_status(run_dir, trial, config_hash, run_folder.Made(**made))
 
     assert status() == ("done", "") == status(**MADE)
-    assert status("d" * 16) == ("stale", f"config changed: its hash was {HASH}, is {'d' * 16}")
+    assert status("d" * 16) == ("stale", "config changed (hash)")
     parameters = {"name": "other", "student": "larger", "seed": 0}
     why = run_folder.trial_status(run_dir, "attention_seed0", "d" * 16, parameters=parameters).why
-    assert why == "config changed: student was 'tiny', is 'larger'"
+    assert why == "config changed (student was 'tiny', is 'larger')"
     assert status(trial="combined_seed9") == ("missing", "")
     (trials / "attention_seed1.ipynb").replace(trials / "attention_seed0.ipynb")
-    assert status() == ("stale", "the notebook is of another execution than metrics.json")
+    assert status() == ("stale", "the notebook is from another execution than metrics.json")
     write_notebook(
         trials / "attention_seed0.failed.ipynb", {"failure": "ValueError:\n loss is nan"}
     )
@@ -46,13 +46,13 @@ def test_a_notebook_of_an_earlier_execution_of_the_same_trial_does_not_do(run_di
     write_trial(run_dir, "attention", 0, accuracy=0.99)
     notebook.write_bytes(earlier)
     assert run_folder.trial_status(run_dir, "attention_seed0", HASH).why.startswith(
-        "the notebook is of another execution"
+        "the notebook is from another execution"
     )
     write_trial(run_dir, "attention", 0, accuracy=0.25)  # as it was
     assert run_folder.trial_status(run_dir, "attention_seed0", HASH).state == "done"
     write_notebook(notebook, {"config_hash": "d" * 16, "record": record})
     assert run_folder.trial_status(run_dir, "attention_seed0", HASH).why.startswith(
-        "the notebook is of another execution"
+        "the notebook is from another execution"
     )
 
 
@@ -66,29 +66,28 @@ def test_a_whole_record_goes_before_an_older_failure(run_dir):
     [
         (
             {"cache": "l" * 64},
-            f"teacher cache changed: the record has {'k' * 64}, the plan {'l' * 64}",
+            "teacher cache changed (this experiment's)",
         ),
         (
             {"more_caches": {"other": "l" * 64}},
-            f"the teacher cache of other changed: the record has {'m' * 64}, the plan {'l' * 64}",
+            "teacher cache changed (other)",
         ),
         (
             {"tokenizer": "u" * 16},
-            f"the student's tokenizer changed: the record has {'t' * 16}, the plan {'u' * 16}",
+            "student changed (tokenizer was 'tttttttttttttttt', is 'uuuuuuuuuuuuuuuu')",
         ),
         (
             {"students": {"tiny": "g" * 64}},
-            f"the student's initial weights changed: the record has {'f' * 64}, the plan "
-            f"{'g' * 64}",
+            "student changed (initial weights of tiny)",
         ),
-        ({"code": {"kd_utils/losses.py": "1" * 12}}, "code changed: kd_utils/losses.py"),
+        ({"code": {"kd_utils/losses.py": "1" * 12}}, "code changed (kd_utils/losses.py)"),
         (
             {"code": {**MADE["code"], "kd_utils/student.py": "1" * 12}},
-            "code changed: kd_utils/student.py",
+            "code changed (kd_utils/student.py)",
         ),
         (
             {"code": {"kd_utils/new.py": "1" * 12}},
-            "code changed: kd_utils/losses.py, kd_utils/new.py",
+            "code changed (kd_utils/losses.py, kd_utils/new.py)",
         ),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_full_disk_is_one_line_that_names_the_file(tmp_path, error, words):
         assert (
             str(raised.value)
             == f"[Errno {raised.value.errno}] {words} while writing trials/a: make room and run "
-            "the same command again, what is whole is kept"
+            "the same command again, finished files are kept"
         )
         assert raised.value.__suppress_context__ and not list(tmp_path.glob("trials/*"))
 

@@ -47,10 +47,7 @@ def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     parameters = {key: f"artifacts/embedded/toy/{key}" for key in models} | {"build": "toy"}
-    assert "not there" not in staleness._why_stale(PREPARE, parameters)
+    assert "student is missing" not in staleness._why_stale(PREPARE, parameters)
     (models["student"] / "model.safetensors").unlink()
-    assert (
-        staleness._why_stale(PREPARE, parameters)
-        == "artifacts/embedded/toy/student is not there any more"
-    )
-    assert "not there" not in staleness._why_stale(PREPARE, parameters | {"build": "none"})
+    assert staleness._why_stale(PREPARE, parameters) == "artifacts/embedded/toy/student is missing"
+    assert "student is missing" not in staleness._why_stale(PREPARE, parameters | {"build": "none"})

@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from kd_utils.config import notebook_files, stages
-from kd_utils.records import source_code
-from kd_utils.records.source_code import changed_files, code_of
+from kd_utils.records import provenance
+from kd_utils.records.provenance import changed_files, code_of
 
 NOTEBOOK = [
     ("markdown", "# Title\nThis is no Python."),
@@ -37,7 +37,7 @@ def package(tmp_path, monkeypatch):
     """A package of rooms beside a notebook; the function returned writes it, with changes, and
     gives its code.
     """
-    monkeypatch.setattr(source_code, "PACKAGE", tmp_path / "kd_utils")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "kd_utils")
     monkeypatch.setattr(notebook_files, "notebook_path", lambda stem: tmp_path / f"{stem}.ipynb")
 
     def code(cells=(), start=None, modules=()):
@@ -189,8 +189,8 @@ def test_an_edited_line_of_a_room_makes_trials_stale_if_a_trial_reaches_it(
     room, tmp_path, monkeypatch
 ):
     before = code_of("03_train_student")
-    shutil.copytree(source_code.PACKAGE, tmp_path / "kd_utils")
-    monkeypatch.setattr(source_code, "PACKAGE", tmp_path / "kd_utils")
+    shutil.copytree(provenance.PACKAGE, tmp_path / "kd_utils")
+    monkeypatch.setattr(provenance, "PACKAGE", tmp_path / "kd_utils")
     edited = set()
     for path in (tmp_path / "kd_utils" / room).rglob("*.py"):
         path.write_text(path.read_text() + "\nEDITED = 1\n")

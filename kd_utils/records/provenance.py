@@ -1,0 +1,233 @@
+"""What something was made from: code, data and settings, and the kind of machine.
+
+`Ingredients` says why something that exists is not what would be made now. `code_of` gives a digest
+of every module that a notebook runs, so that a change of the code is told by file name.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kd_utils.config import parameter_files, project_paths
+from kd_utils.store.files import sha256_json
+
+PACKAGE = project_paths.CODE_ROOT / "kd_utils"
+
+#: These read parameters and take digests, and change no result: parameters are part of the config.
+NOT_COUNTED = {"config.parameter_files", "records.provenance"}
+
+#: Packages whose versions a record names.
+PACKAGES = "torch transformers tokenizers datasets numpy pyarrow pandas papermill ray".split()
+
+
+class Ingredients(dict[str, dict[str, Any]]):
+    """What something was made from: kind ("config", "code", "data") -> name -> value or digest."""
+
+    def differences(self, now: Ingredients) -> list[str]:
+        """What differs from `now`, a reason in words for each kind; kinds not in `now` are ignored.
+
+        Returns:
+            For example "config changed (seed was 1, is 2)", "code changed (kd_utils/data/hub.py)".
+        """
+        reasons = []
+        for kind, wanted in now.items():
+            made = self.get(kind)
+            if isinstance(made, dict):
+                names = sorted(
+                    name for name in made.keys() | wanted if made.get(name) != wanted.get(name)
+                )
+                changes = [_change(name, made.get(name), wanted.get(name)) for name in names]
+                reasons += [f"{kind} changed ({_listed(changes)})"] if changes else []
+            elif wanted:
+                reasons.append(f"the {kind} is not recorded")
+        return reasons
+
+    def why_stale(self, now: Ingredients) -> str:
+        """All `differences` in one line; "" for none."""
+        return "; ".join(self.differences(now))
+
+    @property
+    def digest(self) -> str:
+        """Eight hex digits, for the name of what is made from these."""
+        return sha256_json(self)[:8]
+
+
+def _change(name: str, then: Any, now: Any) -> str:
+    """The name; with both values where a reader can compare them, which digests are not for."""
+    texts = [value if isinstance(value, str) else json.dumps(value) for value in (then, now)]
+    if None in (then, now) or any(len(t) > 40 or re.fullmatch("[0-9a-f]{8,}", t) for t in texts):
+        return name
+    return f"{name} was {then!r}, is {now!r}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def changed_files(then: dict[str, str], now: dict[str, str]) -> str:
+    """Which files differ between two results of `code_of`, in a few words; "" if none does."""
+    if now and not then:
+        return "the record does not say which code made it"
+    return _listed(sorted(name for name in then.keys() | now if then.get(name) != now.get(name)))
+
+
+def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
+    """Digests of notebook `stem` and of the modules of `kd_utils` that it imports, at any depth.
+
+    Comments, docstrings, layout and text cells cannot change a result and do not count. Nor does
+    the `parameters` cell, whose values are part of every config.
+
+    Args:
+        start: count only these modules, and what they import ("data.hub").
+
+    Returns:
+        "notebooks/STEM.ipynb" and "kd_utils/ROOM/MODULE.py" -> twelve hex digits.
+    """
+    cells = json.loads(parameter_files.notebook_path(stem).read_text(encoding="utf-8"))["cells"]
+    source = "\n".join(
+        "".join(cell["source"])
+        for cell in cells
+        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
+    )
+    # IPython's own lines are not Python.
+    source = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
+    modules = _modules(_imported(source) if start is None else start)
+    return {f"notebooks/{stem}.ipynb": _digest(source), **modules}
+
+
+def _modules(start: Iterable[str]) -> dict[str, str]:
+    """The digest of each of these modules, and of each that they import."""
+    todo, digests = set(start), {}
+    while todo:
+        file = _file(todo.pop())
+        name = str(file.relative_to(PACKAGE.parent))
+        if name not in digests:
+            text = file.read_text(encoding="utf-8")
+            digests[name] = _digest(text)
+            todo |= _imported(text)
+    return dict(sorted(digests.items()))
+
+
+def _imported(source: str) -> set[str]:
+    """Modules of this package that a source imports, at its top or inside its functions.
+
+    A folder whose `__init__` has code is a table on disk, such as the terms of the loss: whoever
+    imports it reaches every file in it.
+
+    Raises:
+        ModuleNotFoundError: an import of this package that is relative or has no file.
+    """
+    names: set[str] = set()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # for type checkers, never run
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                raise ModuleNotFoundError(f"import kd_utils by whole names: {ast.unparse(node)}")
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if _file(name).is_file() else node.module for name in inner}
+    parts = {name.split(".", 1)[1] for name in names if name.startswith("kd_utils.")}
+    return set().union(*map(_with_packages, parts)) - NOT_COUNTED
+
+
+def _with_packages(name: str) -> set[str]:
+    """A module, and all files of the folders on the way to it whose `__init__` has code."""
+    if not _file(name).is_file():
+        raise ModuleNotFoundError(f"no module kd_utils.{name}: its digest cannot be taken")
+    found, parts = {name}, name.split(".")
+    for depth in range(1, len(parts) + 1):
+        folder = PACKAGE.joinpath(*parts[:depth])
+        package = ".".join(parts[:depth])
+        if _has_code(folder / "__init__.py"):
+            found |= {package, *(f"{package}.{file.stem}" for file in folder.glob("[!_]*.py"))}
+        elif folder.is_dir():
+            found -= {package}
+    return found
+
+
+def _has_code(init: Path) -> bool:
+    return init.is_file() and len(ast.parse(init.read_text(encoding="utf-8")).body) > 1
+
+
+def _file(name: str) -> Path:
+    """The file of a module; names with and without "kd_utils." before them."""
+    path = PACKAGE.joinpath(*name.removeprefix("kd_utils.").split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_name(f"{path.name}.py")
+
+
+@lru_cache(maxsize=256)
+def _digest(source: str) -> str:
+    """Twelve hex digits of a source's syntax tree without docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                del node.body[0]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
+
+
+def environment() -> dict[str, Any]:
+    """Where a trial ran: `git_commit`, `versions`, `device`; without host name and paths."""
+    device: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
+    # torch is described where it is in use already; this module does not import it.
+    if torch := sys.modules.get("torch"):
+        device["threads"] = torch.get_num_threads()
+        if torch.cuda.is_available():
+            device["gpu"] = torch.cuda.get_device_name()
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"git_commit": git_commit(), "versions": versions, "device": device}
+
+
+def git_commit() -> str:
+    """Commit of the code, with `-dirty` if code or notebooks differ from it, or "unknown"."""
+    # On a cluster the code is sent without its history.
+    if sent := os.environ.get("KD_COMMIT"):
+        return sent
+    root = project_paths.CODE_ROOT
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not (root / ".git").exists():
+            return "unknown"
+        changes = git("status", "--porcelain", "kd_utils", "notebooks")
+        return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        return names[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
