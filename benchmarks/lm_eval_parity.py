@@ -1,23 +1,24 @@
-"""The same model and the same rows through lm-evaluation-harness and through `kd_utils evaluate`:
-the same predictions?
+"""Compare the predictions of lm-evaluation-harness and of `kd_utils evaluate`, row by row.
 
-    make parity                                                         # MODEL=folder DATA=folder LIMIT=rows to choose
+    make parity
+    make parity MODEL=folder DATA=folder LIMIT=rows
     python benchmarks/lm_eval_parity.py --lm-eval-python .venv-lm-eval/bin/python --model FOLDER
-    --data FOLDER
 
 lm-evaluation-harness runs in its own environment and in a process of its own, as `lm_eval --model
-hf` would run it: its own task files, prompts, model class, filters and metrics. Changed are the
-place of the data (parquet files in the hub's schema) and the sampler of shots, which draws at
-random for SST-2 and GSM8K and here takes the first rows, as it does for MMLU. Ours is
-`evaluate_folder`, which is what `python -m kd_utils evaluate` calls. Both read the same folder.
+hf` would run it: with its own task files, prompts, model class, filters and metrics. Two things are
+changed: the place of the data (Parquet files in the hub's schema), and the sampler of shots, which
+for SST-2 and GSM8K draws at random by default and here takes the first rows, as it does for MMLU.
+The other side is `evaluate_folder`, which `python -m kd_utils evaluate` calls. Both read the same
+folder.
 
-Required of every row, at every batch size, padded on either side: the same prompt, the same
-prediction (text and extracted numbers, for GSM8K), the same verdict, and log-likelihoods within
-1e-4 nats in float32. Exit status: 0 if so, 1 if not, 2 for wrong input. Nothing is downloaded.
+For every row, at every batch size and with padding on either side, these must be the same: the
+prompt, the prediction (for GSM8K the text and the extracted numbers) and whether it is correct.
+Log-likelihoods must agree within 1e-4 nats in float32. The exit status is 0 if so, 1 if not, and 2
+for wrong input. Nothing is downloaded.
 
-Without --model three are compared: a student that a toy sweep left, on the toy's rows, and two
-small ones made here for the two kinds of real tokenizer (one puts a begin token first, one does
-not), on real rows.
+Without --model three models are compared: a student that a toy sweep saved, on the toy's rows, and
+two small ones that are made here for the two kinds of real tokenizer (with and without a begin
+token), on real rows.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from typing import Any, NamedTuple
 TOLERANCE = 1e-4  # nats
 SPLITS = {"sst2": "validation", "mmlu": "test", "gsm8k": "test"}
 SHOT_SPLITS = {"sst2": "train", "mmlu": "dev", "gsm8k": "train"}
-#: (task, shots), and how many rows of it by default (MMLU: of each of its 57 subjects).
+#: (task, shots) of each run.
 RUNS = (("sst2", 0), ("mmlu", 0), ("mmlu", 5), ("gsm8k", 0), ("gsm8k", 5))
+#: Rows of each task by default (MMLU: of each of its 57 subjects).
 LIMITS = {"sst2": 100, "mmlu": 1, "gsm8k": 16}
-MAX_NEW_TOKENS = 256  # the harness's own
-#: (batch size, padding side of the tokenizer) of the harness's runs and of ours; the harness's
-#: first is the reference.
-THEIR_SETTINGS = ((1, "left"), (4, "right"))
-OUR_SETTINGS = ((1, "left"), (3, "left"), (3, "right"), (16, "left"), (16, "right"))
+MAX_NEW_TOKENS = 256  # the default of the harness
+#: (batch size, padding side of the tokenizer) of the runs of either side. The harness's first
+#: setting is the reference.
+LM_EVAL_SETTINGS = ((1, "left"), (4, "right"))
+KD_UTILS_SETTINGS = ((1, "left"), (3, "left"), (3, "right"), (16, "left"), (16, "right"))
 
-#: How every prompt ends, and what the models made here are drawn to write after it.
+#: The end of every prompt, and texts that the models made here tend to write after it.
 PROMPT_END, PHRASES = "\nAnswer:", (" #### 5", "\n#### 1,2", " $24.\nQuestion:", " 38.9")
 
 Record = dict[str, Any]
@@ -63,13 +65,14 @@ class Case(NamedTuple):
     max_new_tokens: int = MAX_NEW_TOKENS
 
 
-# ------------------------------------------------------------- lm-evaluation-harness, in a process
-# of its environment
+# ---- lm-evaluation-harness, in a process of its environment
 
 
 def lm_eval_side(jobs: list[Record]) -> None:
-    """Do each job (`model`, `data`, `task`, `shots`, `limit`, `batch_size`, `max_new_tokens`) and
-    write its `out`.
+    """Run the harness for every job and write the records to the job's file `out`.
+
+    Args:
+        jobs: with `model`, `data`, `task`, `shots`, `limit`, `batch_size`, `max_new_tokens`, `out`.
     """
     import torch
     from lm_eval.evaluator import simple_evaluate
@@ -96,21 +99,19 @@ def lm_eval_side(jobs: list[Record]) -> None:
         records = [
             record
             for task, numbers in row_numbers(job).items()
-            for record in their_records(samples[files[task].stem], numbers)
+            for record in lm_eval_records(samples[files[task].stem], numbers)
         ]
         Path(job["out"]).write_text(json.dumps(records))
+        seconds = time.perf_counter() - start
         print(
-            f"lm-eval {done}/{len(jobs)}  {job['task']} {job['shots']}-shot, batch "
-            f"{job['batch_size']}: "
-            f"{len(records)} rows in {time.perf_counter() - start:.1f} s",
+            f"lm-eval {done}/{len(jobs)}  {job['task']} {job['shots']}-shot, "
+            f"batch {job['batch_size']}: {len(records)} rows in {seconds:.1f} s",
             flush=True,
         )
 
 
 def row_numbers(job: Record) -> dict[str, list[int]]:
-    """For each subject of the split ("" where there are none), its rows' numbers in the split's
-    file.
-    """
+    """The numbers of the rows in the split's file, by subject ("" for a task without subjects)."""
     import pyarrow.parquet
 
     table = pyarrow.parquet.read_table(
@@ -125,9 +126,7 @@ def row_numbers(job: Record) -> dict[str, list[int]]:
 
 
 def task_files(job: Record, scratch: Path) -> dict[str, Path]:
-    """For each subject, a task file that includes the harness's own and changes data and sampler
-    only.
-    """
+    """Write a task file for each subject: the harness's own file with other data and sampler."""
     import lm_eval.tasks
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -153,9 +152,8 @@ def task_files(job: Record, scratch: Path) -> dict[str, Path]:
                 table = pq.read_table(data[split])
                 pq.write_table(table.filter(pc.equal(table["subject"], subject)), path)
             base = own / "mmlu" / "default" / f"mmlu_{subject}.yaml"
-            if (
-                not base.is_file()
-            ):  # the toy's subjects: the harness's template, and its rule for the first line
+            if not base.is_file():
+                # The toy's subjects: the harness's template, and its rule for the first line.
                 base = base.with_name("_default_template_yaml")
                 changed["description"] = (
                     "The following are multiple choice questions (with answers) about "
@@ -172,9 +170,12 @@ def task_files(job: Record, scratch: Path) -> dict[str, Path]:
     return files
 
 
-def their_records(samples: list[Record], numbers: list[int]) -> list[Record]:
-    """The harness's log of one task as records of the form of `our_records`; `numbers` are its
-    rows' numbers.
+def lm_eval_records(samples: list[Record], numbers: list[int]) -> list[Record]:
+    """Convert the harness's log of one task to the records that `kd_utils_records` gives.
+
+    Args:
+        samples: the harness's log.
+        numbers: of the rows in the split's file.
     """
     by_document: dict[int, dict[str, Record]] = {}
     for sample in samples:
@@ -207,15 +208,14 @@ def their_records(samples: list[Record], numbers: list[int]) -> list[Record]:
 
 
 def run_lm_eval(python: str | Path, jobs: list[Record], work: Path) -> list[list[Record]]:
-    """What the harness says to each job, from one process of its environment.
+    """Run all jobs in one process of the harness's environment and return their records.
 
     Raises:
-        RuntimeError: it failed; with the end of its standard error.
+        RuntimeError: the harness failed; with the end of its standard error.
     """
     jobs = [job | {"out": str(work / f"lm-eval-{place}.json")} for place, job in enumerate(jobs)]
     (work / "jobs.json").write_text(json.dumps(jobs))
-    # Its caches of the data go where the job's other files are; it must not look for anything on
-    # the hub.
+    # The harness must not look for anything on the hub, and caches its data beside the jobs.
     offline = {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
@@ -232,14 +232,14 @@ def run_lm_eval(python: str | Path, jobs: list[Record], work: Path) -> list[list
         if done.returncode:
             log.seek(0)
             raise RuntimeError(
-                f"lm-evaluation-harness failed (exit status "
-                f"{done.returncode}):\n{log.read()[-3000:]}"
+                f"lm-evaluation-harness failed (exit status {done.returncode}):\n"
+                f"{log.read()[-3000:]}"
             )
     return [json.loads(Path(job["out"]).read_text()) for job in jobs]
 
 
 def padded_on(model: Path, side: str, folder: Path) -> Path:
-    """A folder that is `model`, but for its tokenizer's padding side."""
+    """Make a copy of the model (by links) whose tokenizer pads on the given side."""
     folder.mkdir()
     for path in model.resolve().iterdir():
         (folder / path.name).symlink_to(path)
@@ -250,8 +250,8 @@ def padded_on(model: Path, side: str, folder: Path) -> Path:
     return folder
 
 
-def our_records(model: Path, job: Record, work: Path) -> list[Record]:
-    """What `python -m kd_utils evaluate` writes for a job, a record per row."""
+def kd_utils_records(model: Path, job: Record, work: Path) -> list[Record]:
+    """Evaluate a job as `python -m kd_utils evaluate` does; a record per row."""
     from transformers.utils.logging import disable_progress_bar
 
     from kd_utils.data.tasks.gsm8k import extract_flexible
@@ -259,14 +259,14 @@ def our_records(model: Path, job: Record, work: Path) -> list[Record]:
 
     disable_progress_bar()  # the model is loaded for every setting
     with warnings.catch_warnings():
-        # MMLU's longest prompts with 5 shots pass a small context: both sides must cut them in the
-        # same place.
+        # MMLU's longest prompts with 5 shots exceed a small context: both sides must cut them at
+        # the same place.
         warnings.filterwarnings("ignore", message=".* lost their beginning")
         table = evaluate_folder(
             model,
             job["task"],
             SPLITS[job["task"]],
-            work / "ours.parquet",
+            work / "kd_utils.parquet",
             data_dir=job["data"],
             limit=job["limit"],
             num_fewshot=job["shots"],
@@ -283,51 +283,51 @@ def our_records(model: Path, job: Record, work: Path) -> list[Record]:
     ]
 
 
-def compare(theirs: list[Record], ours: list[Record]) -> dict[str, Any]:
-    """Which rows differ, and by what.
+def compare(lm_eval: list[Record], kd_utils: list[Record]) -> dict[str, Any]:
+    """Find the rows in which the two sides differ.
 
     Returns:
-        `rows` (all that either side has), `worst` (largest difference of two log-likelihoods, nats;
-        0.0 without any), `differ` (row to a sentence on what differs first; empty if the sides
-        agree within the tolerance).
+        `rows`, the number of rows that either side has; `worst`, the largest difference of two
+        log-likelihoods in nats (0.0 if there are none); `differ`, for each row that differs a
+        sentence on the first difference.
     """
-    left, right = ({record["row"]: record for record in records} for records in (theirs, ours))
+    left, right = ({record["row"]: record for record in side} for side in (lm_eval, kd_utils))
     differ, worst = {}, 0.0
     for row in sorted(left.keys() | right.keys()):
         if row not in left or row not in right:
             differ[row] = f"only {'lm-eval' if row in left else 'kd_utils'} has it"
             continue
-        one, other = left[row], right[row]
-        gaps = [
-            abs(a - b)
-            for a, b in zip(
-                one.get("loglikelihoods", ()), other.get("loglikelihoods", ()), strict=True
-            )
-        ]
+        expected, found = left[row], right[row]
+        values = (record.get("loglikelihoods", ()) for record in (expected, found))
+        gaps = [abs(a - b) for a, b in zip(*values, strict=True)]
         worst = max([worst, *(gap if gap == gap else float("inf") for gap in gaps)])
         wrong = [
-            f"{key}: lm-eval {one[key]!r:.200}, kd_utils {other.get(key)!r:.200}"
-            for key in one
-            if key != "loglikelihoods" and one[key] != other.get(key)
+            f"{key}: lm-eval {expected[key]!r:.200}, kd_utils {found.get(key)!r:.200}"
+            for key in expected
+            if key != "loglikelihoods" and expected[key] != found.get(key)
         ]
         if not all(gap <= TOLERANCE for gap in gaps):
             wrong.append(
-                f"loglikelihoods: lm-eval {one['loglikelihoods']}, kd_utils "
-                f"{other['loglikelihoods']}"
+                f"loglikelihoods: lm-eval {expected['loglikelihoods']}, "
+                f"kd_utils {found['loglikelihoods']}"
             )
         if wrong:
             differ[row] = wrong[0]
     return {"rows": len(left.keys() | right.keys()), "worst": worst, "differ": differ}
 
 
-def without_own_differences(reference: list[Record], other: list[Record]) -> list[Record]:
-    """`other` without the rows for which the harness generated another text than in `reference`.
+def without_own_differences(reference: list[Record], batched: list[Record]) -> list[Record]:
+    """Drop the rows for which the harness generates another text in a batch than one by one.
 
-    One by one it stops at a special token such as <|im_end|>, in a batch it goes on and drops the
-    token from the text: what it says to such a row alone is what we hold ourselves to.
+    One by one the harness stops at a special token such as <|im_end|>; in a batch it continues and
+    drops the token from the text. Such rows are compared with the reference only.
+
+    Args:
+        reference: the harness's records at batch size 1.
+        batched: its records at a larger batch size.
     """
     texts = {record["row"]: record.get("generated") for record in reference}
-    return [record for record in other if record.get("generated") == texts[record["row"]]]
+    return [record for record in batched if record.get("generated") == texts[record["row"]]]
 
 
 def check(
@@ -335,13 +335,13 @@ def check(
     python: str | Path,
     *,
     runs: tuple = RUNS,
-    their_settings: tuple = THEIR_SETTINGS,
-    our_settings: tuple = OUR_SETTINGS,
+    lm_eval_settings: tuple = LM_EVAL_SETTINGS,
+    kd_utils_settings: tuple = KD_UTILS_SETTINGS,
 ) -> list[str]:
     """Compare every run of every case at every setting and print a line for each.
 
     Returns:
-        A line for each comparison that failed; none if all is the same.
+        A line for each comparison that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -364,7 +364,7 @@ def check(
 
         asked = [(case, *run) for case in cases for run in runs]
         said = run_lm_eval(
-            python, [job(*run, *setting) for run in asked for setting in their_settings], work
+            python, [job(*run, *setting) for run in asked for setting in lm_eval_settings], work
         )
         print(
             f"\n{'model':<24}{'task':<8}{'shots':>5}{'batch':>7} "
@@ -374,48 +374,46 @@ def check(
         failed = []
         for place, (case, task, shots) in enumerate(asked):
             reference, *others = said[
-                place * len(their_settings) : (place + 1) * len(their_settings)
+                place * len(lm_eval_settings) : (place + 1) * len(lm_eval_settings)
             ]
-            kept = [without_own_differences(reference, other) for other in others]
-            for (size, _), all_rows, rows in zip(their_settings[1:], others, kept, strict=True):
+            kept = [without_own_differences(reference, batched) for batched in others]
+            for (size, _), all_rows, rows in zip(lm_eval_settings[1:], others, kept, strict=True):
                 if len(rows) < len(all_rows):
                     print(
-                        f"{case.name}, {task}: in batches of {size} lm-eval generates another text "
-                        f"than one by one "
-                        f"for {len(all_rows) - len(rows)} of {len(all_rows)} rows; they are held "
-                        f"to the latter only"
+                        f"{case.name}, {task}: for {len(all_rows) - len(rows)} of "
+                        f"{len(all_rows)} rows lm-eval generates another text in batches of "
+                        f"{size} than one by one; they are compared with the latter only"
                     )
-            for size, side in our_settings:
+            for size, side in kd_utils_settings:
                 given = job(case, task, shots, size, side)
-                ours = our_records(Path(given["model"]), given, work)
-                rows = [{record["row"] for record in other} for other in kept]
-                results = [compare(reference, ours)] + [
-                    compare(other, [record for record in ours if record["row"] in there])
-                    for other, there in zip(kept, rows, strict=True)
+                records = kd_utils_records(Path(given["model"]), given, work)
+                rows = [{record["row"] for record in batched} for batched in kept]
+                results = [compare(reference, records)] + [
+                    compare(batched, [record for record in records if record["row"] in there])
+                    for batched, there in zip(kept, rows, strict=True)
                 ]
                 differ = {
                     row: what
                     for result in reversed(results)
                     for row, what in result["differ"].items()
                 }
-                right = sum(record["correct"] for record in ours)
+                right = sum(record["correct"] for record in records)
                 worst, more = f"{max(result['worst'] for result in results):.1e}", ""
                 if task == "gsm8k":
-                    strict = sum(record["prediction"] != "[invalid]" for record in ours)
+                    strict = sum(record["prediction"] != "[invalid]" for record in records)
                     worst, more = (
                         "(text)",
-                        f"{sum(record['correct_flexible'] for record in ours):>10}{strict:>8}",
+                        f"{sum(record['correct_flexible'] for record in records):>10}{strict:>8}",
                     )
                 print(
                     f"{case.name:<24}{task:<8}{shots:>5}{size:>7} "
-                    f"{side:<9}{len(ours):>5}{len(ours) - len(differ):>6}"
+                    f"{side:<9}{len(records):>5}{len(records) - len(differ):>6}"
                     f"{worst:>18}{right:>7}{more}",
                     flush=True,
                 )
                 failed += [
                     f"{case.name}, {task} {shots}-shot, batch {size}, padding {side}: "
-                    f"{len(differ)} of "
-                    f"{len(ours)} rows differ; row {row}, {what}"
+                    f"{len(differ)} of {len(records)} rows differ; row {row}, {what}"
                     for row, what in list(differ.items())[:1]
                 ]
     return failed
@@ -425,13 +423,12 @@ def check(
 
 
 def make_model(tokenizer: Any, folder: Path, *, seed: int = 0) -> Path:
-    """A small random Llama that tends to write what the scoring of GSM8K looks for, saved as a
-    student is.
+    """Save a small random Llama that tends to write what the scoring of GSM8K looks for.
 
-    Plain random weights would do for log-likelihoods, but write no `####`, no stop string and no
-    end token. Here each row of the head is drawn towards the embeddings of the tokens that come
-    before its token in `PHRASES`; which of several ways it goes on is left to the random layers,
-    and so to the prompt.
+    Plain random weights would do for log-likelihoods, but they never write `####`, a stop string or
+    an end token. Here each row of the head is moved towards the embeddings of the tokens that come
+    before its token in `PHRASES`. The random layers, and so the prompt, decide between several
+    continuations.
     """
     from itertools import pairwise
 
@@ -475,8 +472,9 @@ def make_model(tokenizer: Any, folder: Path, *, seed: int = 0) -> Path:
 
 
 def default_cases(work: Path, shared: Path) -> list[Case]:
-    """A student of the toy sweep and two models with real tokenizers; what is missing is named and
-    left out.
+    """A student of the toy sweep and two models with real tokenizers.
+
+    What is missing is left out and printed.
     """
     from transformers import AutoTokenizer
 
@@ -499,17 +497,17 @@ def default_cases(work: Path, shared: Path) -> list[Case]:
     else:
         missing = toy_data if students else project_path("artifacts/students/toy")
         print(
-            f"no trained student here ({short_path(missing)} is missing): `make sweep` makes one, "
-            f"MODEL=folder and "
-            "DATA=folder name another"
+            f"no trained student here ({short_path(missing)} is missing): run `make sweep` to make "
+            "one, or choose another with MODEL=folder and DATA=folder"
         )
     if not (shared / "tokenizers").is_dir() or not (shared / "data").is_dir():
         print(
-            f"no real tokenizers and data in {shared} (or KD_SHARED): nothing is compared on them"
+            f"no real tokenizers and data in {shared}: nothing is compared on them (set KD_SHARED "
+            "to their folder)"
         )
         return cases
     for name, begin in (("llama2", True), ("mistral", False)):
-        # These tokenizers put a begin token first only where they are told to.
+        # These tokenizers put a begin token first only if they are told to.
         tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name, add_bos_token=begin)
         title = f"{name}, {'begin' if begin else 'no begin'} token"
         cases.append(Case(title, make_model(tokenizer, work / name), shared / "data"))
@@ -537,8 +535,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     if not options.lm_eval_python or not Path(options.lm_eval_python).is_file():
         parser.error(
-            "give --lm-eval-python, the Python of an environment with lm-evaluation-harness (`make "
-            "lm-eval`)"
+            "give --lm-eval-python, the Python of an environment with lm-evaluation-harness "
+            "(`make lm-eval` makes one)"
         )
     shared = Path(os.environ.get("KD_SHARED") or Path(__file__).resolve().parents[2] / "shared")
     data = options.data or shared / "data"

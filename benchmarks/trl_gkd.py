@@ -1,25 +1,27 @@
-"""Examples per second and peak memory: TRL's `GKDTrainer`, off-policy, its teacher online, against
-ours from a cache.
+"""Compare the speed and peak memory of TRL's `GKDTrainer` with training from a teacher cache.
 
     python benchmarks/trl_gkd.py --trl-python TRL_ENV/bin/python
 
-TRL has an environment of its own (`pip install trl`; written against 1.16's
-`trl.experimental.gkd`). Every measurement is a fresh process, the sides in turn. Nothing is
-downloaded.
+TRL trains off-policy with the teacher online. It has an environment of its own (`pip install trl`;
+written against `trl.experimental.gkd` of 1.16). Every measurement is a fresh process, and the sides
+take turns. Nothing is downloaded.
 
-**The loss is one and the same.** GKD with `beta=0` is KL(teacher || student) over the whole
+**Both sides have the same loss.** GKD with `beta=0` is KL(teacher || student) over the whole
 vocabulary, summed over the tokens that predict the answer and divided by their number in the batch;
-there is no cross-entropy term. Its `temperature` reaches sampling only (`compute_loss` does not
-hand it on), so T = 1 and T^2 does not show. With us that is `{"kd": 1.0}`,
-`distill_tokens="answer"`, T = 1. The first batch's two losses must agree, or the run stops.
+there is no cross-entropy term. Its `temperature` affects sampling only (`compute_loss` does not use
+it), so T = 1, and the factor T^2 does not matter. In this project that is `{"kd": 1.0}` with
+`distill_tokens="answer"` and T = 1. The run stops if the losses of the first batch do not agree.
 
-**Made equal:** weights, rows, batches and their order (ours, given to TRL as one long epoch that
-its own sampler takes in sequence), padded widths, AdamW at a constant 1e-4, clipping at 1.0,
-float32 on a CPU (bfloat16 autocast and a bfloat16 teacher on a GPU), no gradient checkpointing,
-which TRL turns on by default. **TRL's way:** logits of both models at every token, padding on the
-left with a mask, its own collator on ready token ids, no weight decay on norms, fused AdamW;
-`trainer.train()` is timed whole. **Ours:** reading the cache is in the time. The teacher pass that
-wrote it, attention maps included, is timed apart and added where the table says so.
+**The same on both sides:** weights, rows, batches and their order (TRL gets them as one long epoch,
+which its own sampler takes in sequence), padded widths, AdamW at a constant 1e-4, clipping at 1.0,
+float32 on a CPU (on a GPU bfloat16 autocast and a bfloat16 teacher), and no gradient checkpointing,
+which is TRL's default.
+
+**TRL's way:** logits of both models at every token, padding on the left with a mask, its own
+collator on token ids, no weight decay on norms, fused AdamW; all of `trainer.train()` is timed.
+
+**From the cache ("ours"):** the time includes reading the cache. The teacher pass that wrote it,
+with attention maps, is timed apart and is added where the table says so.
 """
 
 from __future__ import annotations
@@ -40,23 +42,20 @@ from typing import Any
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 8, 1e-4, 0.01, 1.0
 TRIAL_EPOCHS, TRIALS = 3, 28  # what one teacher pass serves in the benchmark
 TEACHER_BATCH_TOKENS = 8192  # notebook 02's default
-TOLERANCE = {
-    "cpu": 1e-3,
-    "cuda": 3e-2,
-}  # between the first losses, relative: float16 cache, bfloat16 products
-#: Weights of the terms, distilled tokens, temperature.
+#: Largest relative difference of the first losses (float16 cache; on a GPU bfloat16 products).
+TOLERANCE = {"cpu": 1e-3, "cuda": 3e-2}
+#: Weights of the loss terms, distilled tokens, temperature.
 METHODS = {
     "ours": ({"kd": 1.0}, "answer", 1.0),
     "ours-combined": ({"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}, "all", 2.0),
 }
 
 
-# ------------------------------------------------------------------------- the sides, each in a
-# process of its own
+# ---- the sides, which run in processes of their own
 
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Write teacher, student, rows by id, and every epoch's batches as ids."""
+    """Write teacher, student, rows by id, and the batches of every epoch as ids."""
     from kd_utils.distill.batches import epoch_batches
     from kd_utils.speed.workload import SHAPES, random_model, random_rows
 
@@ -87,7 +86,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_trl(args: argparse.Namespace) -> dict[str, Any]:
-    """`GKDTrainer` over the batches, in TRL's environment."""
+    """Train with `GKDTrainer` on the batches, in TRL's environment."""
     import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
@@ -106,9 +105,8 @@ def train_trl(args: argparse.Namespace) -> dict[str, Any]:
     teacher = AutoModelForCausalLM.from_pretrained(
         args.work / "teacher", dtype=torch.bfloat16 if on_gpu else torch.float32
     )
-    vocabulary = {
-        str(token): token for token in range(student.config.vocab_size)
-    }  # a stand-in: it never sees text
+    # A stand-in for a tokenizer: it never sees text.
+    vocabulary = {str(token): token for token in range(student.config.vocab_size)}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="0")),
         pad_token="0",
@@ -190,8 +188,8 @@ def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def train_ours(args: argparse.Namespace) -> dict[str, Any]:
-    """Notebook 03's loop over the same batches, from the cache."""
+def train_from_cache(args: argparse.Namespace) -> dict[str, Any]:
+    """Train with the loop of notebook 03 on the same batches, from the cache."""
     import torch
 
     from kd_utils.cache.teacher_cache import TeacherCache
@@ -262,17 +260,24 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def clocks() -> tuple[float, float]:
-    """Seconds of the wall and of this process's threads: far apart from run to run, the machine was
-    shared.
-    """
+    """Wall seconds, and CPU seconds of this process; they drift apart on a shared machine."""
     return time.perf_counter(), time.process_time()
 
 
 def measured(
     device: str, start: tuple[float, float], losses: list | tuple = (), **values: Any
 ) -> dict[str, Any]:
-    """Seconds since `start`, peak memory (the GPU's allocations, or the resident set), losses,
-    versions.
+    """Collect what a side measured.
+
+    Args:
+        device: "cpu" or "cuda".
+        start: `clocks()` when the work began.
+        losses: of all steps.
+        values: further numbers.
+
+    Returns:
+        Seconds since `start`, peak memory (a GPU's allocations, or the resident set), the first and
+        the last loss, versions of packages, and `values`.
     """
     import torch
 
@@ -300,8 +305,8 @@ SIDES = {
     "prepare": prepare,
     "cache": cache_teacher,
     "trl": train_trl,
-    "ours": train_ours,
-    "ours-combined": train_ours,
+    "ours": train_from_cache,
+    "ours-combined": train_from_cache,
 }
 
 
@@ -309,10 +314,10 @@ SIDES = {
 
 
 def in_process(args: argparse.Namespace, side: str, work: str, cache: str = "") -> dict[str, Any]:
-    """What `side` measures in a fresh process.
+    """Run a side in a fresh process and return what it measured.
 
     Raises:
-        RuntimeError: it failed; with the end of its standard error.
+        RuntimeError: the process failed; with the end of its standard error.
     """
     command = [
         args.trl_python if side == "trl" else sys.executable,
@@ -346,28 +351,32 @@ def in_process(args: argparse.Namespace, side: str, work: str, cache: str = "") 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def compared_losses(trl: float, ours: float, tolerance: float) -> dict[str, float]:
-    """The first batch's losses and their relative difference.
+def compared_losses(trl: float, cached: float, tolerance: float) -> dict[str, float]:
+    """Compare the losses of the first batch.
 
     Raises:
-        ValueError: it is above `tolerance`: the two sides do not minimise the same thing.
+        ValueError: they differ by more than `tolerance`, so the sides minimise different losses.
     """
-    difference = abs(trl - ours) / abs(trl)
+    difference = abs(trl - cached) / abs(trl)
     if not difference <= tolerance:
         raise ValueError(
-            f"the first batch's loss is {trl:.6f} in TRL and {ours:.6f} here, {difference:.1e} "
-            f"apart "
-            f"where {tolerance:.0e} is allowed: make rows, weights and loss equal before comparing "
-            f"speed"
+            f"the loss of the first batch is {trl:.6f} in TRL and {cached:.6f} from the cache, a "
+            f"relative difference of {difference:.1e} where {tolerance:.0e} is allowed: make rows, "
+            "weights and loss equal before comparing speed"
         )
-    return {"trl": trl, "ours": ours, "relative_difference": difference, "tolerance": tolerance}
+    return {"trl": trl, "ours": cached, "relative_difference": difference, "tolerance": tolerance}
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]], epochs: int) -> list[dict[str, Any]]:
-    """A row per way of counting: median seconds for one epoch, examples per second, times TRL's,
-    peak memory.
+    """Summarise the runs, a row per way of counting.
+
+    Returns:
+        Rows with median seconds of one epoch, examples per second, that number over TRL's, and
+        median peak memory.
     """
-    seconds = {side: median(run["seconds"] for run in each) for side, each in runs.items()}
+    seconds = {
+        side: median(run["seconds"] for run in side_runs) for side, side_runs in runs.items()
+    }
     train = {side: seconds[side] / epochs for side in ("trl", *METHODS)}
     served = {
         "1 epoch": 1,
@@ -402,16 +411,15 @@ def drive(args: argparse.Namespace) -> dict[str, Any]:
     """Measure every side `repeats` times, in turn."""
     from kd_utils.records.provenance import environment
 
-    runs: dict[str, list[dict[str, Any]]] = {
-        side: [] for side in ("cache", "trl", *METHODS)
-    }  # ours reads the cache
+    # "cache" comes first, since the sides of METHODS read what it wrote.
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("cache", "trl", *METHODS)}
     with tempfile.TemporaryDirectory() as work:
         rows = in_process(args, "prepare", work)
         for repeat in range(args.repeats):
-            for side, each in runs.items():
-                each.append(in_process(args, side, work, f"cache-{repeat}"))
+            for side, side_runs in runs.items():
+                side_runs.append(in_process(args, side, work, f"cache-{repeat}"))
                 print(
-                    f"{repeat + 1}/{args.repeats}  {side:<14}{each[-1]['seconds']:9.2f} s",
+                    f"{repeat + 1}/{args.repeats}  {side:<14}{side_runs[-1]['seconds']:9.2f} s",
                     flush=True,
                 )
             first = compared_losses(
@@ -437,9 +445,7 @@ def drive(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trl-python", help="Python of an environment with TRL")
-    parser.add_argument(
-        "--shapes", default="small", help="a name in kd_utils.speed.workload.SHAPES"
-    )
+    parser.add_argument("--shapes", default="small", help="a key of kd_utils.speed.workload.SHAPES")
     parser.add_argument("--rows", type=int, default=96, help=f"a multiple of {BATCH_SIZE}")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
@@ -453,9 +459,8 @@ def main() -> None:
     if args.side:
         print(json.dumps(SIDES[args.side](args)))
         return
-    if (
-        not args.trl_python or args.rows % BATCH_SIZE
-    ):  # a short batch within TRL's long epoch would shift all others
+    # A short batch within TRL's long epoch would shift all batches after it.
+    if not args.trl_python or args.rows % BATCH_SIZE:
         parser.error(f"give --trl-python, and --rows as a multiple of {BATCH_SIZE}")
     result = drive(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,24 @@
-"""Our logit losses across tokenizers beside TRL's GOLD, on the same logits, ids and byte ends: what
-is equal, what not.
+"""Compare this project's logit losses across tokenizers with TRL's GOLD on the same inputs.
 
     python benchmarks/trl_gold.py --trl-python TRL_ENV/bin/python
 
-TRL has an environment of its own (`pip install trl`; written against 1.16's
-`trl.experimental.gold`). GOLD's numbers are those of its `ULDLoss`, called as its trainer calls it,
-with `uld_token_merge_strategy="bayesian"` (its default looks one position further on), `beta=0`
-(over matched pieces that is KL(teacher || student)) and the end token kept, which it leaves out by
-default. A group's loss is what it returns where nothing else is labelled.
+Both get the same logits, ids and byte ends; the table says what is equal and what is not. TRL has
+an environment of its own (`pip install trl`; written against `trl.experimental.gold` of 1.16).
+GOLD's numbers come from its `ULDLoss`, called as its trainer calls it, with
+`uld_token_merge_strategy="bayesian"` (the default looks at the next position), `beta=0` (over
+matched pieces that is KL(teacher || student)), and the end token kept, which is left out by
+default. The loss of a group is what `ULDLoss` returns if nothing else is labelled.
 
-**Made equal:** real rows and tokenizers, each vocabulary at its size. Logits are drawn: N(0, 1/4),
-the token that follows raised to a probability of about 0.1 to 0.9. So the sizes of the numbers mean
-little; which are equal, and why others are not, does not depend on them. No probability lies below
-1e-8, where GOLD cuts them off. The hidden states given to our losses are unit vectors: the head's
-weight is the logits, and its gradient is theirs. **Must be equal, or the exit status is 1:**
-groups, sorted distances and their gradients where a group is one token on each side, KL over
-matched pieces, the probability of a text of several tokens. **Differs:** the other lines say why.
+**The inputs.** Rows and tokenizers are real, and every vocabulary has its real size. Logits are
+drawn from N(0, 1/4), and the token that follows is raised to a probability of about 0.1 to 0.9. So
+the sizes of the numbers mean little; which of them are equal, and why others are not, does not
+depend on them. No probability is below 1e-8, where GOLD cuts them off. The hidden states given to
+this project's losses are unit vectors: the weight of the head is the logits, and its gradient is
+their gradient.
+
+**These must be equal, or the exit status is 1:** groups, sorted distances and their gradients where
+a group is one token on each side, KL over matched pieces, and the probability of a text of several
+tokens. The other lines say why the numbers differ.
 """
 
 from __future__ import annotations
@@ -48,19 +51,16 @@ CASES = {
 }
 
 
-# ------------------------------------------------------------------------- the sides, each in a
-# process of its own
+# ---- the sides, which run in processes of their own
 
 
 def read(path: Path) -> Any:
-    """What another of these processes saved; tensors stay on disk until they are looked at."""
+    """Load what another process saved; tensors stay on disk until they are used."""
     return torch.load(path, mmap=True, weights_only=True)
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Write each row of each pair: ids, byte ends, where the answer starts, and logits at every
-    position.
-    """
+    """Write every row for every teacher: ids, byte ends, the start of the answer, and logits."""
     from kd_utils.data.task_rows import load_task
     from kd_utils.models.loading import load_tokenizer
     from kd_utils.tokens.encoding import encode_example
@@ -102,7 +102,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 
 def gold(args: argparse.Namespace) -> dict[str, str]:
-    """What GOLD makes of the rows, in TRL's environment; returns versions."""
+    """Write GOLD's numbers for the rows, in TRL's environment, and return versions."""
     from transformers import AutoTokenizer
     from trl.experimental.gold.gold_trainer import ULDLoss
     from trl.experimental.utils import encode_with_byte_offsets
@@ -170,17 +170,19 @@ def gold_config(work: Path, temperature: float, **options: Any) -> Any:
 
 
 def gold_row(row: dict[str, Any], distances: dict[float, Any], hybrid: Any) -> dict[str, Any]:
-    """GOLD's numbers of one row, group by group."""
+    """Compute GOLD's numbers for one row, group by group."""
     sides = [row[name] for name in SIDES]
     starts = [side["start"] for side in sides]
     offsets = [
         torch.stack([side["ends"]] * 2, -1) - side["ends"][side["start"] - 1] for side in sides
     ]
     groups = hybrid._align_by_byte_offsets(
-        *(each[start:].tolist() for each, start in zip(offsets, starts))
+        *(offset[start:].tolist() for offset, start in zip(offsets, starts))
     )
     out = {
-        "whole_groups": list(hybrid._align_by_byte_offsets(*(each.tolist() for each in offsets))),
+        "whole_groups": list(
+            hybrid._align_by_byte_offsets(*(offset.tolist() for offset in offsets))
+        ),
         "groups": [
             [[k + start for k in group] for group in side] for side, start in zip(groups, starts)
         ],
@@ -195,7 +197,7 @@ def gold_row(row: dict[str, Any], distances: dict[float, Any], hybrid: Any) -> d
             sides[1]["logits"][None],
             *(label[None] for label in labels),
             *(side["ids"][None] for side in sides),
-            *(each[None] for each in offsets),
+            *(offset[None] for offset in offsets),
         )
 
     pairs = list(zip(*out["groups"]))
@@ -209,13 +211,15 @@ def gold_row(row: dict[str, Any], distances: dict[float, Any], hybrid: Any) -> d
             for pair in pairs
         ]
         out |= dict(zip(("hybrid", "matched", "unmatched"), map(torch.stack, zip(*parts))))
-        for name, side, start, its in zip(SIDES, sides, starts, groups):
+        for name, side, start, side_groups in zip(SIDES, sides, starts, groups):
             probs, ids = side["logits"][start - 1 : -1].softmax(-1), side["ids"][start:]
             assert probs.min() > 1e-8
-            merged = hybrid._merge_probabilities_with_alignment_groups(probs, its, ids.tolist())
+            merged = hybrid._merge_probabilities_with_alignment_groups(
+                probs, side_groups, ids.tolist()
+            )
             out[name] = {
                 "mass": merged.sum(-1),
-                "joint": merged[range(len(its)), ids[[each[-1] for each in its]]],
+                "joint": merged[range(len(side_groups)), ids[[group[-1] for group in side_groups]]],
             }
     answer = [range(start, len(side["ids"])) for start, side in zip(starts, sides)]
     for name, loss in (("uld", distances[1.0]), ("hybrid", hybrid)):
@@ -227,10 +231,10 @@ def gold_row(row: dict[str, Any], distances: dict[float, Any], hybrid: Any) -> d
     return out
 
 
-def our_row(
-    row: dict[str, Any], theirs: dict[str, Any], shared: Any, by_string: Any
+def kd_utils_row(
+    row: dict[str, Any], gold_numbers: dict[str, Any], shared: Any, by_string: Any
 ) -> dict[str, Any]:
-    """Our numbers of one row, group by group, and how the gradients compare."""
+    """Compute this project's numbers for one row, group by group, and compare the gradients."""
     from kd_utils.distill.batches import collate
     from kd_utils.distill.logit_losses import kd_loss, span_kl, span_log_probs, uld_loss
     from kd_utils.distill.teacher_terms import TeacherTerms
@@ -262,7 +266,7 @@ def our_row(
         "groups": list(groups.values()),
         "single": torch.tensor([len(s) == len(t) == 1 for s, t in pairs]),
     }
-    before = {name: [group[0] - 1 for group in its] for name, its in groups.items()}
+    before = {name: [group[0] - 1 for group in side_groups] for name, side_groups in groups.items()}
     batch = collate([student], [[teacher]], distill_tokens="answer").teachers[0]
     assert batch.places.tolist() == before["student"]
 
@@ -290,12 +294,12 @@ def our_row(
 
     with torch.no_grad():
         out |= {f"uld {T}": at_each(uld_loss, T) for T in TEMPERATURES}
-        for key, each in (("bytes", shared), ("string", by_string)):
+        for key, matched in (("bytes", shared), ("string", by_string)):
             q, p = (
                 row[name]["logits"][before[name]].double().softmax(-1)[:, rest].sum(-1)
-                for name, rest in zip(SIDES, (each.student_rest, each.teacher_rest))
+                for name, rest in zip(SIDES, (matched.student_rest, matched.teacher_rest))
             )
-            out |= {f"kl {key}": at_each(kd_loss, 1.0, shared=each), f"rest {key}": p}
+            out |= {f"kl {key}": at_each(kd_loss, 1.0, shared=matched), f"rest {key}": p}
             out[f"bucket {key}"] = p * (p / q).log()
         out |= {
             name: {"joint": chain(name, None).exp(), "mass": chain(name, -1).exp()}
@@ -315,13 +319,13 @@ def our_row(
             torch.autograd.grad(whole, head["student"].weight),
         )
         for other in ("uld", "hybrid"):
-            each = (
+            gradients = (
                 slopes[loss].T.double().flatten(),
-                theirs[f"gradient {other}"].double().flatten(),
+                gold_numbers[f"gradient {other}"].double().flatten(),
             )
-            out[f"cosine {other} {loss}"] = torch.cosine_similarity(*each, dim=0)
+            out[f"cosine {other} {loss}"] = torch.cosine_similarity(*gradients, dim=0)
     out["slopes"] = [
-        each[single] * len(pairs) for each in (theirs["gradient uld"], slopes["uld"].T)
+        slope[single] * len(pairs) for slope in (gold_numbers["gradient uld"], slopes["uld"].T)
     ]
     ends = [0, *student.ends.tolist()]
     return out | {
@@ -333,12 +337,17 @@ def our_row(
 
 
 def tokens_of(last: np.ndarray) -> list[list[int]]:
-    """Each group's tokens, from the last ones."""
+    """The tokens of every group, from the index of its last token."""
     return [list(range(a + 1, b + 1)) for a, b in zip([-1, *last[:-1].tolist()], last.tolist())]
 
 
-def ours(args: argparse.Namespace) -> list[list[Any]]:
-    """Lines: what, GOLD's, ours, largest difference, whether it must be 0, and why it is not."""
+def compare(args: argparse.Namespace) -> list[list[Any]]:
+    """Compare both sides.
+
+    Returns:
+        Lines: what, GOLD's value, this project's value, the largest difference, whether it must be
+        0, and the reason if it need not.
+    """
     from kd_utils.tokens.alignment import align
 
     def shown(groups: Any) -> str:
@@ -347,25 +356,25 @@ def ours(args: argparse.Namespace) -> list[list[Any]]:
         )
 
     lines = []
-    for name, theirs in json.loads((args.work / "cases.json").read_text()).items():
+    for name, gold_groups in json.loads((args.work / "cases.json").read_text()).items():
         student, teacher, must = CASES[name]
         try:
             found = align(np.array(teacher), np.array(student))
-            mine = shown([tokens_of(found.student), tokens_of(found.teacher)])
+            found_groups = shown([tokens_of(found.student), tokens_of(found.teacher)])
         except ValueError:
-            mine = "ValueError"
+            found_groups = "ValueError"
         why = (
             "GOLD does not check"
-            if mine == "ValueError"
+            if found_groups == "ValueError"
             else "our last group takes what is left over; GOLD makes "
             "a group of it, dropped later where one side is empty"
         )
         lines.append(
             [
                 f"groups (student:teacher), {name}, ends {student} {teacher}",
-                shown(theirs),
-                mine,
-                float(mine != shown(theirs)),
+                shown(gold_groups),
+                found_groups,
+                float(found_groups != shown(gold_groups)),
                 must,
                 "" if must else why,
             ]
@@ -387,35 +396,41 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
         name: load_tokenizer(str(args.shared / "tokenizers" / name)) for name in (teacher, STUDENT)
     }
     known = {name: Vocabulary.of(tokenizer) for name, tokenizer in tokenizers.items()}
-    sizes, pieces = [len(each.pieces) for each in known.values()], shared_pieces(*known.values())
+    sizes, pieces = (
+        [len(vocabulary.pieces) for vocabulary in known.values()],
+        shared_pieces(*known.values()),
+    )
     shared = Shared.of(torch.from_numpy(pieces.teacher), torch.from_numpy(pieces.student), *sizes)
     by_string = Shared.of(*torch.tensor(gold["pieces"]).T, *sizes)
-    rows = [our_row(read(path), its, shared, by_string) for path, its in zip(paths, gold["rows"])]
+    rows = [
+        kd_utils_row(read(path), gold_numbers, shared, by_string)
+        for path, gold_numbers in zip(paths, gold["rows"])
+    ]
     both, lines, single = (gold["rows"], rows), [], torch.cat([row["single"] for row in rows])
     long = ~single
 
     def joined(side: list[dict[str, Any]], *keys: str) -> torch.Tensor:
         for key in keys:
-            side = [each[key] for each in side]
+            side = [row[key] for row in side]
         return torch.cat([value.double().reshape(-1) for value in side])
 
-    def line(what: str, theirs: torch.Tensor, mine: torch.Tensor, why: str = "") -> None:
-        """Their means; without a reason they must be equal."""
-        if len(theirs):
-            apart = ((theirs - mine).abs().max() / theirs.abs().max()).item()
+    def line(what: str, expected: torch.Tensor, found: torch.Tensor, why: str = "") -> None:
+        """Add a line of means; without a reason `why` not, they must be equal."""
+        if len(expected):
+            apart = ((expected - found).abs().max() / expected.abs().max()).item()
             lines.append(
                 [
-                    f"{what} ({len(theirs)})",
-                    f"{theirs.mean():.6f}",
-                    f"{mine.mean():.6f}",
+                    f"{what} ({len(expected)})",
+                    f"{expected.mean():.6f}",
+                    f"{found.mean():.6f}",
                     apart,
                     not why,
                     why,
                 ]
             )
 
-    def counts(what: str, theirs: int, mine: int, apart: int, why: str = "") -> None:
-        lines.append([what, str(theirs), str(mine), float(apart), not why, why])
+    def counts(what: str, expected: int, found: int, apart: int, why: str = "") -> None:
+        lines.append([what, str(expected), str(found), float(apart), not why, why])
 
     for name, encoded in gold["ends"].items():
         if isinstance(encoded, str):
@@ -430,14 +445,16 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
                 ]
             )
             continue
-        mine = [
+        found_ends = [
             byte_ends(tokenizers[name], known[name], read(path)["text"], ids).tolist()
             for path, (ids, _) in zip(paths, encoded)
         ]
         wrong = sum(
-            a != b for ends, (_, theirs) in zip(mine, encoded) for a, b in zip(ends, theirs)
+            a != b
+            for ends, (_, gold_ends) in zip(found_ends, encoded)
+            for a, b in zip(ends, gold_ends)
         )
-        counts(f"byte ends by {name}, tokens", *[sum(map(len, mine))] * 2, wrong)
+        counts(f"byte ends by {name}, tokens", *[sum(map(len, found_ends))] * 2, wrong)
     for what, key in (
         ("whole rows", "whole_groups"),
         ("answers alone, bytes counted from their start", "groups"),
@@ -458,13 +475,13 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
     lines.append(
         [
             f"norms of its gradients, 1:1 groups ({len(slopes[0])})",
-            *(f"{each.norm(dim=-1).mean():.6f}" for each in slopes),
+            *(f"{slope.norm(dim=-1).mean():.6f}" for slope in slopes),
             ((slopes[0] - slopes[1]).abs().max() / slopes[0].abs().max()).item(),
             True,
             "",
         ]
     )
-    plain = [[its for its, row in zip(side, rows) if row["single"].all()] for side in both]
+    plain = [[numbers for numbers, row in zip(side, rows) if row["single"].all()] for side in both]
     line(
         "whole sorted distance, rows of 1:1 groups", *(joined(side, "whole uld") for side in plain)
     )
@@ -531,15 +548,15 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
             f"{name}'s: sum of GOLD's vector, probability of the earlier tokens",
             *(joined(side, name, "mass")[long] for side in both),
         )
-    theirs, span = joined(gold["rows"], "uld 1.0")[long], joined(rows, "span")[long]
+    distance, span = joined(gold["rows"], "uld 1.0")[long], joined(rows, "span")[long]
     mass, joint = (
         [joined(gold["rows"], name, key)[long] for name in SIDES] for key in ("mass", "joint")
     )
-    if len(theirs):
-        gap = ((mass[0] - mass[1]).abs() / theirs).mean()
+    if len(distance):
+        gap = ((mass[0] - mass[1]).abs() / distance).mean()
         line(
             "distance against our two-outcome KL, longer groups",
-            theirs,
+            distance,
             span,
             "GOLD compares vectors over the last "
             f"token, whose masses are not 1: their difference is {gap:.0%} of it; ours is of the "
@@ -547,19 +564,24 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
         )
         line(
             "distance against our sorted distance, longer groups",
-            theirs,
+            distance,
             joined(rows, "uld 1.0")[long],
             "ours is taken before the group's first token, where both sum to 1",
         )
         k = int(span.argmin())
-        text = [text for row in rows for text, one in zip(row["text"], row["single"]) if not one][k]
+        text = [
+            text
+            for row in rows
+            for text, single_group in zip(row["text"], row["single"])
+            if not single_group
+        ][k]
         line(
             f"the one where our KL is smallest, {text!r}",
-            theirs[[k]],
+            distance[[k]],
             span[[k]],
             "student and teacher give it "
             "{:.3f} and {:.3f}, GOLD's vectors sum to {:.3f} and {:.3f}".format(
-                *(each[k] for each in (*joint, *mass))
+                *(values[k] for values in (*joint, *mass))
             ),
         )
     for what in ("uld uld", "uld kl", "hybrid kl"):
@@ -581,10 +603,10 @@ def lines_of_pair(args: argparse.Namespace, teacher: str) -> list[list[Any]]:
 
 
 def in_process(python: str, side: str, args: argparse.Namespace, work: str) -> Any:
-    """What `side` prints, run in a fresh process.
+    """Run a side in a fresh process and return what it printed.
 
     Raises:
-        RuntimeError: it failed; with the end of its standard error.
+        RuntimeError: the process failed; with the end of its standard error.
     """
     command = [
         python,
@@ -613,9 +635,7 @@ def in_process(python: str, side: str, args: argparse.Namespace, work: str) -> A
 
 
 def verdict(difference: float | None, must: bool, why: str) -> str:
-    """The last column: a line that must be equal says whether it is, the others why they are
-    not.
-    """
+    """The last column: whether a line that must be equal is so, or why the line may differ."""
     return why if not must else "equal" if difference <= TOLERANCE else "NOT EQUAL, and must be"
 
 
@@ -633,7 +653,7 @@ def main() -> int:
         parser.add_argument(internal, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(json.dumps({"prepare": prepare, "gold": gold, "ours": ours}[args.side](args)))
+        print(json.dumps({"prepare": prepare, "gold": gold, "ours": compare}[args.side](args)))
         return 0
     if not args.trl_python:
         parser.error("give --trl-python")
@@ -647,11 +667,9 @@ def main() -> int:
         "relative | equal, or why not",
     )
     verdicts = [verdict(*line[3:]) for line in lines]
-    for (what, theirs, mine, difference, *_), said in zip(lines, verdicts):
-        print(
-            f"{what} | {theirs} | {mine} | {'' if difference is None else f'{difference:.1e}'} | "
-            f"{said}"
-        )
+    for (what, expected, found, difference, *_), said in zip(lines, verdicts):
+        shown = "" if difference is None else f"{difference:.1e}"
+        print(f"{what} | {expected} | {found} | {shown} | {said}")
     failed = sum(said.startswith("NOT EQUAL") for said in verdicts)
     print(f"\n{sum(line[4] for line in lines)} lines must be equal, {failed} are not")
     return int(failed > 0)

@@ -27,7 +27,7 @@ from kd_utils.store.files import sha256_json
 PACKAGE = project_paths.CODE_ROOT / "kd_utils"
 
 #: These read parameters and take digests, and change no result: parameters are part of the config.
-NOT_COUNTED = {"config.parameter_files", "records.provenance"}
+NOT_COUNTED = {"config.notebook_files", "config.parameter_files", "records.provenance"}
 
 #: Packages whose versions a record names.
 PACKAGES = "torch transformers tokenizers datasets numpy pyarrow pandas papermill ray".split()

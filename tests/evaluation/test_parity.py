@@ -101,7 +101,7 @@ def compared(harness, cases):
     with pytest.MonkeyPatch.context() as patch:
         run = parity.run_lm_eval
         patch.setattr(parity, "run_lm_eval", lambda *given: said.extend(run(*given)) or said)
-        failed = parity.check(cases, harness, our_settings=SETTINGS)
+        failed = parity.check(cases, harness, kd_utils_settings=SETTINGS)
     return failed, said
 
 
@@ -109,11 +109,11 @@ def said_of(said, name, task, shots):
     """The harness's records of one run, one by one (its first setting)."""
     return said[
         (NAMES.index(name) * len(parity.RUNS) + parity.RUNS.index((task, shots)))
-        * len(parity.THEIR_SETTINGS)
+        * len(parity.LM_EVAL_SETTINGS)
     ]
 
 
-def ours(case, model, tmp_path, task="sst2"):
+def kd_utils_of(case, model, tmp_path, task="sst2"):
     job = {
         "data": case.data,
         "task": task,
@@ -122,7 +122,7 @@ def ours(case, model, tmp_path, task="sst2"):
         "batch_size": 4,
         "max_new_tokens": case.max_new_tokens,
     }
-    return parity.our_records(model, job, tmp_path)
+    return parity.kd_utils_records(model, job, tmp_path)
 
 
 def test_every_prediction_is_the_harnesss_and_none_of_it_is_trivial(compared):
@@ -155,9 +155,9 @@ def test_a_tokenizer_that_adds_no_begin_token_where_the_other_side_does_is_repor
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
     for task in ("sst2", "gsm8k"):
-        theirs = said_of(said, "begin", task, 0)
-        assert not parity.compare(theirs, ours(case, case.model, tmp_path, task))["differ"]
-        result = parity.compare(theirs, ours(case, model, tmp_path, task))
+        lm_eval = said_of(said, "begin", task, 0)
+        assert not parity.compare(lm_eval, kd_utils_of(case, case.model, tmp_path, task))["differ"]
+        result = parity.compare(lm_eval, kd_utils_of(case, model, tmp_path, task))
         assert len(result["differ"]) >= 3
     assert "generated: lm-eval" in str(result["differ"])
 
@@ -169,7 +169,7 @@ def test_another_prompt_is_reported(compared, cases, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(tasks.TASKS, "sst2", changed)
     result = parity.compare(
-        said_of(compared[1], "begin", "sst2", 0), ours(cases[0], cases[0].model, tmp_path)
+        said_of(compared[1], "begin", "sst2", 0), kd_utils_of(cases[0], cases[0].model, tmp_path)
     )
     assert len(result["differ"]) == result["rows"] == 12
     assert result["differ"][0].startswith("prompt: lm-eval '")
@@ -179,7 +179,7 @@ def test_a_difference_on_the_harnesss_side_fails_the_run(compared, cases, monkey
     altered = copy.deepcopy(compared[1][:2])
     altered[1][3]["loglikelihoods"][0] += 3e-4
     monkeypatch.setattr(parity, "run_lm_eval", lambda *given: altered)
-    failed = parity.check(cases[:1], "", runs=(("sst2", 0),), our_settings=((4, "left"),))
+    failed = parity.check(cases[:1], "", runs=(("sst2", 0),), kd_utils_settings=((4, "left"),))
     assert (
         len(failed) == 1
         and "begin, sst2 0-shot, batch 4, padding left: 1 of 12 rows differ; row 3" in failed[0]
