@@ -18,32 +18,30 @@ def published_claim(means: pd.DataFrame, differences: pd.DataFrame) -> alt.HConc
         differences: test (its name), method, difference, low, high (points), p.
     """
     methods = method_order(means["method"])
-    differences = differences.assign(p=differences["p"].map("p = {:.3f}".format))
-    left = _panel(means.rename(columns={"mean": "value"}), "accuracy (%)", methods)
-    compared = [method for method in methods if method in set(differences["method"])]
-    right = [
-        _panel(rows.rename(columns={"difference": "value"}), f"{test} (points)", compared)
-        for test, rows in differences.groupby("test", sort=False)
-    ]
+    tests = differences.groupby("test", sort=False)
+    panels = [_panel(means, "mean", "accuracy (%)", methods)]
+    panels += [_panel(rows, "difference", f"{test} (points)", methods) for test, rows in tests]
     return finish(
-        alt.hconcat(left, *right),
+        alt.hconcat(*panels),
         "The published means, and their differences from black_box",
-        "tick: mean; bar: 95 % interval over the published 7 seeds; dashed: no difference",
+        "tick: mean or difference; bar: 95 % interval over the published 7 seeds; dashed: no "
+        "difference",
     )
 
 
-def _panel(data: pd.DataFrame, title: str, methods: list[str]) -> alt.LayerChart:
-    """Ticks with their intervals, a row per method; with a rule at 0 and p where there is one."""
+def _panel(data: pd.DataFrame, column: str, title: str, methods: list[str]) -> alt.LayerChart:
+    """A tick with its interval per method; for differences also a rule at 0, and p."""
     data = data.rename(columns={"method": "distill_type"})
-    y = alt.Y("distill_type:N", title=None, sort=methods)
+    y = alt.Y("distill_type:N", title=None, scale=alt.Scale(domain=methods))
+    x = alt.X("low:Q", title=title, scale=alt.Scale(zero=False, padding=12))
     base = alt.Chart(data).encode(y=y, color=method_colour(methods))
-    x = alt.X("low:Q", title=title, scale=alt.Scale(zero=False, padding=10))
     layers = [
         base.mark_bar(size=20, opacity=0.3).encode(x=x, x2="high:Q"),
-        base.mark_tick(size=20, thickness=2.5).encode(x="value:Q"),
+        base.mark_tick(size=20, thickness=2.5).encode(x=f"{column}:Q"),
     ]
-    if "p" in data:
+    if column == "difference":
         zero = alt.Chart().mark_rule(strokeDash=[4, 3]).encode(x=alt.datum(0))
-        words = base.mark_text(dy=-16, fontSize=10).encode(x="value:Q", text="p:N")
-        layers += [zero, words]
-    return alt.layer(*layers).properties(width=190, height=48 * len(methods))
+        words = base.transform_calculate(words="'p = ' + format(datum.p, '.2g')")
+        words = words.mark_text(dy=19, fontSize=10, align="left", dx=4)
+        layers += [zero, words.encode(x=f"{column}:Q", text="words:N")]
+    return alt.layer(*layers).properties(width=190, height=50 * len(methods))

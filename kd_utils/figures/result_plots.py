@@ -198,10 +198,9 @@ def swept(table: pd.DataFrame) -> alt.Chart:
         layers.insert(2, line)
     panels = alt.layer(*layers).properties(width=step * data["at"].nunique(), height=220)
     data["task"] = data["task"].map(panel_name)
-    sort = list(dict.fromkeys(data["task"]))
-    chart = panels.facet(
-        alt.Facet("task:N", title=None, sort=sort), data=data, columns=len(sort) if name else 2
-    )
+    task = {"shorthand": "task:N", "title": None, "sort": list(dict.fromkeys(data["task"]))}
+    wrapped = {"facet": alt.Facet(**task), "columns": 2}
+    chart = panels.facet(data=data, **({"column": alt.Column(**task)} if name else wrapped))
     return finish(
         chart.resolve_scale(y="independent"),
         f"Accuracy by {name or 'setting'}",

@@ -26,31 +26,27 @@ def trial_curves(rows: Sequence[Mapping[str, Any]]) -> alt.HConcatChart:
         rows: of `metrics.json`, one per epoch: `epoch`, `train_loss/TERM` (unweighted),
             `validation_loss` (nats per answer token), `validation_accuracy/TASK` (fraction).
     """
-    long = pd.DataFrame(rows).melt("epoch", var_name="metric").dropna(subset=["value"])
-    kind = long["metric"].str.partition("/")
-    long = long.assign(kind=kind[0], name=kind[2])
-    is_validation = long["metric"] == "validation_loss"
-    long.loc[is_validation, "name"] = "task, validation"
-    losses = long[((long["kind"] == "train_loss") & (long["name"] != "")) | is_validation]
-    is_task = (long["kind"] == "validation_accuracy") & ~long["name"].isin(
-        ["", "macro", "gsm8k_flexible"]
-    )
-    accuracies = long[is_task].assign(value=100 * long["value"])
+    table = pd.DataFrame(rows).set_index("epoch")
+    losses = table.filter(regex="^train_loss/").rename(columns=lambda key: key.split("/")[1])
+    losses["task, validation"] = table["validation_loss"]
+    losses = losses[losses > 0]
+    tasks = table.filter(regex="^validation_accuracy/(?!macro|gsm8k_flexible)")
+    tasks = 100 * tasks.rename(columns=lambda key: key.split("/")[1])
     known = TERM_COLOURS | {"task, validation": "#000000"}
-    log = alt.Scale(type="log", nice=False, padding=8)
-    panels = [
-        _panel(losses, alt.Y("value:Q", title="loss (log)", scale=log), known),
-        _panel(accuracies, alt.Y("value:Q", title="accuracy (%)", scale=alt.Scale(zero=False)), {}),
-    ]
-    chart = alt.hconcat(*panels).resolve_scale(color="independent")
-    return finish(chart, "Learning curve", "left: training terms, unweighted")
-
-
-def _panel(data: pd.DataFrame, y: alt.Y, known: Mapping[str, str]) -> alt.Chart:
-    names = list(dict.fromkeys(data["name"]))
-    legend = alt.Legend(title=None, values=names)
-    lines = alt.Chart(data).mark_line(point={"size": 30}, strokeWidth=1.5)
-    lines = lines.encode(
-        x=epoch_axis(data["epoch"]), y=y, color=colour("name", names, known, legend=legend)
+    log = {"scale": alt.Scale(type="log", nice=False, padding=8), "axis": alt.Axis(format=".2~g")}
+    linear = {"scale": alt.Scale(zero=False, padding=8)}
+    chart = alt.hconcat(
+        _panel(losses, alt.Y("value:Q", title="loss, unweighted (log)", **log), known),
+        _panel(tasks, alt.Y("value:Q", title="validation accuracy (%)", **linear), {}),
     )
+    return finish(chart.resolve_scale(color="independent"), "Learning curve", "")
+
+
+def _panel(wide: pd.DataFrame, y: alt.Y, known: Mapping[str, str]) -> alt.Chart:
+    """A line per column of the table."""
+    legend = alt.Legend(title=None, values=list(wide))
+    data = wide.reset_index().melt("epoch").dropna()
+    lines = alt.Chart(data).mark_line(point={"size": 30}, strokeWidth=1.5)
+    colours = colour("variable", wide, known, legend=legend)
+    lines = lines.encode(x=epoch_axis(data["epoch"]), y=y, color=colours)
     return lines.properties(width=170, height=130)

@@ -22,13 +22,8 @@ TASKS = np.repeat(["sst2", "mmlu", "gsm8k"], [50, 40, 30])
 def interval(difference, metric, level=0.95, tasks=TASKS, **options):
     weights = example_weights(tasks, metric)
     [error] = hierarchical_errors(difference, tasks, weights[:, None], **options)
-    return hierarchical_interval(
-        (difference @ weights).mean(),
-        error,
-        len(difference),
-        level,
-        unseen_discordance(difference, tasks, weights, level),
-    )
+    centre = (difference @ weights).mean()
+    return hierarchical_interval(centre, error, difference, tasks, weights, level)
 
 
 def test_weights_make_accuracy_of_each_kind():

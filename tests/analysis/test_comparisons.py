@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import comparisons, stats, tables
+from kd_utils.analysis import comparisons, formatting, stats, tables
 from kd_utils.analysis.bootstrap import example_weights
 from kd_utils.analysis.comparisons import Answers
 from kd_utils.config.parameter_files import load_grid
@@ -144,7 +144,7 @@ def test_without_any_pair_the_tables_are_empty():
     assert comparisons.compare(answers).empty and comparisons.interactions(answers).empty
     assert (
         comparisons.differences(answers).empty
-        and comparisons.display(comparisons.compare(answers)).empty
+        and formatting.comparisons(comparisons.compare(answers)).empty
     )
 
 
@@ -279,7 +279,7 @@ def test_every_grid_of_the_project_has_seeds_enough_to_find_something(grid):
 def test_any_metric_of_the_results_is_compared_over_seeds():
     results, _ = run({"black_box": 0.5, "attention": 0.5}, seeds=3)
     results["validation_loss"] = [1.0, 2.0, 3.0, 1.5, 2.5, 3.5]
-    [row] = comparisons.compare_metric(results, "validation_loss").to_dict("records")
+    [row] = comparisons.compare_metrics(results, ["validation_loss"]).to_dict("records")
     assert (row["pairs"], row["difference"], row["low"], row["p"], row["p_holm"]) == (
         3,
         0.5,
@@ -297,7 +297,7 @@ def test_the_interaction_sees_a_gain_on_one_task_only():
     assert table.loc["attention", "p_holm"] < 0.05 < table.loc["combined", "p_holm"]
     assert table.loc["attention", "p_rows_holm"] < 0.05 < table.loc["combined", "p_rows_holm"]
     assert table.loc["attention", "sst2"] == pytest.approx(0.5, abs=0.1)
-    shown = comparisons.display(comparisons.compare(Answers(results, predictions)))
+    shown = formatting.comparisons(comparisons.compare(Answers(results, predictions)))
     assert shown.loc[("sst2", "attention"), "outcome"].tolist()[0] == "better"
 
 
@@ -313,11 +313,8 @@ def test_without_effects_whole_experiments_find_nothing_more_often_than_promised
                 seed=seed,
             )
         )
-        pairs = {
-            method: next(answers.pairs(method, "black_box")) for method in comparisons.WHITE_BOX
-        }
         weights = example_weights(answers.tasks, comparisons.PRIMARY)
-        p = [stats.sign_flip_p((pair.method - pair.baseline) @ weights) for pair in pairs.values()]
+        p = [stats.sign_flip_p(p.difference @ weights) for p in answers.family("white_box")]
         wrong += (stats.holm(p) < stats.ALPHA).any()
     assert wrong / experiments <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / experiments)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import tables, training_tables
+from kd_utils.analysis import formatting, tables
 
 BLACK_BOX = {0: 0.50, 1: 0.60, 2: 0.70}
 ATTENTION = {0: 0.52, 1: 0.60, 2: 0.76}  # differences 0.02, 0.00, 0.06
@@ -130,7 +130,7 @@ def record(
 
 
 def test_learning_curves_and_their_spread():
-    curves = training_tables.learning_curves(
+    curves = tables.learning_curves(
         [
             record("black_box", 0, [2.0, 1.0]),
             record("black_box", 1, [4.0, 1.0]),
@@ -141,16 +141,14 @@ def test_learning_curves_and_their_spread():
         list(curves.columns) == ["setting", "distill_type", "seed", "epoch", "validation_loss"]
         and len(curves) == 6
     )
-    spread = training_tables.curve_spread(curves, "validation_loss").set_index(
-        ["distill_type", "epoch"]
-    )
+    spread = tables.curve_spread(curves, "validation_loss").set_index(["distill_type", "epoch"])
     first = spread.loc[("black_box", 1)]  # mean 3, sd sqrt(2)
     assert (first["n"], first["mean"]) == (2, 3.0)
     assert (first["low"], first["high"]) == (pytest.approx(3 - 2**0.5), pytest.approx(3 + 2**0.5))
     assert spread.loc[("combined", 1), "mean"] == 3.0 and np.isnan(
         spread.loc[("combined", 1), "low"]
     )
-    swept = training_tables.learning_curves([record("black_box", 0, [1.0], {"temperature": 2.0})])
+    swept = tables.learning_curves([record("black_box", 0, [1.0], {"temperature": 2.0})])
     assert set(swept["setting"]) == {"temperature=2"}
 
 
@@ -158,9 +156,9 @@ def test_the_untrained_student_has_no_curve():
     untrained = record("untrained", 0, [1.0])
     untrained["epochs"][0]["epoch"] = 0
     assert set(
-        training_tables.learning_curves([untrained, record("black_box", 0, [1.0])])["distill_type"]
+        tables.learning_curves([untrained, record("black_box", 0, [1.0])])["distill_type"]
     ) == {"black_box"}
-    assert training_tables.learning_curves([untrained]).empty
+    assert tables.learning_curves([untrained]).empty
 
 
 def test_loss_terms_have_value_weighted_value_and_share():
@@ -173,8 +171,8 @@ def test_loss_terms_have_value_weighted_value_and_share():
             "weight/task": 1.0,
             "weight/attention": 10.0,
         }
-    found = training_tables.loss_terms(
-        training_tables.learning_curves([one, two, record("black_box", 0, [1.0], task=1.0)])
+    found = tables.loss_terms(
+        tables.learning_curves([one, two, record("black_box", 0, [1.0], task=1.0)])
     )
     values = found.set_index(["distill_type", "term", "quantity"])["value"]
     assert values[("attention", "attention", "value")] == pytest.approx(0.03)
@@ -184,7 +182,7 @@ def test_loss_terms_have_value_weighted_value_and_share():
     # rest is left out.
     assert set(found[found["distill_type"] == "black_box"]["quantity"]) == {"gradient share"}
     with pytest.raises(ValueError, match="no column grad_share/TERM"):
-        training_tables.loss_terms(training_tables.learning_curves([record("black_box", 0, [1.0])]))
+        tables.loss_terms(tables.learning_curves([record("black_box", 0, [1.0])]))
 
 
 def test_a_method_that_does_not_use_a_swept_key_has_no_setting():
@@ -203,14 +201,14 @@ def test_a_method_that_does_not_use_a_swept_key_has_no_setting():
         ["attention", "gamma_attention=1"],
         ["attention", "gamma_attention=10"],
     ]
-    assert tables.display_table(summary).index.names == ["metric", "setting", "method"]
+    assert formatting.summary(summary).index.names == ["metric", "setting", "method"]
 
 
 def test_glance_has_every_method_and_the_teacher_in_per_cent():
     table = results({"black_box": BLACK_BOX, "untrained": {0: 0.25}})
     for column in ("validation_accuracy/macro", "validation_accuracy/sst2"):
         table[column] = table["validation_accuracy"]
-    shown = tables.glance(
+    shown = formatting.glance(
         table,
         {
             "validation_accuracy": 0.9,
@@ -227,7 +225,7 @@ def test_glance_has_every_method_and_the_teacher_in_per_cent():
     }
     assert shown.loc["untrained", "sst2"] == "25.0" and shown.loc["teacher", "sst2"] == "98.7"
     swept = pd.concat([table.assign(**{"config/temperature": t}) for t in (1.0, 4.0)])
-    assert tables.glance(swept, {}).loc[("", "teacher"), "sst2"] == "–"
+    assert formatting.glance(swept, {}).loc[("", "teacher"), "sst2"] == "–"
 
 
 def test_trials_that_do_not_use_a_key_stand_beside_each_of_its_values():
@@ -264,7 +262,9 @@ def test_find_run_prefers_the_sweeps_own_folder_then_the_latest_record(tmp_path)
     make_run(tmp_path, "toy")
     assert tables.find_run("toy", runs=tmp_path).name == "toy"
     assert tables.find_run("toy", str(tmp_path / "not-a-toy"), tmp_path).name == "not-a-toy"
-    with pytest.raises(FileNotFoundError, match="no run of 'llama2'.*2025-09-09-smol.*sweep it"):
+    with pytest.raises(
+        FileNotFoundError, match="no run of 'llama2'.*2025-09-09-smol.*run the sweep"
+    ):
         tables.find_run("llama2", runs=tmp_path)
     with pytest.raises(FileNotFoundError, match="no run folder nowhere.*2025-09-09-smol"):
         tables.find_run("toy", "nowhere", tmp_path)

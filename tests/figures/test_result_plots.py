@@ -6,10 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import stats, training_tables
+from kd_utils.analysis import comparisons, stats, tables
 from kd_utils.config.trial import METHODS
 from kd_utils.evaluation import calibration
-from kd_utils.figures import plots, result_plots, training_plots
+from kd_utils.figures import curve_plots, plots, result_plots
 
 TASKS = ("sst2", "mmlu", "gsm8k")
 TRAINED = METHODS[1:]
@@ -59,7 +59,7 @@ def curves(seeds: int, methods=TRAINED, epochs: int = 3, swept=None) -> pd.DataF
             "grad_share/attention": 0.0,
         }
 
-    return training_tables.learning_curves(
+    return tables.learning_curves(
         {
             "config": {"distill_type": method, "seed": seed},
             "swept": swept or {},
@@ -71,7 +71,7 @@ def curves(seeds: int, methods=TRAINED, epochs: int = 3, swept=None) -> pd.DataF
 
 
 def terms(seeds: int, **other) -> pd.DataFrame:
-    return training_tables.loss_terms(curves(seeds, **other))
+    return tables.loss_terms(curves(seeds, **other))
 
 
 def swept_terms(seeds: int) -> pd.DataFrame:
@@ -171,12 +171,12 @@ FIGURES = {
     "differences by setting": lambda seeds: result_plots.differences_from_baseline(
         *differences(seeds, ["a=1", "a=2"])
     ),
-    "curves": lambda seeds: training_plots.learning_curves(curves(seeds), "validation_accuracy"),
-    "one epoch": lambda seeds: training_plots.learning_curves(
+    "curves": lambda seeds: curve_plots.learning_curves(curves(seeds), "validation_accuracy"),
+    "one epoch": lambda seeds: curve_plots.learning_curves(
         curves(seeds, ["attention"], 1), "validation_loss"
     ),
-    "terms": lambda seeds: training_plots.loss_terms(terms(seeds)),
-    "terms by setting": lambda seeds: training_plots.loss_terms(swept_terms(seeds)),
+    "terms": lambda seeds: curve_plots.loss_terms(terms(seeds)),
+    "terms by setting": lambda seeds: curve_plots.loss_terms(swept_terms(seeds)),
     "swept": lambda seeds: result_plots.swept(swept_accuracies(seeds)),
     "swept keys": lambda seeds: result_plots.swept(
         pd.concat(
@@ -192,7 +192,7 @@ FIGURES = {
 @pytest.mark.parametrize("figure", FIGURES.values(), ids=FIGURES)
 def test_figures_render_to_a_small_picture(figure, seeds):
     image = plots.show(figure(seeds))
-    assert image.data.startswith(b"\x89PNG") and 5_000 < len(image.data) < 130_000
+    assert image.data.startswith(b"\x89PNG") and 3_000 < len(image.data) < 60_000
 
 
 def test_accuracy_has_a_point_per_trial_and_task_and_the_interval_of_stats():
@@ -273,7 +273,7 @@ def test_differences_have_a_point_per_pair_the_interval_given_and_the_margin():
     [
         result_plots.accuracy_by_task(accuracies(2, ["attention", "new"])),
         result_plots.differences_from_baseline(*differences(2)),
-        training_plots.learning_curves(curves(2), "validation_loss"),
+        curve_plots.learning_curves(curves(2), "validation_loss"),
         result_plots.swept(swept_accuracies(2)),
         result_plots.reliability_diagram(calibration.reliability_by_method(predictions(1))),
     ],
@@ -324,9 +324,28 @@ def test_a_trial_that_is_not_done_leaves_no_point():
     assert len(rows_of(result_plots.swept(table))) == len(table) - 1
 
 
-def test_swept_refuses_a_run_in_which_nothing_was_swept():
-    with pytest.raises(ValueError, match="nothing was swept.*accuracy_by_task"):
-        result_plots.swept(accuracies(2))
+def title(chart) -> str:
+    return chart.to_dict()["title"]["text"]
+
+
+def test_a_figure_without_data_says_why():
+    assert "swept only methods and seeds" in title(result_plots.swept(accuracies(2)))
+    pairs = comparisons.Answers(*one_method())
+    nothing = result_plots.differences_from_baseline(
+        comparisons.differences(pairs), comparisons.compare(pairs)
+    )
+    assert "No pair of trials" in title(nothing)
+    untrained = tables.learning_curves([])
+    assert "No trained student" in title(curve_plots.learning_curves(untrained, "validation_loss"))
+    assert "No trained student" in title(curve_plots.loss_terms(tables.loss_terms(untrained)))
+    assert plots.show(nothing).data.startswith(b"\x89PNG")
+
+
+def one_method() -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Results and predictions of a run with one trial."""
+    trial = {"trial": "a", "config/distill_type": "attention", "config/seed": 0, "status": "done"}
+    prediction = {"trial": "a", "example_id": "e", "task": "sst2", "correct": True}
+    return pd.DataFrame([trial]), pd.DataFrame([prediction])
 
 
 def test_reliability_pools_seeds_and_counts_every_answer():
@@ -370,5 +389,4 @@ def test_reliability_keeps_settings_apart():
 def test_no_choices_give_no_bins_and_no_diagram():
     table = calibration.reliability_by_method(predictions(1).query("task == 'gsm8k'"))
     assert table.empty
-    with pytest.raises(ValueError, match="only tasks with choices"):
-        result_plots.reliability_diagram(table)
+    assert "No task with choices" in title(result_plots.reliability_diagram(table))

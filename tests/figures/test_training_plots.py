@@ -1,54 +1,59 @@
-"""Figures of training: every seed, the mean with its spread, and the loss terms that the records
-have.
-"""
+"""The figure of one trial: a line per loss term and per task, and a picture that is small."""
 
-import numpy as np
-import pytest
-from test_result_plots import curves, rows_of, swept_terms, terms
+from test_result_plots import rows_of
 
-from kd_utils.analysis import training_tables
-from kd_utils.figures import training_plots
+from kd_utils.figures import plots
+from kd_utils.figures.training_plots import SMALL, trial_curves
+from kd_utils.records.source_code import _modules
 
 
-def test_curves_hold_every_seed_and_the_mean_with_one_standard_deviation():
-    rows = rows_of(training_plots.learning_curves(curves(7), "validation_accuracy"))
-    assert sum(r["row"] == "seed" for r in rows) == 5 * 7 * 3
-    [last] = [
-        r
-        for r in rows
-        if r["row"] == "mean" and r["distill_type"] == "combined" and r["epoch"] == 3
-    ]
-    sd = np.std(np.arange(7.0), ddof=1)  # seeds differ by 1 point
-    assert last["mean"] == pytest.approx(33.0) and last["high"] - last["mean"] == pytest.approx(sd)
+def epoch(number: int, **terms: float) -> dict:
+    accuracy = {
+        "": 0.5,
+        "/macro": 0.5,
+        "/sst2": 0.1 * number,
+        "/gsm8k": 0.3,
+        "/gsm8k_flexible": 0.4,
+    }
+    return {
+        "epoch": number,
+        "train_loss": 1.0,
+        **{f"train_loss/{term}": value / number for term, value in terms.items()},
+        "validation_loss": 0.4,
+        "validation_loss/kd": 0.7,
+        **{f"validation_accuracy{task}": value for task, value in accuracy.items()},
+        "tok_per_sec": 19000.0,
+    }
 
 
-def test_no_share_of_the_gradient_falls_off_the_log_scale():
-    rows = [
-        r for r in rows_of(training_plots.loss_terms(terms(2))) if r["quantity"] == "gradient share"
-    ]
-    assert len(rows) == 5 * 3 * 3
-    assert [r["value"] for r in rows if r["term"] == "attention"] == pytest.approx([0.01] * 5 * 3)
+def lines(chart) -> dict[str, list]:
+    found = {}
+    for row in sorted(rows_of(chart), key=lambda row: row["epoch"]):
+        found.setdefault(row["variable"], []).append(row["value"])
+    return found
 
 
-def test_loss_terms_have_a_row_per_quantity_that_the_records_have():
-    def titles(table):
-        return [
-            row["spec"]["encoding"]["y"]["title"]
-            for row in training_plots.loss_terms(table).to_dict()["vconcat"]
-        ]
+def test_a_line_per_term_of_the_trial_and_per_task():
+    rows = [epoch(number, task=1.0, kd=2.0, new=3.0) for number in (1, 2)]
+    assert lines(trial_curves(rows)) == {
+        "task": [1.0, 0.5],
+        "kd": [2.0, 1.0],
+        "new": [3.0, 1.5],
+        "task, validation": [0.4, 0.4],
+        "sst2": [10.0, 20.0],
+        "gsm8k": [30.0, 30.0],
+    }
 
-    assert titles(terms(2)) == ["value (log)", "value × weight (log)", "gradient share (%, log)"]
-    without = curves(2).drop(columns=[f"weight/{term}" for term in ("task", "kd", "attention")])
-    assert titles(training_tables.loss_terms(without)) == ["value (log)", "gradient share (%, log)"]
+
+def test_an_untrained_student_has_one_point_per_line():
+    assert list(lines(trial_curves([epoch(0)]))) == ["task, validation", "sst2", "gsm8k"]
 
 
-def test_loss_terms_of_several_settings_are_those_of_the_last_epoch_by_value():
-    chart = training_plots.loss_terms(swept_terms(2))
-    rows = [r for r in rows_of(chart) if r["quantity"] == "value"]
-    assert {r["epoch"] for r in rows} == {3} and len(rows) == 2 * 3 * 3
-    assert {r["at"] for r in rows if r["distill_type"] == "black_box"} == {"10", "0.1", "1"}
-    assert chart.to_dict()["vconcat"][0]["spec"]["encoding"]["x"]["scale"]["domain"] == [
-        "0.1",
-        "1",
-        "10",
-    ]
+def test_the_picture_for_a_record_is_small():
+    rows = [epoch(n, task=1.0, kd=2.0, hidden=0.5, attention=0.02) for n in range(1, 21)]
+    image = plots.show(trial_curves(rows), SMALL)
+    assert image.data.startswith(b"\x89PNG") and len(image.data) < 12_000
+
+
+def test_a_trial_that_draws_it_does_not_depend_on_the_analysis():
+    assert not [name for name in _modules({"figures.training_plots"}) if "/analysis/" in name]

@@ -219,9 +219,19 @@ def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, record, comparison
     assert len(white_box) == comparisons and white_box["p_holm"].between(3 * 2 / 2**7, 1).all()
     assert (white_box["low"] < white_box["difference"]).all() and (white_box["pairs"] == 7).all()
     text = out.read_text()
-    assert text.count('"image/png"') >= 5 and "not supported" in text
+    assert text.count('"image/png"') >= 5
     assert ("There is no pair of trials to compare." in text) == (not comparisons)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_07_reads_nothing_and_judges_the_published_claim(tmp_path):
+    out = tmp_path / "07.ipynb"
+    notebook = notebook_path("07_published_claim")
+    done = run(tmp_path / "home", PAPERMILL, notebook, out, "--no-progress-bar")
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = out.read_text()
+    assert "not supported" in text and text.count('"image/png": "iVBOR') == 1
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.fixture(scope="module")
