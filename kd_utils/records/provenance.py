@@ -21,13 +21,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kd_utils.config import parameter_files, project_paths
+from kd_utils.config import notebook_files, project_paths
 from kd_utils.store.files import sha256_json
 
 PACKAGE = project_paths.CODE_ROOT / "kd_utils"
 
-#: These read parameters and take digests, and change no result: parameters are part of the config.
-NOT_COUNTED = {"config.notebook_files", "config.parameter_files", "records.provenance"}
+#: These change no result: parameters are part of the config, digests and figures show what there is.
+NOT_COUNTED = ("config.notebook_files", "config.parameter_files", "records.provenance", "figures.")
 
 #: Packages whose versions a record names.
 PACKAGES = "torch transformers tokenizers datasets numpy pyarrow pandas papermill ray".split()
@@ -96,7 +96,7 @@ def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
     Returns:
         "notebooks/STEM.ipynb" and "kd_utils/ROOM/MODULE.py" -> twelve hex digits.
     """
-    cells = json.loads(parameter_files.notebook_path(stem).read_text(encoding="utf-8"))["cells"]
+    cells = json.loads(notebook_files.notebook_path(stem).read_text(encoding="utf-8"))["cells"]
     source = "\n".join(
         "".join(cell["source"])
         for cell in cells
@@ -144,7 +144,8 @@ def _imported(source: str) -> set[str]:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             names |= {name if _file(name).is_file() else node.module for name in inner}
     parts = {name.split(".", 1)[1] for name in names if name.startswith("kd_utils.")}
-    return set().union(*map(_with_packages, parts)) - NOT_COUNTED
+    found = set().union(*map(_with_packages, parts))
+    return {name for name in found if not name.startswith(NOT_COUNTED)}
 
 
 def _with_packages(name: str) -> set[str]:

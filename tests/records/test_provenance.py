@@ -181,7 +181,7 @@ def test_the_projects_notebooks_have_digests_of_what_they_import(stem):
 
 #: The rooms whose code decides a trial's result, and those that do not.
 ROOMS_OF_A_TRIAL = "cache config data distill evaluation models records store tokens".split()
-OTHER_ROOMS = "analysis cluster demos speed sweep teacher".split()
+OTHER_ROOMS = "analysis cluster demos figures speed sweep teacher".split()
 
 
 @pytest.mark.parametrize("room", ROOMS_OF_A_TRIAL + OTHER_ROOMS)
