@@ -27,7 +27,7 @@ from kd_utils.store.files import sha256_json
 PACKAGE = project_paths.CODE_ROOT / "kd_utils"
 
 #: These change no result: parameters are part of the config, digests and figures show what there is.
-NOT_COUNTED = ("config.notebook_files", "config.parameter_files", "records.provenance", "figures.")
+NOT_COUNTED = ("config.notebook_files", "config.parameter_files", "records.provenance", "figures")
 
 #: Packages whose versions a record names.
 PACKAGES = "torch transformers tokenizers datasets numpy pyarrow pandas papermill ray".split()
