@@ -133,7 +133,7 @@ class AlignmentConfig(Config):
 
     @property
     def others(self) -> dict[str, str]:
-        """Tokenizers of other teachers, by the names that tables have for them."""
+        """Folders of other teachers' tokenizers, by the names that tables show."""
         return dict(part.split("=", 1) for part in self.teacher_tokenizers.split())
 
 

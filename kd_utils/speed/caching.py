@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import entropy
 from torch import nn
 
 from kd_utils.cache.shards import token_batches
@@ -110,4 +109,5 @@ def entropy_bits(arrays: Iterable[np.ndarray]) -> float:
     for array in arrays:
         planes = array.reshape(-1).view(np.uint8).reshape(array.size, -1).T
         counts = counts + np.stack([np.bincount(plane, minlength=256) for plane in planes])
-    return float(entropy(counts, base=2, axis=1).sum())
+    shares = counts / counts.sum(1, keepdims=True)
+    return float(-np.where(shares > 0, shares * np.log2(np.maximum(shares, 1e-300)), 0).sum())
