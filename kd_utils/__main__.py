@@ -53,14 +53,9 @@ def sweep(
         str | None,
         Option(metavar="HOST:PORT", help="A Ray cluster, or auto. Default: this machine."),
     ] = None,
-    cpus_per_trial: Annotated[float, Option(metavar="N", help="CPUs reserved for a trial.")] = 1,
-    gpus_per_trial: Annotated[
-        float | None,
-        Option(metavar="N", help="Fractions too. Default: 1 where there is a GPU."),
-    ] = None,
-    dry_run: Annotated[
-        bool, Option("--dry-run", help="Only show the trials, and which are done.")
-    ] = False,
+    cpus_per_trial: Annotated[float, Option(help="Reserved for a trial; fractions too.")] = 1,
+    gpus_per_trial: Annotated[float | None, Option(help="Default: 1 where there is a GPU.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Only show the trials' states.")] = False,
 ) -> int:
     """Run a parameter file times a grid; what is done is not run again."""
     from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
@@ -130,16 +125,10 @@ def evaluate(
         Path | None,
         Option(metavar="DIR", help="A folder with the hub's files. Default: the hub."),
     ] = None,
-    limit: Annotated[
-        int | None, Option(metavar="N", help="The first N rows (MMLU: of each subject).")
-    ] = None,
-    num_fewshot: Annotated[
-        int, Option(metavar="K", help="Solved examples before each prompt.")
-    ] = 0,
-    batch_size: Annotated[int, Option(metavar="N")] = 8,
-    max_new_tokens: Annotated[
-        int, Option(metavar="N", help="The longest answer of GSM8K (as lm-eval).")
-    ] = 256,
+    limit: Annotated[int | None, Option(help="First rows only (MMLU: of each subject).")] = None,
+    num_fewshot: Annotated[int, Option(help="Solved examples before each prompt.")] = 0,
+    batch_size: int = 8,
+    max_new_tokens: Annotated[int, Option(help="Longest answer of GSM8K (as lm-eval).")] = 256,
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
         Option(help="auto: bfloat16 autocast on a GPU, as trials do."),

@@ -34,6 +34,10 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
         (["sweep", "nowhere.yaml"], "no parameter file nowhere.yaml"),
         (["sweep", "p.yaml", "--grid", "nowhere.yaml"], "no grid file nowhere.yaml"),
         (["sweep", "p.yaml", "--only", "seed=77"], "seed=77 is not in the grid"),
+        (["sweep"], "Missing argument 'PARAMS.yaml'"),
+        (["sweep", "p.yaml", "--cpus-per-trial", "x"], "Invalid value for '--cpus-per-trial'"),
+        (["swep", "p.yaml"], "No such command 'swep'. Did you mean 'sweep'?"),
+        ([], "Missing command"),
         (["check", "nowhere"], "no run folder nowhere"),
         (["verify", "nowhere"], "no cache folder nowhere"),
         (
@@ -50,6 +54,14 @@ def test_wrong_input_is_one_line_and_status_2(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_help_names_every_command_and_its_options(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("sweep", "bench", "evaluate", "verify", "check"))
+    assert main(["sweep", "--help"]) == 0
+    assert "--dry-run" in capsys.readouterr().out
 
 
 def test_a_run_folder_in_home_is_there_and_not_called_tilde(stub_notebooks, monkeypatch, capsys):
