@@ -194,9 +194,11 @@ def train_from_cache(args: argparse.Namespace) -> dict[str, Any]:
 
     from kd_utils.cache.teacher_cache import TeacherCache
     from kd_utils.distill.batches import prefetched, split_batch
-    from kd_utils.distill.losses import weighted_sum
     from kd_utils.distill.teacher_terms import TeacherTerms
-    from kd_utils.distill.training import loss_terms, seed_step
+    from kd_utils.distill.terms.attention import AttentionMaps
+    from kd_utils.distill.terms.hidden import Hidden
+    from kd_utils.distill.terms.kd import KD
+    from kd_utils.distill.training import loss_terms, seed_step, weighted_sum
     from kd_utils.models.devices import autocast
     from kd_utils.models.loading import load_causal_lm
     from kd_utils.models.output_head import OutputHead, output_head
@@ -209,15 +211,14 @@ def train_from_cache(args: argparse.Namespace) -> dict[str, Any]:
     head = OutputHead(cache.lm_head().float().to(device))
     [total] = cache.manifest["layers"]["hidden"]
     last = (total, model.config.num_hidden_layers)
-    view = TeacherTerms(
-        head,
-        (model.config.hidden_size, head.weight.shape[1]),
-        teacher_layers=total,
-        hidden_pairs=[last] * ("hidden" in weights),
-        map_pairs=[last] * ("attention" in weights),
-    )
-    view.to(device)
-    cache.read_only(view.columns(weights))
+    widths = (model.config.hidden_size, head.weight.shape[1])
+    possible = [
+        KD(head, temperature),
+        Hidden([last], total, widths, [0]),
+        AttentionMaps([last], total, cache.manifest["shape"]["num_attention_heads"]),
+    ]
+    teacher = TeacherTerms(term for term in possible if term.name in weights).to(device)
+    cache.read_only({column for term in teacher.values() for column in term.columns})
     steps = [
         batch
         for batches in json.loads((args.work / "rows.json").read_text())["epochs"]
@@ -231,7 +232,7 @@ def train_from_cache(args: argparse.Namespace) -> dict[str, Any]:
         )
 
     start = clocks()
-    parameters = [*model.parameters(), *view.trainable(weights)]
+    parameters = [*model.parameters(), *teacher.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -244,8 +245,7 @@ def train_from_cache(args: argparse.Namespace) -> dict[str, Any]:
                 output_head(model),
                 batch=batch,
                 terms=tuple(weights),
-                views=[view],
-                temperature=temperature,
+                teachers=[teacher],
             )
             loss = weighted_sum(terms, weights)
         loss.backward()
