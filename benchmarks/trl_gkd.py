@@ -215,7 +215,7 @@ def train_from_cache(args: argparse.Namespace) -> dict[str, Any]:
     possible = [
         KD(head, temperature),
         Hidden([last], total, widths, [0]),
-        AttentionMaps([last], total, cache.manifest["shape"]["num_attention_heads"]),
+        AttentionMaps([last], total, cache.manifest["heads"]),
     ]
     teacher = TeacherTerms(term for term in possible if term.name in weights).to(device)
     cache.read_only({column for term in teacher.values() for column in term.columns})
