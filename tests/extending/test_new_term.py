@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from kd_utils.config.parameter_files import notebook_path
+from kd_utils.config.notebook_files import notebook_path
 from kd_utils.config.project_paths import ROOT
 
 HERE = Path(__file__).parent

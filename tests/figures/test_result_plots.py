@@ -12,8 +12,8 @@ from kd_utils.evaluation import calibration
 from kd_utils.figures import curve_plots, plots, result_plots
 
 TASKS = ("sst2", "mmlu", "gsm8k")
-TRAINED = METHODS[1:]
-WHITE_BOX = METHODS[3:]
+TRAINED = list(METHODS)[1:]
+WHITE_BOX = list(METHODS)[3:]
 TEACHER = {"validation_accuracy": 0.9, **{f"validation_accuracy/{task}": 0.9 for task in TASKS}}
 GAMMAS = [f"gamma_hidden={value}" for value in (10, 0.1, 1)]
 
