@@ -33,7 +33,11 @@ FIXTURES = {"harness": "peer", "compared": "peer"}
 #: Markers by the test's name. `long`: more than 5 seconds of CPU time, all cases together. `slow`:
 #: a long tour; the comment names what stays in `make test` in its place.
 NAMES = {
-    "long": {"test_intervals_cover_95_per_cent"},
+    "long": {
+        "test_intervals_cover_95_per_cent",
+        "test_merging_in_batches_is_merging_and_spreading_is_its_transpose",
+        "test_real_tokenizers_have_fingerprints_of_their_own",
+    },
     "slow": set(),
 }
 
