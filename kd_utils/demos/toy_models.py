@@ -56,7 +56,7 @@ def pretraining_text(tables: dict[str, list[Row]], seed: int) -> list[tuple[str,
     rng = random.Random(f"{seed}/pretraining")
     facts = draw_facts(random.Random(f"{seed}/facts"))
     other = {
-        subject: dict(zip(known, [*list(known.values())[1:], *known.values()]))
+        subject: dict(zip(known, [*list(known.values())[1:], *known.values()], strict=False))
         for subject, known in facts.items()
     }
     sst2 = sst2_rows(rng, PRETRAINING_ROWS["sst2"])

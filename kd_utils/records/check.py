@@ -115,7 +115,7 @@ def _one_line(text: str) -> str:
 
 
 def _check_trial(run_dir: Path, planned: dict[str, Any]) -> list[str]:
-    """Whether the config, metrics and predictions of a record agree, with each other and the plan."""
+    """Whether config, metrics and predictions of a record agree with each other and the plan."""
     import pandas as pd
 
     folder = run_dir / "trials" / planned["trial"]
@@ -143,7 +143,7 @@ def _check_trial(run_dir: Path, planned: dict[str, Any]) -> list[str]:
 
 
 def _check_stages(run_dir: Path) -> list[str]:
-    """Whether the stages' notebooks are whole and from this run, and so are the files they wrote."""
+    """Whether the stages' notebooks are whole and from this run, and so are their files."""
     problems: list[str] = []
     cache = read_plan(run_dir)["cache"]
     made = {"data": set(), "teacher cache": {cache["content_hash"]} if cache else set()}
