@@ -31,7 +31,8 @@ with ray_running(None):
     session = ray._private.worker._global_node.get_session_dir_path()
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
-        if any(word.endswith("dashboard.py") for word in words) and f"--session-dir={session}" in words:
+        is_dashboard = any(word.endswith("dashboard.py") for word in words)
+        if is_dashboard and f"--session-dir={session}" in words:
             print(*(word for word in words if word.startswith("--host")))
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
@@ -45,7 +46,9 @@ def test_a_sigterm_while_ray_shuts_down_waits_for_its_end():
     code = """
 import os, signal, time, psutil, ray
 from kd_utils.cluster.session import ray_running
-signal.signal(signal.SIGTERM, lambda *_: print("caught;", len(psutil.Process().children(recursive=True)), "left"))
+def children():
+    return len(psutil.Process().children(recursive=True))
+signal.signal(signal.SIGTERM, lambda *_: print("caught;", children(), "left"))
 shut_down = ray.shutdown
 def shut_down_and_be_told_to_end():
     shut_down()
