@@ -14,7 +14,6 @@ import pandas as pd
 import scipy
 
 from kd_utils.analysis import stats
-from kd_utils.analysis.stats import ROUNDING
 from kd_utils.analysis.tables import known_first, planned_trials, setting_items
 from kd_utils.config.stages import TASK_NAMES
 
@@ -225,9 +224,9 @@ def hierarchical_p(centre: float, error: float, seeds: int) -> float:
     """
     if seeds < 2:
         return np.nan
-    if error > ROUNDING:
+    if error > stats.ROUNDING:
         return float(2 * scipy.stats.t.sf(abs(centre) / error, seeds - 1))
-    return float(abs(centre) < ROUNDING)
+    return float(abs(centre) < stats.ROUNDING)
 
 
 def unseen_discordance(
@@ -266,7 +265,7 @@ def interaction_p_rows(differences: np.ndarray, errors: np.ndarray) -> float:
     covariance = over_seeds + np.diag(np.maximum(errors**2 - np.diag(over_seeds), 0))
     contrast = np.eye(tasks)[:-1] - np.eye(tasks)[1:]
     centre = contrast @ differences.mean(axis=0)
-    if np.abs(centre).max() < ROUNDING:
+    if np.abs(centre).max() < stats.ROUNDING:
         return 1.0
     inverse = np.linalg.pinv(contrast @ covariance @ contrast.T, rcond=1e-9, hermitian=True)
     squared, free = centre @ inverse @ centre, tasks - 1
