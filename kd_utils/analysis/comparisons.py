@@ -10,15 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import scipy
 
-from kd_utils.analysis import bootstrap, stats
-from kd_utils.analysis.tables import planned_trials, setting_items, trial_values
-from kd_utils.data.tasks import task_order
+from kd_utils.analysis import stats
+from kd_utils.analysis.pairs import (
+    Answers,
+    Pairs,
+    detectable,
+    hierarchical_errors,
+    hierarchical_interval,
+    hierarchical_p,
+    interaction_p_rows,
+    matches,
+)
+from kd_utils.analysis.tables import trial_values
 
 BASELINE = "black_box"
 
@@ -46,106 +54,13 @@ COLUMNS = """question metric setting method baseline planned pairs family differ
     smallest_p detectable equal outcome""".split()
 
 
-class Pairs(NamedTuple):
-    """The trials of two methods in one setting, paired by seed.
-
-    Attributes:
-        row: the values of `PAIR_COLUMNS`: the setting, the names of the methods, and the numbers of
-            seeds for which both trials were planned and are done.
-        seeds: (S,) seeds for which both trials are done.
-        correct, baseline_correct: (S, N) whether each example was answered correctly, 0 or 1.
-    """
-
-    row: dict[str, Any]
-    seeds: list[int]
-    correct: np.ndarray
-    baseline_correct: np.ndarray
-
-    @property
-    def difference(self) -> np.ndarray:
-        """(S, N) of -1, 0, 1."""
-        return self.correct - self.baseline_correct
+def _family(trials: pd.DataFrame, question: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    for pair in QUESTIONS[question]:
+        yield from matches(trials, *pair)
 
 
-class Answers:
-    """Whether each done trial answered each validation example correctly.
-
-    Args:
-        results: the table of `run_folder.collect`.
-        predictions: the table of `run_folder.predictions`.
-
-    Attributes:
-        trials: the table of `tables.planned_trials`.
-        tasks: (N,) task of each example.
-        metrics: "macro", "micro" and the tasks, in the project's order.
-
-    Raises:
-        ValueError: the trials did not answer the same examples, so they cannot be compared by
-            example.
-    """
-
-    def __init__(self, results: pd.DataFrame, predictions: pd.DataFrame) -> None:
-        self.trials = planned_trials(results)
-        correct = predictions.pivot(index="trial", columns="example_id", values="correct")
-        missing = correct.isna().sum(axis=1)
-        if missing.any():
-            raise ValueError(
-                f"trials did not answer the same examples: {missing.idxmax()} lacks "
-                f"{missing.max()} of {correct.shape[1]}; run the sweep again, which repeats trials "
-                f"that used other data"
-            )
-        self._correct = correct.astype(float)
-        task_of = predictions.drop_duplicates("example_id").set_index("example_id")["task"]
-        self.tasks = task_of.loc[correct.columns].to_numpy()
-        self.metrics = ["macro", "micro", *task_order(self.tasks)]
-
-    def weights(self, metrics: list[str]) -> np.ndarray:
-        """(N, K): the examples' weights in each metric."""
-        return np.stack([bootstrap.example_weights(self.tasks, m) for m in metrics], axis=1)
-
-    def family(self, question: str) -> Iterator[Pairs]:
-        """The pairs of every comparison of a question, in every setting."""
-        for row, both in family(self.trials, question):
-            done = both[both["done"] & both["done_baseline"]]
-            correct = [
-                np.ascontiguousarray(self._correct.loc[done[column]])
-                for column in ("trial", "trial_baseline")
-            ]
-            yield Pairs(row | {"pairs": len(done)}, done["seed"].tolist(), *correct)
-
-
-def family(trials: pd.DataFrame, question: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Every comparison of a question in every setting.
-
-    Yields:
-        setting, method, baseline and planned (number of seeds); the planned trials of both methods
-        side by side, by seed (the baseline's columns end in `_baseline`).
-    """
-    for method, baseline in QUESTIONS[question]:
-        for setting, both in _matches(trials, method, baseline):
-            row = {"setting": setting, "method": method, "baseline": baseline}
-            yield row | {"planned": len(both)}, both
-
-
-def _matches(
-    trials: pd.DataFrame, method: str, baseline: str
-) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Settings match if they agree in the keys that both methods use."""
-    settings = sorted(trials["setting"].unique(), key=len, reverse=True)
-    order = dict.fromkeys(key for setting in settings for key in setting_items(setting))
-    by_setting, baseline_by_setting = (
-        trials[trials["distill_type"] == name].groupby("setting", sort=False)
-        for name in (method, baseline)
-    )
-    for setting, rows in by_setting:
-        for baseline_setting, baseline_rows in baseline_by_setting:
-            items, baseline_items = setting_items(setting), setting_items(baseline_setting)
-            shared = items.keys() & baseline_items.keys()
-            if all(items[key] == baseline_items[key] for key in shared):
-                # In the grid's order of keys, because settings are compared as text.
-                either = items | baseline_items
-                text = ", ".join(f"{key}={either[key]}" for key in order if key in either)
-                yield text, rows.merge(baseline_rows, on="seed", suffixes=("", "_baseline"))
+def _all_pairs(answers: Answers, question: str) -> list[Pairs]:
+    return [found for pair in QUESTIONS[question] for found in answers.pairs(*pair)]
 
 
 def reach(trials: pd.DataFrame) -> pd.DataFrame:
@@ -160,10 +75,10 @@ def reach(trials: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for question in QUESTIONS:
-        counts = [row["planned"] for row, _ in family(trials, question)]
+        counts = [row["planned"] for row, _ in _family(trials, question)]
         if counts:
-            smallest_p = _smallest_p(min(counts), len(counts))
-            rows.append((question, len(counts), min(counts), smallest_p))
+            numbers = len(counts), min(counts), stats.smallest_p(min(counts), len(counts))
+            rows.append((question, *numbers))
     return pd.DataFrame(rows, columns=["question", "comparisons", "pairs", "smallest_p"])
 
 
@@ -184,7 +99,7 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
     """
     rows = []
     for question in QUESTIONS:
-        all_pairs = list(answers.family(question))
+        all_pairs = _all_pairs(answers, question)
         for pairs in all_pairs:
             named = {"question": question, "family": len(all_pairs)} | pairs.row
             numbers = _compare_pairs(pairs, answers, margin, len(all_pairs))
@@ -200,7 +115,7 @@ def _compare_pairs(
     pairs: Pairs, answers: Answers, margin: float, family: int
 ) -> Iterator[dict[str, Any]]:
     weights = answers.weights(answers.metrics)
-    errors = bootstrap.hierarchical_errors(pairs.difference, answers.tasks, weights)
+    errors = hierarchical_errors(pairs.difference, answers.tasks, weights)
     n = len(pairs.seeds)
     for metric, weight, error in zip(answers.metrics, weights.T, errors):
         accuracy, baseline_accuracy = pairs.correct @ weight, pairs.baseline_correct @ weight
@@ -208,7 +123,7 @@ def _compare_pairs(
         centre = float(values.mean()) if n else np.nan
         sd = float(values.std(ddof=1)) if n > 1 else np.nan
         interval = partial(
-            bootstrap.hierarchical_interval, centre, error, pairs.difference, answers.tasks, weight
+            hierarchical_interval, centre, error, pairs.difference, answers.tasks, weight
         )
         (low, high), (low_90, high_90) = interval(0.95), interval(0.9)
         yield {
@@ -220,12 +135,12 @@ def _compare_pairs(
             "low_90": low_90,
             "high_90": high_90,
             "p": stats.sign_flip_p(values),
-            "p_rows": bootstrap.hierarchical_p(centre, error, n),
+            "p_rows": hierarchical_p(centre, error, n),
             "p_equivalence": stats.equivalence_p(accuracy, baseline_accuracy, margin),
             "g": stats.hedges_g(accuracy, baseline_accuracy),
             **stats.spread_comparison(accuracy, baseline_accuracy),
-            "smallest_p": _smallest_p(n, family),
-            "detectable": _detectable(sd, error, n, family),
+            "smallest_p": stats.smallest_p(n, family),
+            "detectable": detectable(sd, error, n, family),
         }
 
 
@@ -237,21 +152,6 @@ def _with_holm(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
         for column in columns
     }
     return table.assign(**corrected)
-
-
-def _smallest_p(pairs: int, family: int) -> float:
-    return min(stats.smallest_p(pairs) * family, 1.0)
-
-
-def _detectable(sd: float, error: float, n: int, family: int) -> float:
-    """The difference that both tests find with power 0.8 at Holm's first step: the larger of what
-    each needs.
-    """
-    if n < 2:
-        return np.nan
-    t, norm = scipy.stats.t, scipy.stats.norm
-    over_rows = error * (t.ppf(1 - stats.ALPHA / family / 2, n - 1) + norm.ppf(stats.POWER))
-    return max(stats.smallest_detectable(sd, n, stats.ALPHA / family), float(over_rows))
 
 
 def judge(row: dict[str, Any], margin: float) -> tuple[bool, str]:
@@ -287,20 +187,20 @@ def interactions(answers: Answers) -> pd.DataFrame:
     """
     tasks = answers.metrics[2:]
     weights, rows = answers.weights(tasks), []
-    for pairs in answers.family("white_box"):
+    for pairs in _all_pairs(answers, "white_box"):
         by_task = pairs.difference @ weights
         means = by_task.mean(axis=0) if len(by_task) else np.full(len(tasks), np.nan)
-        errors = bootstrap.hierarchical_errors(pairs.difference, answers.tasks, weights)
+        errors = hierarchical_errors(pairs.difference, answers.tasks, weights)
         p = {
             "p": stats.interaction_p(by_task),
-            "p_rows": bootstrap.interaction_p_rows(by_task, errors),
+            "p_rows": interaction_p_rows(by_task, errors),
         }
         rows.append(pairs.row | dict(zip(tasks, means)) | p)
     table = pd.DataFrame(rows, columns=[*PAIR_COLUMNS, *tasks, "p", "p_rows"])
     return table.assign(
         p_holm=stats.holm(table["p"]),
         p_rows_holm=stats.holm(table["p_rows"]),
-        smallest_p=[_smallest_p(n, len(table)) for n in table["pairs"]],
+        smallest_p=[stats.smallest_p(n, len(table)) for n in table["pairs"]],
     )
 
 
@@ -324,7 +224,7 @@ def compare_metrics(
     for metric in metrics:
         values = trial_values(results, metric)
         for question in questions:
-            for row, both in family(values, question):
+            for row, both in _family(values, question):
                 difference = (both["value"] - both["value_baseline"]).dropna().to_numpy()
                 found = stats.interval(difference)
                 found |= {"pairs": found["n"], "difference": found["mean"]}
@@ -342,7 +242,7 @@ def differences(answers: Answers, question: str = "white_box") -> pd.DataFrame:
     """
     rows = [
         (metric, pairs.row["setting"], pairs.row["method"], pairs.row["baseline"], seed, value)
-        for pairs in answers.family(question)
+        for pairs in _all_pairs(answers, question)
         for metric in answers.metrics
         for seed, value in zip(pairs.seeds, pairs.difference @ answers.weights([metric])[:, 0])
     ]

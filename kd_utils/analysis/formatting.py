@@ -1,6 +1,7 @@
-"""Tables for a reader: accuracies in per cent, differences in points, a dash for no value.
+"""Tables and sentences for a reader: accuracies in per cent, differences in points, a dash for no
+value.
 
-Each function takes a tidy table of `tables` or `comparisons`.
+Each function takes a tidy table of `tables` or `comparisons`, or a row of one.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from kd_utils.analysis import stats
 from kd_utils.analysis.comparisons import PRIMARY, interaction_tasks
 from kd_utils.analysis.tables import ACCURACY, is_accuracy, method_order, summary_table, tasks_of
+
+Row = dict[str, Any]
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -137,6 +141,113 @@ def by_task(values: pd.Series) -> pd.DataFrame:
         return pd.DataFrame()
     wide = values.groupby(["distill_type", "task"]).mean().mul(100).round(1).unstack("task")
     return wide.loc[method_order(wide.index)]
+
+
+def sentence(row: Row, margin: float) -> str:
+    """One comparison in words: what was found, on how many pairs, and what could have been
+    found.
+    """
+    if row["outcome"] == "not tested":
+        return f"{_what(row)}: not tested, {_pairs(row)} are done and a test needs two."
+    size = "" if np.isnan(row["g"]) else f", g = {row['g']:.2f}"
+    numbers = (
+        f"{_what(row)}: {_points(row['difference'])} points "
+        f"[{_points(row['low'])}, {_points(row['high'])}], {_p(row['p'])}, "
+        f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}{size}, {_pairs(row)}"
+    )
+    if row["outcome"] == "equivalent":
+        return (
+            f"{numbers}: equal within {margin_text(margin)} (TOST {_p(row['p_equivalence_holm'])})."
+        )
+    if row["outcome"] == "undecided":
+        return f"{numbers}: neither a difference nor equality is shown; {_could_have(row)}."
+    within = f" (and equal within {margin_text(margin)})" if row["equal"] else ""
+    elsewhere = "; other validation rows might not show it" * only_on_these_rows(row)
+    return f"{numbers}: {row['outcome']}{within}{elsewhere}."
+
+
+def _could_have(row: Row) -> str:
+    """For a null result: the difference found with power 0.8, or how many pairs a finding would
+    need.
+    """
+    if stats.smallest_p(row["pairs"]) * row["family"] > stats.ALPHA:
+        needed = next(n for n in range(2, 99) if stats.smallest_p(n) * row["family"] <= stats.ALPHA)
+        return (
+            f"no difference, however large, could be significant with {row['pairs']} pairs: "
+            f"{needed} are needed"
+        )
+    if not row["detectable"] > 0:
+        return "no pair differs"
+    return (
+        f"{row['pairs']} pairs find {100 * row['detectable']:.1f} points with power {stats.POWER}"
+    )
+
+
+def interaction_sentence(row: Row) -> str:
+    """A row of `comparisons.interactions` in words."""
+    tasks = interaction_tasks(row)
+    if np.isnan(row["p"]):
+        return f"{_what(row)}: not tested, {len(tasks)} tasks and {_pairs(row)}."
+    differences = ", ".join(f"{task} {_points(row[task])}" for task in tasks)
+    few = "; so few pairs could show none" * (row["smallest_p"] > stats.ALPHA)
+    return (
+        f"{_what(row)}: {differences} points; interaction {_p(row['p'])}, "
+        f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}, {_pairs(row)}{few}."
+    )
+
+
+def spread_sentence(row: Row) -> str:
+    """The spreads of a comparison in words."""
+    if np.isnan(row["p_spread"]):
+        few = row["pairs"] < stats.FEWEST
+        why = ", and a spread needs five." if few else " and no spread."
+        return f"{row['method']}: not tested, {_pairs(row)}{why}"
+    ratio = stats.detectable_ratio(row["pairs"], stats.ALPHA / row["family"])
+    return (
+        f"{row['method']}: sd {100 * row['sd']:.1f} against {100 * row['baseline_sd']:.1f} points, "
+        f"ratio {row['sd_ratio']:.2f} [{row['sd_ratio_low']:.2f}, {row['sd_ratio_high']:.2f}], "
+        f"Brown-Forsythe {_p(row['p_spread'])}, Holm {_p(row['p_spread_holm'])}; {row['pairs']} "
+        f"seeds find a ratio of {ratio:.1f} or 1/{ratio:.1f} with power {stats.POWER} (normal "
+        f"values)."
+    )
+
+
+def task_sentence(row: Row) -> str:
+    """A comparison on one task in few words."""
+    could = f" ({_could_have(row)})" if row["outcome"] == "undecided" else ""
+    return (
+        f"{row['metric']} {_points(row['difference'])} "
+        f"[{_points(row['low'])}, {_points(row['high'])}], Holm {_p(row['p_holm'])}, "
+        f"TOST {_p(row['p_equivalence_holm'])}, {row['outcome']}{could}"
+    )
+
+
+def only_on_these_rows(row: Row) -> bool:
+    return row["outcome"].endswith("on these rows")
+
+
+def _what(row: Row) -> str:
+    return f"{row['method']} minus {row['baseline']}"
+
+
+def _pairs(row: Row) -> str:
+    return f"{row['pairs']} of {row['planned']} pairs"
+
+
+def margin_text(margin: float) -> str:
+    return f"{100 * margin:g} point{'s' * (margin != 0.01)}"
+
+
+def _points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def _p(value: float) -> str:
+    if np.isnan(value):
+        return "p –"
+    if value < 0.001:
+        return "p < 0.001"
+    return f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
 
 def _text(form: str, *values: float) -> str:

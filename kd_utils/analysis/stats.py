@@ -70,11 +70,14 @@ def _flipped_p(data: np.ndarray, statistic: Callable[..., np.ndarray], **options
     ).pvalue
 
 
-def smallest_p(n: int) -> float:
-    """The smallest two-sided p of the sign-flip test with n pairs: 2 / 2^n, or the smallest that
-    the random flips can give.
+def smallest_p(n: int, family: int = 1) -> float:
+    """The smallest two-sided p that the sign-flip test can give with n pairs: 2 / 2^n, or what
+    random flips can give; times the size of the family, as in Holm's first step.
     """
-    return min(max(2.0 ** (1 - n), 2 / (SIGN_FLIPS + 1) if 2**n > SIGN_FLIPS else 0.0), 1.0)
+    smallest = 2.0 ** (1 - n)
+    if 2**n > SIGN_FLIPS:
+        smallest = max(smallest, 2 / (SIGN_FLIPS + 1))
+    return min(min(smallest, 1.0) * family, 1.0)
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:

@@ -10,23 +10,30 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kd_utils.analysis import stats
-from kd_utils.analysis.comparisons import BASELINE, PRIMARY, WHITE_BOX, interaction_tasks
+from kd_utils.analysis.comparisons import BASELINE, PRIMARY, WHITE_BOX
+from kd_utils.analysis.formatting import (
+    Row,
+    interaction_sentence,
+    margin_text,
+    only_on_these_rows,
+    sentence,
+    spread_sentence,
+    task_sentence,
+)
 from kd_utils.analysis.tables import beside_each_setting
-
-Row = dict[str, Any]
 
 QUESTION_TEXTS = {
     "teacher": "Do the teacher's logits help at all, beside the same training without a teacher?",
     "white_box": "Do white-box signals help beyond logits?",
     "which": "Which helps more, attention maps or hidden states?",
     "combining": "Does combining help, beyond the better of the two?",
-    "task": "Does the gain over logits, in points of accuracy, depend on the task (an interaction)?",
+    "task": "Does the gain over logits, in points of accuracy, depend on the task (an "
+    "interaction)?",
     "spread": "Do white-box signals lower the spread over seeds?",
     "hypothesis": "Hypothesis: similar on sentiment, better on reasoning (MMLU) and mathematics "
     "(GSM8K).",
@@ -104,76 +111,23 @@ def _wrapped(text: str, indent: str = "") -> list[str]:
     )
 
 
-def sentence(row: Row, margin: float) -> str:
-    """One comparison in words: what was found, on how many pairs, and what could have been
-    found.
-    """
-    if row["outcome"] == "not tested":
-        return f"{_what(row)}: not tested, {_pairs(row)} are done and a test needs two."
-    size = "" if np.isnan(row["g"]) else f", g = {row['g']:.2f}"
-    numbers = (
-        f"{_what(row)}: {_points(row['difference'])} points "
-        f"[{_points(row['low'])}, {_points(row['high'])}], {_p(row['p'])}, "
-        f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}{size}, {_pairs(row)}"
-    )
-    if row["outcome"] == "equivalent":
-        return f"{numbers}: equal within {_margin(margin)} (TOST {_p(row['p_equivalence_holm'])})."
-    if row["outcome"] == "undecided":
-        return f"{numbers}: neither a difference nor equality is shown; {_could_have(row)}."
-    within = f" (and equal within {_margin(margin)})" if row["equal"] else ""
-    elsewhere = "; other validation rows might not show it" * _only_on_these_rows(row)
-    return f"{numbers}: {row['outcome']}{within}{elsewhere}."
-
-
-def _could_have(row: Row) -> str:
-    """For a null result: the difference found with power 0.8, or how many pairs a finding would
-    need.
-    """
-    if stats.smallest_p(row["pairs"]) * row["family"] > stats.ALPHA:
-        needed = next(n for n in range(2, 99) if stats.smallest_p(n) * row["family"] <= stats.ALPHA)
-        return (
-            f"no difference, however large, could be significant with {row['pairs']} pairs: "
-            f"{needed} are needed"
-        )
-    if not row["detectable"] > 0:
-        return "no pair differs"
-    return (
-        f"{row['pairs']} pairs find {100 * row['detectable']:.1f} points with power {stats.POWER}"
-    )
-
-
 def _by_outcome(
     answer: Callable[[list[Row], str], str], family: list[Row], margin: float
 ) -> tuple[str, list[str]]:
     """The answer to a question whose comparisons have outcomes, with their sentences."""
     tested = any(row["outcome"] != "not tested" for row in family)
-    within = f"equal within {_margin(margin)}"
+    within = f"equal within {margin_text(margin)}"
     return answer(family, within) if tested else NOT_TESTED, [sentence(r, margin) for r in family]
 
 
-def _answer_teacher(family: list[Row], within: str) -> str:
-    known = {
-        "better": "Yes.",
-        "worse": "No: they make it worse.",
-        "equivalent": f"No additional benefit ({within}).",
-    }
-    return known.get(family[0]["outcome"]) or _not_shown(family)
-
-
-def _answer_which(family: list[Row], within: str) -> str:
-    known = {
-        "better": "Attention maps.",
-        "worse": "Hidden states.",
-        "equivalent": f"Neither: {within}.",
-    }
-    return known.get(family[0]["outcome"]) or _not_shown(family)
+def _answer_single(answers: dict[str, str], family: list[Row], within: str) -> str:
+    """The answer to a question with one comparison, by its outcome."""
+    answer = answers.get(family[0]["outcome"])
+    return answer.format(within=within) if answer else _not_shown(family)
 
 
 def _answer_white_box(family: list[Row], within: str) -> str:
-    better, worse, equal = (
-        [row["method"] for row in family if row["outcome"] == outcome]
-        for outcome in ("better", "worse", "equivalent")
-    )
+    better, worse, equal = _by_word(family, "method")
     also_worse = f" Worse: {', '.join(worse)}." if worse else ""
     if better:
         return f"Yes: {', '.join(better)}." + also_worse.replace("Worse", "But worse")
@@ -181,29 +135,45 @@ def _answer_white_box(family: list[Row], within: str) -> str:
         return _not_shown(family) + also_worse
     if not worse:
         return f"No additional benefit ({within})."
-    return f"No: worse: {', '.join(worse)}" + (f"; equal: {', '.join(equal)}." if equal else ".")
+    also_equal = f"; equal: {', '.join(equal)}" if equal else ""
+    return f"No: worse: {', '.join(worse)}{also_equal}."
 
 
 def _answer_combining(family: list[Row], within: str) -> str:
-    baselines = {
-        outcome: [row["baseline"] for row in family if row["outcome"] == outcome]
-        for outcome in ("better", "worse", "equivalent")
-    }
-    if baselines["worse"]:
-        return f"No: worse than {', '.join(baselines['worse'])}."
-    if len(baselines["better"]) == 2:
+    better, worse, equal = _by_word(family, "baseline")
+    if worse:
+        return f"No: worse than {', '.join(worse)}."
+    if len(better) == 2:
         return "Yes: better than either alone."
-    if len(baselines["equivalent"]) == 2:
+    if len(equal) == 2:
         return f"No additional benefit ({within})."
-    if baselines["better"]:
-        return f"Not shown: better than {baselines['better'][0]}, but not than both."
+    if better:
+        return f"Not shown: better than {better[0]}, but not than both."
     return _not_shown(family)
 
 
+def _by_word(family: list[Row], key: str) -> list[list[str]]:
+    """The values of a key in the rows that are better, worse and equivalent."""
+    words = ("better", "worse", "equivalent")
+    return [[row[key] for row in family if row["outcome"] == word] for word in words]
+
+
+TEACHER = {
+    "better": "Yes.",
+    "worse": "No: they make it worse.",
+    "equivalent": "No additional benefit ({within}).",
+}
+
+WHICH = {
+    "better": "Attention maps.",
+    "worse": "Hidden states.",
+    "equivalent": "Neither: {within}.",
+}
+
 ANSWERS = {
-    "teacher": _answer_teacher,
+    "teacher": partial(_answer_single, TEACHER),
     "white_box": _answer_white_box,
-    "which": _answer_which,
+    "which": partial(_answer_single, WHICH),
     "combining": _answer_combining,
 }
 
@@ -213,7 +183,7 @@ def _not_shown(family: list[Row]) -> str:
     here = [
         f"{row['method']} {row['outcome'].split()[0]} than {row['baseline']}"
         for row in family
-        if _only_on_these_rows(row)
+        if only_on_these_rows(row)
     ]
     if not here:
         return NOT_SHOWN
@@ -221,20 +191,9 @@ def _not_shown(family: list[Row]) -> str:
 
 
 def _by_interaction(rows: list[Row], margin: float) -> tuple[str, list[str]]:
+    lines = [interaction_sentence(row) for row in rows]
     here = [row for row in rows if row["p_holm"] < stats.ALPHA]
     found = [row["method"] for row in here if row["p_rows_holm"] < stats.ALPHA]
-    lines = []
-    for row in rows:
-        by_task = {task: row[task] for task in interaction_tasks(row)}
-        if np.isnan(row["p"]):
-            lines.append(f"{_what(row)}: not tested, {len(by_task)} tasks and {_pairs(row)}.")
-            continue
-        differences = ", ".join(f"{task} {_points(value)}" for task, value in by_task.items())
-        few = "; so few pairs could show none" * (row["smallest_p"] > stats.ALPHA)
-        lines.append(
-            f"{_what(row)}: {differences} points; interaction {_p(row['p'])}, "
-            f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}, {_pairs(row)}{few}."
-        )
     if all(np.isnan(row["p"]) for row in rows):
         return NOT_TESTED, lines
     if found:
@@ -245,27 +204,13 @@ def _by_interaction(rows: list[Row], margin: float) -> tuple[str, list[str]]:
     return "Not shown, which is not the same as independence.", lines
 
 
-def _by_spread(family: list[Row], margin: float) -> tuple[str, list[str]]:
-    found = [row for row in family if row["p_spread_holm"] < stats.ALPHA]
+def _by_spread(rows: list[Row], margin: float) -> tuple[str, list[str]]:
+    lines = [spread_sentence(row) for row in rows]
+    if all(np.isnan(row["p_spread"]) for row in rows):
+        return NOT_TESTED, lines
+    found = [row for row in rows if row["p_spread_holm"] < stats.ALPHA]
     lower = ", ".join(row["method"] for row in found if row["sd_ratio_high"] < 1)
     higher = ", ".join(row["method"] for row in found if row["sd_ratio_low"] > 1)
-    lines = []
-    for row in family:
-        if np.isnan(row["p_spread"]):
-            few = row["pairs"] < stats.FEWEST
-            why = ", and a spread needs five." if few else " and no spread."
-            lines.append(f"{row['method']}: not tested, {_pairs(row)}{why}")
-            continue
-        ratio = stats.detectable_ratio(row["pairs"], stats.ALPHA / row["family"])
-        lines.append(
-            f"{row['method']}: sd {100 * row['sd']:.1f} against {100 * row['baseline_sd']:.1f} "
-            f"points, ratio {row['sd_ratio']:.2f} [{row['sd_ratio_low']:.2f}, "
-            f"{row['sd_ratio_high']:.2f}], Brown-Forsythe {_p(row['p_spread'])}, "
-            f"Holm {_p(row['p_spread_holm'])}; {row['pairs']} seeds find a ratio of {ratio:.1f} or "
-            f"1/{ratio:.1f} with power {stats.POWER} (normal values)."
-        )
-    if all(np.isnan(row["p_spread"]) for row in family):
-        return NOT_TESTED, lines
     answers = [f"Yes: {lower}."] * bool(lower) + [f"Higher: {higher}."] * bool(higher)
     return " ".join(answers) or NOT_SHOWN, lines
 
@@ -277,10 +222,10 @@ def _by_hypothesis(by_task: list[Row], margin: float) -> tuple[str, list[str]]:
         if all(row["outcome"] == "not tested" for row in rows.values()):
             answers.append(f"{method}: not tested")
             lines.append(sentence(next(iter(rows.values())), margin))
-            continue
-        answers.append(f"{method}: {_supports_hypothesis(rows, margin)}")
-        tasks = [_task_sentence(task, row) for task, row in rows.items()]
-        lines.append(f"{method} minus {BASELINE}: {'; '.join(tasks)}.")
+        else:
+            answers.append(f"{method}: {_supports_hypothesis(rows, margin)}")
+            tasks = "; ".join(task_sentence(row) for row in rows.values())
+            lines.append(f"{method} minus {BASELINE}: {tasks}.")
     return "; ".join(answers) + ".", lines
 
 
@@ -291,50 +236,12 @@ def _supports_hypothesis(rows: dict[str, Row], margin: float) -> str:
     if similar and all(outcomes.get(task) == "better" for task in BETTER_ON):
         return "supported"
     against = [
-        f"{task} differs by more than {_margin(margin)}"
+        f"{task} differs by more than {margin_text(margin)}"
         for task in SIMILAR_ON
         if outcomes.get(task) in ("better", "worse")
         and (rows[task]["low"] > margin or rows[task]["high"] < -margin)
     ]
-    against += [
-        f"{task} {outcomes[task]}"
-        for task in BETTER_ON
-        if outcomes.get(task) in ("worse", "equivalent")
-    ]
+    for task in BETTER_ON:
+        if outcomes.get(task) in ("worse", "equivalent"):
+            against.append(f"{task} {outcomes[task]}")
     return f"contradicted ({', '.join(against)})" if against else "not shown"
-
-
-def _task_sentence(task: str, row: Row) -> str:
-    could = f" ({_could_have(row)})" if row["outcome"] == "undecided" else ""
-    return (
-        f"{task} {_points(row['difference'])} [{_points(row['low'])}, {_points(row['high'])}], "
-        f"Holm {_p(row['p_holm'])}, TOST {_p(row['p_equivalence_holm'])}, {row['outcome']}{could}"
-    )
-
-
-def _only_on_these_rows(row: Row) -> bool:
-    return row["outcome"].endswith("on these rows")
-
-
-def _what(row: Row) -> str:
-    return f"{row['method']} minus {row['baseline']}"
-
-
-def _pairs(row: Row) -> str:
-    return f"{row['pairs']} of {row['planned']} pairs"
-
-
-def _margin(margin: float) -> str:
-    return f"{100 * margin:g} point{'s' * (margin != 0.01)}"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
-
-
-def _p(value: float) -> str:
-    if np.isnan(value):
-        return "p –"
-    if value < 0.001:
-        return "p < 0.001"
-    return f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"

@@ -10,8 +10,8 @@ import pandas as pd
 import torch
 
 from kd_utils.cache.teacher_cache import TeacherCache
+from kd_utils.distill.logit_losses import with_output_rows
 from kd_utils.distill.targets import groups_of
-from kd_utils.distill.teacher_terms import within
 from kd_utils.models.output_head import OutputHead
 from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import SharedPieces, Vocabulary, shared_pieces
@@ -56,7 +56,7 @@ def token_agreement(
 def shared_output_rows(cache: TeacherCache, student: Vocabulary) -> SharedPieces:
     """The pieces of both vocabularies that have a row in the teacher's and the student's head."""
     shared = shared_pieces(cache.vocabulary(), student)
-    return within(shared, cache.manifest["shape"]["vocab_size"], len(student.pieces))
+    return with_output_rows(shared, cache.manifest["shape"]["vocab_size"], len(student.pieces))
 
 
 @torch.no_grad()

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from kd_utils.analysis import comparisons, formatting, stats, tables
-from kd_utils.analysis.bootstrap import example_weights
 from kd_utils.analysis.comparisons import Answers
+from kd_utils.analysis.pairs import example_weights
 from kd_utils.config.parameter_files import load_grid
 from kd_utils.config.project_paths import ROOT
 from kd_utils.sweep import sweep
@@ -314,7 +314,10 @@ def test_without_effects_whole_experiments_find_nothing_more_often_than_promised
             )
         )
         weights = example_weights(answers.tasks, comparisons.PRIMARY)
-        p = [stats.sign_flip_p(p.difference @ weights) for p in answers.family("white_box")]
+        p = [
+            stats.sign_flip_p(p.difference @ weights)
+            for p in comparisons._all_pairs(answers, "white_box")
+        ]
         wrong += (stats.holm(p) < stats.ALPHA).any()
     assert wrong / experiments <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / experiments)
 

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from kd_utils.analysis import stats
-from kd_utils.analysis.bootstrap import (
+from kd_utils.analysis.pairs import (
     example_weights,
     hierarchical_errors,
     hierarchical_interval,

@@ -1,21 +1,120 @@
-"""Uncertainty over seeds and validation examples together: a hierarchical bootstrap of paired
-differences.
+"""Two methods paired by seed and by example, and the uncertainty of their differences over both.
 
-The tests of `stats` are over seeds, on the validation examples of this run. This module says
-whether a difference would also hold on other examples of the same tasks.
+The tests of `stats` are over seeds, on the validation examples of this run. The hierarchical
+bootstrap here says whether a difference would also hold on other examples of the same tasks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy
 
-from kd_utils.analysis.stats import ROUNDING
+from kd_utils.analysis import stats
+from kd_utils.analysis.tables import planned_trials, setting_items
+from kd_utils.data.tasks import task_order
 
 DRAWS = 2000
+
+
+class Pairs(NamedTuple):
+    """The trials of two methods in one setting, paired by seed.
+
+    Attributes:
+        row: the values of `PAIR_COLUMNS`: the setting, the names of the methods, and the numbers of
+            seeds for which both trials were planned and are done.
+        seeds: (S,) seeds for which both trials are done.
+        correct, baseline_correct: (S, N) whether each example was answered correctly, 0 or 1.
+    """
+
+    row: dict[str, Any]
+    seeds: list[int]
+    correct: np.ndarray
+    baseline_correct: np.ndarray
+
+    @property
+    def difference(self) -> np.ndarray:
+        """(S, N) of -1, 0, 1."""
+        return self.correct - self.baseline_correct
+
+
+class Answers:
+    """Whether each done trial answered each validation example correctly.
+
+    Args:
+        results: the table of `run_folder.collect`.
+        predictions: the table of `run_folder.predictions`.
+
+    Attributes:
+        trials: the table of `tables.planned_trials`.
+        tasks: (N,) task of each example.
+        metrics: "macro", "micro" and the tasks, in the project's order.
+
+    Raises:
+        ValueError: the trials did not answer the same examples, so they cannot be compared by
+            example.
+    """
+
+    def __init__(self, results: pd.DataFrame, predictions: pd.DataFrame) -> None:
+        self.trials = planned_trials(results)
+        correct = predictions.pivot(index="trial", columns="example_id", values="correct")
+        missing = correct.isna().sum(axis=1)
+        if missing.any():
+            raise ValueError(
+                f"trials did not answer the same examples: {missing.idxmax()} lacks "
+                f"{missing.max()} of {correct.shape[1]}; run the sweep again, which repeats trials "
+                f"that used other data"
+            )
+        self._correct = correct.astype(float)
+        task_of = predictions.drop_duplicates("example_id").set_index("example_id")["task"]
+        self.tasks = task_of.loc[correct.columns].to_numpy()
+        self.metrics = ["macro", "micro", *task_order(self.tasks)]
+
+    def weights(self, metrics: list[str]) -> np.ndarray:
+        """(N, K): the examples' weights in each metric."""
+        return np.stack([example_weights(self.tasks, m) for m in metrics], axis=1)
+
+    def pairs(self, method: str, baseline: str) -> Iterator[Pairs]:
+        """The pairs of two methods in every setting."""
+        for row, both in matches(self.trials, method, baseline):
+            done = both[both["done"] & both["done_baseline"]]
+            correct = [
+                np.ascontiguousarray(self._correct.loc[done[column]])
+                for column in ("trial", "trial_baseline")
+            ]
+            yield Pairs(row | {"pairs": len(done)}, done["seed"].tolist(), *correct)
+
+
+def matches(
+    trials: pd.DataFrame, method: str, baseline: str
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
+    """Every setting in which both methods have trials: settings match if they agree in the keys
+    that both methods use.
+
+    Yields:
+        setting, method, baseline and planned (number of seeds); the planned trials of both methods
+        side by side, by seed (the baseline's columns end in `_baseline`).
+    """
+    settings = sorted(trials["setting"].unique(), key=len, reverse=True)
+    order = dict.fromkeys(key for setting in settings for key in setting_items(setting))
+    by_setting, baseline_by_setting = (
+        trials[trials["distill_type"] == name].groupby("setting", sort=False)
+        for name in (method, baseline)
+    )
+    for setting, rows in by_setting:
+        for baseline_setting, baseline_rows in baseline_by_setting:
+            items, baseline_items = setting_items(setting), setting_items(baseline_setting)
+            shared = items.keys() & baseline_items.keys()
+            if all(items[key] == baseline_items[key] for key in shared):
+                # In the grid's order of keys, because settings are compared as text.
+                either = items | baseline_items
+                text = ", ".join(f"{key}={either[key]}" for key in order if key in either)
+                both = rows.merge(baseline_rows, on="seed", suffixes=("", "_baseline"))
+                row = {"setting": text, "method": method, "baseline": baseline}
+                yield row | {"planned": len(both)}, both
 
 
 def example_weights(tasks: Sequence[str], metric: str) -> np.ndarray:
@@ -125,9 +224,9 @@ def hierarchical_p(centre: float, error: float, seeds: int) -> float:
     """
     if seeds < 2:
         return np.nan
-    if error > ROUNDING:
+    if error > stats.ROUNDING:
         return float(2 * scipy.stats.t.sf(abs(centre) / error, seeds - 1))
-    return float(abs(centre) < ROUNDING)
+    return float(abs(centre) < stats.ROUNDING)
 
 
 def unseen_discordance(
@@ -166,10 +265,21 @@ def interaction_p_rows(differences: np.ndarray, errors: np.ndarray) -> float:
     covariance = over_seeds + np.diag(np.maximum(errors**2 - np.diag(over_seeds), 0))
     contrast = np.eye(tasks)[:-1] - np.eye(tasks)[1:]
     centre = contrast @ differences.mean(axis=0)
-    if np.abs(centre).max() < ROUNDING:
+    if np.abs(centre).max() < stats.ROUNDING:
         return 1.0
     inverse = np.linalg.pinv(contrast @ covariance @ contrast.T, rcond=1e-9, hermitian=True)
     squared, free = centre @ inverse @ centre, tasks - 1
     return float(
         scipy.stats.f.sf(squared * (seeds - free) / ((seeds - 1) * free), free, seeds - free)
     )
+
+
+def detectable(sd: float, error: float, n: int, family: int) -> float:
+    """The difference that both tests find with power 0.8 at Holm's first step: the larger of what
+    each needs.
+    """
+    if n < 2:
+        return np.nan
+    t, norm = scipy.stats.t, scipy.stats.norm
+    over_rows = error * (t.ppf(1 - stats.ALPHA / family / 2, n - 1) + norm.ppf(stats.POWER))
+    return max(stats.smallest_detectable(sd, n, stats.ALPHA / family), float(over_rows))
