@@ -211,9 +211,11 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
 
     from kd_utils.cache.teacher_cache import TeacherCache
     from kd_utils.distill.batches import prefetched, split_batch
-    from kd_utils.distill.losses import weighted_sum
     from kd_utils.distill.teacher_terms import TeacherTerms
-    from kd_utils.distill.training import loss_terms, seed_step
+    from kd_utils.distill.terms.attention import AttentionMaps
+    from kd_utils.distill.terms.hidden import Hidden
+    from kd_utils.distill.terms.kd import KD
+    from kd_utils.distill.training import loss_terms, seed_step, weighted_sum
     from kd_utils.models.devices import autocast
     from kd_utils.models.loading import load_causal_lm
     from kd_utils.models.output_head import OutputHead, output_head
@@ -226,15 +228,15 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
     head = OutputHead(cache.lm_head().float().to(device))
     [total] = cache.manifest["layers"]["hidden"]
     last = (total, model.config.num_hidden_layers)
-    view = TeacherTerms(
-        head,
-        (model.config.hidden_size, head.weight.shape[1]),
-        teacher_layers=total,
-        hidden_pairs=[last] * ("hidden" in weights),
-        map_pairs=[last] * ("attention" in weights),
-    )
-    view.to(device)
-    cache.read_only(view.columns(weights))
+    widths, heads = (model.config.hidden_size, head.weight.shape[1]), cache.manifest["heads"]
+    terms = [
+        KD(head, temperature),
+        Hidden([last], total, widths, [0]),
+        AttentionMaps([last], total, heads),
+    ]
+    terms = [term for term in terms if term.name in weights]
+    teacher_terms = TeacherTerms(terms).to(device)
+    cache.read_only({column for term in terms for column in term.columns})
     steps = [
         batch
         for batches in json.loads((args.work / "rows.json").read_text())["epochs"]
@@ -248,7 +250,7 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
         )
 
     start = clocks()
-    parameters = [*model.parameters(), *view.trainable(weights)]
+    parameters = [*model.parameters(), *teacher_terms.parameters()]
     optimizer = torch.optim.AdamW(
         parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -261,8 +263,7 @@ def train_ours(args: argparse.Namespace) -> dict[str, Any]:
                 output_head(model),
                 batch=batch,
                 terms=tuple(weights),
-                views=[view],
-                temperature=temperature,
+                teachers=[teacher_terms],
             )
             loss = weighted_sum(terms, weights)
         loss.backward()

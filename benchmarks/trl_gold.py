@@ -233,7 +233,7 @@ def our_row(
     """Our numbers of one row, group by group, and how the gradients compare."""
     from kd_utils.distill.batches import collate
     from kd_utils.distill.logit_losses import kd_loss, span_kl, span_log_probs, uld_loss
-    from kd_utils.distill.teacher_terms import TeacherTerms
+    from kd_utils.distill.terms.kd import KD
     from kd_utils.models.output_head import OutputHead
     from kd_utils.models.signals import Signals
     from kd_utils.tokens.alignment import align
@@ -302,14 +302,10 @@ def our_row(
             for name in SIDES
         }
         out["span"] = span_kl(chain("student", None), chain("teacher", None), 1.0)
-    view = TeacherTerms(
-        head["teacher"], (1, 1), hidden_pairs=[], map_pairs=[], teacher_layers=1, shared=shared
-    )
     single, slopes = torch.tensor(before["student"])[out["single"]], {}
     for loss in ("uld", "kl"):
-        whole = view.terms(
-            Signals(eye["student"][None], {}, {}, 1), head["student"], batch, {"kd"}, 1.0, loss
-        )["kd"]
+        term = KD(head["teacher"], 1.0, shared=shared, logit_loss=loss)
+        whole = term(Signals(eye["student"][None], {}, {}, 1), head["student"], batch)
         out[f"whole {loss}"], [slopes[loss]] = (
             whole.detach(),
             torch.autograd.grad(whole, head["student"].weight),

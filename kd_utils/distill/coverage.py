@@ -1,6 +1,4 @@
-"""How well a student's tokenizer can take a teacher's signals: shares of tokens, groups and
-probability.
-"""
+"""How much of a teacher a student of another tokenizer can use."""
 
 from __future__ import annotations
 
@@ -30,25 +28,24 @@ def token_agreement(
         tasks: of each row.
 
     Returns:
-        A row per task: `rows`; `teacher tokens`, `student tokens` and `groups` per row; `single
-            groups`, the share of
-        groups with one token on each side; `shared pieces`, the share of the teacher's tokens that
-        are pieces of both vocabularies; `hidden states`, the share of the student's tokens that end
-        a group, so that one is compared.
+        A row per task: `rows`; per row, `teacher tokens`, `student tokens` and `groups`; the shares
+        `single groups` (one token on each side), `shared pieces` (teacher's tokens that are pieces
+        of both vocabularies) and `hidden states` (student's tokens that end a group, so that their
+        hidden states are compared).
     """
     shared = set(shared_pieces(*vocabularies).teacher.tolist())
     counts = []
-    for theirs, ours, task in zip(teacher, student, tasks, strict=True):
-        groups = groups_of(theirs, ours)
+    for teacher_row, student_row, task in zip(teacher, student, tasks, strict=True):
+        groups = groups_of(teacher_row, student_row)
         counts.append(
             {
                 "task": task,
                 "rows": 1,
-                "teacher tokens": len(theirs.tokens),
-                "student tokens": len(ours.tokens),
+                "teacher tokens": len(teacher_row.tokens),
+                "student tokens": len(student_row.tokens),
                 "groups": len(groups),
                 "single": int(groups.single.sum()),
-                "shared": sum(token in shared for token in theirs.tokens.tolist()),
+                "shared": sum(token in shared for token in teacher_row.tokens.tolist()),
             }
         )
     total = pd.DataFrame(counts).groupby("task", sort=False).sum()
@@ -65,11 +62,9 @@ def token_agreement(
 
 @torch.no_grad()
 def shared_mass(row: Example, head: OutputHead, pieces: Tensor, temperature: float) -> float:
-    """The probability that the teacher gives to these of its pieces, a mean over one example's
-    positions.
+    """The probability that the teacher gives to these of its pieces, averaged over positions.
 
-    What is left goes to the rest bucket of `logit_losses.kd_loss`: there the student learns how
-    much, and not which.
+    The rest goes to one bucket of `logit_losses.kd_loss`: the student learns only how much it is.
 
     Args:
         row: with the teacher's final hidden states.

@@ -1,4 +1,4 @@
-"""What a training step computes and sums up; the loop itself stands in notebook 03."""
+"""What a training step computes and adds up; the loop itself is in notebook 03."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ LABELS = TeacherTerms([Task()])
 
 
 def seed_step(seed: int, global_step: int) -> None:
-    """Seed torch for one step, so that dropout is the same for all methods whatever else drew
-    random numbers.
-    """
+    """Seed torch for one step, so that all methods have the same dropout."""
     torch.manual_seed(mixed_seed(seed, global_step))
 
 
@@ -85,11 +83,10 @@ def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
 def gradient_shares(
     terms: dict[str, Tensor], weights: dict[str, float], student: nn.Module
 ) -> dict[str, float]:
-    """Each weighted term's gradient norm on the student, over the sum of these norms; the graph is
-    kept.
+    """Each weighted term's gradient norm on the student, divided by the sum of these norms.
 
-    A weight of 0.1 on a tiny mean squared error may do nothing at all: this is where a reader sees
-    it.
+    It shows whether a term does anything: a weight of 0.1 on a tiny squared error may not. The
+    graph is kept.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     norms = {}
@@ -105,9 +102,7 @@ def gradient_shares(
 
 
 class Mean:
-    """Running means of named numbers; tensors are read only at the end, so that a GPU is not waited
-    for.
-    """
+    """Running means of named numbers; tensors are read at the end, so that no step waits."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
@@ -121,9 +116,7 @@ class Mean:
             self._counts[name] = self._counts.get(name, 0.0) + counts[name]
 
     def add_part(self, values: dict[str, Tensor], parts: int) -> None:
-        """Add one micro-batch of `parts`; their values are divided by the whole batch's normaliser,
-        so they add up.
-        """
+        """Add one micro-batch of `parts`, with values divided by the whole batch's normaliser."""
         self.add(values, dict.fromkeys(values, 1 / parts))
 
     def result(self, prefix: str = "") -> dict[str, float]:
@@ -135,15 +128,14 @@ class Mean:
 class FiniteSteps:
     """Stops a trial whose loss or gradient is not finite.
 
-    Each step's numbers are looked at when the next step asks, since a GPU has them ready by then
-    and is not waited for.
+    The numbers of a step are read when the next step is added: by then a GPU has computed them.
     """
 
     def __init__(self) -> None:
         self._last: tuple[int, Tensor, dict[str, Tensor]] | None = None
 
     def add(self, global_step: int, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
-        """A step's gradient norm, before clipping, and its (last micro-batch's) loss terms.
+        """Add a step: its gradient norm before clipping, and its last micro-batch's terms.
 
         Raises:
             FloatingPointError: the step before this one was not finite.
@@ -156,10 +148,10 @@ class FiniteSteps:
         )
 
     def check(self) -> None:
-        """Look at the last step too.
+        """Check the last step.
 
         Raises:
-            FloatingPointError: it was not finite.
+            FloatingPointError: the step was not finite.
         """
         if self._last is None:
             return
@@ -194,11 +186,9 @@ def validation_losses(
         teachers: those of `terms_of`.
 
     Returns:
-        `validation_loss/TERM`: mean over the set's tokens (or entries; those of the first teacher),
-            not over batches;
-        `validation_loss`: the task term, nats per answer token, which all methods share;
-            `token_accuracy/TASK`: share
-        of answer tokens that are the argmax given the true ones before them. It is not accuracy.
+        `validation_loss/TERM`: mean over the set's elements, of the first teacher where there are
+        several; `validation_loss`: the task term, in nats per answer token; `token_accuracy/TASK`:
+        share of answer tokens that are the argmax given the true tokens before them.
     """
     losses, hits, head = Mean(), Mean(), output_head(student)
     for batch, tasks in batches:
@@ -212,8 +202,8 @@ def validation_losses(
         right = (guesses == batch.targets).cpu().numpy()
         rows = (batch.predicting // batch.input_ids.shape[1]).cpu().numpy()
         for b, task in enumerate(tasks):
-            mine = right[rows == b]
-            hits.add({task: float(mine.sum())}, {task: len(mine)})
+            of_row = right[rows == b]
+            hits.add({task: float(of_row.sum())}, {task: len(of_row)})
     values = losses.result("validation_loss/")
     return {
         "validation_loss": values["validation_loss/task"],
