@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.analysis.tables import setting_items
-from kd_utils.config.trial import METHODS
 
 if TYPE_CHECKING:
     import altair as alt
@@ -186,9 +185,7 @@ def method_colour(methods: Iterable[str], legend: Any = None) -> alt.Color:
     return alt.Color(
         "distill_type:N",
         legend=legend,
-        scale=alt.Scale(
-            domain=[*METHODS, *further], range=[colours[m] for m in (*METHODS, *further)]
-        ),
+        scale=alt.Scale(domain=list(colours), range=list(colours.values())),
     )
 
 
