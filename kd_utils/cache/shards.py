@@ -1,12 +1,9 @@
-"""Writing a teacher cache: shards aside and renamed, the manifest last, a killed run goes on.
+"""Writing the shards of a teacher cache.
 
-The teacher runs in the calling thread; packing, compression and disk are the writers' work, so that
-a device does not wait for them. At most a few batches are in memory at any time, however much there
-is to write.
-
-Until the manifest stands, each finished shard has a note in the folder `.NAME.shards` beside the
-cache: its checksum and what it was made for. A run that goes on keeps the shards that agree with
-their notes, and no other.
+The teacher runs in the calling thread; writer threads pack, compress and write, so that a device
+does not wait for them, with at most a few batches in memory. Until the manifest is written, each
+finished shard has a note in the folder `.NAME.shards` beside the cache: its checksum and what it
+was made for. A run that resumes keeps the shards that agree with their notes.
 """
 
 from __future__ import annotations
@@ -17,25 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Full, Queue
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_utils.cache.teacher_cache import byte_planes
-from kd_utils.store.files import (
-    sha256_file,
-    sha256_json,
-    write_json,
-    written_aside,
-)
+from kd_utils.store.files import sha256_file, sha256_json, write_json, written_aside
 from kd_utils.tokens.encoding import Example
 
-if TYPE_CHECKING:
-    pass
-
-#: Starts the teacher on one batch; what it returns waits for the device and gives the rows with
-#: their signals.
+#: Starts the teacher on one batch; the result waits for the device and gives rows with signals.
 SignalsOf = Callable[[list[Example]], Iterable[Example]]
 
 WRITERS = 2  # shards that are packed and compressed side by side
@@ -43,9 +31,9 @@ WRITERS = 2  # shards that are packed and compressed side by side
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of a cache, and the examples (with tokens, without signals) that go into it.
+    """One file of a cache, and the examples without signals that go into it.
 
-    `made_for` is a digest of what the cache is made from and of which examples are in this shard.
+    `made_for` is a digest of the cache's ingredients and of the examples in this shard.
     """
 
     file: str
@@ -57,9 +45,7 @@ class Shard:
 def plan_shards(
     examples: dict[str, list[Example]], shard_examples: int, key: dict[str, Any]
 ) -> list[Shard]:
-    """Each split's examples by length, in shards of `shard_examples`; `key` is what the cache is
-    made from.
-    """
+    """Each split's examples by length, in shards; `key` holds the cache's ingredients."""
     return [
         Shard(
             f"{split}-{start // shard_examples:05d}.parquet",
@@ -82,10 +68,10 @@ def write_shards(
     batch_tokens: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Write each shard aside and rename it, while the teacher already runs over what comes next.
+    """Write each shard aside and rename it, while the teacher runs over the next batches.
 
     Raises:
-        Exception: whatever the teacher or a writer met; shards that are whole stay.
+        Exception: whatever failed in the teacher or a writer; shards that are whole stay.
     """
     jobs: deque[Future] = deque()
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -108,7 +94,7 @@ def write_shards(
 
 
 def _hand_over(batches: Queue, item: Any, job: Future) -> None:
-    """Put `item`, unless the writer is gone: then raise what it met."""
+    """Put `item`; if the writer has ended, raise its error instead."""
     while True:
         try:
             return batches.put(item, timeout=0.2)
@@ -118,10 +104,9 @@ def _hand_over(batches: Queue, item: Any, job: Future) -> None:
 
 
 def token_batches(rows: list[Example], batch_tokens: int) -> Iterator[list[Example]]:
-    """Neighbours in batches whose padded size, rows x longest, is at most `batch_tokens` (one row
-    at the least).
+    """Neighbouring rows in batches whose padded size is at most `batch_tokens`, or of one row.
 
-    A batch that has an eighth of them closes before a row that would leave a fifth of it padding.
+    A batch with an eighth of these tokens ends before a row that would make a fifth of it padding.
     """
     batch: list[Example] = []
     longest = real = 0
@@ -167,8 +152,7 @@ def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
         finally:
             if writer:
                 writer.close()
-        # Before the shard takes its place: a note whose shard never came only makes it be written
-        # again.
+        # Before the shard is renamed: a note without its shard only has the shard written again.
         write_json(
             _notes(folder) / f"{shard.file}.json",
             {"made_for": shard.made_for, "sha256": sha256_file(aside)},

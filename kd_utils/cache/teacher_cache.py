@@ -1,48 +1,28 @@
-"""The teacher cache: its signals for every example, ragged, keyed by `example_id`, checksummed,
-resumable.
+"""Random access to a finished teacher cache, whose files are checked when it is opened.
 
-A cache is a folder `NAME-DATE-KEY`: Parquet shards of one row group per example (so that one row is
-one read), `vocabulary.parquet` (what each id spells), `lm_head.safetensors`, and `manifest.json`,
-which is written last: without it there is no cache. Tokens are the teacher's own; where the
-student's differ, the two are lined up when it trains.
-
-| column | per example of n tokens |
-|---|---|
-| `example_id`, `tokens`, `answer_start` | key, int32 (n,), index of the answer's first token |
-| `ends` | int32 (n,) behind which byte of the text each token ends; empty if the tokens do not spell the text |
-| `hidden` | float16 (n, d) final hidden state, after the last norm: times `lm_head` it is the logits |
-| `attention` | float16 or uint8 (H, n (n + 1) / 2) last layer's map as `signals.encode_map` gives it |
-| `hidden_7`, `attention_7`, ... | the same of other layers that were asked for; the hidden state before any norm |
-| `top_logits`, `top_ids`, `log_mass` | instead of these: float32 (n, k), int32 (n, k), float32 (n, temperatures) |
-
-A signal is stored as byte planes: column `hidden.0` has the first byte of every value, `hidden.1`
-the second. Exponents then stand beside exponents and compress, mantissas beside mantissas
-(Parquet's BYTE_STREAM_SPLIT does the same, but the lists that it needs are read and written at half
-the speed). `manifest.json` has the dtypes.
+`cache.manifest` describes the files and columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from safetensors.torch import load_file
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from kd_utils.tokens.vocabulary import Vocabulary
 from kd_utils.cache.manifest import CacheError, check_files, sealed_cache
 from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens.encoding import Example
+from kd_utils.tokens.vocabulary import Vocabulary
 
 
 def byte_planes(column: str, values: np.ndarray) -> dict[str, pa.Array]:
-    """One example's values as columns: plane j has the j-th byte of each."""
+    """One example's values as columns: plane j has the j-th byte of each value."""
     planes = np.ascontiguousarray(values).reshape(-1).view(np.uint8).reshape(values.size, -1).T
     ends = pa.py_buffer(np.array([0, values.size], np.int64))
     # From buffers: `pa.array([memoryview])` never lets go of the view (pyarrow 26).
@@ -70,15 +50,14 @@ def joined_planes(table: pa.Table, column: str, dtype: str) -> np.ndarray:
 
 
 class TeacherCache:
-    """Random access to a finished cache, all of whose files are looked at first.
+    """The rows of a finished cache by `example_id`; all files are checked first.
 
     Args:
         folder: the cache's folder.
-        memory_bytes: rows read are kept in memory up to this many bytes, so that later epochs read
-            nothing.
+        memory_bytes: how many bytes of rows are kept in memory, so that later epochs read nothing.
 
     Raises:
-        CacheError: a file that is missing, damaged or another cache's.
+        CacheError: a file that is missing, damaged or from another cache.
     """
 
     def __init__(self, folder: Path, *, memory_bytes: int = 2**30) -> None:
@@ -99,7 +78,7 @@ class TeacherCache:
             self.splits.setdefault(shard["split"], []).extend(ids)
 
     def read_only(self, signals: Collection[str]) -> None:
-        """From now on rows have these of the cache's signals; the others are not read."""
+        """From now on read only these columns of signals."""
         self._dtypes = {
             name: dtype for name, dtype in self.manifest["dtypes"].items() if name in signals
         }
@@ -161,9 +140,7 @@ class TeacherCache:
         return row
 
     def stored_bytes(self) -> dict[str, int]:
-        """What each signal takes in the shards, compressed; "other" is ids, tokens and the files'
-        footers.
-        """
+        """Compressed bytes of each signal in the shards; "other" is ids, tokens and footers."""
         stored = dict.fromkeys((*self.manifest["dtypes"], "other"), 0)
         for shard in self.manifest["shards"]:
             metadata, signals = self._file(shard["file"]).metadata, 0
@@ -176,13 +153,11 @@ class TeacherCache:
         return stored
 
     def vocabulary(self) -> Vocabulary:
-        """What the ids of the tokens, and the rows of `lm_head`, stand for.
+        """What the ids of the tokens, and the rows of `lm_head`, spell.
 
         Raises:
             CacheError: the file was damaged since the cache was opened.
         """
-        from kd_utils.tokens.vocabulary import Vocabulary
-
         file = sealed_cache(self.folder).file("vocabulary.parquet", self.manifest)
         return Vocabulary.from_table(pq.read_table(file))
 
@@ -192,8 +167,6 @@ class TeacherCache:
         Raises:
             CacheError: the file was damaged since the cache was opened.
         """
-        from safetensors.torch import load_file
-
         if "lm_head.safetensors" not in self.manifest["checksums"]:
             return None
         file = sealed_cache(self.folder).file("lm_head.safetensors", self.manifest)

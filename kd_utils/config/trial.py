@@ -170,9 +170,11 @@ class TrialConfig(Config):
     def without_effect(self) -> set[str]:
         """Parameters that this method does not use; trials that differ in them alone are equal."""
         terms, fields = METHODS[self.distill_type], type(self).model_fields.items()
-        users = {*terms, TEACHER if self.distils else "", TRAINING}
-        if self.distill_type == "untrained":
-            users.remove(TRAINING)
+        users = set(terms)
+        if self.distils:
+            users.add(TEACHER)
+        if self.distill_type != "untrained":
+            users.add(TRAINING)
         weights = {parameter for method in METHODS.values() for parameter in method.values()}
         unused = weights - set(terms.values())
         for key, field in fields:

@@ -1,6 +1,4 @@
-"""What a training step is fed: padded examples, in which order, and with them what the teachers
-have to say.
-"""
+"""Batches: padded examples, their order, and the teachers' signals with them."""
 
 from __future__ import annotations
 
@@ -27,11 +25,11 @@ class Batch:
     Attributes:
         input_ids: (B, T) int64.
         lengths: real tokens of each example.
-        predicting: (A,) flat positions (b T + t) that predict an answer token; targets: (A,) those
-            tokens.
-        teachers: what is compared, a teacher at a time.
-        sizes: how many "answers" (answer tokens) there are; whole: the same of the whole batch,
-            when this is a part of it.
+        predicting: (A,) flat positions b T + t that predict an answer token.
+        targets: (A,) those tokens.
+        teachers: each teacher's signals.
+        sizes: the number of "answers" (answer tokens).
+        whole: the same of the whole batch, when this is a part of it.
     """
 
     input_ids: Tensor
@@ -54,10 +52,9 @@ def collate(
 
     Args:
         examples: with the student's tokens.
-        teachers: of each teacher, its cache's rows of the same examples, in the same order. None:
-            `examples` themselves have the signals, of a teacher with the student's tokens; without
-            any the batch is for the task loss alone.
-        distill_tokens: "all" real tokens, or those that predict the "answer".
+        teachers: for each teacher, the rows of its cache for the same examples, in the same order.
+            None: `examples` themselves hold the signals, if any, of a teacher with their tokens.
+        distill_tokens: compare "all" real tokens, or those that predict the "answer".
         device: where the tensors go.
     """
     device = torch.device(device)
@@ -91,8 +88,9 @@ def split_batch(
     teachers: list[list[Example]] | None = None,
     **options,
 ) -> list[Batch]:
-    """One optimiser step's examples in parts that fit the memory; each part knows the whole batch's
-    normalisers.
+    """The examples of one optimiser step in parts that fit the memory.
+
+    Each part knows the sizes of the whole batch, so that a split changes no gradient.
     """
     slices = [slice(i, i + micro_batch_size) for i in range(0, len(examples), micro_batch_size)]
     parts = [
@@ -112,9 +110,8 @@ def epoch_batches(
 ) -> list[list[int]]:
     """Indices in batches of similar length, shuffled; the same for every method at one seed.
 
-    The rows are shuffled, cut into pools of `pool` batches, sorted by length inside each pool, cut
-    into batches, and the batches are shuffled: little padding, and which rows meet changes from
-    epoch to epoch.
+    Rows are shuffled, cut into pools of `pool` batches, and sorted by length within a pool; then
+    the batches are shuffled. This leaves little padding, and different rows meet in each epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
@@ -127,9 +124,7 @@ def epoch_batches(
 
 
 def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:
-    """`make(item)` for each item, made ahead by a thread, so that reading and decoding overlap with
-    the step.
-    """
+    """`make(item)` for each item, computed ahead in a thread while the training step runs."""
     with ThreadPoolExecutor(1) as pool:
         pending: deque = deque()
         for item in items:

@@ -15,9 +15,7 @@ from kd_utils.distill.batches import Batch
 
 
 class Mean:
-    """Running means of named numbers; tensors are read only at the end, so that a GPU is not waited
-    for.
-    """
+    """Running means of named numbers; tensors are read at the end, so that no step waits."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
@@ -31,9 +29,7 @@ class Mean:
             self._counts[name] = self._counts.get(name, 0.0) + counts[name]
 
     def add_part(self, values: dict[str, Tensor], parts: int) -> None:
-        """Add one micro-batch of `parts`; their values are divided by the whole batch's normaliser,
-        so they add up.
-        """
+        """Add one micro-batch of `parts`, with values divided by the whole batch's normaliser."""
         self.add(values, dict.fromkeys(values, 1 / parts))
 
     def result(self, prefix: str = "") -> dict[str, float]:
@@ -45,15 +41,14 @@ class Mean:
 class FiniteSteps:
     """Stops a trial whose loss or gradient is not finite.
 
-    Each step's numbers are looked at when the next step asks, since a GPU has them ready by then
-    and is not waited for.
+    The numbers of a step are read when the next step is added: by then a GPU has computed them.
     """
 
     def __init__(self) -> None:
         self._last: tuple[int, Tensor, dict[str, Tensor]] | None = None
 
     def add(self, global_step: int, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
-        """A step's gradient norm, before clipping, and its (last micro-batch's) loss terms.
+        """Add a step: its gradient norm before clipping, and its last micro-batch's terms.
 
         Raises:
             FloatingPointError: the step before this one was not finite.
@@ -66,10 +61,10 @@ class FiniteSteps:
         )
 
     def check(self) -> None:
-        """Look at the last step too.
+        """Check the last step.
 
         Raises:
-            FloatingPointError: it was not finite.
+            FloatingPointError: the step was not finite.
         """
         if self._last is None:
             return

@@ -1,6 +1,4 @@
-"""What one teacher has to say of a batch: its signals at the places where they can be compared with
-the student's.
-"""
+"""The teacher's signals for a batch, lined up with the student's tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +18,12 @@ from kd_utils.tokens.encoding import Example
 
 @dataclass
 class Merge:
-    """How a side's map over tokens becomes one over groups: a group's last query, the sum over its
-    keys.
+    """How a map over tokens becomes a map over groups of tokens.
+
+    A group's row is that of its last token; its column is the sum over its tokens.
 
     Attributes:
-        rows: (Q,) int64, the groups' last tokens among the query rows of the map that is merged.
+        rows: (Q,) int64, the groups' last tokens, among the query rows of the map.
         group_of_key: (K,) int64, the group of each key.
         groups: how many groups the keys have.
     """
@@ -40,22 +39,19 @@ class Merge:
         return merged.index_add_(2, self.group_of_key, chosen)
 
     def spread(self, slope: Tensor, queries: int) -> Tensor:
-        """The transpose, for gradients: (H, Q, groups) -> (H, queries, K); 0 in rows that no group
-        ends in.
-        """
+        """The transpose, for gradients: (H, Q, groups) -> (H, queries, K)."""
         spread = torch.zeros(len(slope), queries, len(self.group_of_key), device=slope.device)
         return spread.index_copy_(1, self.rows, slope.index_select(2, self.group_of_key))
 
 
 @dataclass
 class Maps:
-    """One layer's teacher maps of a batch, example by example, and the student's query rows that
-    they belong to.
+    """One layer's teacher maps of a batch, a list entry per example.
 
     Attributes:
-        packed: (H, P) the teacher's query rows, as `signals.encode_map` stores them.
-        teacher_rows, student_rows: those rows as slices of positions.
-        merges: (teacher's, student's), where tokens differ; None where they are the same.
+        packed: (H, P) the teacher's query rows, as `attention_maps.encode_map` stores them.
+        teacher_rows, student_rows: first and last + 1 position of the query rows on each side.
+        merges: (teacher's, student's) where their tokens differ; None where they are the same.
     """
 
     packed: list[Tensor]
@@ -69,9 +65,9 @@ class Spans:
     """Groups of more than one token: the positions that predict their tokens, on each side.
 
     Attributes:
-        student: (P_s,) flat positions; student_targets: (P_s,) tokens that follow; student_span:
-            (P_s,) which group.
-        teacher: (P_t, d) hidden states; teacher_targets: (P_t,); teacher_span: (P_t,).
+        student: (P_s,) flat positions; teacher: (P_t, d) hidden states.
+        student_targets, teacher_targets: (P,) the tokens that follow.
+        student_span, teacher_span: (P,) the number of the group that each token belongs to.
         count: how many groups.
     """
 
@@ -86,19 +82,18 @@ class Spans:
 
 @dataclass
 class Targets:
-    """What one teacher has to say of a batch. A place is the last token of a group, on either side.
+    """One teacher's signals for a batch. A place is the last token of a group, on either side.
 
     Attributes:
-        places: (N,) flat student positions (b T + t) whose signals are compared.
-        signals: the teacher's there: `hidden` (N, d), `hidden_2`, ..., `top_logits`, `top_ids`,
-            `log_mass` (N, .).
-        maps: column of the cache -> its maps.
-        single: (S,) which of the places are followed by one token on each side, so that
-            distributions over it can be compared; None: all are.
+        places: (N,) flat positions b T + t of the student whose signals are compared.
+        signals: column of the cache -> (N, .) the teacher's values there.
+        maps: column of the cache -> the teacher's maps.
+        single: (S,) the places that are followed by one token on each side, so that distributions
+            over the next token can be compared; None: all are.
         spans: what follows the other places; None if there are none.
         direct: every example has the same tokens on both sides.
-        sizes: how many "places", and how many "entries" and "queries" one head's maps have; whole:
-            the same of the whole batch, when this is a part of it.
+        sizes: the number of "places", and of "entries" and "queries" in one head's maps.
+        whole: the same of the whole batch, when this is a part of it.
     """
 
     places: Tensor
@@ -121,9 +116,9 @@ def targets_of(
     """Line up one teacher's rows with the student's, and take the signals that are compared.
 
     Args:
-        examples: with the student's tokens; rows: the teacher's of the same examples, with its
-            tokens and signals.
-        width: T of the batch, in which a position's flat place is b T + t.
+        examples: with the student's tokens.
+        rows: the same examples with the teacher's tokens and signals.
+        width: T of the batch.
         distill_tokens, device: as in `batches.collate`.
     """
     groups = [groups_of(row, example) for row, example in zip(rows, examples)]
@@ -157,7 +152,7 @@ def groups_of(teacher: Example, student: Example) -> Groups:
     """How the two tokenizations of an example line up.
 
     Raises:
-        ValueError: names the example whose tokens do not spell the same text.
+        ValueError: an example whose tokens do not spell the same text on both sides.
     """
     if np.array_equal(teacher.tokens, student.tokens):
         return identity(len(student.tokens))
@@ -165,9 +160,8 @@ def groups_of(teacher: Example, student: Example) -> Groups:
         if row.ends is None or len(row.ends) != len(row.tokens):
             raise ValueError(
                 f"row {row.example_id}: the {side}'s tokens do not spell its text (prompt and "
-                f"answer are "
-                "joined into one token), so the other side's cannot be lined up with them: leave "
-                "it out"
+                "answer are joined into one token), so the other side's cannot be lined up with "
+                "them: leave it out"
             )
     try:
         return align(teacher.ends, student.ends)
@@ -176,7 +170,7 @@ def groups_of(teacher: Example, student: Example) -> Groups:
 
 
 def _before_answer(groups: Groups, example: Example) -> slice:
-    """The groups at whose end something of the answer is predicted."""
+    """The groups whose last token predicts a part of the answer."""
     first = int(np.searchsorted(groups.student, example.answer_start - 1))
     return slice(first, max(len(groups) - 1, first + 1))
 
@@ -194,35 +188,31 @@ def _map_sizes(groups: list[Groups], wanted: list[slice]) -> dict[str, int]:
 def _maps(
     packed: list[np.ndarray],
     groups: list[Groups],
-    theirs: list[np.ndarray],
-    ours: list[np.ndarray],
+    teacher_places: list[np.ndarray],
+    student_places: list[np.ndarray],
     same: list[bool],
     device: torch.device,
 ) -> Maps:
     teacher_rows, student_rows = (
-        [(int(places[0]), int(places[-1]) + 1) for places in side] for side in (theirs, ours)
+        [(int(places[0]), int(places[-1]) + 1) for places in side]
+        for side in (teacher_places, student_places)
     )
     parts = [whole[:, slice(*causal_slice(*rows))] for whole, rows in zip(packed, teacher_rows)]
-    joined = tensor_of(
-        np.concatenate([part.reshape(-1) for part in parts]), device
-    )  # one transfer for all
-    tensors = [
-        piece.view(part.shape)
-        for piece, part in zip(joined.split([part.size for part in parts]), parts)
-    ]
+    # One transfer to the device for all examples.
+    joined = tensor_of(np.concatenate([part.reshape(-1) for part in parts]), device)
+    pieces = joined.split([part.size for part in parts])
+    tensors = [piece.view(part.shape) for piece, part in zip(pieces, parts)]
     merges = [
         None
         if equal
-        else (_merge(each.teacher, teacher, device), _merge(each.student, student, device))
-        for each, teacher, student, equal in zip(groups, theirs, ours, same)
+        else (_merge(lined.teacher, teacher, device), _merge(lined.student, student, device))
+        for lined, teacher, student, equal in zip(groups, teacher_places, student_places, same)
     ]
     return Maps(tensors, teacher_rows, student_rows, merges)
 
 
 def _merge(last: np.ndarray, places: np.ndarray, device: torch.device) -> Merge:
-    """Of one side: `last` token of every group, and the `places` among them whose rows are
-    compared.
-    """
+    """One side's merge: `last` has each group's last token, `places` those that are compared."""
     keys = np.searchsorted(last, np.arange(places[-1] + 1))
     return Merge(tensor_of(places - places[0], device), tensor_of(keys, device), int(keys[-1]) + 1)
 
@@ -235,18 +225,16 @@ def _followed(
     width: int,
     tensor: Callable[[list[np.ndarray]], Tensor],
 ) -> tuple[Tensor | None, Spans | None]:
-    """Which places one token follows on each side (or nothing does), and the longer groups that
-    follow the others.
-    """
+    """The places that single tokens (or none) follow, and the groups behind the others."""
     single, student, teacher, seen, count = [], [], [], 0, 0
-    for b, (row, example, each, part) in enumerate(zip(rows, examples, groups, wanted)):
-        first, last, _ = part.indices(len(each))
-        one = np.append(each.single, True)[first + 1 : last + 1]
-        single.append(np.flatnonzero(one) + seen)
+    for b, (row, example, lined, part) in enumerate(zip(rows, examples, groups, wanted)):
+        first, last, _ = part.indices(len(lined))
+        alone = np.append(lined.single, True)[first + 1 : last + 1]
+        single.append(np.flatnonzero(alone) + seen)
         seen += last - first
-        for g in np.flatnonzero(~one) + first:
-            student.append(_span(each.student, g, example, count, b * width))
-            teacher.append(_span(each.teacher, g, row, count, 0, b))
+        for g in np.flatnonzero(~alone) + first:
+            student.append(_span(lined.student, g, example, count, b * width))
+            teacher.append(_span(lined.teacher, g, row, count, 0, b))
             count += 1
     if not count:
         return None, None
@@ -260,16 +248,13 @@ def _followed(
 def _span(
     last: np.ndarray, group: int, row: Example, count: int, offset: int, b: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The positions that predict the tokens of the group behind `group`, those tokens, and the
-    group's number.
-    """
+    """The positions that predict the tokens of the next group, those tokens, the group's number."""
     places = np.arange(last[group], last[group + 1])
     return places + offset, row.tokens[places + 1].astype(np.int64), np.full(len(places), count), b
 
 
 def tensor_of(array: np.ndarray, device: torch.device) -> Tensor:
     """The array on the device; a GPU does not wait for it."""
-    # A copy where needed: rows read from Parquet are read-only, and torch wants memory that it may
-    # write to.
+    # Rows read from Parquet are read-only, and torch wants memory that it may write to.
     host = torch.from_numpy(np.require(array, requirements=("C", "W")))
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

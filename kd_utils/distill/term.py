@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,25 +79,33 @@ class TermSetup:
         Raises:
             ValueError: a kind of signal, or a layer of it, is missing.
         """
-        manifest = self.cache.manifest
+        manifest, total = self.cache.manifest, self.shape["num_hidden_layers"]
         for name in sorted(set(columns) - set(manifest["dtypes"])):
-            kind, layers = kind_of(name).name, manifest["layers"]
-            if not layers.get(kind):
+            kind = kind_of(name).name
+            cached = ", ".join(map(str, manifest["layers"].get(kind, [])))
+            if not cached:
                 raise ValueError(
                     f"the cache holds {manifest['signals']!r} and no {kind}: name it in `signals` "
                     "('white_box' has hidden states and attention maps) and run 02 again, or use "
                     "distill_type 'black_box'"
                 )
-            total = self.shape["num_hidden_layers"]
             raise ValueError(
-                f"the cache holds the teacher's {kind} of layers "
-                f"{', '.join(map(str, layers[kind]))}, not of {name.removeprefix(kind)[1:] or total}"
-                f": set {kind}_layers in the parameter file, which 02 reads too, and run 02 again"
+                f"the cache holds the teacher's {kind} of layers {cached}, not of "
+                f"{name.removeprefix(kind)[1:] or total}: set {kind}_layers in the parameter file, "
+                "which 02 reads too, and run 02 again"
             )
 
 
 class Term(nn.Module):
     """One term of the loss, for one teacher. Its parameters train with the student.
+
+    A subclass defines
+
+    - `of(setup)`, a class method that builds the term from a `TermSetup`;
+    - `forward(signals, head, targets)`: the student's signals and output layer, and the teacher's
+      `Targets`, to a scalar: the sum over the batch divided by `self.count(targets.whole)`;
+    - where several teachers can be mixed before they are compared with the student, `mixes` and a
+      class method `mixed(terms, weights, signals, head, targets)`.
 
     Attributes:
         name: in `METHODS`, in records and in figures.
@@ -111,27 +119,9 @@ class Term(nn.Module):
     hidden_layers: Collection[int] = ()
     map_layers: Collection[int] = ()
 
-    @classmethod
-    def of(cls, setup: TermSetup) -> Self:
-        """The term for one teacher and this student.
-
-        Raises:
-            ValueError: the two cannot be compared, and the remedy.
-        """
-        raise NotImplementedError
-
     def count(self, sizes: Counter[str]) -> int:
         """How many elements the term averages over, given the sizes of a batch's `Targets`."""
         return sizes["places"]
-
-    def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> Tensor:
-        """The term's sum over a batch, divided by `self.count(targets.whole)`.
-
-        Args:
-            signals: the student's, for the batch; head: the student's output layer.
-            targets: the teacher's signals at the places that are compared.
-        """
-        raise NotImplementedError
 
     def about(self) -> str:
         """What is compared, in a few words, for the record."""
@@ -139,31 +129,23 @@ class Term(nn.Module):
 
     @classmethod
     def mixes(cls, terms: Sequence[Term], targets: Sequence[Targets]) -> bool:
-        """Whether several teachers are mixed before they are compared with the student."""
+        """Whether these teachers are mixed; else the term is the weighted sum over them."""
         return False
-
-    @classmethod
-    def mixed(
-        cls,
-        terms: Sequence[Term],
-        weights: Sequence[float],
-        signals: Signals,
-        head: OutputHead,
-        targets: Sequence[Targets],
-    ) -> Tensor:
-        """The term of several teachers' mixture, where `mixes` is true."""
-        raise NotImplementedError
 
 
 class LayerTerm(Term):
-    """A term that compares pairs of layers: the mean over the pairs of `compare`.
+    """A term that compares pairs of layers: the mean over the pairs.
+
+    A subclass names the `kind` of signal that it compares and defines `compare(k, signals, layer,
+    targets, column)`: the k-th pair, the student's `layer` with the teacher's `column`, to a scalar
+    that is divided by `self.count(targets.whole)`.
 
     Args:
         pairs: (teacher's layer, student's layer), counted from 1.
         teacher_layers: how many layers the teacher has.
     """
 
-    kind: ClassVar[str]  #: of the signal that is compared
+    kind: ClassVar[str]
 
     def __init__(self, pairs: list[tuple[int, int]], teacher_layers: int) -> None:
         super().__init__()
@@ -171,12 +153,6 @@ class LayerTerm(Term):
         self.columns = [column(self.kind, teacher, teacher_layers) for teacher, _ in pairs]
         students = [(kind_of(self.kind), student) for _, student in pairs]
         self.hidden_layers, self.map_layers = captured_layers(students)
-
-    def compare(
-        self, k: int, signals: Signals, layer: int, targets: Targets, column: str
-    ) -> Tensor:
-        """The k-th pair: the student's `layer` with the teacher's `column`, a normalised scalar."""
-        raise NotImplementedError
 
     def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> Tensor:
         pairs = zip(self.pairs, self.columns)

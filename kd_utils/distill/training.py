@@ -1,4 +1,4 @@
-"""What a training step computes and sums up; the loop itself stands in notebook 03."""
+"""What a training step computes and adds up; the loop itself is in notebook 03."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ LABELS = TeacherTerms([Task()])
 
 
 def seed_step(seed: int, global_step: int) -> None:
-    """Seed torch for one step, so that dropout is the same for all methods whatever else drew
-    random numbers.
-    """
+    """Seed torch for one step, so that all methods have the same dropout."""
     torch.manual_seed(mixed_seed(seed, global_step))
 
 
@@ -90,11 +88,10 @@ def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
 def gradient_shares(
     terms: dict[str, Tensor], weights: dict[str, float], student: nn.Module
 ) -> dict[str, float]:
-    """Each weighted term's gradient norm on the student, over the sum of these norms; the graph is
-    kept.
+    """Each weighted term's gradient norm on the student, divided by the sum of these norms.
 
-    A weight of 0.1 on a tiny mean squared error may do nothing at all: this is where a reader sees
-    it.
+    It shows whether a term does anything: a weight of 0.1 on a tiny squared error may not. The
+    graph is kept.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     norms = {}
@@ -127,11 +124,9 @@ def validation_losses(
         teachers: those of `terms_of`.
 
     Returns:
-        `validation_loss/TERM`: mean over the set's tokens (or entries; those of the first teacher),
-            not over batches;
-        `validation_loss`: the task term, nats per answer token, which all methods share;
-            `token_accuracy/TASK`: share
-        of answer tokens that are the argmax given the true ones before them. It is not accuracy.
+        `validation_loss/TERM`: mean over the set's elements, of the first teacher where there are
+        several; `validation_loss`: the task term, in nats per answer token; `token_accuracy/TASK`:
+        share of answer tokens that are the argmax given the true tokens before them.
     """
     losses, hits, head = Mean(), Mean(), output_head(student)
     for batch, tasks in batches:
@@ -145,8 +140,8 @@ def validation_losses(
         right = (guesses == batch.targets).cpu().numpy()
         rows = (batch.predicting // batch.input_ids.shape[1]).cpu().numpy()
         for b, task in enumerate(tasks):
-            mine = right[rows == b]
-            hits.add({task: float(mine.sum())}, {task: len(mine)})
+            of_row = right[rows == b]
+            hits.add({task: float(of_row.sum())}, {task: len(of_row)})
     values = losses.result("validation_loss/")
     return {
         "validation_loss": values["validation_loss/task"],

@@ -1,11 +1,4 @@
-"""A decoder's distillable signals: hidden states, attention maps, logits from the final hidden
-state.
-
-Teacher and student go through the same function. Attention runs fused (SDPA), but for the families
-that soft-cap their scores; of the layers asked for the queries and keys are kept, from which a map
-is computed example by example: no (B, H, T, T) tensor is built in training. Layers are numbered
-1..L, by the layer whose output it is.
-"""
+"""Attention maps, computed from a layer's queries and keys, and packed as a cache stores them."""
 
 from __future__ import annotations
 
@@ -14,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: What an attention module may pass that changes its map in a way that `attention_map` does not
-#: know.
+#: Arguments of an attention module that change its map in a way that `attention_map` lacks.
 UNKNOWN_TO_MAPS = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -25,14 +17,14 @@ UNKNOWN_TO_MAPS = {
 
 @dataclass
 class Attention:
-    """What an attention layer's map is computed from.
+    """The queries and keys from which an attention layer's map is computed.
 
     Attributes:
-        query: (B, H, T, head_dim); key: (B, H_kv, T, head_dim), both after position encoding.
+        query: (B, H, T, head_dim), after position encoding.
+        key: (B, H_kv, T, head_dim), after position encoding.
         mask: (B or 1, 1, T, T), bool (True: may see) or additive; None for plain causal attention.
         scaling: usually head_dim ** -0.5.
-        softcap: scaled scores s become softcap * tanh(s / softcap) before the mask (Gemma 2); None
-            leaves them.
+        softcap: c of c * tanh(s / c), applied to the scaled scores s (Gemma 2); None: not.
     """
 
     query: Tensor
@@ -42,9 +34,7 @@ class Attention:
     softcap: float | None = None
 
     def example(self, b: int, first_query: int, last_query: int) -> Attention:
-        """Example b's query rows [first_query, last_query) and the keys that they can see, as a
-        batch of one.
-        """
+        """Example b's query rows [first_query, last_query) and their keys, as a batch of one."""
         rows = slice(first_query, last_query)
         mask = (
             None if self.mask is None else self.mask[b % len(self.mask), None, :, rows, :last_query]
@@ -64,27 +54,19 @@ class Attention:
     def cap_slope(self) -> Tensor:
         """(B, H, T, T) derivative of the capped scores by the scaled ones, 1 - tanh^2."""
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
-        return (
-            1
-            - torch.tanh(
-                (self.query @ key.transpose(-1, -2)).float() * (self.scaling / self.softcap)
-            )
-            ** 2
-        )
+        scores = (self.query @ key.transpose(-1, -2)).float()
+        return 1 - torch.tanh(scores * (self.scaling / self.softcap)) ** 2
 
 
 def attention_map(
     query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, softcap: float | None = None
 ) -> Tensor:
-    """softmax(scaling q k^T) over the keys that a query may see (Vaswani et al. 2017, eq. 1,
-    without the values).
+    """softmax(scaling q k^T) over the keys that a query may see (Vaswani et al. 2017, eq. 1).
 
     Args:
         query: (B, H, Q, head_dim), the last Q of the K positions.
         key: (B, H_kv, K, head_dim); grouped-query heads are repeated.
-        mask: (B or 1, 1, Q, K), bool (True: may see) or additive; None for plain causal attention.
-        scaling: usually head_dim ** -0.5.
-        softcap: c of c tanh(scaling q k^T / c), which the softmax then takes (Gemma 2).
+        mask, scaling, softcap: as in `Attention`, for these Q rows and K keys.
 
     Returns:
         (B, H, Q, K) float32; rows sum to 1. A row whose bool mask hides every key (left padding) is
@@ -94,22 +76,17 @@ def attention_map(
     scores = (query @ key.transpose(-1, -2)).float()
     if softcap is not None:
         scores, scaling = softcap * torch.tanh(scores * (scaling / softcap)), 1.0
-    if (
-        mask is None
-    ):  # added and scaled in one pass: filling by a boolean mask takes three times as long
+    if mask is None:  # additive: filling by a boolean mask takes three times as long
         rows, columns = scores.shape[-2:]
-        mask = torch.full((rows, columns), -torch.inf, device=scores.device).triu_(
-            columns - rows + 1
-        )
+        mask = torch.full((rows, columns), -torch.inf, device=scores.device)
+        mask.triu_(columns - rows + 1)
     if mask.dtype == torch.bool:
         return torch.nan_to_num(scores.mul_(scaling).masked_fill_(~mask, -torch.inf).softmax(-1))
     return torch.add(mask, scores, alpha=scaling).softmax(-1)
 
 
 def causal_places(first_query: int, last_query: int, device: torch.device | None = None) -> Tensor:
-    """Flat places of the causal entries among the query rows [first_query, last_query) over keys
-    0..last_query - 1.
-    """
+    """Flat places of the causal entries in query rows [first_query, last_query) of a map."""
     rows, columns = torch.tril_indices(
         last_query - first_query, last_query, offset=first_query, device=device
     )
@@ -117,20 +94,16 @@ def causal_places(first_query: int, last_query: int, device: torch.device | None
 
 
 def causal_slice(first_query: int, last_query: int) -> tuple[int, int]:
-    """Where the query rows [first_query, last_query) stand in a packed triangle: row i starts at i
-    (i + 1) / 2.
-    """
+    """Start and end of query rows [first_query, last_query) in a packed triangle."""
     return first_query * (first_query + 1) // 2, last_query * (last_query + 1) // 2
 
 
 def encode_map(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """One example's map as a cache stores it: the causal entries, row by row (row i gives its keys
-    0..i).
+    """One example's map as a cache stores it: the causal entries, row by row.
 
     Args:
         rows: (H, n, n) probabilities.
-        dtype: float16 keeps them as they are; uint8 keeps round(255 sqrt(p)), which is finest near
-            0.
+        dtype: float16 stores p; uint8 stores round(255 sqrt(p)), which is finest near 0.
 
     Returns:
         (H, n (n + 1) / 2) of `dtype`.
@@ -141,13 +114,12 @@ def encode_map(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def decode_map(packed: Tensor, first_query: int, last_query: int) -> Tensor:
-    """Query rows [first_query, last_query) as `encode_map` stored them, back as probabilities.
+    """Probabilities of query rows [first_query, last_query) that `encode_map` stored.
 
-    A row of uint8 is divided by its sum, so that it sums to 1 again: its entries were rounded one
-    by one.
+    A row of uint8 is divided by its sum, since its entries were rounded one by one.
 
     Args:
-        packed: (H, P), the part of the triangle that `causal_slice` names.
+        packed: (H, P), the part of the triangle that `causal_slice` gives.
 
     Returns:
         (H, last_query - first_query, last_query) float32; 0 above the diagonal.

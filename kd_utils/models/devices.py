@@ -1,6 +1,4 @@
-"""Models: tokenizers and causal LMs from a folder or the hub, students made from them, the
-projector, devices.
-"""
+"""Devices, precision, memory and seeds."""
 
 from __future__ import annotations
 
@@ -12,9 +10,7 @@ import torch
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed out of several numbers. Shifting one up would not do: a CPU's generator takes the
-    lower 32 bits.
-    """
+    """One seed from several numbers, all of which count in the lower 32 bits that torch uses."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -36,7 +32,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def amp_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """What matrix products are computed in: `auto` means bfloat16 on a GPU and float32 on a CPU."""
+    """The type of matrix products; "auto" means bfloat16 on a GPU and float32 on a CPU."""
     half = precision == "bfloat16" or (precision == "auto" and device.type != "cpu")
     return torch.bfloat16 if half else torch.float32
 

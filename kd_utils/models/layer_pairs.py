@@ -1,6 +1,4 @@
-"""Which layers of the teacher are compared with which of the student: pairs of numbers, counted
-from 1.
-"""
+"""Which layers of teacher and student are compared: pairs of numbers, counted from 1."""
 
 from __future__ import annotations
 
@@ -15,12 +13,11 @@ def layer_pairs(
     """(teacher's layer, student's layer), of layers 1 to L.
 
     Args:
-        choice: "last"; "uniform": `count` evenly spaced layers of both, the last ones among them,
-            in order (TinyBERT's uniform mapping, Jiao et al. 2020); "reversed": the same layers,
-            the teacher's first with the student's last; "random": the same layers, paired at
-            random; or pairs like "16:11 32:22".
-        count: how many pairs of "uniform", "reversed" and "random".
-        teacher_layers, student_layers: how many there are.
+        choice: "last"; "uniform": `count` evenly spaced layers of both sides, up to the last
+            (TinyBERT's uniform mapping, Jiao et al. 2020); its controls "reversed" and "random":
+            the same layers in reversed or random order; or pairs like "16:11 32:22".
+        count: the number of pairs for "uniform", "reversed" and "random".
+        teacher_layers, student_layers: the number of layers of each side.
         seed: of "random".
 
     Raises:
@@ -47,9 +44,7 @@ def layer_pairs(
 
 
 def teacher_layers(choice: str, count: int, total: int) -> list[int]:
-    """The teacher's layers that a cache must hold for this choice; "uniform", "reversed" and
-    "random" need the same.
-    """
+    """The teacher's layers that a cache must hold for this choice."""
     if choice in ("reversed", "random"):
         choice = "uniform"
     student = total if choice in NAMED else max(int(pair.split(":")[1]) for pair in choice.split())
@@ -57,8 +52,7 @@ def teacher_layers(choice: str, count: int, total: int) -> list[int]:
 
 
 def spaced(count: int, total: int) -> list[int]:
-    """`count` of the layers 1 to `total`, evenly spaced, the last among them: spaced(3, 32) = 11 21
-    32.
+    """`count` of the layers 1 to `total`, evenly spaced up to the last: spaced(3, 32) = 11 21 32.
 
     Raises:
         ValueError: more layers than there are.

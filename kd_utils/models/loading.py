@@ -1,6 +1,4 @@
-"""Models: tokenizers and causal LMs from a folder or the hub, students made from them, the
-projector, devices.
-"""
+"""Tokenizers and causal LMs: loaded from a folder or the hub, saved, and told apart by content."""
 
 from __future__ import annotations
 
@@ -17,8 +15,7 @@ from kd_utils.store.files import sha256_file, sha256_json, written_folder
 
 
 def model_source(name: str) -> str:
-    """A model's folder if `name` is one (seen from the project's root), else `name` as the hub's
-    `owner/model`.
+    """The folder that `name` means, seen from the project's root; else `name`, a model of the hub.
 
     Raises:
         FileNotFoundError: `name` looks like a folder and there is none.
@@ -53,13 +50,10 @@ def load_causal_lm(name: str, revision: str = "", dtype: torch.dtype = torch.flo
         use_safetensors=True,
         output_loading_info=True,
     )
-    if lacking := sorted(
-        report["missing_keys"]
-    ):  # transformers would leave them random, and say so
+    if lacking := sorted(report["missing_keys"]):  # transformers would leave them random
         raise ValueError(
             f"cannot load {name}: its weights lack {lacking[0]} and {len(lacking) - 1} more: give "
-            f"what "
-            "`save_pretrained` writes"
+            "what `save_pretrained` writes"
         )
     return model
 
@@ -71,8 +65,8 @@ def _load(auto_class: Any, name: str, revision: str, files: tuple[str, ...], **k
     try:
         if "*.safetensors" in files and not _holds_safetensors(folder):
             raise ValueError(
-                "weights are not in *.safetensors alone, and others are not read (a pickle can run "
-                "code)"
+                "weights are not in *.safetensors alone; other files are not read, as a pickle can "
+                "run code"
             )
         return auto_class.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except Exception as error:  # a folder that somebody else made may be wrong in every way
@@ -82,22 +76,16 @@ def _load(auto_class: Any, name: str, revision: str, files: tuple[str, ...], **k
 
 
 def _holds_safetensors(folder: Path) -> bool:
-    """Whether that is what its weights are: transformers opens whatever the index of the shards
-    names.
-    """
+    """Whether all weights are safetensors: transformers opens every file that the index names."""
     index = folder / "model.safetensors.index.json"
-    named = (
-        json.loads(index.read_bytes())["weight_map"].values()
-        if index.exists()
-        else folder.glob("*.safetensors")
-    )
+    named = folder.glob("*.safetensors")
+    if index.exists():
+        named = json.loads(index.read_bytes())["weight_map"].values()
     return {Path(shard).suffix for shard in named} == {".safetensors"}
 
 
 def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """A plain `transformers` folder (safetensors) that loads without this code, whole or not there
-    at all.
-    """
+    """Write a plain `transformers` folder (safetensors), which loads without this project."""
     _no_weight_bars()
     with written_folder(folder) as aside:
         model.save_pretrained(aside)
@@ -105,7 +93,7 @@ def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def _no_weight_bars() -> None:
-    """A bar over the tensors of a file says nothing in a record; downloads keep theirs."""
+    """Turn off transformers' bars over the tensors of a file; bars of downloads stay."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -114,8 +102,7 @@ def _no_weight_bars() -> None:
 def model_fingerprint(name: str, revision: str = "") -> str:
     """What a model is, by content: a digest of a folder's weights and configs, or the hub's commit.
 
-    Take it before the model is loaded: what was made of one that is replaced meanwhile must not
-    bear the new one's.
+    Take it before the model is loaded, since the folder may be replaced meanwhile.
 
     Raises:
         FileNotFoundError: a folder without safetensors.
@@ -129,7 +116,6 @@ def model_fingerprint(name: str, revision: str = "") -> str:
         raise FileNotFoundError(
             f"{name} holds no *.safetensors: save the model with `save_pretrained`"
         )
-    files += Path(source).glob(
-        "generation_config.json"
-    )  # a repetition penalty in it changes generated answers
+    # A repetition penalty in this file changes generated answers.
+    files += Path(source).glob("generation_config.json")
     return sha256_json({path.name: sha256_file(path) for path in files})

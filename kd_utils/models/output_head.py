@@ -1,6 +1,4 @@
-"""From the final hidden state to logits: a matrix product, which some families scale or
-soft-cap.
-"""
+"""From the final hidden state to logits: a matrix product, perhaps scaled or soft-capped."""
 
 from __future__ import annotations
 
@@ -44,9 +42,7 @@ class OutputHead:
         return self.scale == 1.0 and self.cap is None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., V), in the order in which the models compute it; a plain head is the
-        matrix product.
-        """
+        """(..., d) -> (..., V), with the operations in the models' own order."""
         logits = hidden @ self.weight.T
         if self.scale != 1.0:
             logits = logits * self.scale
@@ -60,7 +56,7 @@ class OutputHead:
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """The model's head, as its configuration tells; `require_known_head` checks that it is so.
+    """The model's head by its configuration; `require_known_head` checks that this is all.
 
     Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
     `final_logit_softcapping`.
@@ -79,34 +75,30 @@ def output_head(model: nn.Module) -> OutputHead:
 
 @torch.no_grad()
 def require_known_head(model: nn.Module, input_ids: Tensor, *, tolerance: float = 1e-5) -> float:
-    """Check that `output_head` makes of the hidden state what the model itself gives as logits.
+    """Check that `output_head` turns the hidden state into the model's own logits.
 
-    Losses and cache rely on it. The operations are the same, so rounding explains next to nothing.
+    Losses and caches rely on it. The operations are the same, so even rounding hardly differs.
 
     Args:
         model: a causal LM.
         input_ids: (B, T), right-padded.
-        tolerance: largest relative difference ||z - z'|| / ||z|| of the model's logits z and the
-            rebuilt ones z'.
+        tolerance: largest ||z - z'|| / ||z|| of the model's logits z and the rebuilt ones z'.
 
     Returns:
         The relative difference.
 
     Raises:
-        ValueError: the head does something that `Head` does not know.
+        ValueError: the head does something that `OutputHead` lacks.
     """
     logits = model(input_ids=input_ids, use_cache=False).logits.float()
-    rebuilt = (
-        output_head(model).logits(forward_signals(model, input_ids, want_map=False).hidden).float()
-    )
+    hidden = forward_signals(model, input_ids, want_map=False).hidden
+    rebuilt = output_head(model).logits(hidden).float()
     difference = float((logits - rebuilt).norm() / logits.norm())
     if not difference <= tolerance:
         raise ValueError(
             f"{type(model).__name__}: logits rebuilt from its hidden state differ from its own by "
             f"{difference:.2%}: its head does more than a matrix product, scaling and "
-            f"soft-capping. As a "
-            "teacher it can be cached with signals set to 'top_k' and teacher_epochs to 0; it "
-            "cannot be "
-            "fine-tuned or be a student here"
+            "soft-capping. As a teacher it can be cached with signals set to 'top_k' and "
+            "teacher_epochs to 0; it cannot be fine-tuned or be a student here"
         )
     return difference

@@ -1,10 +1,8 @@
-"""A decoder's distillable signals: hidden states, attention maps, logits from the final hidden
-state.
+"""The forward pass of a decoder, teacher or student, with the signals that are distilled.
 
-Teacher and student go through the same function. Attention runs fused (SDPA), but for the families
-that soft-cap their scores; of the layers asked for the queries and keys are kept, from which a map
-is computed example by example: no (B, H, T, T) tensor is built in training. Layers are numbered
-1..L, by the layer whose output it is.
+Attention runs fused (SDPA), except in families that soft-cap their scores. Queries and keys are
+kept for the layers that are asked for; maps are computed from them one example at a time, so that
+training builds no (B, H, T, T) tensor. Layers are numbered from 1 to L, by their output.
 """
 
 from __future__ import annotations
@@ -17,25 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_utils.models.attention_maps import (
-    UNKNOWN_TO_MAPS,
-    Attention,
-)
+from kd_utils.models.attention_maps import UNKNOWN_TO_MAPS, Attention
 
-# without "sdpa": transformers refuses names with it to the families that soft-cap
+# Without "sdpa" in the name: transformers refuses such names to families that soft-cap.
 IMPLEMENTATION = "keeps_queries"
 
 
 @dataclass
 class Signals:
-    """What one forward pass of a model with L = `layer_count` layers gives.
+    """The signals of one forward pass of a model with L = `layer_count` layers.
 
     Attributes:
-        hidden: (B, T, d) final hidden state, after the model's last norm: `output_head` makes the
-            logits from it.
-        layers: layer number -> (B, T, d) hidden state after that layer, before any further norm;
-            L's is `hidden`.
-        attentions: layer number -> that layer's queries and keys.
+        hidden: (B, T, d) final hidden state, after the last norm; `output_head` gives the logits.
+        layers: layer -> (B, T, d) hidden state after it, before any further norm; L's is `hidden`.
+        attentions: layer -> its queries and keys.
         layer_count: L.
     """
 
@@ -46,7 +39,7 @@ class Signals:
 
     @property
     def attention(self) -> Attention | None:
-        """The last layer's queries and keys; None if its map was not asked for."""
+        """The last layer's queries and keys; None if they were not asked for."""
         return self.attentions.get(self.layer_count)
 
     def state(self, layer: int) -> Tensor:
@@ -63,9 +56,8 @@ def _keeps_queries(
     for name, meaning in UNKNOWN_TO_MAPS.items():
         if kwargs.get(name) is not None:  # SDPA would drop sinks without a word
             raise ValueError(
-                f"{type(module).__name__} uses {meaning}, which are not captured here: as a "
-                f"teacher set "
-                "signals to 'top_k' and teacher_epochs to 0; it cannot be a student"
+                f"{type(module).__name__} uses {meaning}, which are not captured: as a teacher, "
+                "set signals to 'top_k' and teacher_epochs to 0; it cannot be a student"
             )
     softcap = kwargs.get("softcap")
     if getattr(module, "keeps_queries", False):
@@ -79,9 +71,7 @@ def _keeps_queries(
 def _softcapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ):
-    """Gemma 2's own eager attention, as SDPA has no soft-capping; it wants an additive mask, SDPA's
-    is bool or None.
-    """
+    """Gemma 2's eager attention, with an additive mask: SDPA has no soft-capping."""
     from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
     if mask is None and query.shape[2] > 1:
@@ -96,9 +86,7 @@ def _softcapped_attention(
 
 
 def attention_module(layer: nn.Module) -> nn.Module | None:
-    """The attention module within a decoder layer, or None (a layer of another kind, such as a
-    state space).
-    """
+    """The attention module of a decoder layer; None for a layer without, such as a state space."""
     numbered = (module for module in layer.modules() if hasattr(module, "layer_idx"))
     return next(
         (module for module in numbered if type(module).__name__.endswith("Attention")), None
@@ -106,10 +94,10 @@ def attention_module(layer: nn.Module) -> nn.Module | None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of the model's decoder layers: that whose members hold attention.
+    """The model's decoder layers: the list whose members have attention.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such list.
     """
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and any(attention_module(layer) for layer in module):
@@ -118,24 +106,22 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def layer_count(model: nn.Module) -> int:
-    """L, how many decoder layers the model has."""
+    """L, the number of decoder layers."""
     return len(decoder_layers(model))
 
 
 def _not_captured(model: nn.Module) -> ValueError:
     return ValueError(
         f"{type(model).__name__} does not use transformers' attention interface, so its maps "
-        f"cannot "
-        "be captured: use a decoder of transformers >= 5 (Llama, Mistral, Qwen, Gemma, ...)"
+        "cannot be captured: use a decoder of transformers >= 5 (Llama, Mistral, Qwen, Gemma, ...)"
     )
 
 
 def _switch_attention(model: nn.Module) -> None:
-    """Have `model` call `_keeps_queries` in its layers, if it does not yet.
+    """Have the layers of `model` call `_keeps_queries`.
 
     Raises:
-        ValueError: the model does not route its attention through
-            `transformers.AttentionInterface`.
+        ValueError: the model does not use `transformers.AttentionInterface`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -159,18 +145,16 @@ def forward_signals(
 ) -> Signals:
     """One forward pass of a causal LM, without its `lm_head`.
 
-    Batches padded on the right need no `attention_mask`: causal attention keeps real tokens from
-    ever seeing the padding behind them, and without a mask SDPA keeps its fastest kernel.
+    Batches padded on the right need no `attention_mask`: causal attention never sees the padding,
+    and SDPA has its fastest kernel without a mask.
 
     Args:
         model: a `transformers` causal LM.
         input_ids: (B, T) int64.
         attention_mask: (B, T), 1 for real tokens; needed for left padding only.
-        hidden_layers: numbers (1..L) of the layers whose hidden states are kept; the final one
-            always is.
-        map_layers: numbers of the layers of which is kept what their maps are computed from. None:
-            the last one's.
-        want_map: with `map_layers` None, whether the last one's is kept.
+        hidden_layers: layers whose hidden states are kept; the final hidden state always is.
+        map_layers: layers whose queries and keys are kept; None: those of the last layer.
+        want_map: with `map_layers` None, whether the last layer's are kept.
 
     Raises:
         ValueError: there is no such layer, or its attention cannot be captured.

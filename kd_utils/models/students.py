@@ -1,6 +1,4 @@
-"""Models: tokenizers and causal LMs from a folder or the hub, students made from them, the
-projector, devices.
-"""
+"""Students: their initial weights, layers taken from a larger model, and projectors."""
 
 from __future__ import annotations
 
@@ -51,9 +49,9 @@ def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.M
     """The student's initial weights, the same in every trial.
 
     Args:
-        name: a folder or hub name; with `init="layers"` the model whose layers are taken.
-        init: "pretrained" takes the weights as they are; "layers" keeps the first, the last and
-            evenly spaced layers (DistilBERT's way, Sanh et al. 2019); "random" keeps the
+        name: a folder or hub name.
+        init: "pretrained" takes the weights unchanged; "layers" keeps evenly spaced layers, the
+            first and the last among them (as DistilBERT, Sanh et al. 2019); "random" keeps the
             architecture only.
         layers: how many layers "layers" keeps.
 
@@ -70,16 +68,13 @@ def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.M
             )
         return model.eval()  # without dropout, as a model with weights is loaded
     model = load_causal_lm(name, revision)
-    return (
-        model
-        if init == "pretrained"
-        else keep_layers(model, evenly_spaced(model.config.num_hidden_layers, layers))
-    )
+    if init == "pretrained":
+        return model
+    return keep_layers(model, evenly_spaced(model.config.num_hidden_layers, layers))
 
 
 def evenly_spaced(total: int, keep: int) -> list[int]:
-    """`keep` of `total` layer indices, the first and the last among them: evenly_spaced(30, 6) = 0
-    6 12 17 23 29.
+    """`keep` of `total` layer indices, with the first and the last: (30, 6) = 0 6 12 17 23 29.
 
     Raises:
         ValueError: more layers than there are, or fewer than two.
@@ -102,18 +97,15 @@ def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = position
     model.config.num_hidden_layers = len(layers)
-    for name, value in vars(
-        model.config
-    ).items():  # one entry a layer: `layer_types`, SmolLM3's `no_rope_layers`
+    # Lists with one entry per layer: `layer_types`, SmolLM3's `no_rope_layers`.
+    for name, value in vars(model.config).items():
         if "layer" in name and isinstance(value, list) and len(value) == total:
             setattr(model.config, name, [value[i] for i in indices])
     return model
 
 
 def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Linear:
-    """`Linear(d_student, d_teacher, bias=False)`; its initial weights are fixed by the seed,
-    whatever ran before.
-    """
+    """`Linear(d_student, d_teacher, bias=False)` with initial weights from this seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Linear(student_width, teacher_width, bias=False)

@@ -1,6 +1,4 @@
-"""The teacher: fine-tuned where it knows too little, fingerprinted, and run over examples for its
-signals.
-"""
+"""The teacher run over examples for its signals, and what the cache's manifest says about it."""
 
 from __future__ import annotations
 
@@ -56,20 +54,18 @@ def cache_header(
     tokenizer: Any,
     accuracy: dict[str, float],
 ) -> dict[str, Any]:
-    """What a manifest says besides its files: where the signals come from (`key` decides the
-    folder), and shapes.
+    """What the manifest says beside its files: the ingredients (`key` decides the folder), shapes.
 
     Args:
         config: parameters of 02.
         prepared: the data that is cached.
         teacher: the name that `prepare_teacher` gave.
-        base, tuned: `model_fingerprint` of the teacher as it came and of `teacher`, from before
-            they were loaded.
+        base, tuned: `model_fingerprint` of `config.teacher` and of `teacher`, taken before they
+            were loaded.
         model, tokenizer: the teacher, loaded.
         accuracy: its accuracy on the validation rows.
     """
     kinds = kinds_of(config.signals)
-    white_box = "hidden" in kinds
     wanted = (
         "hidden_size",
         "num_hidden_layers",
@@ -80,11 +76,8 @@ def cache_header(
     text = model.config.get_text_config()
     shape = {key: getattr(text, key) for key in wanted if hasattr(text, key)}
     temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
-    code, layers, fingerprint = (
-        cache_code(),
-        cached_layers(config, model),
-        tokenizer_fingerprint(tokenizer),
-    )
+    code, layers = cache_code(), cached_layers(config, model)
+    fingerprint = tokenizer_fingerprint(tokenizer)
     key = {
         "data": prepared.data_hash,
         "base_teacher": config.teacher,
@@ -98,21 +91,17 @@ def cache_header(
         "teacher_dtype": str(model.dtype),
         "shard_examples": config.shard_examples,
         "code": sha256_json(code),
-        "max_new_tokens": config.max_new_tokens,
-    }  # with it the teacher's accuracy is measured
+        "max_new_tokens": config.max_new_tokens,  # the teacher's accuracy depends on it
+    }
     specific: dict[str, Any] = {"top_k": config.top_k} if "top_logits" in kinds else {}
-    if white_box:
+    if "hidden" in kinds:
         head = output_head(model)
         specific |= {
             "hidden_size": shape["hidden_size"],
             "heads": shape["num_attention_heads"],
             "head": {"scale": head.scale, "cap": head.cap},
         }
-    files = (
-        tokenizer_files(project_path(config.teacher))
-        if project_path(config.teacher).is_dir()
-        else {}
-    )
+    folder = project_path(config.teacher)
     return {
         "name": config.name,
         "key": key,
@@ -121,7 +110,7 @@ def cache_header(
         "base_fingerprint": base,
         "teacher": teacher,
         "teacher_revision": config.teacher_revision,
-        "tokenizer_files": files,
+        "tokenizer_files": tokenizer_files(folder) if folder.is_dir() else {},
         "teacher_accuracy": accuracy,
         "data_hash": prepared.data_hash,
         "signals": config.signals,
@@ -216,7 +205,7 @@ def signal_function(
 
 
 def _rows(batch: list[Example], signals: list[dict[str, Tensor]]) -> Iterator[Example]:
-    """Start copying to the host at once, one copy a column; the rows come when it is done."""
+    """Start copying to the host, one copy per column; the rows come when it is done."""
     columns = {
         name: _on_host(torch.cat([row[name].flatten() for row in signals])) for name in signals[0]
     }
@@ -245,7 +234,7 @@ def _rows(batch: list[Example], signals: list[dict[str, Tensor]]) -> Iterator[Ex
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor, or its copy in page-locked memory, on its way."""
+    """The tensor, or a copy in page-locked memory that is under way."""
     if not tensor.is_cuda:
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(

@@ -1,4 +1,4 @@
-"""Training on text alone: a teacher that knows too little, and the toy's own models."""
+"""Training on text alone, for teachers that know too little and for the models of the toy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from kd_utils.tokens.encoding import Example
 
 
 def next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of every real token but the first, given those before it: nats per token of
-    prompt and answer.
+    """Cross-entropy of every real token but the first: nats per token of prompt and answer.
 
     Args:
         logits: (B, T, V) for `batch.input_ids`.
@@ -46,13 +45,11 @@ def fine_tune(
 ) -> list[dict[str, float]]:
     """Train a teacher on text: AdamW, 5 % linear warm-up, then linearly to 0, clipping at 1.0.
 
-    The loss is the task loss on the answers, plus `prompt_weight` times the next-token loss over
-    prompt and answer: a model that starts from random weights must learn to read the prompts as
-    well.
+    The loss is the task loss on the answers plus `prompt_weight` times the next-token loss over
+    prompt and answer, since a model with random weights must learn to read the prompts too.
 
     Returns:
-        A row per epoch: `epoch`, `train_loss` (the task loss, nats per answer token),
-            `next_token_loss`.
+        A row per epoch: `epoch`, `train_loss` (nats per answer token), `next_token_loss`.
     """
     plan = [
         (epoch, batch)

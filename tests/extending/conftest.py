@@ -1,4 +1,4 @@
-"""A small project made by the functions that notebooks 01 and 02 call: data, models, no cache yet."""
+"""A small project, made by the functions that notebooks 01 and 02 call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ADJECTIVES = ("dull", "fine", "warm", "slow", "bright", "tedious", "clever", "fl
 
 @pytest.fixture
 def project(tmp_path):
-    """Folders of a teacher and a student with one tokenizer, prepared data, and 02 as a function."""
+    """A teacher and a student with one tokenizer, prepared data, and 02 as a function."""
     tokenizer = tiny_tokenizer(begin=False)
     size = dict(vocab=len(tokenizer), max_position_embeddings=512)
     for name, model in (

@@ -80,13 +80,11 @@ class AttentionMaps(LayerTerm):
 
 
 def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | None:
-    """(H_student, H_teacher) rows that sum to 1: with which of the teacher's heads each of the
-    student's is compared.
+    """(H_student, H_teacher) rows that sum to 1: the mix of teacher heads for each student head.
 
-    "mean_groups": neighbouring heads of the teacher are averaged in as many groups as the student
-    has heads; where that does not divide, groups overlap by a head, and where the student has more
-    heads, several see the same one (as adaptive average pooling does). "learned" starts from there.
-    None: head by head.
+    "mean_groups" averages neighbouring heads of the teacher in as many groups as the student has
+    heads, as adaptive average pooling does: groups may overlap, and a student with more heads sees
+    a head several times. "learned" starts from there. "none" gives None: head by head.
 
     Raises:
         ValueError: the head counts differ and no mapping was chosen.
@@ -95,10 +93,8 @@ def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | N
         if student_heads != teacher_heads:
             raise ValueError(
                 f"teacher has {teacher_heads} heads, student {student_heads}, and maps are "
-                f"compared head "
-                "by head: set head_mapping to 'mean_groups' (the teacher's heads averaged in "
-                "groups) or "
-                "'learned' (a trained mix of them)"
+                "compared head by head: set head_mapping to 'mean_groups' (the teacher's heads "
+                "averaged in groups) or 'learned' (a trained mix of them)"
             )
         return None
     return torch.nn.functional.adaptive_avg_pool1d(
@@ -109,22 +105,19 @@ def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | N
 def attention_mse(
     student: Attention, maps: Maps, normaliser: int | None = None, mix: Tensor | None = None
 ) -> Tensor:
-    """L_attention: mean squared error between causal maps, head by head (after TinyBERT, Jiao et
-    al. 2020).
+    """L_attention: mean squared error between causal maps (after TinyBERT, Jiao et al. 2020).
 
-    TinyBERT compares scores; these are probabilities. Padding and the upper triangle do not count
-    in the mean. Maps exist for one example at a time: as in `kd_loss`, the gradient is worked out
-    in the forward pass. Where the two sides' tokens differ, both maps are merged to groups first
-    (`compared.Merge`).
+    TinyBERT compares scores; these are probabilities. Padding and the upper triangle do not count.
+    Maps exist for one example at a time; as in `kd_loss`, the gradient is computed in the forward
+    pass. Where tokens differ, both maps are first merged by groups (`targets.Merge`).
 
     Args:
         student: the layer's queries and keys.
-        maps: the teacher's, and which query rows of the student they belong to.
-        normaliser: number of entries in the whole batch, over examples and the teacher's heads; or
-            of query rows over examples and heads, which sums over a row's keys.
-        mix: (H_student, H_teacher), rows that sum to 1: which mixture of the teacher's heads each
-            head of the student is compared with; it may be trained. None: head by head. The sum
-            counts as one over the teacher's heads.
+        maps: the teacher's, with the query rows of the student that they belong to.
+        normaliser: number of entries, or of query rows, in the whole batch, over examples and the
+            teacher's heads; None: entries of `maps`.
+        mix: (H_student, H_teacher) rows that sum to 1, as `head_mix` gives them; it may be trained.
+            The sum counts as one over the teacher's heads.
 
     Returns:
         Scalar, mean over entries (or, with the other normaliser, over rows).
@@ -136,8 +129,7 @@ def attention_mse(
     if mix is None and student.query.shape[1] != heads:
         raise ValueError(
             f"teacher has {heads} heads, student {student.query.shape[1]}, and maps are compared "
-            f"head by "
-            "head: set head_mapping to 'mean_groups' or 'learned'"
+            "head by head: set head_mapping to 'mean_groups' or 'learned'"
         )
     total = _SummedMapError.apply(
         student.query, student.key, mix, student, maps, torch.is_grad_enabled()
@@ -161,16 +153,16 @@ class _SummedMapError(torch.autograd.Function):
         slopes = [torch.zeros_like(query), torch.zeros_like(key)] if wants_gradient else []
         if slopes and mix is not None:
             slopes.append(torch.zeros_like(mix))
-        for b, (packed, theirs, (first, last), merge) in enumerate(
+        for b, (packed, teacher_rows, (first, last), merge) in enumerate(
             zip(maps.packed, maps.teacher_rows, maps.student_rows, maps.merges, strict=True)
         ):
             part = student.example(b, first, last)
             probs = part.map()[0]  # (H, Q, K)
-            teacher, compared = decode_map(packed, *theirs), probs
+            teacher, merged = decode_map(packed, *teacher_rows), probs
             if merge:
-                teacher, compared = merge[0].apply(teacher), merge[1].apply(probs)
+                teacher, merged = merge[0].apply(teacher), merge[1].apply(probs)
             target = teacher if mix is None else _in_float32("st,tqk->sqk", mix, teacher)
-            error = target.sub_(compared)  # its sign changes nothing before `backward`
+            error = target.sub_(merged)  # the sign changes nothing before `backward`
             total += torch.dot(error.view(-1), error.view(-1))
             if slopes:  # through the softmax: P * (E - sum_k E P), then through q k^T
                 if mix is not None:

@@ -6,12 +6,13 @@ from collections.abc import Collection, Sequence
 from typing import Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kd_utils.distill.logit_losses import (
     Shared,
-    forward_kl_top_k,
     kd_loss,
+    log_rest,
     span_kl,
     span_log_probs,
     uld_loss,
@@ -200,3 +201,33 @@ def _require_top_k(setup: TermSetup) -> None:
             f"the teacher {other} and its cache holds top-k logits: set signals to 'white_box' and "
             "run 02 again"
         )
+
+
+def forward_kl_top_k(
+    student_logits: Tensor,
+    top_logits: Tensor,
+    top_ids: Tensor,
+    log_mass: Tensor,
+    temperature: float,
+) -> Tensor:
+    """T^2 KL per token over the teacher's top k tokens and one bucket for the rest.
+
+    The mass of the rest is exact: `log_mass` is the log-sum-exp of all the teacher's logits / T.
+    Merging tokens can only lower a KL (data processing inequality), so this is a lower bound of
+    `kd_loss`; it is equal where the student is proportional to the teacher within the rest.
+
+    Args:
+        student_logits: (N, V).
+        top_logits: (N, k) the teacher's largest logits (not divided by T).
+        top_ids: (N, k) their token ids, int64.
+        log_mass: (N,) log sum_v exp(z_v / T) over the whole vocabulary, for this T.
+        temperature: T > 0.
+
+    Returns:
+        (N,) nats, times T^2.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1).gather(-1, top_ids)
+    teacher = top_logits.float() / temperature - log_mass.float()[:, None]
+    student_rest, teacher_rest = log_rest(student), log_rest(teacher)
+    inside = (teacher.exp() * (teacher - student)).sum(-1)
+    return temperature**2 * (inside + teacher_rest.exp() * (teacher_rest - student_rest))
