@@ -44,8 +44,10 @@ def text_of(path: Path) -> str:
 
 def links(path: Path) -> list[str]:
     """Targets of the page's links, in the text and as references, without those on the web."""
-    text = re.sub(r"```.*?```", "", text_of(path), flags=re.S)
-    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)", text, re.M)
+    text = re.sub(r"```.*?```", "", text_of(path), flags=re.DOTALL)
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(
+        r"^\[[^\]]+\]: (\S+)", text, re.MULTILINE
+    )
     return [target.split("#")[0] for target in found if "://" not in target and target[0] != "#"]
 
 
@@ -115,7 +117,7 @@ def seconds(record: str, stem: str) -> float:
 
 def targets_of_readme() -> dict[str, str]:
     """Labels of the README's records -> their folders' names."""
-    return dict(re.findall(r"^(\[[^\]]+\]): runs/(\S+?)/?$", text_of(README), re.M))
+    return dict(re.findall(r"^(\[[^\]]+\]): runs/(\S+?)/?$", text_of(README), re.MULTILINE))
 
 
 def results_table() -> list[dict[str, str]]:
@@ -150,7 +152,9 @@ def test_named_functions_are_where_the_page_says(page: Path) -> None:
     found = re.findall(r"`(\w+)`\s+in\s+\[[^\]]+\]\(([^)]+\.py)\)", text_of(page))
     for name, target in found:
         source = text_of(page.parent / target)
-        assert re.search(rf"^(def |class )?{name}\b", source, re.M), f"{name} is not in {target}"
+        assert re.search(rf"^(def |class )?{name}\b", source, re.MULTILINE), (
+            f"{name} is not in {target}"
+        )
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
@@ -187,7 +191,7 @@ def test_results_table_says_what_the_records_say(row: dict[str, str]) -> None:
     }
     known, answers = verdict(row["folder"]), [row[question] for question in QUESTIONS]
     assert not missing_numbers("; ".join(answers), known)
-    for number in re.findall(r"[+-]\d+\.\d(?= *$)", "\n".join(answers), re.M):
+    for number in re.findall(r"[+-]\d+\.\d(?= *$)", "\n".join(answers), re.MULTILINE):
         assert f"{number} points" in known
     for answer, question in zip(answers, QUESTIONS.values(), strict=True):
         assert outcome(row["folder"], question) in answer
@@ -238,8 +242,8 @@ def test_kept_record_has_a_readme(record: str) -> None:
 
 def test_log_says_what_the_records_say() -> None:
     wrong, compared = [], 0
-    for section in re.split(r"^## ", text_of(ROOT / "docs/log.md"), flags=re.M)[1:]:
-        head = re.search(r"^Record `(20[\w-]+)`", section, re.M)
+    for section in re.split(r"^## ", text_of(ROOT / "docs/log.md"), flags=re.MULTILINE)[1:]:
+        head = re.search(r"^Record `(20[\w-]+)`", section, re.MULTILINE)
         known = verdict(head[1]) if head else ""
         for paragraph in section.split("\n\n") if known else []:
             if "not kept" not in paragraph:

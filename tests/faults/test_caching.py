@@ -22,10 +22,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as a program too: tiny.py
 
-from disk import full_at_every_size, run_on_small_disk, run_with_file_limit  # noqa: E402
-from kill_points import survives  # noqa: E402
-
-# noqa: E402
+from disk import full_at_every_size, run_on_small_disk, run_with_file_limit
+from kill_points import survives
 from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer, write_task_files
 
 NAME = "tiny-2026-01-01"

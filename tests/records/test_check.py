@@ -5,7 +5,7 @@ import os
 
 import pandas as pd
 import pytest
-from stubs import (  # noqa: F401 (one is a fixture)
+from stubs import (
     MADE,
     PREDICTIONS,
     metrics_of,

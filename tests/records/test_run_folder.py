@@ -4,8 +4,6 @@ nothing else.
 
 import numpy as np
 import pytest
-
-# noqa: F401 (one is a fixture)
 from stubs import MADE, PREDICTIONS, metrics_of, write_notebook, write_plan, write_trial
 
 from kd_utils.records import run_folder, trial_record

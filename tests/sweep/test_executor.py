@@ -40,7 +40,7 @@ def run(stub_notebooks):
     """`run(an executor, trial names)`: Progress after `run_trials`, with what it said."""
 
     def run(running, *names):
-        progress = Progress({name: 2 for name in names})
+        progress = Progress(dict.fromkeys(names, 2))
         progress.said = []
         progress.say = progress.said.append
         jobs = [Job(Trial(name, {}, "", 2, {}, []), "runs/stub", {}, {}) for name in names]

@@ -46,7 +46,7 @@ def run(stub_notebooks, monkeypatch):
         monkeypatch.setattr(ray, "wait", lambda streams, **_: (streams, []))
         monkeypatch.setattr(ray, "get", get)
         monkeypatch.setattr(ray, "cancel", lambda stream, force: None)
-        progress = Progress({name: 1 for name in starts})
+        progress = Progress(dict.fromkeys(starts, 1))
         progress.said = []
         progress.say = progress.said.append
         jobs = [Job(Trial(name, {}, "", 1, {}, []), "runs/stub", {}, {}) for name in starts]
