@@ -241,7 +241,9 @@ def _supports_hypothesis(rows: dict[str, Row], margin: float) -> str:
         if outcomes.get(task) in ("better", "worse")
         and (rows[task]["low"] > margin or rows[task]["high"] < -margin)
     ]
-    for task in BETTER_ON:
-        if outcomes.get(task) in ("worse", "equivalent"):
-            against.append(f"{task} {outcomes[task]}")
+    against += [
+        f"{task} {outcomes[task]}"
+        for task in BETTER_ON
+        if outcomes.get(task) in ("worse", "equivalent")
+    ]
     return f"contradicted ({', '.join(against)})" if against else "not shown"

@@ -1,4 +1,4 @@
-"""What a trial's training is measured by: running means, speed, and one row of metrics per epoch."""
+"""What a trial's training is measured by: running means, speed, a row of metrics per epoch."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from kd_utils.store.files import sha256_json
 
 PACKAGE = project_paths.CODE_ROOT / "kd_utils"
 
-#: These change no result: parameters are part of the config, digests and figures show what there is.
+#: These change no result: parameters are part of the config, and figures only show results.
 NOT_COUNTED = ("config.notebook_files", "config.parameter_files", "records.provenance", "figures")
 
 #: Packages whose versions a record names.

@@ -73,6 +73,9 @@ class Made(NamedTuple):
     tokenizer: str = ""
 
 
+NOTHING_ASKED = Made()
+
+
 class Status(NamedTuple):
     """`state` is done, failed, stale (made from something else), broken or missing."""
 
@@ -84,7 +87,7 @@ def trial_status(
     run_dir: str | Path,
     trial: str,
     config_hash: str,
-    made: Made = Made(),
+    made: Made = NOTHING_ASKED,
     parameters: Mapping[str, Any] | None = None,
 ) -> Status:
     """Whether a trial's record is whole and made from what is expected.

@@ -35,7 +35,7 @@ class Job:
     Attributes:
         run_dir: where the record goes, relative to the project's root, which a machine may see at a
             place of its own.
-        code: digests of the code that the trial must run (`source_code.code_of`).
+        code: digests of the code that the trial must run (`provenance.code_of`).
         files: path -> SHA-256 of the files that the trial must see as the sweep sees them.
     """
 

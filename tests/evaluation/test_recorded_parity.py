@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from test_parity import GOLDS, cases, data, parity  # noqa: F401 (cases, data: fixtures)
 
-from kd_utils.evaluation.generation import extract_flexible, score_generated
+from kd_utils.data.tasks import find_task
 
 RUNS = json.loads(Path(__file__).with_name("lm_eval_records.json").read_text())
 
@@ -28,7 +28,7 @@ def test_prompts_are_the_harnesss(cases, tmp_path, run):  # noqa: F811
         "batch_size": 4,
         "max_new_tokens": 1,
     }
-    records = parity.our_records(case.model, job, tmp_path)
+    records = parity.kd_utils_records(case.model, job, tmp_path)
     prompts = {record["row"]: record["prompt"] for record in records}
     digests = {row: hashlib.sha256(prompt.encode()).hexdigest() for row, prompt in prompts.items()}
     first = min(prompts)
@@ -37,9 +37,10 @@ def test_prompts_are_the_harnesss(cases, tmp_path, run):  # noqa: F811
 
 
 def test_numbers_are_read_from_texts_as_the_harness_reads_them():
+    generation = find_task("gsm8k").generation
     texts = [text for run in RUNS for text in run.get("texts", [])]
     assert {True, False} == {text["correct"] for text in texts}
     for text in texts:
-        read = score_generated(text["generated"], GOLDS[text["row"] % len(GOLDS)])
-        read["flexible"] = extract_flexible(text["generated"])
+        read = generation.score(text["generated"], GOLDS[text["row"] % len(GOLDS)])
+        read["flexible"] = generation.flexible(text["generated"])
         assert read == {key: text[key] for key in read}

@@ -46,7 +46,6 @@ def project(tmp_path):
         ]
         (tmp_path / "data" / "sst2").mkdir(parents=True, exist_ok=True)
         pd.DataFrame(rows).to_parquet(tmp_path / "data" / "sst2" / f"{split}.parquet", index=False)
-    none = dict.fromkeys(("mmlu_train", "mmlu_validation", "gsm8k_train", "gsm8k_validation"), 0)
     parameters = {
         "name": "tiny",
         "artifacts_dir": str(tmp_path / "artifacts"),
@@ -55,9 +54,8 @@ def project(tmp_path):
         "tokenizer": str(tmp_path / "student"),
         "teacher": str(tmp_path / "teacher"),
         "student": str(tmp_path / "student"),
-        "sst2_train": 24,
-        "sst2_validation": 6,
-        **none,
+        "train_rows": "sst2=24",
+        "validation_rows": "sst2=6",
         "teacher_epochs": 0,
         "device": "cpu",
     }

@@ -4,7 +4,7 @@ from test_result_plots import rows_of
 
 from kd_utils.figures import plots
 from kd_utils.figures.training_plots import SMALL, trial_curves
-from kd_utils.records.source_code import _modules
+from kd_utils.records.provenance import _modules
 
 
 def epoch(number: int, **terms: float) -> dict:
