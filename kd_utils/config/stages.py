@@ -29,16 +29,16 @@ from kd_utils.config.trial import TrialConfig
 
 
 def rows_by_task(text: str) -> dict[str, int]:
-    """`"sst2=600 mmlu=730"` -> {"sst2": 600, "mmlu": 730}.
+    """`"sst2:600 mmlu:730"` -> {"sst2": 600, "mmlu": 730}.
 
     Raises:
         ValueError: not of this form, a task without rows, or a task that is named twice.
     """
-    parts = [part.partition("=")[::2] for part in text.split()]
+    parts = [part.partition(":")[::2] for part in text.split()]
     rows = {task: int(count) for task, count in parts if re.fullmatch(r"[1-9][0-9]{0,8}", count)}
     if not rows or len(rows) < len(parts) or "" in rows:
         raise ValueError(
-            "Input should be TASK=ROWS, several with spaces between, such as 'sst2=600 mmlu=730': "
+            "Input should be TASK:ROWS, several with spaces between, such as 'sst2:600 mmlu:730': "
             "each task once and with at least 1 row (leave out a task that should have none)"
         )
     return rows

@@ -91,7 +91,7 @@ def _draw(
         )
     if len(chosen) < asked:
         raise ValueError(
-            f"{split}_rows asks for {task.name}={asked}, but there are {len(chosen)} ({source} has "
+            f"{split}_rows asks for {task.name}:{asked}, but there are {len(chosen)} ({source} has "
             f"{len(table)} rows, of which {int(duplicate.sum())} are duplicates or in validation, "
             f"{int(shot.sum())} are few-shot rows and {len(long)} longer than max_length): lower "
             f"{task.name} in {split}_rows"

@@ -83,7 +83,10 @@ def write_record(folder: str | Path, metrics: dict[str, Any], predictions: pd.Da
         raise RecordError(f"the record of {folder.name} has no {', '.join(missing)}")
     document = {"format": FORMAT, **metrics}
     with SealedFolder(folder, "metrics.json").replaced(document) as aside:
-        predictions.to_parquet(aside / PREDICTIONS, index=False)
+        # The prompts are in the prepared data, the same for every trial; `example_id` finds them.
+        predictions.drop(columns="prompt", errors="ignore").to_parquet(
+            aside / PREDICTIONS, index=False, compression="zstd", compression_level=19
+        )
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

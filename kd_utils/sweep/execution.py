@@ -204,6 +204,10 @@ def _finish(aside: Path, target: Path, stem: str, about: dict[str, Any]) -> None
             "input_path": f"notebooks/{stem}.ipynb",
             "output_path": project_paths.short_path(target) if inside else target.name,
         }
+    for cell in notebook["cells"]:  # of papermill's notes on each cell only the seconds are kept
+        if noted := cell["metadata"].pop("papermill", None):
+            cell["metadata"] = {"tags": cell["metadata"].get("tags", [])}
+            cell["metadata"]["seconds"] = round(noted["duration"] or 0, 2)
     metadata["kd_utils"] = about
     write_sealed(target, notebook, "metadata.kd_utils")
 

@@ -149,7 +149,7 @@ def test_values_that_are_taken_as_they_stand():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "sst2", "sst2=", "sst2=0", "=5", "sst2=-1", "sst2=1.5", "sst2=1 sst2=2", "sst2:5"]
+    "text", ["", "sst2", "sst2:", "sst2:0", ":5", "sst2:-1", "sst2:1.5", "sst2:1 sst2:2", "sst2=5"]
 )
 def test_rows_of_tasks_are_a_checked_text(text):
     data = notebook_defaults("01_prepare_data")
@@ -160,7 +160,7 @@ def test_rows_of_tasks_are_a_checked_text(text):
 
 def test_rows_of_tasks_by_split():
     data = notebook_defaults("01_prepare_data")
-    config = NOTEBOOKS["01_prepare_data"](**{**data, "validation_rows": " arc=5  sst2=1"})
+    config = NOTEBOOKS["01_prepare_data"](**{**data, "validation_rows": " arc:5  sst2:1"})
     assert config.rows("train") == {"sst2": 600, "mmlu": 730, "gsm8k": 600}
     assert config.rows("validation") == {"arc": 5, "sst2": 1}
     assert config.tasks == {"sst2", "mmlu", "gsm8k", "arc"}

@@ -377,8 +377,8 @@ def test_mmlu_cut_in_two_as_the_notebook_says(shared):
         tokenizer="none",
         max_length=512,
         data_seed=0,
-        train_rows="mmlu=1000",
-        validation_rows="mmlu=1000",
+        train_rows="mmlu:1000",
+        validation_rows="mmlu:1000",
     )
     prepared = prepare(config, AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama2"))
     overlap = near_overlap(prepared.train, prepared.validation)

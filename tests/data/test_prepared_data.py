@@ -53,7 +53,7 @@ def config(folder, **changes):
         task, split = key.split("_")
         rows[split][task] = changes.pop(key)
     for split, counts in rows.items():
-        values[f"{split}_rows"] = " ".join(f"{task}={n}" for task, n in counts.items() if n)
+        values[f"{split}_rows"] = " ".join(f"{task}:{n}" for task, n in counts.items() if n)
     return DataConfig(**{**values, **changes})
 
 
@@ -84,11 +84,11 @@ def test_content_of_validation_is_dropped_from_training_and_counted(folder):
     assert counts.loc[("mmlu", "train"), "duplicates"] == 0
     with pytest.raises(
         ValueError,
-        match=r"train_rows asks for sst2=4, but there are 3 \(train has 9 rows, of which 1 are dup"
+        match=r"train_rows asks for sst2:4, but there are 3 \(train has 9 rows, of which 1 are dup"
         ".*, 5 are few-shot rows",
     ):
         prepare(config(folder, sst2_train=4), TOKENIZER)
-    with pytest.raises(ValueError, match="for mmlu=3, but there are 2 .*lower mmlu in train_rows"):
+    with pytest.raises(ValueError, match="for mmlu:3, but there are 2 .*lower mmlu in train_rows"):
         prepare(config(folder, mmlu_train=3), TOKENIZER)
 
 
@@ -127,7 +127,7 @@ def test_few_shot_rows_are_never_drawn_wherever_their_content_stands(folder):
         ("mmlu", "validation"): 1,
         ("gsm8k", "validation"): 0,
     }
-    with pytest.raises(ValueError, match="for mmlu=3, but there are 2 .*1 are few-shot rows"):
+    with pytest.raises(ValueError, match="for mmlu:3, but there are 2 .*1 are few-shot rows"):
         prepare(config(folder, mmlu_train=3, mmlu_validation=2), TOKENIZER)
 
 
@@ -175,7 +175,7 @@ def test_too_long_is_dropped_and_counted_never_cut(folder):
     all_but_one = prepare(config(folder, max_length=lengths[2] - 1, **only_gsm8k), TOKENIZER)
     assert len(all_but_one.train) == 2
     with pytest.raises(
-        ValueError, match="for gsm8k=3, but there are 2 .* 1 longer than max_length"
+        ValueError, match="for gsm8k:3, but there are 2 .* 1 longer than max_length"
     ):
         prepare(
             config(folder, max_length=lengths[2] - 1, **{**only_gsm8k, "gsm8k_train": 3}), TOKENIZER

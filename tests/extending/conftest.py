@@ -54,8 +54,8 @@ def project(tmp_path):
         "tokenizer": str(tmp_path / "student"),
         "teacher": str(tmp_path / "teacher"),
         "student": str(tmp_path / "student"),
-        "train_rows": "sst2=24",
-        "validation_rows": "sst2=6",
+        "train_rows": "sst2:24",
+        "validation_rows": "sst2:6",
         "teacher_epochs": 0,
         "device": "cpu",
     }

@@ -177,4 +177,4 @@ def test_what_is_wrong_with_it_is_one_line(folder):
     with pytest.raises(ValueError, match="unknown task 'arc': choose one of sst2, .*arc_easy"):
         find_task("arc")
     with pytest.raises(ValueError, match="unknown task 'arc': choose one of sst2, mmlu, gsm8k"):
-        prepare(config(folder, train_rows="arc=3"), TOKENIZER)
+        prepare(config(folder, train_rows="arc:3"), TOKENIZER)

@@ -157,8 +157,8 @@ def prepared(work: Path) -> Part:
         data_dir=str(raw),
         tokenizer="a/hub-model",
         max_length=512,
-        train_rows="mmlu=2",
-        validation_rows="sst2=2 mmlu=2 gsm8k=1",
+        train_rows="mmlu:2",
+        validation_rows="sst2:2 mmlu:2 gsm8k:1",
     )
     old, new = (prepare(DataConfig(**values, data_seed=seed), tokenizer) for seed in (1, 0))
     assert old.data_hash != new.data_hash

@@ -82,8 +82,8 @@ def make_data(folder: Path, seed: int) -> Path:
         max_length=512,
         tokenizer="a/hub-model",
         data_seed=seed,
-        train_rows="mmlu=2",
-        validation_rows="sst2=2 mmlu=2 gsm8k=1",
+        train_rows="mmlu:2",
+        validation_rows="sst2:2 mmlu:2 gsm8k:1",
     )
     return save_prepared(prepare(config, tiny_tokenizer(begin=False)), folder)
 

@@ -19,8 +19,8 @@ from kd_utils.config.stages import NOTEBOOKS
 from kd_utils.speed.floors import FLOORS
 
 SMALL = {
-    "train_rows": "sst2=24 mmlu=16 gsm8k=16",
-    "validation_rows": "sst2=9 mmlu=8 gsm8k=7",
+    "train_rows": "sst2:24 mmlu:16 gsm8k:16",
+    "validation_rows": "sst2:9 mmlu:8 gsm8k:7",
     "teacher_epochs": 1,
     "shard_examples": 20,
     "epochs": 2,

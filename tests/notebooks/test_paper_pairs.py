@@ -23,8 +23,8 @@ from kd_utils.config.parameter_files import load_parameters
 from kd_utils.config.project_paths import ROOT
 
 SMALL = {
-    "train_rows": "sst2=12 mmlu=6 gsm8k=6",
-    "validation_rows": "sst2=4 mmlu=4 gsm8k=3",
+    "train_rows": "sst2:12 mmlu:6 gsm8k:6",
+    "validation_rows": "sst2:4 mmlu:4 gsm8k:3",
     "epochs": 1,
     "max_new_tokens": 4,
     "batch_tokens": 2048,

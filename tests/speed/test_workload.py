@@ -14,8 +14,8 @@ def test_the_length_mix_is_that_of_the_real_rows(shared):
 
     tokenizer = load_tokenizer(str(shared / "tokenizers/llama2"))
     few = {
-        "train_rows": "sst2=1000 mmlu=200 gsm8k=200",
-        "validation_rows": "sst2=1 mmlu=1 gsm8k=1",
+        "train_rows": "sst2:1000 mmlu:200 gsm8k:200",
+        "validation_rows": "sst2:1 mmlu:1 gsm8k:1",
         "max_length": 512,
         "data_dir": str(shared / "data"),
         "build": "none",
