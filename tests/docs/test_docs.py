@@ -21,18 +21,6 @@ INTERVAL = r"([+-][\d.]+) (\[[+-][\d.]+, [+-][\d.]+\])"
 #: Columns of the README's table of results -> the question in `comparisons.csv`.
 QUESTIONS = {"do logits help?": "teacher", "do signals help beyond logits?": "white_box"}
 
-#: Paths that the pages name and that other branches bring. Empty once these are merged.
-COMING = {
-    "docs/CHANGELOG.md",
-    "docs/CONTRIBUTING.md",
-    "kd_utils/data/tasks",
-    "kd_utils/distill/terms",
-    "kd_utils/models/signal_kinds.py",
-    "kd_utils/records/provenance.py",
-    "notebooks/07_published_claim.ipynb",
-    "tests/extending",
-}
-
 
 def page_name(path: Path) -> str:
     return str(path.relative_to(ROOT))
@@ -49,11 +37,6 @@ def links(path: Path) -> list[str]:
         r"^\[[^\]]+\]: (\S+)", text, re.MULTILINE
     )
     return [target.split("#")[0] for target in found if "://" not in target and target[0] != "#"]
-
-
-def exists(path: Path) -> bool:
-    relative = str(path.resolve().relative_to(ROOT))
-    return path.exists() or any(relative == at or relative.startswith(f"{at}/") for at in COMING)
 
 
 def table_rows(text: str, first: str) -> list[dict[str, str]]:
@@ -139,11 +122,11 @@ def test_readme_is_short() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_and_paths_exist(page: Path) -> None:
-    broken = [target for target in links(page) if not exists(page.parent / target)]
+    broken = [target for target in links(page) if not (page.parent / target).exists()]
     # An example's names ("my-pair.yaml") and patterns ("NAME.yaml", "grid-X.yaml") are no paths.
     named = re.findall(rf"(?<![\w/.-])(?:\.\./)?((?:{FOLDER})/[\w./-]*\w)", text_of(page))
     real = [path for path in named if not re.search(r"/my-|NAME|-X\.", path)]
-    broken += [path for path in real if not exists(ROOT / path)]
+    broken += [path for path in real if not (ROOT / path).exists()]
     assert not broken
 
 
