@@ -6,8 +6,6 @@ first docstring line is the help, and it returns its exit status. It imports wha
 so that `--help` answers at once.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

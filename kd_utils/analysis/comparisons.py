@@ -6,8 +6,6 @@ within one question and one metric, over its comparisons and all swept settings.
 differences are fractions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any

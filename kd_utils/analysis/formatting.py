@@ -4,8 +4,6 @@ value.
 Each function takes a tidy table of `tables` or `comparisons`, or a row of one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ The tests of `stats` are over seeds, on the validation examples of this run. The
 bootstrap here says whether a difference would also hold on other examples of the same tasks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 

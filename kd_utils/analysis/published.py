@@ -6,8 +6,6 @@ doi:10.5281/zenodo.18043310: Llama-2-7B to TinyLlama-1.1B, table 1, and the diff
 from its text. No number here was measured in this project.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import scipy

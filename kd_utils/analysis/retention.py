@@ -1,7 +1,5 @@
 """How much of the teacher's skill a student keeps, task by task."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -7,8 +7,6 @@ and statsmodels. Differences below 1e-12 are rounding errors: accuracies are rat
 integers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any

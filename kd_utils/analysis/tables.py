@@ -5,8 +5,6 @@ text of the swept keys besides method and seed that a trial uses: "temperature=4
 or "". The module `comparisons` compares methods, and `formatting` formats tables for a reader.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

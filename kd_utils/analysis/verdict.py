@@ -5,8 +5,6 @@ A difference that is not significant is never called equality. Every answer says
 rests on, and each null result says which difference so many pairs could have found.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable
 from functools import partial

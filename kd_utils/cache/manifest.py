@@ -4,8 +4,6 @@ The manifest (a `SealedFolder`'s document) is written last: without it the cache
 What the files hold is described in `cache.teacher_cache`.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from pathlib import Path

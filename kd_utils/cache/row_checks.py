@@ -1,7 +1,5 @@
 """What each row of a cache must hold: shapes, finite values, and what the table of signals adds."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -6,8 +6,6 @@ finished shard has a note in the folder `.NAME.shards` beside the cache: its che
 was made for. A run that resumes keeps the shards that agree with their notes.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor

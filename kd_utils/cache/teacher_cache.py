@@ -3,8 +3,6 @@
 `cache.manifest` describes the files and columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Verify a teacher cache and record the result; training refuses a cache that was not verified."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The machines of a Ray cluster: what they have, and whether they see the same files."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from typing import Any

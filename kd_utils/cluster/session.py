@@ -1,7 +1,5 @@
 """A session of Ray, on this machine or a cluster: started, joined, and stopped without a trace."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

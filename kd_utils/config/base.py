@@ -1,7 +1,5 @@
 """The base class of all configs: what every notebook has, and how a bad value is reported."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

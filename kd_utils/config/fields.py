@@ -1,7 +1,5 @@
 """Types of parameters, and how a bad value is shown: each type says which values it allows."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

@@ -1,7 +1,5 @@
 """The source notebooks: where they are, and the parameters that their cells declare."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import difflib

@@ -1,7 +1,5 @@
 """Parameter files and grids, and the notebooks' own defaults that they change."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

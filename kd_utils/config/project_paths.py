@@ -1,7 +1,5 @@
 """Where the project's files are: the code, the data and artifacts, and names for runs."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

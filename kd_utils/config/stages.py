@@ -5,8 +5,6 @@ say which keys exist, of what type and in which range. A file in `papermill_para
 differs from the defaults.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Annotated, Literal
 

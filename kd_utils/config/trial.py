@@ -1,7 +1,5 @@
 """The parameters of one trial, and the table of methods: which terms each method's loss has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 

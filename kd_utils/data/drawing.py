@@ -1,7 +1,5 @@
 """Which rows are drawn: in the order of a hash, without duplicates, few-shot rows and long ones."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

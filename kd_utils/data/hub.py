@@ -1,7 +1,5 @@
 """The hub: files of a model or dataset, fetched whole before anything is read."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial

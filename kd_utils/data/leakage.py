@@ -1,7 +1,5 @@
 """What the data gives away: questions seen in training, few-shot rows, labels and baselines."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter, defaultdict

@@ -3,8 +3,6 @@
 They are kept in a folder with a manifest (a `SealedFolder`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

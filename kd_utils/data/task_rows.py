@@ -4,8 +4,6 @@ The default sampler of lm-evaluation-harness draws shots at random for tasks wit
 here shots are the first rows of the few-shot split, in order, for every task.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter, defaultdict

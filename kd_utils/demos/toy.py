@@ -4,8 +4,6 @@ They need what the real tasks (SST-2, MMLU, GSM8K) need: sentiment under negatio
 facts recalled among distractors, arithmetic worked step by step.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterable
 from typing import Any

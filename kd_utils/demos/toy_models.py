@@ -4,8 +4,6 @@ One teacher has the student's tokenizer, which keeps words whole; the other has 
 writes ordinary Parquet files and `transformers` folders, so no other code knows that it is a toy.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Batches: padded examples, their order, and the teachers' signals with them."""
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -2,8 +2,6 @@
 probability.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """What a trial's training is measured by: running means, speed, a row of metrics per epoch."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

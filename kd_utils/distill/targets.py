@@ -1,7 +1,5 @@
 """The teacher's signals for a batch, lined up with the student's tokens."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass

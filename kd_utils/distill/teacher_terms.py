@@ -1,7 +1,5 @@
 """The terms of the loss for one teacher, built from its cache."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """What a training step computes and adds up; the loop itself is in notebook 03."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 

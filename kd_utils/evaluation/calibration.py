@@ -1,7 +1,5 @@
 """Calibration of choices: confidence, reliability and expected calibration error."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -1,7 +1,5 @@
 """Greedy generation as lm-evaluation-harness 0.4.13 does it."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any

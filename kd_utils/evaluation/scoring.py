@@ -1,7 +1,5 @@
 """Predictions and accuracies as lm-evaluation-harness 0.4.13 counts them."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

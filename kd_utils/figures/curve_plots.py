@@ -2,8 +2,6 @@
 method.
 """
 
-from __future__ import annotations
-
 import altair as alt
 import pandas as pd
 

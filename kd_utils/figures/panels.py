@@ -2,8 +2,6 @@
 places of seeds.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 

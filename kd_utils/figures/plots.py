@@ -5,8 +5,6 @@ colour (Okabe and Ito's, which colour-blind readers can tell apart), and a loss 
 of the method that adds it. Subtitles say so when an axis does not start at 0.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 import zlib

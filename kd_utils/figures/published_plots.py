@@ -1,7 +1,5 @@
 """The figure of the published claim, drawn from its own summaries."""
 
-from __future__ import annotations
-
 import altair as alt
 import pandas as pd
 

@@ -5,8 +5,6 @@ A method that does not use a swept key has one set of trials for all its values 
 drawn beside every setting that it goes with, so that each row of panels can be read alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import altair as alt

@@ -4,8 +4,6 @@ It reads the rows of one trial only and imports nothing of the analysis, so that
 leaves the trials as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

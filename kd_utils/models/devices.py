@@ -1,7 +1,5 @@
 """Devices, precision, memory and seeds."""
 
-from __future__ import annotations
-
 import resource
 from contextlib import AbstractContextManager, nullcontext
 

@@ -1,7 +1,5 @@
 """Which layers of teacher and student are compared: pairs of numbers, counted from 1."""
 
-from __future__ import annotations
-
 import random
 
 from kd_utils.config.fields import NAMED

@@ -1,7 +1,5 @@
 """Tokenizers and causal LMs: loaded from a folder or the hub, saved, and told apart by content."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """From the final hidden state to logits: a matrix product, perhaps scaled or soft-capped."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

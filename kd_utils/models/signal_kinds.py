@@ -5,8 +5,6 @@ its kind (`hidden`), or after kind and layer where the layer is not the last one
 kind is one more row: `register(SignalKind("name", ...))`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field

@@ -5,8 +5,6 @@ kept for the layers that are asked for; maps are computed from them one example 
 training builds no (B, H, T, T) tensor. Layers are numbered from 1 to L, by their output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial

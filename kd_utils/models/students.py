@@ -1,7 +1,5 @@
 """Students: their initial weights, layers taken from a larger model, and projectors."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """`python -m kd_utils check RUN_DIR`: whether the folder of a run, of anybody, is whole."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

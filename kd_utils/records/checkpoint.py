@@ -5,8 +5,6 @@ last, has the rest. Nothing is pickled. Random numbers need no saving: dropout i
 (`training.seed_step`), the order of the data by epoch (`batches.epoch_batches`).
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

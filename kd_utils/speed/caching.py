@@ -1,7 +1,5 @@
 """Writing a teacher cache of the benchmark's rows: its time and its size."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

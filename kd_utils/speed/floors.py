@@ -1,7 +1,5 @@
 """What the project asks of each measurement of notebook 05, and what a sweep adds to its trials."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Clocks, peak memory, and the rate of a large matrix product."""
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import re

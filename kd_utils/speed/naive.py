@@ -5,8 +5,6 @@ The student's logits are computed at every position. The teacher's logits, hidde
 maps are stored in Parquet as nested lists of floats and are read as Python lists.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable
 from pathlib import Path

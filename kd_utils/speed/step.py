@@ -3,8 +3,6 @@
 Only this module of the room knows how a student is compared with its teacher.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ the number of multiply-adds that they need.
 No weights or data are loaded: speed depends on shapes and lengths, not on the values of weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

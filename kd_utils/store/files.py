@@ -1,7 +1,5 @@
 """Files that are either whole or missing: written beside their place, then renamed into it."""
 
-from __future__ import annotations
-
 import errno
 import glob
 import hashlib

@@ -1,7 +1,5 @@
 """One writer for a folder: a lock that a second process is refused at once."""
 
-from __future__ import annotations
-
 import errno
 import os
 import socket

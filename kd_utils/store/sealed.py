@@ -3,8 +3,6 @@
 Notebooks are JSON too. Any later change of a sealed file is found when it is read.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

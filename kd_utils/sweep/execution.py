@@ -5,8 +5,6 @@ An executed notebook gets `metadata.kd_utils`: what it was executed for, or why 
 seal.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

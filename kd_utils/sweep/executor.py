@@ -4,8 +4,6 @@ Ray is one executor (`ray_executor`). Others need the four methods of `Executor`
 `execute_trial` elsewhere.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """What a sweep is to run: a parameter file times a grid, as named trials, and a choice of them."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import re

@@ -1,7 +1,5 @@
 """Ray as the executor of a sweep: a task for each trial, on this machine or a cluster."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -4,8 +4,6 @@ The records of 01 and 02 name what they were made from (`stage_key`), and so doe
 `metrics.json`. The plan, `sweep.json`, names what all trials of one table must be made from.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from pathlib import Path
 from typing import Any

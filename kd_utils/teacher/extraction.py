@@ -1,7 +1,5 @@
 """The teacher run over examples for its signals, and what the cache's manifest says about it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Training on text alone, for teachers that know too little and for the models of the toy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import torch

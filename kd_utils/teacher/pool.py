@@ -4,8 +4,6 @@ A worker writes its shards into the folder that all machines see, with the same 
 process; only a line of text travels back. So a cache does not depend on how many workers made it.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout

@@ -1,7 +1,5 @@
 """The teacher's weights: as they are in their folder or on the hub, or fine-tuned first."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 
 import pandas as pd

@@ -1,7 +1,5 @@
 """Two tokenizations of one text, lined up: the groups of tokens between places where both end."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """From text to token ids, and what distinguishes one tokenizer from another."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 `docs/add-a-task.md` says how to add one.
 """
 
-from __future__ import annotations
-
 import importlib
 import pkgutil
 import re

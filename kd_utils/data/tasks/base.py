@@ -1,7 +1,5 @@
 """What a task is: where its rows come from, how a row reads, and how an answer is scored."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """L_attention: the student's attention maps against the teacher's."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Self
 

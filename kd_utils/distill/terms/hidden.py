@@ -1,7 +1,5 @@
 """L_hidden: the student's projected hidden states against the teacher's."""
 
-from __future__ import annotations
-
 from typing import Self
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """L_task: cross-entropy on the answers, the one term that needs no teacher."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import torch.nn.functional as F
