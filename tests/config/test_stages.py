@@ -153,7 +153,7 @@ def test_values_that_are_taken_as_they_stand():
 )
 def test_rows_of_tasks_are_a_checked_text(text):
     data = notebook_defaults("01_prepare_data")
-    with pytest.raises(ValueError, match="train_rows = '.*': Input should be TASK=ROWS") as caught:
+    with pytest.raises(ValueError, match="train_rows = '.*': Input should be TASK:ROWS") as caught:
         NOTEBOOKS["01_prepare_data"](**{**data, "train_rows": text})
     assert "\n" not in str(caught.value) and "leave out a task" in str(caught.value)
 

@@ -88,8 +88,8 @@ def config(folder, **changes):
         tokenizer="a/hub-model",
         max_length=200,
         data_seed=0,
-        train_rows="arc_easy=30",
-        validation_rows="arc_easy=24",
+        train_rows="arc_easy:30",
+        validation_rows="arc_easy:24",
     )
     return DataConfig(**{**values, **changes})
 
