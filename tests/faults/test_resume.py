@@ -125,7 +125,7 @@ def test_a_state_that_is_damaged_or_of_other_code_or_threads_is_not_used(with_dr
         from kd_utils.store.sealed import read_sealed, write_sealed
 
         state = read_sealed(path, "checksums")
-        state["key"]["code"]["kd_utils/distill/losses.py"] = "0" * 12
+        state["key"]["code"]["kd_utils/distill/training.py"] = "0" * 12
         write_sealed(path, state, "checksums")
     elif damage != "threads":
         data = bytearray(path.read_bytes())
