@@ -27,6 +27,9 @@ PLACES = {
     "sweep/test_ray_executor.py": "ray",
     "sweep/test_sweep.py": "ray",
     "teacher/test_pool.py": "ray",
+    "cluster/test_session.py": "ray",
+    "demos/test_smol.py": "long",
+    "extending/test_new_term.py": "notebook",
 }
 #: Markers by the fixtures that a test asks for.
 FIXTURES = {"harness": "peer", "compared": "peer"}
@@ -34,9 +37,15 @@ FIXTURES = {"harness": "peer", "compared": "peer"}
 #: a long tour; the comment names what stays in `make test` in its place.
 NAMES = {
     "long": {
+        "test_every_real_row_is_lined_up",
         "test_intervals_cover_95_per_cent",
         "test_merging_in_batches_is_merging_and_spreading_is_its_transpose",
+        "test_methods_that_differ_on_these_rows_only_are_not_called_better",
+        "test_mmlu_cut_in_two_as_the_notebook_says",
+        "test_real_data",
         "test_real_tokenizers_have_fingerprints_of_their_own",
+        "test_the_length_mix_is_that_of_the_real_rows",
+        "test_without_effects_whole_experiments_find_nothing_more_often_than_promised",
     },
     "slow": set(),
 }

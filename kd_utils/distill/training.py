@@ -37,7 +37,7 @@ def loss_terms(
     terms: Collection[str],
     teachers: Sequence[TeacherTerms] = (),
 ) -> dict[str, Tensor]:
-    """The terms of the loss, each divided by the whole batch's normaliser (DESIGN, section 4).
+    """The terms of the loss, each divided by the whole batch's normaliser.
 
     A term of several teachers is the weighted sum over them, or the term of their mixture where
     they can be mixed (`Term.mixes`).

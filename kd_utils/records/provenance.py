@@ -130,22 +130,31 @@ def _imported(source: str) -> set[str]:
     Raises:
         ModuleNotFoundError: an import of this package that is relative or has no file.
     """
-    names: set[str] = set()
+    found: set[str] = set()
+    for module, name in _import_names(source):
+        inner = f"{module}.{name}" if name else module
+        target = inner if _file(inner).is_file() else module
+        if target != "kd_utils":
+            found |= _with_packages(target.removeprefix("kd_utils."))
+    return {name for name in found if not name.startswith(NOT_COUNTED)}
+
+
+@lru_cache(maxsize=256)
+def _import_names(source: str) -> frozenset[tuple[str, str]]:
+    """(module, name) of each import of this package; name is "" for `import module`."""
+    names: set[tuple[str, str]] = set()
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []  # for type checkers, never run
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names |= {(alias.name, "") for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise ModuleNotFoundError(f"import kd_utils by whole names: {ast.unparse(node)}")
         elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                raise ModuleNotFoundError(f"import kd_utils by whole names: {ast.unparse(node)}")
-            inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {name if _file(name).is_file() else node.module for name in inner}
-    parts = {name.split(".", 1)[1] for name in names if name.startswith("kd_utils.")}
-    found = set().union(*map(_with_packages, parts))
-    return {name for name in found if not name.startswith(NOT_COUNTED)}
+            names |= {(node.module, alias.name) for alias in node.names}
+    return frozenset(pair for pair in names if f"{pair[0]}.".startswith("kd_utils."))
 
 
 def _with_packages(name: str) -> set[str]:

@@ -262,7 +262,10 @@ def test_a_mutated_prepared_table_works_or_is_one_line(whole, times, tried):
 def require_clear(error: ValueError) -> None:
     """One line that names the file, says what is expected and what to do, from our own code."""
     message, [*_, frame] = str(error), traceback.extract_tb(error.__traceback__)
-    assert isinstance(error, ValueError) and "/kd_utils/" in frame.filename, (frame.filename, message)
+    assert isinstance(error, ValueError) and "/kd_utils/" in frame.filename, (
+        frame.filename,
+        message,
+    )
     assert len(message.splitlines()) == 1 and len(message) < 700 and message.isprintable(), message
     assert ".parquet" in message or "in train and in validation" in message, message
     assert any(

@@ -11,7 +11,11 @@ from kd_utils.records.provenance import changed_files, code_of
 
 NOTEBOOK = [
     ("markdown", "# Title\nThis is no Python."),
-    ("code", "%matplotlib inline\n!ls\nfrom kd_utils.room import direct\nimport torch"),
+    (
+        "code",
+        "%matplotlib inline\n!ls\nimport kd_utils\nfrom kd_utils import __version__\n"
+        "from kd_utils.room import direct\nimport torch",
+    ),
     ("parameters", "alpha = 1.0"),
     ("code", "from kd_utils.other import value\nresult = direct.f(alpha) + value"),
 ]
