@@ -161,6 +161,8 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
             yield Report(job.name, "ended")
         except NotebookFailed as error:
             yield Report(job.name, "failed", cause=error.cause, kept=error.kept)
+        finally:
+            os.environ.pop("KD_PROGRESS", None)  # its folder is gone now
 
 
 def _about(job: Job) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from kd_utils.cache import manifest, verification
+from kd_utils.cache import manifest
 from kd_utils.config import notebook_files, parameter_files, project_paths
 from kd_utils.config.fields import teacher_weights
 from kd_utils.config.stages import CACHE, PREPARE, TRAIN
@@ -119,6 +119,8 @@ def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
             if not list(project_paths.project_path(name).glob("*.safetensors")):
                 return f"{name} is missing"
         return prepared_data.why_stale(settings.data_path, settings)
+    from kd_utils.cache import verification  # brings torch along, which a wrong input never needs
+
     data_hash = prepared_data.read_manifest(settings.data_path)["data_hash"]
     cache = manifest.read_manifest(manifest.find_cache(settings.artifacts, settings.name))
     return verification.why_stale(cache, data_hash=data_hash, teacher=settings.teacher)

@@ -34,7 +34,7 @@ from kd_utils.config.notebook_files import injected_names, notebook_defaults
 from kd_utils.config.parameter_files import load_grid, load_parameters
 from kd_utils.config.stages import NOTEBOOKS
 from kd_utils.config.trial import TrialConfig
-from kd_utils.sweep import sweep
+from kd_utils.sweep import planning
 from kd_utils.sweep.execution import kernel_settings
 
 PACKAGE = project_paths.CODE_ROOT / "kd_utils"
@@ -206,14 +206,14 @@ def refused(folder: Path, parameter_file: str | bytes, grid_file: str | bytes) -
         )
     try:
         values, grid = load_parameters(folder / "p.yaml"), load_grid(folder / "g.yaml")
-        trials = sweep.plan(values, grid, sweep.default_run_dir(values, folder / "g.yaml"))
-        assert sweep.select(trials, "", grid) == trials
+        trials = planning.plan(values, grid, planning.default_run_dir(values, folder / "g.yaml"))
+        assert planning.select(trials, "", grid) == trials
     except (ValueError, FileNotFoundError) as error:
         return one_line(error)
     for trial in trials[:: 1 + len(trials) // 4]:
         read = TrialConfig(**{**notebook_defaults("03_train_student"), **as_read(trial.parameters)})
         assert read.fingerprint() == trial.config_hash and read.trial == trial.trial
-    place = sweep.default_run_dir(values)
+    place = planning.default_run_dir(values)
     assert (
         place.parent == project_paths.ROOT / "runs"
         and (project_paths.ROOT / "runs" / place.name).resolve() == place

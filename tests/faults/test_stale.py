@@ -336,7 +336,7 @@ def test_trials_of_another_torch_are_told_of_though_they_are_not_run_again(
     assert (
         "warning: trials differ in versions: black_box_seed0, black_box_seed1 and 1 more against "
         "attention_seed1: "
-        "remove those of one kind from trials/ and run again" in capsys.readouterr().err
+        "remove the trials of one kind from trials/ and run again" in capsys.readouterr().err
     )
     for name in ("black_box_seed0", "black_box_seed1", "attention_seed0"):
         shutil.rmtree(home / "runs" / "stub" / "trials" / name)
@@ -392,7 +392,7 @@ def test_an_edit_while_a_sweep_runs_a_second_sweep_and_a_kill_end_in_trials_of_o
     ), output
     assert (
         "since " in output
-        and "give this one another --run-dir" in output
+        and "give this sweep another --run-dir" in output
         and output.count("\n") == 1
     )
     edit_module(home, "records/trial_record", "\nEDIT = 1\n")
