@@ -104,7 +104,9 @@ def _read_yaml(path: Path, kind: str) -> tuple[yaml.SafeLoader, dict[str, yaml.N
     try:
         loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
         root = loader.get_single_node()
-    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not YAML: byte {error.start} is not UTF-8") from None
+    except (yaml.YAMLError, OSError) as error:
         text = " ".join(str(error).split()).replace('in "<unicode string>", ', "in ")
         raise ValueError(f"{path} is not YAML: {text[:300]}") from None
     except RecursionError:
@@ -126,7 +128,7 @@ def _read_yaml(path: Path, kind: str) -> tuple[yaml.SafeLoader, dict[str, yaml.N
         if key.value in nodes:
             raise ValueError(
                 f"{path}: {shown(key.value)} is given twice, again in line "
-                f"{key.start_mark.line + 1}: give each key once"
+                f"{key.start_mark.line + 1}: each key must be given once"
             )
         nodes[key.value] = node
     return loader, nodes

@@ -13,6 +13,7 @@ from typing import Any
 
 from kd_utils.demos.toy import Row, draw_facts, generate, gsm8k_rows, mmlu_rows, sst2_rows
 from kd_utils.records.provenance import Ingredients, code_of
+from kd_utils.store.files import remove_leftovers
 from kd_utils.store.sealed import RecordError, SealedFolder
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
@@ -201,6 +202,7 @@ def build(folder: Path, seed: int = 1) -> None:
     # The models do not depend on the notebook.
     code = {name: digest for name, digest in code.items() if name.endswith(".py")}
     made_from = Ingredients(seed={"seed": seed}, code=code)
+    remove_leftovers(sealed.path)
     if _is_built(sealed, made_from):
         return
     foreign = not (sealed.path / sealed.document).is_file()

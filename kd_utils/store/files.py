@@ -46,9 +46,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
     """
     aside = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     old = aside.with_name(f"{aside.name}.old-{os.getpid()}")
-    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if not _is_another_process(leftover.name.rpartition("-")[2]):
-            shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
     try:
         with full_disk_named(folder):
             aside.mkdir(parents=True)
@@ -59,6 +57,13 @@ def written_folder(folder: Path) -> Iterator[Path]:
             aside.rename(folder)
     finally:
         for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left beside `folder` while they wrote it."""
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if not _is_another_process(leftover.name.rpartition("-")[2]):
             shutil.rmtree(leftover, ignore_errors=True)
 
 

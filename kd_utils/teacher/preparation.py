@@ -12,6 +12,7 @@ from kd_utils.models.devices import autocast, choose_device
 from kd_utils.models.loading import load_causal_lm, load_tokenizer, model_fingerprint, save_model
 from kd_utils.models.output_head import require_known_head
 from kd_utils.records.provenance import Ingredients
+from kd_utils.store.files import remove_leftovers
 from kd_utils.store.locks import locked
 from kd_utils.store.sealed import RecordError, SealedFolder
 from kd_utils.teacher.fine_tuning import fine_tune
@@ -64,6 +65,7 @@ def prepare_teacher(
     sealed = SealedFolder(project_path(name), "fine_tuning.json")
     # The lock is beside the folder, which is replaced as a whole.
     with locked(sealed.path.with_name(f".{sealed.path.name}.lock"), "a fine-tuning"):
+        remove_leftovers(sealed.path)
         try:
             history = sealed.check()["history"]
         except RecordError:
