@@ -168,7 +168,7 @@ def test_a_sweep_through_ray_and_papermill_and_again(tmp_path):
     assert "01_prepare_data                  to run: " in fourth and "run again too" in fourth
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"teacher": "other", "epochs": 4}))
     assert (
-        "attention_seed3                  stale: config changed: epochs was 3, is 4"
+        "attention_seed3                  stale: config changed (epochs was 3, is 4)"
         in sweep_in(tmp_path, *command, "--dry-run").stdout
     )
 
