@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from sweeps import LONG, SMALL, Command
 
 TALLY: Counter[str] = Counter()
@@ -34,8 +35,8 @@ def times() -> Callable[[int, int], int]:
 
 @pytest.fixture
 def tried() -> Callable[[str, int], None]:
-    """`tried(fault, n)`: n more of this fault held. Call it after the assertions; names stand in
-    the README's table.
+    """`tried(fault, n)`: n more of this fault held. Call it after the assertions. The names are
+    those of the table in docs/faults.md.
     """
     return lambda fault, n=1: TALLY.update({fault: n})
 
@@ -52,14 +53,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project root with one whole sweep of four trials, `runs/toy-2`, and the files that it was
     started with.
     """
-    home = tmp_path_factory.mktemp("undisturbed")
+    home = tmp_path_factory.getbasetemp() / "undisturbed"
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # one sweep for the test processes together
+        home = home.parents[1] / "undisturbed"
+    with FileLock(f"{home}.lock"):
+        if not (home / "seconds").exists():
+            _sweep(home)
+    return home
+
+
+def _sweep(home: Path) -> None:
+    home.mkdir(exist_ok=True)
     (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
     (home / "grid2.yaml").write_text("distill_type: [black_box, combined]\nseed: [0, 1]\n")
     command = Command(home, "sweep", home / "small.yaml", "--grid", home / "grid2.yaml")
     status, output = command.wait()
     assert status == 0, output[-3000:]
     (home / "seconds").write_text(str(time.monotonic() - command.began))
-    return home
 
 
 @pytest.fixture

@@ -432,11 +432,11 @@ def test_a_second_teacher_with_a_tokenizer_of_its_own(home):
         home / "runs/both",
     )
 
-    def make_other(**changes):
+    def make_other(*stems, **changes):
         (home / "other.yaml").write_text(
             "\n".join(f"{key}: {value}" for key, value in {**other, **changes}.items())
         )
-        for stem in ("01_prepare_data", "02_cache_teacher"):
+        for stem in stems:
             done = run(
                 home,
                 PAPERMILL,
@@ -452,7 +452,7 @@ def test_a_second_teacher_with_a_tokenizer_of_its_own(home):
     assert (
         alone.returncode == 1 and "no finished teacher cache of experiment 'other'" in alone.stderr
     )
-    make_other()
+    make_other("01_prepare_data", "02_cache_teacher")
     done = run(home, *sweep)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     metrics = json.loads((home / "runs/both/trials/combined_seed0/metrics.json").read_text())
@@ -469,8 +469,8 @@ def test_a_second_teacher_with_a_tokenizer_of_its_own(home):
         and "logits id by id" in shown
         and "shared pieces" in shown
     )
-    assert "already done" in run(home, *sweep).stderr
-    make_other(teacher_seed=1)
+    assert "1 of 1 trials are done" in run(home, *sweep, "--dry-run").stdout
+    make_other("02_cache_teacher", teacher_seed=1)
     assert "stale: teacher cache changed (other)" in run(home, *sweep, "--dry-run").stdout
 
 

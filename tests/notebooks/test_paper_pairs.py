@@ -106,7 +106,8 @@ def parameters_of(home, shared, name, teacher):
         (
             "llama2",
             {},
-            "logits id by id; hidden states of layers 2:2; maps, head by head, of layers 2:2",
+            "logits id by id; hidden of layers 2:2 (teacher:student); "
+            "attention of layers 2:2 (teacher:student), head by head",
         ),
         (
             "mistral",
@@ -122,8 +123,8 @@ def parameters_of(home, shared, name, teacher):
                 "attention_layers": "reversed",
             },
             "logits over 26,601 shared pieces, beside 101,655 of the teacher and 5,399 of the "
-            "student; hidden states of "
-            "layers 1:1, 2:2; maps, 8 heads mixed to 4, of layers 2:1, 1:2 (teacher:student)",
+            "student; hidden of layers 1:1, 2:2 (teacher:student); attention of layers 2:1, 1:2 "
+            "(teacher:student), 8 heads mixed to 4",
         ),
     ],
     ids=["llama2", "mistral", "llama3"],
