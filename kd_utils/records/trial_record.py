@@ -7,6 +7,7 @@ notebook `trials/TRIAL.ipynb` are unchanged since they were written, in the same
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kd_utils.records.provenance import code_of, environment
-from kd_utils.store.sealed import RecordError, SealedFolder, plain
+from kd_utils.store.sealed import RecordError, SealedFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
-
 PREDICTIONS = "predictions.parquet"
 
 
@@ -61,7 +61,9 @@ def report_epoch(row: dict[str, Any]) -> None:
     """Append an epoch's metrics as a JSON line to the file that KD_PROGRESS names, if any."""
     if path := os.environ.get("KD_PROGRESS"):
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(row, finite=False)) + "\n")
+            # JSON has no NaN.
+            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+            file.write(json.dumps(finite, default=float) + "\n")
 
 
 def write_record(folder: str | Path, metrics: dict[str, Any], predictions: pd.DataFrame) -> None:
