@@ -243,7 +243,6 @@ def predictions(run_dir: str | Path) -> pd.DataFrame:
 
 
 def _done(run_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folder and swept values of each done trial."""
     for planned, status in trials_with_status(run_dir):
         if status.state == "done":
             yield Path(run_dir) / "trials" / planned["trial"], planned["swept"]

@@ -124,8 +124,7 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
     """Everything that decides a trial's numbers, as JSON values: the key of its checkpoints.
 
     Args:
-        config: the trial's (`config.trial.TrialConfig`).
-        caches: its teachers' (`cache.teacher_cache.TeacherCache`).
+        config, caches: the trial's `TrialConfig`, and the `TeacherCache` of each of its teachers.
         student: where the initial weights come from (`models.students.StudentSource`).
         precision: of matrix products.
         device: "cuda" or "cpu": sums are rounded as this kind of GPU, or this kind of CPU with this
@@ -150,8 +149,7 @@ def metrics_document(
     """What `metrics.json` says of a trial that is done.
 
     Args:
-        config, caches: as in `made_from`.
-        made: what `made_from` gave.
+        made: what `made_from` gave for the same `config` and `caches`.
         tokenizer: fingerprint of the student's tokenizer.
         meter: the trial's (`distill.meter.Meter`).
         memory: the largest memory in use, MB.
