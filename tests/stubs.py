@@ -169,7 +169,7 @@ def sweep_in(project: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 #: What a made-up run is made of; of its two validation examples the first is right.
 MADE = {
-    "cache": "k" * 64,
+    "cache": {"name": "n", "content_hash": "k" * 64},
     "more_caches": {"other": "m" * 64},
     "tokenizer": "t" * 16,
     "students": {"tiny": "f" * 64},
@@ -204,7 +204,7 @@ def metrics_of(method: str = "attention", seed: int = 3, **other: Any) -> dict[s
         "config_hash": sha256_json(settings)[:16],
         "epochs": epochs,
         "final": epochs[-1],
-        "cache": {"name": "toy-2026-01-01-00000000", "content_hash": MADE["cache"]},
+        "cache": MADE["cache"] | {"name": "toy-2026-01-01-00000000"},
         **_environment(),
         "more_caches": MADE["more_caches"],
         "tokenizer": MADE["tokenizer"],
@@ -286,8 +286,7 @@ def write_plan(run_dir: Path, **other: Any) -> dict[str, Any]:
     ]
     plan = {
         "format": trial_record.FORMAT,
-        "cache": {"name": "n", "content_hash": MADE["cache"]},
-        **{key: MADE[key] for key in ("more_caches", "tokenizer", "students", "code")},
+        **MADE,
         "trials": planned,
     } | other
     write_sealed(run_dir / run_folder.PLAN, plan, "checksums")
@@ -306,7 +305,7 @@ def write_summary(run_dir: Path) -> None:
         name: sha256_file(run_dir / name)
         for name in ("analysis.csv", run_folder.SUMMARY, run_folder.VERDICT)
     }
-    cache = {"name": "n", "content_hash": MADE["cache"]}
+    cache = MADE["cache"]
     for stem, about in zip(
         check.STAGES,
         (

@@ -9,9 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from kd_utils.config import notebook_files
-from kd_utils.config.fields import Name, Place, in_one_line
-from kd_utils.config.project_paths import project_path
+from kd_utils.config import fields, notebook_files, project_paths
 
 #: Names, places and devices: parameters that no fingerprint contains and no grid may sweep.
 NEVER_IN_A_RESULT = frozenset(
@@ -30,14 +28,14 @@ class Config(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
 
-    name: Name
-    artifacts_dir: Place
+    name: fields.Name
+    artifacts_dir: fields.Place
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
-            raise ValueError(in_one_line(error, type(self))) from None
+            raise ValueError(fields.in_one_line(error, type(self))) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -66,7 +64,7 @@ class Config(BaseModel):
 
     @classmethod
     def from_notebook(cls, namespace: dict[str, Any]) -> Self:
-        """Build the config from a notebook's `globals()`, after papermill injected its parameters.
+        """The config from a notebook's `globals()`, after papermill injected its parameters.
 
         Raises:
             ValueError: a value is wrong, a parameter is missing, or an injected key is declared by
@@ -74,11 +72,9 @@ class Config(BaseModel):
         """
         injected = notebook_files.injected_names(namespace.get("In", []))
         notebook_files.refuse_unknown_keys(injected, "injected parameters", cls.model_fields)
-        required = {key for key, field in cls.model_fields.items() if field.is_required()}
-        if missing := [key for key in cls.model_fields if key in required - namespace.keys()]:
-            raise ValueError(
-                f"the parameters cell does not define {', '.join(missing)}: restore it"
-            )
+        required = [key for key, field in cls.model_fields.items() if field.is_required()]
+        if missing := ", ".join(key for key in required if key not in namespace):
+            raise ValueError(f"the parameters cell does not define {missing}: restore it")
         return cls(**{key: namespace[key] for key in cls.model_fields if key in namespace})
 
     def __str__(self) -> str:
@@ -87,7 +83,7 @@ class Config(BaseModel):
 
     @property
     def artifacts(self) -> Path:
-        return project_path(self.artifacts_dir)
+        return project_paths.project_path(self.artifacts_dir)
 
     @property
     def data_path(self) -> Path:

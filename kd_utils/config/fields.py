@@ -8,9 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
-
 PAIRS = re.compile(r"[1-9]\d{0,3}:[1-9]\d{0,3}( [1-9]\d{0,3}:[1-9]\d{0,3})*")
-
 NAMED = ("last", "uniform", "reversed", "random")
 
 
@@ -68,25 +66,15 @@ def _named_places(text: str) -> str:
 
 
 Name = Annotated[str, Field(pattern=rf"^{NAME}$", max_length=80)]
-
 Place = Annotated[str, AfterValidator(_place)]
-
 NamedPlaces = Annotated[str, AfterValidator(_named_places)]
-
 MoreTeachers = Annotated[str, AfterValidator(lambda text: text if teacher_weights(text) else "")]
-
 Layers = Annotated[str, AfterValidator(check_layers)]
-
 PlaceOrBlank = Annotated[str, AfterValidator(lambda text: text.strip() and _place(text))]
-
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
-
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # more overflows in one library or another
-
 Count = Seed = Annotated[int, Field(ge=0, lt=2**31)]
-
 Weight = Annotated[float, Field(ge=0.0)]
-
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 

@@ -22,10 +22,9 @@ def notebook_defaults(stem: str) -> dict[str, Any]:
     """The literals that a notebook's `parameters` cell assigns, as a dict."""
     cells = json.loads(notebook_path(stem).read_text())["cells"]
     [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    assigned = ast.parse("".join(cell["source"])).body
     return {
         node.targets[0].id: ast.literal_eval(node.value)
-        for node in assigned
+        for node in ast.parse("".join(cell["source"])).body
         if isinstance(node, ast.Assign)
     }
 

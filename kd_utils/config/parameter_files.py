@@ -13,8 +13,7 @@ from kd_utils.config import notebook_files
 from kd_utils.config.base import NEVER_IN_A_RESULT, Config
 from kd_utils.config.fields import shown
 from kd_utils.config.project_paths import CODE_ROOT
-from kd_utils.config.stages import NOTEBOOKS, TRAIN
-from kd_utils.config.trial import TrialConfig
+from kd_utils.config.stages import NOTEBOOKS, TRAIN, TrialConfig
 
 #: No parameter file is longer than this, and no sweep with more trials comes to its end.
 MOST_BYTES, MOST_TRIALS = 1_000_000, 10_000

@@ -10,19 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from kd_utils.config import fields
 from kd_utils.config.base import Config
-from kd_utils.config.fields import (
-    Count,
-    Device,
-    Layers,
-    NamedPlaces,
-    Place,
-    PlaceOrBlank,
-    PositiveFloat,
-    PositiveInt,
-    Seed,
-    Weight,
-)
 from kd_utils.config.trial import TrialConfig
 
 
@@ -49,10 +38,10 @@ class DataConfig(Config):
     """Parameters of `01_prepare_data`. Which tasks there are is known to `data/tasks`."""
 
     build: Literal["toy", "smol", "smol-cross", "none"]
-    data_dir: PlaceOrBlank
-    tokenizer: Place
-    max_length: PositiveInt
-    data_seed: Seed
+    data_dir: fields.PlaceOrBlank
+    tokenizer: fields.Place
+    max_length: fields.PositiveInt
+    data_seed: fields.Seed
     train_rows: TaskRows
     validation_rows: TaskRows
 
@@ -69,35 +58,35 @@ class DataConfig(Config):
 class CacheConfig(Config):
     """Parameters of `02_cache_teacher`."""
 
-    teacher: Place
+    teacher: fields.Place
     teacher_revision: str
-    tokenizer: Place
-    teacher_epochs: Count
-    teacher_learning_rate: PositiveFloat
-    teacher_batch_size: PositiveInt
-    teacher_prompt_weight: Weight
-    teacher_seed: Seed
+    tokenizer: fields.Place
+    teacher_epochs: fields.Count
+    teacher_learning_rate: fields.PositiveFloat
+    teacher_batch_size: fields.PositiveInt
+    teacher_prompt_weight: fields.Weight
+    teacher_seed: fields.Seed
     signals: Annotated[str, Field(pattern=r"^(white_box|top_k)( [a-z]+(_[a-z]+)*)*$")]
-    hidden_layers: Layers
-    attention_layers: Layers
-    paired_layers: PositiveInt
+    hidden_layers: fields.Layers
+    attention_layers: fields.Layers
+    paired_layers: fields.PositiveInt
     attention_dtype: Literal["float16", "uint8"]
-    top_k: PositiveInt
-    temperature: PositiveFloat
-    shard_examples: PositiveInt
-    batch_tokens: PositiveInt
-    eval_batch_size: PositiveInt
-    max_new_tokens: PositiveInt
+    top_k: fields.PositiveInt
+    temperature: fields.PositiveFloat
+    shard_examples: fields.PositiveInt
+    batch_tokens: fields.PositiveInt
+    eval_batch_size: fields.PositiveInt
+    max_new_tokens: fields.PositiveInt
     precision: Literal["auto", "float32", "bfloat16"]
-    device: Device
-    workers: Count
+    device: fields.Device
+    workers: fields.Count
 
 
 class AnalysisConfig(Config):
     """Parameters of `04_analyse_results`."""
 
-    run_dir: PlaceOrBlank
-    margin_points: PositiveFloat
+    run_dir: fields.PlaceOrBlank
+    margin_points: fields.PositiveFloat
 
 
 class SpeedConfig(Config):
@@ -105,29 +94,29 @@ class SpeedConfig(Config):
 
     shapes: Literal["tiny", "small", "llama2"]
     bench_rows: Annotated[int, Field(ge=8, lt=2**31)]
-    size_rows: Count
-    growth_rows: PositiveInt
+    size_rows: fields.Count
+    growth_rows: fields.PositiveInt
     naive_length: Annotated[int, Field(ge=496, lt=2**31)]
-    repeats: PositiveInt
-    sweep_trials: Count
-    batch_size: PositiveInt
-    batch_tokens: PositiveInt
-    temperature: PositiveFloat
-    seed: Seed
+    repeats: fields.PositiveInt
+    sweep_trials: fields.Count
+    batch_size: fields.PositiveInt
+    batch_tokens: fields.PositiveInt
+    temperature: fields.PositiveFloat
+    seed: fields.Seed
     precision: Literal["auto", "float32", "bfloat16"]
-    device: Device
-    run_dir: Place
+    device: fields.Device
+    run_dir: fields.Place
 
 
 class AlignmentConfig(Config):
     """Parameters of `06_any_teacher`."""
 
-    student_tokenizer: Place
-    teacher_tokenizers: NamedPlaces
+    student_tokenizer: fields.Place
+    teacher_tokenizers: fields.NamedPlaces
     example: Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=64)]
-    map_head: Count
-    mass_rows: PositiveInt
-    temperature: PositiveFloat
+    map_head: fields.Count
+    mass_rows: fields.PositiveInt
+    temperature: fields.PositiveFloat
 
     @property
     def others(self) -> dict[str, str]:

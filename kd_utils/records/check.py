@@ -3,20 +3,15 @@
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import pandas as pd
 from pydantic import Field
 
-from kd_utils.records.run_folder import (
-    PLAN,
-    SUMMARY,
-    Status,
-    collect,
-    read_notebook,
-    read_plan,
-    trials_with_status,
-)
+from kd_utils.records import provenance, run_folder
+from kd_utils.records.run_folder import PLAN, SUMMARY, Status, trials_with_status
 from kd_utils.records.trial_record import PREDICTIONS, Metrics, Shape, read_record, require_shape
 from kd_utils.store.files import sha256_file
 from kd_utils.store.sealed import RecordError
@@ -62,7 +57,7 @@ def check_run(run_dir: str | Path) -> list[str]:
     if not run_dir.is_dir():
         raise FileNotFoundError(f"no run folder {run_dir}")
     try:
-        problems = _links(run_dir) or _problems(run_dir)
+        problems = _links(run_dir) or list(_problems(run_dir))
     except OSError as error:
         problems = [f"{Path(str(error.filename)).name}: {error.strerror}"]
     except (RecordError, RecursionError) as error:
@@ -70,18 +65,23 @@ def check_run(run_dir: str | Path) -> list[str]:
     return [_one_line(problem) for problem in problems]
 
 
-def _problems(run_dir: Path) -> list[str]:
+def _problems(run_dir: Path) -> Iterator[str]:
     if not (run_dir / PLAN).exists():
-        return [
-            f"{PLAN} is missing: no sweep wrote this folder, so its planned trials are not known"
-        ]
-    trials, problems = trials_with_status(run_dir), []
+        yield f"{PLAN} is missing: no sweep wrote this folder, so its planned trials are not known"
+        return
+    trials = trials_with_status(run_dir)
     for planned, state in trials:
         why = f": {state.why}" if state.why else ""
-        found = [f"{state.state}{why}"] if state.state != "done" else _check_trial(run_dir, planned)
-        problems += [f"{planned['trial']}: {problem}" for problem in found]
-    problems += _check_stages(run_dir) + _check_names(run_dir, trials)
-    return problems + differences(run_dir, trials) + _check_summary(run_dir)
+        found = _check_trial(run_dir, planned) if state.state == "done" else [state.state + why]
+        yield from (f"{planned['trial']}: {problem}" for problem in found)
+    yield from _check_stages(run_dir)
+    yield from _check_names(run_dir, trials)
+    yield from differences(run_dir, trials)
+    summary = run_dir / SUMMARY
+    if not summary.is_file():
+        yield f"{SUMMARY} is missing"
+    elif summary.read_bytes() != run_folder.collect(run_dir).to_csv(index=False).encode():
+        yield f"{SUMMARY} does not agree with the records: run the sweep again to write it anew"
 
 
 def count_done(run_dir: str | Path) -> tuple[int, int]:
@@ -112,73 +112,68 @@ def _one_line(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 40]}... ({len(text):,} characters)"
 
 
-def _check_trial(run_dir: Path, planned: dict[str, Any]) -> list[str]:
+def _check_trial(run_dir: Path, planned: dict[str, Any]) -> Iterator[str]:
     """Whether config, metrics and predictions of a record agree with each other and the plan."""
-    import pandas as pd
-
     folder = run_dir / "trials" / planned["trial"]
     metrics = read_record(folder)
     config, final, epochs = metrics["config"], metrics["final"], len(metrics["epochs"])
-    problems = [
+    yield from (
         f"its {key} is {config.get(key)!r}, the plan says {value!r}"
         for key, value in planned["swept"].items()
         if config.get(key) != value
-    ]
+    )
     if planned.get("epochs", epochs) != epochs:
-        problems.append(f"it has {epochs} epochs, the plan says {planned['epochs']}")
+        yield f"it has {epochs} epochs, the plan says {planned['epochs']}"
     try:
         table = pd.read_parquet(folder / PREDICTIONS)
         for task, correct in table.groupby("task")["correct"]:
             key, accuracy = f"validation_accuracy/{task}", correct.mean()
             # `not <=` finds NaN too.
             if key in final and not abs(final[key] - accuracy) <= 1e-9:
-                problems.append(f"{key} is {final[key]}, its predictions say {accuracy}")
+                yield f"{key} is {final[key]}, its predictions say {accuracy}"
         if repeated := int(table["example_id"].duplicated().sum()):
-            problems.append(f"{repeated} examples are predicted twice")
+            yield f"{repeated} examples are predicted twice"
     except Exception as error:  # pandas and pyarrow raise anything at a stranger's table
-        problems.append(f"its predictions cannot be read ({type(error).__name__})")
-    return problems
+        yield f"its predictions cannot be read ({type(error).__name__})"
 
 
-def _check_stages(run_dir: Path) -> list[str]:
+def _check_stages(run_dir: Path) -> Iterator[str]:
     """Whether the stages' notebooks are whole and from this run, and so are their files."""
-    problems: list[str] = []
-    cache = read_plan(run_dir)["cache"]
+    cache = run_folder.read_plan(run_dir)["cache"]
     made = {"data": set(), "teacher cache": {cache["content_hash"]} if cache else set()}
     for stage in STAGES:
         try:
-            metadata = read_notebook(run_dir / f"{stage}.ipynb")["metadata"]
+            metadata = run_folder.read_notebook(run_dir / f"{stage}.ipynb")["metadata"]
             about = require_shape(Stage, metadata, f"{stage}.ipynb")
         except RecordError as error:
-            problems.append(str(error))
+            yield str(error)
             continue
         if about.papermill and about.papermill.input_path != f"notebooks/{stage}.ipynb":
-            problems.append(f"{stage}.ipynb is an execution of {about.papermill.input_path}")
+            yield f"{stage}.ipynb is an execution of {about.papermill.input_path}"
         if artifact := about.kd_utils.artifact:
             made["data"].add(artifact.data)
             made["teacher cache"] |= {artifact.cache.content_hash} if artifact.cache else set()
-        problems += [
+        yield from (
             f"{name} is not the file that {stage}.ipynb wrote: run the sweep again to write it anew"
             for name, checksum in about.kd_utils.wrote.items()
             if not (run_dir / name).is_file() or sha256_file(run_dir / name) != checksum
-        ]
-    return problems + [
+        )
+    yield from (
         f"{STAGES[0]}.ipynb, {STAGES[1]}.ipynb and {PLAN} are not from one run: the {what} differs"
         for what, values in made.items()
         if len(values) > 1
-    ]
+    )
 
 
-def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
+def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> Iterator[str]:
     """What is in `trials/` and should not be."""
     names = Counter(planned["trial"] for planned, _ in trials)
-    problems = [f"{name} is planned {count} times" for name, count in names.items() if count > 1]
+    yield from (f"{name} is planned {count} times" for name, count in names.items() if count > 1)
     for path in sorted((run_dir / "trials").glob("*")):
         if path.name.startswith("."):
-            problems.append(f"trials/{path.name} is left over from an execution that was stopped")
+            yield f"trials/{path.name} is left over from an execution that was stopped"
         elif path.name.removesuffix(".ipynb").removesuffix(".failed") not in names:
-            problems.append(f"trials/{path.name} belongs to no planned trial")
-    return problems
+            yield f"trials/{path.name} belongs to no planned trial"
 
 
 def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
@@ -198,21 +193,8 @@ def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> l
             value = json.dumps(metrics.get(key), sort_keys=True)
             kinds.setdefault(kind, {}).setdefault(value, []).append(planned["trial"])
     return [
-        f"trials differ in {kind}: " + " against ".join(_some(names) for names in values.values())
+        f"trials differ in {kind}: "
+        + " against ".join(provenance.listed(names, most=2) for names in values.values())
         for kind, values in kinds.items()
         if len(values) > 1
     ]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
-def _check_summary(run_dir: Path) -> list[str]:
-    """Whether `results_summary.csv` agrees with the records."""
-    path = run_dir / SUMMARY
-    if not path.is_file():
-        return [f"{SUMMARY} is missing"]
-    if path.read_bytes() == collect(run_dir).to_csv(index=False).encode():
-        return []
-    return [f"{SUMMARY} does not agree with the records: run the sweep again to write it anew"]

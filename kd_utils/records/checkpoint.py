@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_utils.store.files import sha256_file, written_aside
@@ -37,35 +38,37 @@ class Checkpoint:
         every_seconds: float = 0,
     ) -> None:
         self.every_seconds, self._saved = every_seconds, time.monotonic()
-        self.path, self.key = path, plain(key, finite=True)
+        self.path, self.key = path, plain(key)
         self.modules, self.optimizer = modules, optimizer
         self._sealed = SealedFolder(path.parent, path.name)
 
     def save_if_due(self, epoch: int, state: dict[str, Any]) -> None:
-        """`save`, if the last state is `every_seconds` old."""
-        if time.monotonic() - self._saved >= self.every_seconds:
-            self.save(epoch, state)
-            self._saved = time.monotonic()
+        """Keep weights, optimizer and `state` (JSON values) after `epoch`, and no earlier ones.
 
-    def save(self, epoch: int, state: dict[str, Any]) -> None:
-        """Keep weights, optimizer and `state` (JSON values) after `epoch`, and no earlier ones."""
-        from safetensors.torch import save_file
-
+        Nothing is done if the last state is not yet `every_seconds` old.
+        """
+        if time.monotonic() - self._saved < self.every_seconds:
+            return
+        moments = {
+            f"optimizer.{index}.{key}": value
+            for index, values in self.optimizer.state_dict()["state"].items()
+            for key, value in values.items()
+        }
+        tensors = self._weights() | moments
         weights = self.path.with_name(f"{self.path.stem}-epoch{epoch}.safetensors")
         with written_aside(weights) as aside:
-            save_file(self._tensors(), aside)
+            save_file({key: value.detach().contiguous() for key, value in tensors.items()}, aside)
             checksum = sha256_file(aside)
         document = {"key": self.key, "epoch": epoch, "state": state, "weights": weights.name}
         self._sealed.seal(document, {weights.name: checksum})
         self._remove_weights(but=weights)
+        self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
         """Restore weights and optimizer; returns `state`, or None if there is none for this key.
 
         A damaged state counts as none.
         """
-        from safetensors.torch import load_file
-
         try:
             saved = self._sealed.read()
             if saved["key"] != self.key:
@@ -115,12 +118,3 @@ class Checkpoint:
             for name, tensor in named
             if name in part.state_dict()
         }
-
-    def _tensors(self) -> dict[str, Tensor]:
-        moments = {
-            f"optimizer.{index}.{key}": value
-            for index, values in self.optimizer.state_dict()["state"].items()
-            for key, value in values.items()
-        }
-        tensors = self._weights() | moments
-        return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

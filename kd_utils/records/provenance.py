@@ -9,13 +9,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -36,28 +37,25 @@ PACKAGES = "torch transformers tokenizers datasets numpy pyarrow pandas papermil
 class Ingredients(dict[str, dict[str, Any]]):
     """What something was made from: kind ("config", "code", "data") -> name -> value or digest."""
 
-    def differences(self, now: Ingredients) -> list[str]:
-        """What differs from `now`, a reason in words for each kind; kinds not in `now` are ignored.
+    def why_stale(self, now: Ingredients) -> str:
+        """What differs from `now`, in one line, or ""; kinds that `now` does not have do not count.
 
         Returns:
-            For example "config changed (seed was 1, is 2)", "code changed (kd_utils/data/hub.py)".
+            For example "config changed (seed was 1, is 2); code changed (kd_utils/data/hub.py)".
         """
         reasons = []
         for kind, wanted in now.items():
             made = self.get(kind)
             if isinstance(made, dict):
-                names = sorted(
-                    name for name in made.keys() | wanted if made.get(name) != wanted.get(name)
-                )
-                changes = [_change(name, made.get(name), wanted.get(name)) for name in names]
-                reasons += [f"{kind} changed ({_listed(changes)})"] if changes else []
+                changes = [
+                    _change(name, made.get(name), wanted.get(name))
+                    for name in sorted(made.keys() | wanted)
+                    if made.get(name) != wanted.get(name)
+                ]
+                reasons += [f"{kind} changed ({listed(changes)})"] if changes else []
             elif wanted:
                 reasons.append(f"the {kind} is not recorded")
-        return reasons
-
-    def why_stale(self, now: Ingredients) -> str:
-        """All `differences` in one line; "" for none."""
-        return "; ".join(self.differences(now))
+        return "; ".join(reasons)
 
     @property
     def digest(self) -> str:
@@ -73,15 +71,10 @@ def _change(name: str, then: Any, now: Any) -> str:
     return f"{name} was {then!r}, is {now!r}"
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def changed_files(then: dict[str, str], now: dict[str, str]) -> str:
-    """Which files differ between two results of `code_of`, in a few words; "" if none does."""
-    if now and not then:
-        return "the record does not say which code made it"
-    return _listed(sorted(name for name in then.keys() | now if then.get(name) != now.get(name)))
+def listed(names: list[str], most: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
@@ -104,21 +97,15 @@ def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
     )
     # IPython's own lines are not Python.
     source = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
-    modules = _modules(_imported(source) if start is None else start)
-    return {f"notebooks/{stem}.ipynb": _digest(source), **modules}
-
-
-def _modules(start: Iterable[str]) -> dict[str, str]:
-    """The digest of each of these modules, and of each that they import."""
-    todo, digests = set(start), {}
+    todo, modules = set(_imported(source) if start is None else start), {}
     while todo:
         file = _file(todo.pop())
         name = str(file.relative_to(PACKAGE.parent))
-        if name not in digests:
+        if name not in modules:
             text = file.read_text(encoding="utf-8")
-            digests[name] = _digest(text)
+            modules[name] = _digest(text)
             todo |= _imported(text)
-    return dict(sorted(digests.items()))
+    return {f"notebooks/{stem}.ipynb": _digest(source), **dict(sorted(modules.items()))}
 
 
 def _imported(source: str) -> set[str]:
@@ -132,7 +119,7 @@ def _imported(source: str) -> set[str]:
     """
     found: set[str] = set()
     for module, name in _import_names(source):
-        inner = f"{module}.{name}" if name else module
+        inner = f"{module}.{name}".rstrip(".")
         target = inner if _file(inner).is_file() else module
         if target != "kd_utils":
             found |= _with_packages(target.removeprefix("kd_utils."))
@@ -161,19 +148,14 @@ def _with_packages(name: str) -> set[str]:
     """A module, and all files of the folders on the way to it whose `__init__` has code."""
     if not _file(name).is_file():
         raise ModuleNotFoundError(f"no module kd_utils.{name}: its digest cannot be taken")
-    found, parts = {name}, name.split(".")
-    for depth in range(1, len(parts) + 1):
-        folder = PACKAGE.joinpath(*parts[:depth])
-        package = ".".join(parts[:depth])
-        if _has_code(folder / "__init__.py"):
-            found |= {package, *(f"{package}.{file.stem}" for file in folder.glob("[!_]*.py"))}
-        elif folder.is_dir():
-            found -= {package}
+    found = set() if _file(name).name == "__init__.py" else {name}
+    for package in itertools.accumulate(name.split("."), "{}.{}".format):
+        init = _file(package)
+        if init.name != "__init__.py" or not init.is_file():
+            continue
+        if len(ast.parse(init.read_text(encoding="utf-8")).body) > 1:
+            found |= {package, *(f"{package}.{file.stem}" for file in init.parent.glob("[!_]*.py"))}
     return found
-
-
-def _has_code(init: Path) -> bool:
-    return init.is_file() and len(ast.parse(init.read_text(encoding="utf-8")).body) > 1
 
 
 def _file(name: str) -> Path:
@@ -219,15 +201,14 @@ def git_commit() -> str:
     # On a cluster the code is sent without its history.
     if sent := os.environ.get("KD_COMMIT"):
         return sent
-    root = project_paths.CODE_ROOT
+    if not (project_paths.CODE_ROOT / ".git").exists():
+        return "unknown"
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
+        command = ["git", "-C", str(project_paths.CODE_ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if not (root / ".git").exists():
-            return "unknown"
         changes = git("status", "--porcelain", "kd_utils", "notebooks")
         return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
@@ -235,9 +216,8 @@ def git_commit() -> str:
 
 
 def _cpu_name() -> str:
-    try:
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
+        named = next(line for line in lines if line.startswith("model name"))
+        return named.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -8,37 +8,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import pandas as pd
 from pydantic import Field
 
 from kd_utils.config.base import NEVER_IN_A_RESULT
+from kd_utils.records import trial_record
 from kd_utils.records.provenance import Ingredients
-from kd_utils.records.trial_record import (
-    FORMAT,
-    PREDICTIONS,
-    Metrics,
-    Shape,
-    read_record,
-    require_shape,
-)
 from kd_utils.store.sealed import RecordError, read_sealed
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 PLAN = "sweep.json"
-
 SUMMARY = "results_summary.csv"
-
 VERDICT = "verdict.txt"
 
 
-class Plan(Shape):
+class Plan(trial_record.Shape):
     """What every `sweep.json` has; keys with a default are missing in older ones."""
 
-    class Trial(Shape):
-        class Swept(Shape):
+    class Trial(trial_record.Shape):
+        class Swept(trial_record.Shape):
             distill_type: str
             seed: int
 
@@ -47,33 +36,12 @@ class Plan(Shape):
         swept: Swept
         config_hash: str
 
-    cache: Metrics.Cache | None
+    cache: trial_record.Metrics.Cache | None
     more_caches: dict[str, str] = {}
     tokenizer: str = ""
     students: dict[str, str] = {}
     code: dict[str, str] = {}
     trials: list[Trial]
-
-
-class Made(NamedTuple):
-    """What a trial must have been made from; what is empty is not compared.
-
-    Args:
-        cache: the content hash of its experiment's teacher cache.
-        students: name -> fingerprint of the initial weights.
-        code: see `provenance.code_of`.
-        more_caches: other experiments' names -> content hashes of their teacher caches.
-        tokenizer: the fingerprint of the student's tokenizer.
-    """
-
-    cache: str = ""
-    students: dict[str, str] = {}
-    code: dict[str, str] = {}
-    more_caches: dict[str, str] = {}
-    tokenizer: str = ""
-
-
-NOTHING_ASKED = Made()
 
 
 class Status(NamedTuple):
@@ -87,28 +55,27 @@ def trial_status(
     run_dir: str | Path,
     trial: str,
     config_hash: str,
-    made: Made = NOTHING_ASKED,
+    made: Mapping[str, Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
 ) -> Status:
     """Whether a trial's record is whole and made from what is expected.
 
     Args:
         config_hash: the expected `TrialConfig.fingerprint()`.
-        made: what else is expected.
+        made: what else is expected, by the keys of a plan; what is empty is not compared.
         parameters: the trial's, to say which of them changed.
     """
     trials = Path(run_dir) / "trials"
     try:
-        metrics = read_record(trials / trial)
-        notebook = read_notebook(trials / f"{trial}.ipynb")
-        why = _why_stale(metrics, config_hash, made, parameters or {})
-        about = notebook["metadata"]["kd_utils"]
+        metrics = trial_record.read_record(trials / trial)
+        about = read_notebook(trials / f"{trial}.ipynb")["metadata"]["kd_utils"]
         found = (about.get("record"), about.get("config_hash"))
-        if not why and found != (metrics["checksums"]["sha256"], config_hash):
-            why = "the notebook is from another execution than metrics.json"
-        if not why:
+        if why := _why_stale(metrics, config_hash, made or {}, parameters or {}):
+            state = Status("stale", why)
+        elif found != (metrics["checksums"]["sha256"], config_hash):
+            state = Status("stale", "the notebook is from another execution than metrics.json")
+        else:
             return Status("done")
-        state = Status("stale", why)
     except RecordError as error:
         state = Status("broken", str(error))
     if cause := failure_cause(trials / f"{trial}.failed.ipynb"):
@@ -118,19 +85,20 @@ def trial_status(
 
 
 def _why_stale(
-    metrics: dict[str, Any], config_hash: str, made: Made, parameters: Mapping[str, Any]
+    metrics: dict[str, Any],
+    config_hash: str,
+    made: Mapping[str, Any],
+    parameters: Mapping[str, Any],
 ) -> str:
-    """Why a record is not what would be made now; "" if it is."""
-    config, config_then, student = metrics["config"], metrics["config_hash"], metrics.get("student")
-    if config_then != config_hash:
+    config, student = metrics["config"], metrics["config"].get("student")
+    if metrics["config_hash"] != config_hash:
         known = parameters.keys() & config.keys() - NEVER_IN_A_RESULT
-        changed = {key: config[key] for key in known if config[key] != parameters[key]}
+        changed = [key for key in known if config[key] != parameters[key]]
         # A parameter that was reset to its notebook's default is not in `parameters`.
+        then = {key: config[key] for key in changed} or {"hash": metrics["config_hash"]}
         now = {key: parameters[key] for key in changed} or {"hash": config_hash}
-        return Ingredients(config=changed or {"hash": config_then}).why_stale(
-            Ingredients(config=now)
-        )
-    weights = f"initial weights of {config.get('student')}"
+        return Ingredients(config=then).why_stale(Ingredients(config=now))
+    weights = f"initial weights of {student}"
     then = {
         "teacher cache": {
             "this experiment's": metrics["cache"]["content_hash"],
@@ -138,22 +106,21 @@ def _why_stale(
         },
         "student": {
             "tokenizer": metrics.get("tokenizer"),
-            weights: (student or {}).get("fingerprint"),
+            weights: metrics.get("student", {}).get("fingerprint"),
         },
     }
     asked = {
-        "this experiment's": made.cache,
-        **made.more_caches,
-        "tokenizer": made.tokenizer,
-        weights: made.students.get(config.get("student", ""), ""),
+        "this experiment's": (made.get("cache") or {}).get("content_hash"),
+        **made.get("more_caches", {}),
+        "tokenizer": made.get("tokenizer"),
+        weights: made.get("students", {}).get(student),
     }
     now = {
         kind: {name: asked.get(name) or value for name, value in names.items()}
         for kind, names in then.items()
     }
-    return Ingredients(then, code=metrics.get("code")).why_stale(
-        Ingredients(now, code=made.code or metrics.get("code"))
-    )
+    code = metrics.get("code")
+    return Ingredients(then, code=code).why_stale(Ingredients(now, code=made.get("code") or code))
 
 
 def read_notebook(path: str | Path) -> dict[str, Any]:
@@ -182,11 +149,11 @@ def read_notebook(path: str | Path) -> dict[str, Any]:
 
 def failure_cause(path: Path) -> str:
     """Why a trial failed, in one line, from the failed notebook; "" if there is none."""
-    if not path.exists():
-        return ""
     try:
         cause = json.loads(path.read_text(encoding="utf-8"))["metadata"]["kd_utils"]["failure"]
         return " ".join(cause.split()) or f"{path.name} does not say why"
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{path.name} does not say why"
 
@@ -201,23 +168,17 @@ def read_plan(run_dir: str | Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     plan = read_sealed(path, "checksums")
-    if plan.get("format") != FORMAT:
-        raise RecordError(f"{PLAN} is not a plan of format {FORMAT}")
-    require_shape(Plan, plan, PLAN)
+    if plan.get("format") != trial_record.FORMAT:
+        raise RecordError(f"{PLAN} is not a plan of format {trial_record.FORMAT}")
+    trial_record.require_shape(Plan, plan, PLAN)
     return plan
 
 
 def trials_with_status(run_dir: str | Path) -> list[tuple[dict[str, Any], Status]]:
     """Each planned trial with its status; without a plan, each record found."""
-    plan = read_plan(run_dir)
-    if plan is not None:
-        keys = ("students", "code", "more_caches", "tokenizer")
-        made = Made(
-            (plan["cache"] or {}).get("content_hash", ""),
-            **{key: plan[key] for key in keys if key in plan},
-        )
+    if plan := read_plan(run_dir):
         return [
-            (planned, trial_status(run_dir, planned["trial"], planned["config_hash"], made))
+            (planned, trial_status(run_dir, planned["trial"], planned["config_hash"], plan))
             for planned in plan["trials"]
         ]
     found = []
@@ -225,7 +186,7 @@ def trials_with_status(run_dir: str | Path) -> list[tuple[dict[str, Any], Status
         planned: dict[str, Any] = {"trial": path.parent.name, "swept": {}, "config_hash": None}
         status = Status("done")
         try:
-            metrics = read_record(path.parent)
+            metrics = trial_record.read_record(path.parent)
             planned["swept"] = {key: metrics["config"].get(key) for key in ("distill_type", "seed")}
             planned["config_hash"] = metrics["config_hash"]
         except RecordError as error:
@@ -242,18 +203,15 @@ def collect(run_dir: str | Path) -> pd.DataFrame:
         per key of the last epoch's metrics (empty unless done), `seconds` (whole trial),
         `peak_memory_mb`, `config_hash`.
     """
-    import pandas as pd
-
     rows, results = [], []
     for planned, state in trials_with_status(run_dir):
         swept = {f"config/{key}": value for key, value in planned["swept"].items()}
         rows.append({"trial": planned["trial"], **swept, "status": state.state, "why": state.why})
         results.append({"config_hash": planned["config_hash"]})
         if state.state == "done":
-            metrics = read_record(Path(run_dir) / "trials" / planned["trial"])
-            seconds, memory = metrics["seconds"]["total"], metrics["peak_memory_mb"]
-            about = {"seconds": seconds, "peak_memory_mb": memory}
-            results[-1] = {**metrics["final"], **about, **results[-1]}
+            metrics = trial_record.read_record(Path(run_dir) / "trials" / planned["trial"])
+            about = {key: metrics[key] for key in ("peak_memory_mb", "config_hash")}
+            results[-1] = {**metrics["final"], "seconds": metrics["seconds"]["total"], **about}
     columns = ["trial", "config/distill_type", "config/seed", "status", "why"]
     left = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
     right = pd.DataFrame(results)
@@ -264,7 +222,7 @@ def collect(run_dir: str | Path) -> pd.DataFrame:
 
 def done_records(run_dir: str | Path) -> list[dict[str, Any]]:
     """`metrics.json` of every done trial in the plan's order, and its `swept` keys."""
-    return [read_record(folder) | {"swept": swept} for folder, swept in _done(run_dir)]
+    return [trial_record.read_record(folder) | {"swept": swept} for folder, swept in _done(run_dir)]
 
 
 def predictions(run_dir: str | Path) -> pd.DataFrame:
@@ -273,11 +231,9 @@ def predictions(run_dir: str | Path) -> pd.DataFrame:
     Raises:
         RecordError: no trial is done.
     """
-    import pandas as pd
-
     tables = []
     for folder, swept in _done(run_dir):
-        table = pd.read_parquet(folder / PREDICTIONS)
+        table = pd.read_parquet(folder / trial_record.PREDICTIONS)
         for at, (key, value) in enumerate({"trial": folder.name, **swept}.items()):
             table.insert(at, key, value)
         tables.append(table)
@@ -287,7 +243,6 @@ def predictions(run_dir: str | Path) -> pd.DataFrame:
 
 
 def _done(run_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Folder and swept values of each done trial."""
     for planned, status in trials_with_status(run_dir):
         if status.state == "done":
             yield Path(run_dir) / "trials" / planned["trial"], planned["swept"]

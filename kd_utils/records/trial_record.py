@@ -7,6 +7,7 @@ notebook `trials/TRIAL.ipynb` are unchanged since they were written, in the same
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kd_utils.records.provenance import code_of, environment
-from kd_utils.store.sealed import RecordError, SealedFolder, plain
+from kd_utils.store.sealed import RecordError, SealedFolder
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FORMAT = 1
-
 PREDICTIONS = "predictions.parquet"
 
 
@@ -61,7 +61,9 @@ def report_epoch(row: dict[str, Any]) -> None:
     """Append an epoch's metrics as a JSON line to the file that KD_PROGRESS names, if any."""
     if path := os.environ.get("KD_PROGRESS"):
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(row, finite=False)) + "\n")
+            # JSON has no NaN.
+            finite = {key: value if math.isfinite(value) else None for key, value in row.items()}
+            file.write(json.dumps(finite, default=float) + "\n")
 
 
 def write_record(folder: str | Path, metrics: dict[str, Any], predictions: pd.DataFrame) -> None:
@@ -122,8 +124,7 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
     """Everything that decides a trial's numbers, as JSON values: the key of its checkpoints.
 
     Args:
-        config: the trial's (`config.trial.TrialConfig`).
-        caches: its teachers' (`cache.teacher_cache.TeacherCache`).
+        config, caches: the trial's `TrialConfig`, and the `TeacherCache` of each of its teachers.
         student: where the initial weights come from (`models.students.StudentSource`).
         precision: of matrix products.
         device: "cuda" or "cpu": sums are rounded as this kind of GPU, or this kind of CPU with this
@@ -148,8 +149,7 @@ def metrics_document(
     """What `metrics.json` says of a trial that is done.
 
     Args:
-        config, caches: as in `made_from`.
-        made: what `made_from` gave.
+        made: what `made_from` gave for the same `config` and `caches`.
         tokenizer: fingerprint of the student's tokenizer.
         meter: the trial's (`distill.meter.Meter`).
         memory: the largest memory in use, MB.

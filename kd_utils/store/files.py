@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 FULL_DISK = {
     errno.ENOSPC: "no space left on device",
     errno.EDQUOT: "disk quota exceeded",
@@ -62,19 +64,12 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left beside `folder` while they wrote it."""
-    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if not _is_another_process(leftover.name.rpartition("-")[2]):
+    leftovers = list(folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"))
+    # Asked after the names, so that a process that just began to write is among them.
+    writers = {str(number) for number in psutil.pids() if number != os.getpid()}
+    for leftover in leftovers:
+        if leftover.name.rpartition("-")[2] not in writers:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_another_process(number: str) -> bool:
-    try:
-        os.kill(int(number), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return int(number) != os.getpid()
 
 
 @contextmanager

@@ -38,10 +38,9 @@ def locked(
         _acquire(lock, folder, remedy)
     own = path.stat()
     try:
-        since = f"{datetime.now():%H:%M:%S}"
-        holder = f"{what} (process {os.getpid()} on {socket.gethostname()}, since {since})"
+        holder = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%H:%M:%S}"
         with full_disk_named(folder):
-            path.write_text(holder, encoding="utf-8")
+            path.write_text(f"{what} ({holder})", encoding="utf-8")
         yield
     finally:
         with suppress(FileNotFoundError):

@@ -97,7 +97,7 @@ class SealedFolder:
 
     def seal(self, document: dict[str, Any], checksums: dict[str, str]) -> None:
         """Write the document, with the checksums of the files that are in the folder already."""
-        document = {**plain(document, finite=True), "checksums": dict(checksums)}
+        document = {**plain(document), "checksums": dict(checksums)}
         write_sealed(self.path / self.document, document, "checksums")
 
     def read(self) -> dict[str, Any]:
@@ -141,28 +141,22 @@ class SealedFolder:
         return self.error(self._message.format(text))
 
 
-def plain(value: Any, *, finite: bool, at: str = "") -> Any:
+def plain(value: Any, at: str = "") -> Any:
     """Plain JSON values; scalars of numpy and torch become numbers.
 
-    Args:
-        finite: refuse a number that is not finite (JSON has none); otherwise it becomes null.
-
     Raises:
-        RecordError: names the place of the number.
+        RecordError: a number is not finite, which JSON cannot hold; the message names its place.
     """
     if isinstance(value, dict):
         return {
-            str(key): plain(item, finite=finite, at=f"{at}: {key}" if at else str(key))
-            for key, item in value.items()
+            str(key): plain(item, f"{at}: {key}" if at else str(key)) for key, item in value.items()
         }
     if isinstance(value, (list, tuple)):
-        return [plain(item, finite=finite, at=f"{at}[{i}]") for i, item in enumerate(value)]
+        return [plain(item, f"{at}[{i}]") for i, item in enumerate(value)]
     if hasattr(value, "item"):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
-        if finite:
-            raise RecordError(f"{at} is {value}, expected a finite number")
-        return None
+        raise RecordError(f"{at} is {value}, expected a finite number")
     return value
 
 

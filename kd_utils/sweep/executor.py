@@ -18,7 +18,7 @@ from kd_utils.cluster.machines import problem_with_files
 from kd_utils.config import project_paths
 from kd_utils.config.stages import TRAIN
 from kd_utils.records import trial_record
-from kd_utils.records.provenance import changed_files, code_of
+from kd_utils.records.provenance import Ingredients, code_of
 from kd_utils.sweep.display import Progress
 from kd_utils.sweep.execution import NotebookFailed, execute, in_thread, keep_failure
 from kd_utils.sweep.planning import Trial
@@ -137,8 +137,8 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
     """
     yield Report(job.name, "started")
     problem = problem_with_files(job.files)
-    if files := changed_files(code_of(TRAIN), job.code):
-        problem = f"the code changed since the sweep began ({files}): run the same command again"
+    if why := Ingredients(code=code_of(TRAIN)).why_stale(Ingredients(code=job.code)):
+        problem = f"the {why} since the sweep began: run the same command again"
     if problem:  # the sweep keeps the failure: the run folder here may be another one
         yield Report(job.name, "failed", cause=problem)
         return
@@ -173,8 +173,8 @@ def _about(job: Job) -> dict[str, Any]:
             f"the record has config {metrics['config_hash']}, the plan {job.trial.config_hash}"
         )
     # It may have run one version of the code and recorded another.
-    if files := changed_files(metrics.get("code", {}), job.code):
-        raise ValueError(f"the code changed while it ran ({files}): run the same command again")
+    if why := Ingredients(code=metrics.get("code", {})).why_stale(Ingredients(code=job.code)):
+        raise ValueError(f"the {why} while it ran: run the same command again")
     return {
         "trial": job.name,
         "config_hash": job.trial.config_hash,

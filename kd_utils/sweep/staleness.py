@@ -31,31 +31,29 @@ def status(
     }
 
 
-def made_of(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> run_folder.Made:
-    """What these trials must be made from now.
+def made_of(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> dict[str, Any]:
+    """What these trials must be made from now, as the plan says it (`run_folder.Plan`).
 
     Without a teacher cache this is what the earlier plan says, if there is one: trials of two
     caches are never done beside each other.
     """
     now = artifact_of(CACHE, parameters)
     if now is None:
+        unknown = {"cache": None, "more_caches": {}, "tokenizer": "", "students": {}}
         earlier = earlier_plan(run_dir)
-        keys = ("more_caches", "tokenizer", "students")
-        named = {key: earlier[key] for key in keys if key in earlier}
-        content_hash = (earlier.get("cache") or {}).get("content_hash", "")
-        return run_folder.Made(cache=content_hash, code=code_of(TRAIN), **named)
+        return {key: earlier.get(key, unknown[key]) for key in unknown} | {"code": code_of(TRAIN)}
     default = notebook_files.notebook_defaults(TRAIN)["student"]
     names = sorted({trial.parameters.get("student", default) for trial in trials})
     others = more_caches(trials, parameters)
-    return run_folder.Made(
-        cache=now["cache"]["content_hash"],
-        code=code_of(TRAIN),
-        students={name: _initial_weights(name, now["cache"]) for name in names},
-        more_caches={
+    return {
+        "cache": {key: now["cache"][key] for key in ("name", "content_hash")},
+        "more_caches": {
             name: manifest.read_manifest(folder)["content_hash"] for name, folder in others.items()
         },
-        tokenizer=_tokenizer(parameters),
-    )
+        "tokenizer": _tokenizer(parameters),
+        "students": {name: _initial_weights(name, now["cache"]) for name in names},
+        "code": code_of(TRAIN),
+    }
 
 
 def earlier_plan(run_dir: Path) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from kd_utils.sweep.execution import execute_stage
 from kd_utils.sweep.executor import Executor, Job, run_trials
 from kd_utils.sweep.planning import Trial, plan, select
 from kd_utils.sweep.staleness import (
-    artifact_of,
     earlier_plan,
     made_of,
     more_caches,
@@ -186,18 +185,12 @@ class Sweep:
 
     def _write_plan(self) -> None:
         """Write `sweep.json`: what is to be run, and what it has to be made from (`made_of`)."""
-        made = made_of(self.trials, self.run_dir, self.parameters)
-        cache = (artifact_of(CACHE, self.parameters) or earlier_plan(self.run_dir)).get("cache")
         document = {
             "format": trial_record.FORMAT,
             "name": self.name,
             "parameters": self.parameters,
             "grid": self.grid,
-            "cache": {key: cache[key] for key in ("name", "content_hash")} if cache else None,
-            "more_caches": made.more_caches,
-            "tokenizer": made.tokenizer,
-            "students": made.students,
-            "code": made.code,
+            **made_of(self.trials, self.run_dir, self.parameters),
             "trials": [asdict(trial) for trial in self.trials],
         }
         write_sealed(self.run_dir / run_folder.PLAN, document, "checksums")

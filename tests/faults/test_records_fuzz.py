@@ -112,7 +112,10 @@ def test_whatever_is_cut_off_or_missing_is_found(run_dir, times, tried):
 
 def test_a_file_of_another_trial_or_run_is_found(run_dir, times, tried):
     with mock.patch.dict(
-        stubs.MADE, cache="l" * 64, students={"tiny": "g" * 64}, code={"kd_utils/losses.py": "1"}
+        stubs.MADE,
+        cache={"name": "n", "content_hash": "l" * 64},
+        students={"tiny": "g" * 64},
+        code={"kd_utils/losses.py": "1"},
     ):
         stranger = stubs.whole_run(run_dir.parent / "of-other-code", more=0.1)
     repeated = stubs.whole_run(run_dir.parent / "of-the-same-code", more=0.2)

@@ -369,7 +369,7 @@ def test_a_trial_during_which_the_code_changed_is_not_taken_for_one_of_the_new_c
     shown = capsys.readouterr().err
     assert (
         "attention_seed0: FAILED: " in shown
-        and "the code changed while it ran (kd_utils/analysis/tables.py)" in shown
+        and "the code changed (kd_utils/analysis/tables.py) while it ran" in shown
     )
     assert planned(home, capsys)["attention_seed0"].startswith("failed")
     tried("data, tokenizer, teacher, student, config or code changed")
@@ -404,7 +404,7 @@ def test_an_edit_while_a_sweep_runs_a_second_sweep_and_a_kill_end_in_trials_of_o
     ), output
     table = run_folder.collect(run_dir).set_index("trial")
     assert list(table["status"]) == ["done", "failed", "failed"]
-    why = "the code changed since the sweep began (kd_utils/records/trial_record.py): run the same command again"
+    why = "the code changed (kd_utils/records/trial_record.py) since the sweep began: run the same command again"
     assert list(table["why"][1:]) == [why, why]
     assert (events(home)["what"] == "begins").sum() == 1, "no kernel is started for the others"
 

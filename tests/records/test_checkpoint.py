@@ -49,7 +49,7 @@ class Trial:
             self.losses.append(loss.item())
 
     def save(self, epoch=1):
-        self.checkpoint.save(epoch, {"losses": self.losses})
+        self.checkpoint.save_if_due(epoch, {"losses": self.losses})
 
     def numbers(self):
         """Everything that another epoch depends on, as bits."""
@@ -272,5 +272,5 @@ def test_nothing_is_pickled(tmp_path):
 def test_a_loss_that_is_not_finite_is_not_kept(tmp_path):
     trial = Trial(tmp_path / "t.json")
     with pytest.raises(ValueError, match=r"losses\[0\] is nan"):
-        trial.checkpoint.save(1, {"losses": [float("nan")]})
+        trial.checkpoint.save_if_due(1, {"losses": [float("nan")]})
     assert trial.checkpoint.load() is None

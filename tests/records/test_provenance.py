@@ -7,7 +7,7 @@ import pytest
 
 from kd_utils.config import notebook_files, stages
 from kd_utils.records import provenance
-from kd_utils.records.provenance import changed_files, code_of
+from kd_utils.records.provenance import Ingredients, code_of
 
 NOTEBOOK = [
     ("markdown", "# Title\nThis is no Python."),
@@ -65,6 +65,12 @@ def package(tmp_path, monkeypatch):
 
 def cells(number, kind, text):
     return [*NOTEBOOK[:number], (kind, text), *NOTEBOOK[number + 1 :]]
+
+
+def changed_files(then, now):
+    """What `Ingredients` says of two results of `code_of`, without the words around it."""
+    why = Ingredients(code=then).why_stale(Ingredients(code=now))
+    return why.removeprefix("code changed (").removesuffix(")")
 
 
 def files(names):
@@ -168,12 +174,12 @@ def test_start_counts_only_what_is_asked_for_and_the_notebook(package):
 
 
 def test_what_differs_is_told_in_a_few_words():
-    then = {f"kd_utils/{name}.py": "0" for name in "abcdef"}
+    then = {f"kd_utils/{name}.py": "0" * 12 for name in "abcdef"}
     assert changed_files(then, then) == ""
-    assert changed_files(then, then | {"kd_utils/b.py": "1"}) == "kd_utils/b.py"
+    assert changed_files(then, then | {"kd_utils/b.py": "1" * 12}) == "kd_utils/b.py"
     some = ", ".join(f"kd_utils/{name}.py" for name in "abcd")
-    assert changed_files(then, {"kd_utils/f.py": "0"}) == f"{some} and 1 more"
-    assert changed_files({}, then) == "the record does not say which code made it"
+    assert changed_files(then, {"kd_utils/f.py": "0" * 12}) == f"{some} and 1 more"
+    assert Ingredients().why_stale(Ingredients(code=then)) == "the code is not recorded"
 
 
 @pytest.mark.parametrize("stem", stages.NOTEBOOKS)

@@ -16,7 +16,7 @@ def test_status_says_why_a_trial_is_not_done(run_dir):
     trials = run_dir / "trials"
 
     def status(config_hash=HASH, trial="attention_seed0", **made):
-        return run_folder.trial_status(run_dir, trial, config_hash, run_folder.Made(**made))
+        return run_folder.trial_status(run_dir, trial, config_hash, made)
 
     assert status() == ("done", "") == status(**MADE)
     assert status("d" * 16) == ("stale", "config changed (hash)")
@@ -63,7 +63,7 @@ def test_a_whole_record_goes_before_an_older_failure(run_dir):
     ("made", "why"),
     [
         (
-            {"cache": "l" * 64},
+            {"cache": {"name": "n", "content_hash": "l" * 64}},
             "teacher cache changed (this experiment's)",
         ),
         (
@@ -90,13 +90,13 @@ def test_a_whole_record_goes_before_an_older_failure(run_dir):
     ],
 )
 def test_a_trial_of_another_cache_student_or_code_is_stale(run_dir, made, why):
-    assert run_folder.trial_status(run_dir, "attention_seed0", HASH, run_folder.Made(**made)) == (
+    assert run_folder.trial_status(run_dir, "attention_seed0", HASH, made) == (
         "stale",
         why,
     )
     write_plan(
         run_dir,
-        **{"cache": {"name": "n", "content_hash": made["cache"]}} if "cache" in made else made,
+        **made,
     )
     assert {state for _, state in run_folder.trials_with_status(run_dir)} == {("stale", why)}
     assert run_folder.done_records(run_dir) == []
@@ -105,7 +105,7 @@ def test_a_trial_of_another_cache_student_or_code_is_stale(run_dir, made, why):
 def test_what_a_plan_does_not_ask_for_does_not_count(run_dir):
     assert (
         run_folder.trial_status(
-            run_dir, "attention_seed0", HASH, run_folder.Made(students={"other": "x"})
+            run_dir, "attention_seed0", HASH, {"students": {"other": "x"}}
         ).state
         == "done"
     )
@@ -125,7 +125,7 @@ def test_a_record_without_code_and_student_is_stale_where_they_are_asked_for(run
         run_dir / "trials" / "attention_seed0.ipynb", {"config_hash": HASH, "record": sha256}
     )
     assert run_folder.trial_status(run_dir, "attention_seed0", HASH) == ("done", "")
-    for made in (run_folder.Made(code=MADE["code"]), run_folder.Made(students=MADE["students"])):
+    for made in ({"code": MADE["code"]}, {"students": MADE["students"]}):
         assert run_folder.trial_status(run_dir, "attention_seed0", HASH, made).state == "stale"
 
 

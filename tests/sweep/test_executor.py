@@ -136,14 +136,14 @@ def test_trials_in_threads_report_their_epochs_and_their_failures(run, monkeypat
 
 
 def test_a_trial_whose_files_or_code_are_others_does_not_run(stub_notebooks, monkeypatch):
-    job = Job(Trial("a", {}, "", 1, {}, []), "runs/stub", {"x.py": "1"}, {"runs/plan": "0"})
-    monkeypatch.setattr(executor, "code_of", lambda stem: {"x.py": "1"})
+    job = Job(Trial("a", {}, "", 1, {}, []), "runs/stub", {"x.py": "1" * 12}, {"runs/plan": "0"})
+    monkeypatch.setattr(executor, "code_of", lambda stem: {"x.py": "1" * 12})
     started, failed = executor.execute_trial(job, threads=1)
     assert started.kind == "started" and failed.kind == "failed" and not failed.kept
     assert failed.cause.endswith("runs/plan: No such file or directory")
-    monkeypatch.setattr(executor, "code_of", lambda stem: {"x.py": "2"})
+    monkeypatch.setattr(executor, "code_of", lambda stem: {"x.py": "2" * 12})
     *_, failed = executor.execute_trial(job, threads=1)
-    assert failed.cause.startswith("the code changed since the sweep began (x.py)")
+    assert failed.cause.startswith("the code changed (x.py) since the sweep began")
 
 
 def test_epochs_are_read_only_when_their_line_is_whole(tmp_path):
