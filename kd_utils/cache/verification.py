@@ -1,23 +1,19 @@
 """Verify a teacher cache and record the result; training refuses a cache that was not verified."""
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from kd_utils.cache.manifest import (
-    CacheError,
-    cache_code,
-    finished_caches,
-    key_digest,
-    read_manifest,
-    sealed_cache,
-)
-from kd_utils.cache.row_checks import check_recomputed, check_rows
+from kd_utils.cache import manifest as manifests
+from kd_utils.cache.manifest import CacheError
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.project_paths import project_path
+from kd_utils.models.loading import model_fingerprint
+from kd_utils.models.signal_kinds import kind_of
 from kd_utils.records.provenance import Ingredients
 from kd_utils.store.locks import locked
 from kd_utils.tokens.encoding import Example, tokenizer_files
@@ -49,47 +45,99 @@ def verify(
         CacheError: the first check that fails.
         ValueError: another process is writing this cache.
     """
-    if data is None or recompute is None:
+    records = data is not None and recompute is not None
+    manifests.read_manifest(folder)  # a lock would create the folder
+    with locked(folder, "a verification") if records else nullcontext():
+        if records:  # if a check fails, no earlier result must be left
+            (folder / "verified.json").unlink(missing_ok=True)
         cache = TeacherCache(folder, memory_bytes=0)
         if (folder / "verified.json").exists():
             _require_verified(cache)
-        return _table(_checks(cache, data, recompute, samples, tolerance))
-    read_manifest(folder)  # a lock would create the folder
-    with locked(folder, "a verification"):
-        # If a check fails, no earlier result must be left.
-        (folder / "verified.json").unlink(missing_ok=True)
-        cache = TeacherCache(folder, memory_bytes=0)
-        checks = _checks(cache, data, recompute, samples, tolerance)
-        document = {"content_hash": cache.manifest["content_hash"], "checks": checks}
-        sealed_cache(folder, "verified.json").seal(document, {})
-    return _table(checks)
+        checks = {"files": f"{len(cache.manifest['shards'])} shards, checksums equal"}
+        for split, table in (data or {}).items():
+            wanted, cached = set(table["example_id"]), set(cache.splits.get(split, []))
+            if wanted != cached:
+                raise CacheError(
+                    f"{folder.name} covers {len(wanted & cached)} of {len(wanted)} {split} rows "
+                    f"and {len(cached - wanted)} that are not in the data: run 02 again"
+                )
+            checks[f"rows, {split}"] = f"{len(cached)} of {len(wanted)}"
+        worst: dict[str, float] = {}
+        for example_id in cache.lengths:
+            for promise, off in check_row(cache.manifest, cache[example_id]).items():
+                worst[promise] = max(off, worst.get(promise, 0.0))
+        checks["values"] = f"{len(cache)} rows, shapes right, all finite"
+        checks |= {promise: f"within {off:.1e}" for promise, off in worst.items()}
+        if recompute is not None:
+            checks["recomputed"] = _check_recomputed(cache, recompute, samples, tolerance)
+        if records:
+            document = {"content_hash": cache.manifest["content_hash"], "checks": checks}
+            manifests.sealed_cache(folder, "verified.json").seal(document, {})
+    return pd.DataFrame(checks.items(), columns=["check", "result"])
 
 
-def _table(checks: dict[str, str]) -> pd.DataFrame:
-    return pd.DataFrame({"check": list(checks), "result": list(checks.values())})
+def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
+    """Check one row: shapes, finite values, and what the table of signals adds.
 
+    Returns:
+        What a kind of signal promises -> how far this row is from it (`SignalKind.check`).
 
-def _checks(
-    cache: TeacherCache,
-    data: dict[str, pd.DataFrame] | None,
-    recompute: Callable | None,
-    samples: int,
-    tolerance: float,
-) -> dict[str, str]:
-    folder, manifest = cache.folder, cache.manifest
-    checks = {"files": f"{len(manifest['shards'])} shards, checksums equal"}
-    for split, table in (data or {}).items():
-        wanted, cached = set(table["example_id"]), set(cache.splits.get(split, []))
-        if wanted != cached:
+    Raises:
+        CacheError: what is wrong with the row.
+    """
+    n, kept = len(row.tokens), {}
+    for column in manifest["dtypes"]:
+        array, kind = row.signals[column], kind_of(column)
+        if array.shape != (shape := kind.shape(n, manifest)):
             raise CacheError(
-                f"{folder.name} covers {len(wanted & cached)} of {len(wanted)} {split} rows and "
-                f"{len(cached - wanted)} that are not in the data: run 02 again"
+                f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}"
             )
-        checks[f"rows, {split}"] = f"{len(cached)} of {len(wanted)}"
-    checks |= check_rows(cache)
-    if recompute is not None:
-        checks["recomputed"] = check_recomputed(cache, recompute, samples, tolerance)
-    return checks
+        if not np.isfinite(array).all():
+            remedy = (
+                "signals to 'top_k'" if column == kind.name else f"{kind.name}_layers to others"
+            )
+            raise CacheError(
+                f"row {row.example_id}: {column} has values that are not finite: the teacher "
+                f"overflowed {array.dtype}; set {remedy} and run 02 again"
+            )
+        if kind.check:
+            try:
+                off = kind.check(array, n)
+            except ValueError as error:
+                raise CacheError(f"row {row.example_id}: {error}") from None
+            kept[kind.promise] = max(off, kept.get(kind.promise, 0.0))
+    if not 0 < row.answer_start < n:
+        raise CacheError(
+            f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens"
+        )
+    ends = row.ends
+    if ends is not None and len(ends) and (len(ends) != n or (np.diff(ends, prepend=0) < 0).any()):
+        raise CacheError(
+            f"row {row.example_id}: the byte positions where its {n} tokens end are not in order"
+        )
+    return kept
+
+
+def _check_recomputed(
+    cache: TeacherCache, recompute: Callable, samples: int, tolerance: float
+) -> str:
+    """Compare evenly spaced rows with what the teacher computes now; the result for the table."""
+    ids, worst = list(cache.lengths), 0.0
+    chosen = np.linspace(0, len(ids) - 1, min(samples, len(ids))).astype(int)
+    for stored in (cache[ids[i]] for i in chosen):
+        [fresh] = recompute(
+            [Example(stored.example_id, stored.tokens, stored.answer_start, stored.ends)]
+        )
+        for column, array in stored.signals.items():
+            if kind_of(column).recomputed:
+                old, new = array.astype(np.float32), np.asarray(fresh.signals[column], np.float32)
+                worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
+    if not worst <= tolerance:
+        raise CacheError(
+            f"{cache.folder.name}: recomputed rows differ from the stored ones by {worst:.1%}: "
+            "the teacher is not the one that was cached; run 02 again"
+        )
+    return f"{len(chosen)} rows, equal within {worst:.1e}"
 
 
 def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> TeacherCache:
@@ -111,7 +159,7 @@ def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> Teach
 
 
 def _require_verified(cache: TeacherCache) -> None:
-    sealed = sealed_cache(cache.folder, "verified.json")
+    sealed = manifests.sealed_cache(cache.folder, "verified.json")
     if sealed.read().get("content_hash") != cache.manifest["content_hash"]:
         raise sealed.problem("verified.json is from another cache")
 
@@ -126,22 +174,19 @@ def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) 
             folder, else only the name. None: any (another experiment's).
     """
     base = manifest["base_teacher"]
-    then = {"name": base}
-    now = {"name": base if teacher is None else teacher}
+    then, now = {"name": base}, {"name": base if teacher is None else teacher}
     if then == now and "base_fingerprint" in manifest and project_path(base).is_dir():
-        from kd_utils.models.loading import model_fingerprint
-
-        files = manifest.get("tokenizer_files", {})
-        then |= {f"tokenizer/{name}": digest for name, digest in files.items()}
-        files = tokenizer_files(project_path(base))
-        now |= {f"tokenizer/{name}": digest for name, digest in files.items()}
+        cached, found = manifest.get("tokenizer_files", {}), tokenizer_files(project_path(base))
+        then |= {f"tokenizer/{name}": digest for name, digest in cached.items()}
+        now |= {f"tokenizer/{name}": digest for name, digest in found.items()}
         with suppress(FileNotFoundError):  # weights that are gone did not change
             now["weights"] = model_fingerprint(base)
             then["weights"] = manifest["base_fingerprint"]
     made = Ingredients(
         data={"rows": manifest["data_hash"]}, teacher=then, code=manifest.get("code", {})
     )
-    return made.why_stale(Ingredients(data={"rows": data_hash}, teacher=now, code=cache_code()))
+    code = manifests.cache_code()
+    return made.why_stale(Ingredients(data={"rows": data_hash}, teacher=now, code=code))
 
 
 def what_changed(artifacts: Path, header: dict[str, Any]) -> str:
@@ -150,12 +195,12 @@ def what_changed(artifacts: Path, header: dict[str, Any]) -> str:
     Args:
         header: what `extraction.cache_header` gave.
     """
-    earlier = finished_caches(artifacts, header["name"])
-    digest = key_digest(header["key"])
+    earlier = manifests.finished_caches(artifacts, header["name"])
+    digest = manifests.key_digest(header["key"])
     if not earlier or any(folder.name.endswith(f"-{digest}") for folder in earlier):
         return ""
     try:
-        then = read_manifest(earlier[-1])
+        then = manifests.read_manifest(earlier[-1])
     except CacheError as error:
         return str(error)
     made, now = (

@@ -42,9 +42,7 @@ def layer_pairs(
 
 
 def teacher_layers(choice: str, count: int, total: int) -> list[int]:
-    """The teacher's layers that a cache must hold for this choice."""
-    if choice in ("reversed", "random"):
-        choice = "uniform"
+    """The teacher's layers that a cache must hold for this choice; the student's do not matter."""
     student = total if choice in NAMED else max(int(pair.split(":")[1]) for pair in choice.split())
     return sorted({teacher for teacher, _ in layer_pairs(choice, count, total, student, 0)})
 

@@ -8,18 +8,6 @@ from torch import Tensor, nn
 from kd_utils.models.signals import forward_signals
 
 
-def lm_head_weight(model: nn.Module) -> Tensor:
-    """(V, d) weight of the output layer, tied or not.
-
-    Raises:
-        ValueError: the head has a bias, which hidden state times weight would lose.
-    """
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"{type(model).__name__}'s lm_head has a bias: set signals to 'top_k'")
-    return head.weight
-
-
 @dataclass
 class OutputHead:
     """How the final hidden state h becomes logits z: u = h W^T, then z = cap tanh(scale u / cap).
@@ -54,21 +42,21 @@ class OutputHead:
 
 
 def output_head(model: nn.Module) -> OutputHead:
-    """The model's head by its configuration; `require_known_head` checks that this is all.
+    """The model's head, tied or not, by its configuration; `require_known_head` tests it.
 
     Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
     `final_logit_softcapping`.
 
     Raises:
-        ValueError: the head has a bias.
+        ValueError: the head has a bias, which hidden state times weight would lose.
     """
-    config = model.config
+    layer, config = model.get_output_embeddings(), model.config
+    if getattr(layer, "bias", None) is not None:
+        raise ValueError(f"{type(model).__name__}'s lm_head has a bias: set signals to 'top_k'")
     scale = (getattr(config, "logit_scale", None) or 1.0) / (
         getattr(config, "logits_scaling", None) or 1.0
     )
-    return OutputHead(
-        lm_head_weight(model), scale, getattr(config, "final_logit_softcapping", None)
-    )
+    return OutputHead(layer.weight, scale, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
@@ -78,7 +66,6 @@ def require_known_head(model: nn.Module, input_ids: Tensor, *, tolerance: float 
     Losses and caches rely on it. The operations are the same, so even rounding hardly differs.
 
     Args:
-        model: a causal LM.
         input_ids: (B, T), right-padded.
         tolerance: largest ||z - z'|| / ||z|| of the model's logits z and the rebuilt ones z'.
 
@@ -89,8 +76,7 @@ def require_known_head(model: nn.Module, input_ids: Tensor, *, tolerance: float 
         ValueError: the head does something that `OutputHead` lacks.
     """
     logits = model(input_ids=input_ids, use_cache=False).logits.float()
-    hidden = forward_signals(model, input_ids, want_map=False).hidden
-    rebuilt = output_head(model).logits(hidden).float()
+    rebuilt = output_head(model).logits(forward_signals(model, input_ids).hidden).float()
     difference = float((logits - rebuilt).norm() / logits.norm())
     if not difference <= tolerance:
         raise ValueError(

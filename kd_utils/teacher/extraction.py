@@ -5,50 +5,36 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from kd_utils.cache.manifest import cache_code
-from kd_utils.cache.shards import SignalsOf
-from kd_utils.config.project_paths import project_path
-from kd_utils.config.stages import CacheConfig
+from kd_utils.cache.writer import SignalsOf
+from kd_utils.config import project_paths, stages
 from kd_utils.data.prepared_data import PreparedData
-from kd_utils.models.layer_pairs import teacher_layers
-from kd_utils.models.output_head import output_head
-from kd_utils.models.signal_kinds import (
-    SIGNAL_KINDS,
-    TeacherPass,
-    captured_layers,
-    columns_of,
-    kinds_of,
-)
+from kd_utils.models import layer_pairs, output_head, signal_kinds
 from kd_utils.store.files import sha256_json
-from kd_utils.tokens.encoding import (
-    Example,
-    right_padded,
-    tokenizer_files,
-    tokenizer_fingerprint,
-)
+from kd_utils.tokens import encoding
 
 
-def cached_layers(config: CacheConfig, model: nn.Module) -> dict[str, list[int]]:
+def cached_layers(config: stages.CacheConfig, model: torch.nn.Module) -> dict[str, list[int]]:
     """The layers, counted from 1, that the cache holds of each kind that is stored per layer."""
     total = model.config.get_text_config().num_hidden_layers  # of a model that sees pictures too
-    wanted, layers = kinds_of(config.signals), {}
-    for name, kind in SIGNAL_KINDS.items():
-        if kind.per_layer:
-            choice = getattr(config, f"{name}_layers", "last")
-            chosen = teacher_layers(choice, config.paired_layers, total) if name in wanted else []
-            layers[name] = sorted({*chosen, total}) if chosen and kind.keeps_last else chosen
+    wanted, layers = signal_kinds.kinds_of(config.signals), {}
+    for name, kind in signal_kinds.SIGNAL_KINDS.items():
+        if kind.captures:
+            choice, count = getattr(config, f"{name}_layers", "last"), config.paired_layers
+            chosen = layer_pairs.teacher_layers(choice, count, total) if name in wanted else []
+            # The last hidden state gives the logits.
+            layers[name] = sorted({*chosen, total}) if chosen and name == "hidden" else chosen
     return layers
 
 
 def cache_header(
-    config: CacheConfig,
+    config: stages.CacheConfig,
     prepared: PreparedData,
     teacher: str,
     base: str,
     tuned: str,
-    model: nn.Module,
+    model: torch.nn.Module,
     tokenizer: Any,
     accuracy: dict[str, float],
 ) -> dict[str, Any]:
@@ -63,7 +49,7 @@ def cache_header(
         model, tokenizer: the teacher, loaded.
         accuracy: its accuracy on the validation rows.
     """
-    kinds = kinds_of(config.signals)
+    kinds, text = signal_kinds.kinds_of(config.signals), model.config.get_text_config()
     wanted = (
         "hidden_size",
         "num_hidden_layers",
@@ -71,11 +57,10 @@ def cache_header(
         "num_key_value_heads",
         "vocab_size",
     )
-    text = model.config.get_text_config()
     shape = {key: getattr(text, key) for key in wanted if hasattr(text, key)}
     temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
     code, layers = cache_code(), cached_layers(config, model)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = encoding.tokenizer_fingerprint(tokenizer)
     key = {
         "data": prepared.data_hash,
         "base_teacher": config.teacher,
@@ -93,13 +78,13 @@ def cache_header(
     }
     specific: dict[str, Any] = {"top_k": config.top_k} if "top_logits" in kinds else {}
     if "hidden" in kinds:
-        head = output_head(model)
+        head = output_head.output_head(model)
         specific |= {
             "hidden_size": shape["hidden_size"],
             "heads": shape["num_attention_heads"],
             "head": {"scale": head.scale, "cap": head.cap},
         }
-    folder = project_path(config.teacher)
+    folder = project_paths.project_path(config.teacher)
     return {
         "name": config.name,
         "key": key,
@@ -108,7 +93,7 @@ def cache_header(
         "base_fingerprint": base,
         "teacher": teacher,
         "teacher_revision": config.teacher_revision,
-        "tokenizer_files": tokenizer_files(folder) if folder.is_dir() else {},
+        "tokenizer_files": encoding.tokenizer_files(folder) if folder.is_dir() else {},
         "teacher_accuracy": accuracy,
         "data_hash": prepared.data_hash,
         "signals": config.signals,
@@ -123,7 +108,7 @@ def cache_header(
     }
 
 
-def signal_options(config: CacheConfig, header: dict[str, Any]) -> dict[str, Any]:
+def signal_options(config: stages.CacheConfig, header: dict[str, Any]) -> dict[str, Any]:
     """What `signal_function` is told besides the model, from `cache_header`'s result."""
     return {
         "signals": config.signals,
@@ -138,15 +123,14 @@ def column_dtypes(
     signals: str, layers: dict[str, list[int]], total: int, attention_dtype: str
 ) -> dict[str, str]:
     """The columns of a cache with these signals, and the types in which they are stored."""
-    chosen = {"attention": attention_dtype}
     return {
-        column: chosen.get(kind.name, kind.dtypes[0])
-        for column, (kind, _) in columns_of(signals, layers, total).items()
+        column: attention_dtype if kind.name == "attention" else kind.dtypes[0]
+        for column, (kind, _) in signal_kinds.columns_of(signals, layers, total).items()
     }
 
 
 def signal_function(
-    model: nn.Module,
+    model: torch.nn.Module,
     *,
     signals: str,
     top_k: int = 64,
@@ -173,73 +157,58 @@ def signal_function(
     """
     device, text = next(model.parameters()).device, model.config.get_text_config()
     total, layers = text.num_hidden_layers, layers or {}
-    columns = columns_of(signals, layers, total)
+    columns = signal_kinds.columns_of(signals, layers, total)
     dtypes = column_dtypes(signals, layers, total, attention_dtype)
     if "top_logits" in columns and top_k > text.vocab_size:
         raise ValueError(
             f"top_k is {top_k}, and the teacher has {text.vocab_size} logits: ask for fewer"
         )
-    hidden_layers, map_layers = captured_layers(columns.values())
+    captured = signal_kinds.captured_layers(columns.values())
 
     @torch.inference_mode()
-    def run(batch: list[Example]) -> Iterator[Example]:
-        padded, lengths = right_padded(batch)
+    def run(batch: list[encoding.Example]) -> Iterator[encoding.Example]:
+        padded, lengths = encoding.right_padded(batch)
         input_ids = torch.from_numpy(padded).to(device)
-        teacher = TeacherPass(
-            model, input_ids, hidden_layers, map_layers, top_k, temperatures, attention_dtype
+        teacher = signal_kinds.TeacherPass(
+            model, input_ids, *captured, top_k, temperatures, attention_dtype
         )
-        return _rows(
-            batch,
-            [
-                {
-                    column: kind.take(teacher, b, n, layer).to(getattr(torch, dtypes[column]))
-                    for column, (kind, layer) in columns.items()
-                }
-                for b, n in enumerate(lengths)
-            ],
-        )
+        taken = [
+            {
+                column: kind.take(teacher, b, n, layer).to(getattr(torch, dtypes[column]))
+                for column, (kind, layer) in columns.items()
+            }
+            for b, n in enumerate(lengths)
+        ]
+        # One copy per column, under way when this returns.
+        flat = {c: _on_host(torch.cat([row[c].flatten() for row in taken])) for c in columns}
+        copied = None if device.type != "cuda" else torch.cuda.current_stream(device).record_event()
+        return _rows(batch, flat, [{c: row[c].shape for c in columns} for row in taken], copied)
 
     return run
 
 
-def _rows(batch: list[Example], signals: list[dict[str, Tensor]]) -> Iterator[Example]:
-    """Start copying to the host, one copy per column; the rows come when it is done."""
-    columns = {
-        name: _on_host(torch.cat([row[name].flatten() for row in signals])) for name in signals[0]
-    }
-    sizes = {name: [row[name].shape for row in signals] for name in signals[0]}
-    device = signals[0][next(iter(columns))].device
-    copied = torch.cuda.Event() if device.type == "cuda" else None
+def _rows(
+    batch: list[encoding.Example],
+    flat: dict[str, torch.Tensor],
+    shapes: list[dict[str, torch.Size]],
+    copied: torch.cuda.Event | None,
+) -> Iterator[encoding.Example]:
+    """The examples with their parts of the flat columns, as soon as these are on the host."""
     if copied:
-        copied.record(torch.cuda.current_stream(device))
-
-    def rows() -> Iterator[Example]:
-        if copied:
-            copied.synchronize()
-        parts = {
-            name: [
-                part.view(shape).numpy()
-                for part, shape in zip(
-                    column.split([shape.numel() for shape in sizes[name]]), sizes[name]
-                )
-            ]
-            for name, column in columns.items()
-        }
-        for b, row in enumerate(batch):
-            yield replace(row, signals={name: arrays[b] for name, arrays in parts.items()})
-
-    return rows()
+        copied.synchronize()
+    parts = {c: flat[c].split([shape[c].numel() for shape in shapes]) for c in flat}
+    for b, (row, shape) in enumerate(zip(batch, shapes)):
+        yield replace(row, signals={c: parts[c][b].view(shape[c]).numpy() for c in flat})
 
 
-def _on_host(tensor: Tensor) -> Tensor:
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy in page-locked memory that is under way."""
     if not tensor.is_cuda:
         return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-        tensor, non_blocking=True
-    )
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
 
 
-def stored_lm_head(model: nn.Module) -> Tensor:
+def stored_lm_head(model: torch.nn.Module) -> torch.Tensor:
     """(V, d) the output layer's weight on the CPU, as the model holds it."""
-    return output_head(model).weight.detach().cpu().contiguous()
+    return output_head.output_head(model).weight.detach().cpu().contiguous()

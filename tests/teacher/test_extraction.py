@@ -93,7 +93,9 @@ def test_a_teacher_is_fine_tuned_once_and_again_when_something_changes(base, mon
     for changed in ({"teacher_seed": 1}, {"teacher_prompt_weight": 0.3}):
         assert prepare_teacher(config_for(base, **changed), ROWS, "data")[0] != name
     assert prepare_teacher(config_for(base), ROWS, "other data")[0] != name
-    monkeypatch.setattr(preparation, "cache_code", lambda: {"kd_utils/training.py": "other"})
+    monkeypatch.setattr(
+        preparation.manifest, "cache_code", lambda: {"kd_utils/training.py": "other"}
+    )
     assert prepare_teacher(config_for(base), ROWS, "data")[0] != name
 
 
