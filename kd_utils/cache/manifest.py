@@ -25,8 +25,9 @@ class CacheError(ValueError):
 @lru_cache(maxsize=1)  # what this process imported, and not what is edited while it runs
 def cache_code() -> dict[str, str]:
     """Digests of the code that decides what a cache holds (see `provenance.code_of`)."""
-    start = ("teacher.preparation", "teacher.extraction", "cache.writer")
-    return code_of("02_cache_teacher", start)
+    return code_of(
+        "02_cache_teacher", ["teacher.preparation", "teacher.extraction", "cache.writer"]
+    )
 
 
 def key_digest(key: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 from torch import Tensor
@@ -39,7 +38,6 @@ class TeacherCache:
     """The rows of a finished cache by `example_id`; all files are checked first.
 
     Args:
-        folder: the cache's folder.
         memory_bytes: how many bytes of rows are kept in memory, so that later epochs read nothing.
 
     Raises:
@@ -58,7 +56,8 @@ class TeacherCache:
             index = file.read(["example_id", "tokens"])
             ids = index["example_id"].to_pylist()
             self._place |= {example_id: (file, group) for group, example_id in enumerate(ids)}
-            self.lengths.update(zip(ids, pc.list_value_length(index["tokens"]).to_pylist()))
+            lengths = index["tokens"].combine_chunks().value_lengths()
+            self.lengths.update(zip(ids, lengths.to_pylist()))
             self.splits.setdefault(shard["split"], []).extend(ids)
 
     def read_only(self, signals: Collection[str]) -> None:
@@ -75,17 +74,13 @@ class TeacherCache:
         return len(self._place)
 
     def __getitem__(self, example_id: str) -> Example:
-        """The example's row.
-
-        Raises:
-            CacheError: no such example.
-        """
+        """The example's row; a CacheError names an example that the cache lacks."""
         if example_id in self._kept:
             return self._kept[example_id]
         if example_id not in self._place:
             raise CacheError(
-                f"{self.folder.name} has no row for example {example_id}: the data changed; run 02 "
-                f"again"
+                f"{self.folder.name} has no row for example {example_id}: the data changed; "
+                "run 02 again"
             )
         file, group = self._place[example_id]
         table = file.read_row_group(group, self._columns)
@@ -121,20 +116,12 @@ class TeacherCache:
         return {**stored, "other": whole - sum(stored.values())}
 
     def vocabulary(self) -> Vocabulary:
-        """What the ids of the tokens, and the rows of `lm_head`, spell.
-
-        Raises:
-            CacheError: the file was damaged since the cache was opened.
-        """
+        """What the tokens' ids, and the rows of `lm_head`, spell; the file is checked again."""
         file = sealed_cache(self.folder).file("vocabulary.parquet", self.manifest)
         return Vocabulary.from_table(pq.read_table(file))
 
     def lm_head(self) -> Tensor | None:
-        """(V, d) the teacher's output layer, as stored; None in a top-k cache.
-
-        Raises:
-            CacheError: the file was damaged since the cache was opened.
-        """
+        """(V, d) the teacher's output layer; None in a top-k cache. The file is checked again."""
         if "lm_head.safetensors" not in self.manifest["checksums"]:
             return None
         file = sealed_cache(self.folder).file("lm_head.safetensors", self.manifest)

@@ -32,8 +32,7 @@ def verify(
     Args:
         folder: a finished cache.
         data: split -> prepared table; the cache must have exactly its `example_id`s.
-        recompute: runs the teacher again over sampled rows (compared by relative norm).
-        samples: rows to recompute, evenly spaced.
+        recompute: runs the teacher again over `samples` evenly spaced rows.
         tolerance: largest ||stored - recomputed|| / ||recomputed||; bfloat16 in other batches gives
             up to 0.02.
 
@@ -71,8 +70,9 @@ def verify(
         if recompute is not None:
             checks["recomputed"] = _check_recomputed(cache, recompute, samples, tolerance)
         if records:
-            document = {"content_hash": cache.manifest["content_hash"], "checks": checks}
-            manifests.sealed_cache(folder, "verified.json").seal(document, {})
+            manifests.sealed_cache(folder, "verified.json").seal(
+                {"content_hash": cache.manifest["content_hash"], "checks": checks}, {}
+            )
     return pd.DataFrame(checks.items(), columns=["check", "result"])
 
 
@@ -94,7 +94,7 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
             )
         if not np.isfinite(array).all():
             remedy = (
-                "signals to 'top_k'" if column == kind.name else f"{kind.name}_layers to others"
+                f"{kind.name}_layers to others" if column != kind.name else "signals to 'top_k'"
             )
             raise CacheError(
                 f"row {row.example_id}: {column} has values that are not finite: the teacher "
@@ -102,10 +102,9 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
             )
         if kind.check:
             try:
-                off = kind.check(array, n)
+                kept[kind.promise] = max(kind.check(array, n), kept.get(kind.promise, 0.0))
             except ValueError as error:
                 raise CacheError(f"row {row.example_id}: {error}") from None
-            kept[kind.promise] = max(off, kept.get(kind.promise, 0.0))
     if not 0 < row.answer_start < n:
         raise CacheError(
             f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens"
@@ -143,9 +142,6 @@ def _check_recomputed(
 def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> TeacherCache:
     """Open a cache for training: whole, verified, and made from this data, teacher and code.
 
-    Args:
-        data_hash, teacher: as in `why_stale`.
-
     Raises:
         CacheError: what is wrong, and the remedy.
     """
@@ -168,7 +164,6 @@ def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) 
     """Why a cache is not what 02 would make now from this data and teacher; "" if it is.
 
     Args:
-        manifest: the cache's.
         data_hash: of the prepared data.
         teacher: the config's, before any fine-tuning. Weights and tokenizer are compared if it is a
             folder, else only the name. None: any (another experiment's).
@@ -182,22 +177,16 @@ def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) 
         with suppress(FileNotFoundError):  # weights that are gone did not change
             now["weights"] = model_fingerprint(base)
             then["weights"] = manifest["base_fingerprint"]
-    made = Ingredients(
-        data={"rows": manifest["data_hash"]}, teacher=then, code=manifest.get("code", {})
+    rows, code = manifest["data_hash"], manifest.get("code", {})
+    return Ingredients(data={"rows": rows}, teacher=then, code=code).why_stale(
+        Ingredients(data={"rows": data_hash}, teacher=now, code=manifests.cache_code())
     )
-    code = manifests.cache_code()
-    return made.why_stale(Ingredients(data={"rows": data_hash}, teacher=now, code=code))
 
 
 def what_changed(artifacts: Path, header: dict[str, Any]) -> str:
-    """How a cache with this header differs from its experiment's last one; "" if it exists.
-
-    Args:
-        header: what `extraction.cache_header` gave.
-    """
+    """How a cache with this header differs from its experiment's last one; "" if it exists."""
     earlier = manifests.finished_caches(artifacts, header["name"])
-    digest = manifests.key_digest(header["key"])
-    if not earlier or any(folder.name.endswith(f"-{digest}") for folder in earlier):
+    if not earlier or manifests.key_digest(header["key"]) in {path.name[-8:] for path in earlier}:
         return ""
     try:
         then = manifests.read_manifest(earlier[-1])

@@ -10,15 +10,13 @@ import json
 import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
 from safetensors.torch import save_file
@@ -36,29 +34,23 @@ SignalsOf = Callable[[list[Example]], Iterable[Example]]
 WRITERS = 2  # shards that are packed and compressed side by side
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of a cache, and the examples without signals that go into it.
-
-    `made_for` is a digest of the cache's ingredients and of the examples in this shard.
-    """
+class Shard(NamedTuple):
+    """One file of a cache, and the examples without signals that go into it."""
 
     file: str
     split: str
     rows: list[Example]
-    made_for: str
+    made_for: str  # digest of the cache's ingredients and of the examples in this shard
 
 
 def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
     """The folder for experiment `name`'s cache with this key: an earlier one, or one dated today.
 
-    Args:
-        artifacts: the project's artifacts folder.
-        key: JSON values that decide the content (data hash, teacher, tokenizer, signals, ...).
+    The key has all that decides the content, as JSON: data, teacher, tokenizer, signals and so on.
     """
     caches, digest = artifacts / "cache", manifest.key_digest(key)
-    new = caches / f"{name}-{date.today():%Y-%m-%d}-{digest}"
-    return max(caches.glob(f"{name}-????-??-??-{digest}"), default=new)
+    earlier = caches.glob(f"{name}-????-??-??-{digest}")
+    return max(earlier, default=caches / f"{name}-{date.today():%Y-%m-%d}-{digest}")
 
 
 def assemble_cache(
@@ -104,31 +96,29 @@ def assemble_cache(
                 with files.written_aside(folder / "lm_head.safetensors") as aside:
                     save_file({"lm_head": lm_head}, aside)
                     checksums["lm_head.safetensors"] = files.sha256_file(aside)
-            about_shards = [
-                {
-                    "file": shard.file,
-                    "split": shard.split,
-                    "rows": len(shard.rows),
-                    "tokens": sum(len(row.tokens) for row in shard.rows),
-                    "bytes": (folder / shard.file).stat().st_size,
-                }
-                for shard in shards
-            ]
-            counts = {split: len(rows) for split, rows in examples.items()}
-            about = {"format": manifest.FORMAT_VERSION, "shards": about_shards, "rows": counts}
+            about = {
+                "format": manifest.FORMAT_VERSION,
+                "shards": [
+                    {
+                        "file": shard.file,
+                        "split": shard.split,
+                        "rows": len(shard.rows),
+                        "tokens": sum(len(row.tokens) for row in shard.rows),
+                        "bytes": (folder / shard.file).stat().st_size,
+                    }
+                    for shard in shards
+                ],
+                "rows": {split: len(rows) for split, rows in examples.items()},
+            }
             manifest.sealed_cache(folder).seal({**header, **about}, checksums)
             document = manifest.read_manifest(folder)
-        _make_newest(folder / "manifest.json")
+        # `find_cache` takes the newest, and clocks may have been wrong before. A second, since some
+        # file systems keep whole seconds only.
+        others = {*folder.parent.glob("*/manifest.json")} - {folder / "manifest.json"}
+        newest = max([time.time_ns(), *(other.stat().st_mtime_ns + 10**9 for other in others)])
+        os.utime(folder / "manifest.json", ns=(newest, newest))
         shutil.rmtree(_notes(folder), ignore_errors=True)
     return document
-
-
-def _make_newest(path: Path) -> None:
-    """Let `find_cache` take this manifest's cache, even if a clock was wrong before."""
-    others = {*path.parents[1].glob("*/manifest.json")} - {path}
-    # Some file systems keep whole seconds only.
-    newest = max([time.time_ns(), *(other.stat().st_mtime_ns + 10**9 for other in others)])
-    os.utime(path, ns=(newest, newest))
 
 
 def plan_shards(
@@ -209,7 +199,6 @@ def write_shards(
     """Write each shard aside and rename it, while the teacher runs over the next batches.
 
     Args:
-        folder: the cache's.
         signals_of: runs the teacher over one batch and fills in the signals.
         batch_tokens: most tokens, padding included, in one batch.
         progress: wraps the list of shards, e.g. `tqdm`.
@@ -217,11 +206,11 @@ def write_shards(
     Raises:
         Exception: whatever failed in the teacher or a writer; shards that are whole stay.
     """
-    jobs: deque[Future] = deque()
+    jobs: list[Future] = []
     with ThreadPoolExecutor(WRITERS) as pool:
         for shard in progress(shards):
-            while len(jobs) >= WRITERS:
-                jobs.popleft().result()
+            if len(jobs) == WRITERS:
+                jobs.pop(0).result()
             batches: Queue = Queue(maxsize=2)
             try:
                 jobs.append(pool.submit(_write_shard, folder, shard, batches))
@@ -233,8 +222,8 @@ def write_shards(
                     batches.get_nowait()
                 batches.put(error)
                 raise
-        while jobs:
-            jobs.popleft().result()
+        for job in jobs:
+            job.result()
 
 
 def _hand_over(batches: Queue, item: Any, job: Future) -> None:
@@ -292,5 +281,7 @@ def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
             if writer:
                 writer.close()
         # Before the shard is renamed: a note without its shard only has the shard written again.
-        note = {"made_for": shard.made_for, "sha256": files.sha256_file(aside)}
-        files.write_json(_notes(folder) / f"{shard.file}.json", note)
+        files.write_json(
+            _notes(folder) / f"{shard.file}.json",
+            {"made_for": shard.made_for, "sha256": files.sha256_file(aside)},
+        )

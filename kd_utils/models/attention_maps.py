@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 #: Arguments of an attention module that change its map in a way that `Attention.map` lacks.
 UNKNOWN_TO_MAPS = {
@@ -27,9 +26,9 @@ class Attention:
         softcap: c of c * tanh(s / c), applied to the scaled scores s (Gemma 2); None: not.
     """
 
-    query: Tensor
-    key: Tensor
-    mask: Tensor | None
+    query: torch.Tensor
+    key: torch.Tensor
+    mask: torch.Tensor | None
     scaling: float
     softcap: float | None = None
 
@@ -42,11 +41,11 @@ class Attention:
         key = self.key[b, None, :, :last_query]
         return replace(self, query=self.query[b, None, :, rows], key=key, mask=mask)
 
-    def _scores(self) -> Tensor:
+    def _scores(self) -> torch.Tensor:
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
         return (self.query @ key.transpose(-1, -2)).float()
 
-    def map(self) -> Tensor:
+    def map(self) -> torch.Tensor:
         """softmax(scaling q k^T) over the keys that a query may see (Vaswani et al. 2017, eq. 1).
 
         Returns:
@@ -65,12 +64,14 @@ class Attention:
             return torch.nan_to_num(scores.softmax(-1))
         return torch.add(mask, scores, alpha=scaling).softmax(-1)
 
-    def cap_slope(self) -> Tensor:
+    def cap_slope(self) -> torch.Tensor:
         """(B, H, Q, K) derivative of the capped scores by the scaled ones, 1 - tanh^2."""
         return 1 - torch.tanh(self._scores() * (self.scaling / self.softcap)) ** 2
 
 
-def causal_places(first_query: int, last_query: int, device: torch.device | None = None) -> Tensor:
+def causal_places(
+    first_query: int, last_query: int, device: torch.device | None = None
+) -> torch.Tensor:
     """Flat places of the causal entries in query rows [first_query, last_query) of a map."""
     rows, columns = torch.tril_indices(
         last_query - first_query, last_query, offset=first_query, device=device
@@ -83,7 +84,7 @@ def causal_slice(first_query: int, last_query: int) -> tuple[int, int]:
     return first_query * (first_query + 1) // 2, last_query * (last_query + 1) // 2
 
 
-def encode_map(rows: Tensor, dtype: torch.dtype) -> Tensor:
+def encode_map(rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One example's map as a cache stores it: the causal entries, row by row.
 
     Args:
@@ -98,7 +99,7 @@ def encode_map(rows: Tensor, dtype: torch.dtype) -> Tensor:
     return packed.sqrt_().mul_(255).round_().to(dtype) if dtype == torch.uint8 else packed
 
 
-def decode_map(packed: Tensor, first_query: int, last_query: int) -> Tensor:
+def decode_map(packed: torch.Tensor, first_query: int, last_query: int) -> torch.Tensor:
     """Probabilities of query rows [first_query, last_query) that `encode_map` stored.
 
     A row of uint8 is divided by its sum, since its entries were rounded one by one.
@@ -110,8 +111,7 @@ def decode_map(packed: Tensor, first_query: int, last_query: int) -> Tensor:
         (H, last_query - first_query, last_query) float32; 0 above the diagonal.
     """
     values = packed.float().div_(255).square_() if packed.dtype == torch.uint8 else packed.float()
-    shape = (last_query - first_query, last_query)
-    rows = torch.zeros(len(packed), shape[0] * shape[1], device=packed.device)
     places = causal_places(first_query, last_query, packed.device)
-    rows = rows.index_copy_(1, places, values).unflatten(1, shape)
+    rows = torch.zeros(len(packed), last_query - first_query, last_query, device=packed.device)
+    rows.view(len(packed), -1).index_copy_(1, places, values)
     return rows.div_(rows.sum(-1, keepdim=True)) if packed.dtype == torch.uint8 else rows

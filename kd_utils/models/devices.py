@@ -12,11 +12,7 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
+    """`auto` takes a GPU if there is one; a GPU that is asked for and is not there is refused."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

@@ -48,11 +48,7 @@ def teacher_layers(choice: str, count: int, total: int) -> list[int]:
 
 
 def spaced(count: int, total: int) -> list[int]:
-    """`count` of the layers 1 to `total`, evenly spaced up to the last: spaced(3, 32) = 11 21 32.
-
-    Raises:
-        ValueError: more layers than there are.
-    """
+    """`count` of layers 1 to `total`, evenly spaced up to the last: spaced(3, 32) = 11 21 32."""
     if count > total:
         raise ValueError(
             f"paired_layers = {count}, but a model has {total} layers: choose {total} or fewer"

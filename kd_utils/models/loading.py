@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
@@ -69,7 +68,9 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
     return load_pretrained("AutoTokenizer", name, hub.TOKENIZER_FILES, revision)
 
 
-def load_causal_lm(name: str, revision: str = "", dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_causal_lm(
+    name: str, revision: str = "", dtype: torch.dtype = torch.float32
+) -> torch.nn.Module:
     """`AutoModelForCausalLM` from a folder or the hub, safetensors only, without remote code."""
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, report = load_pretrained(
@@ -83,7 +84,7 @@ def load_causal_lm(name: str, revision: str = "", dtype: torch.dtype = torch.flo
     return model
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a plain `transformers` folder (safetensors), which loads without this project."""
     import transformers
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from kd_utils.models.signals import forward_signals
 
@@ -18,7 +17,7 @@ class OutputHead:
         cap: None (z = scale u) but for Gemma 2.
     """
 
-    weight: Tensor
+    weight: torch.Tensor
     scale: float = 1.0
     cap: float | None = None
 
@@ -27,21 +26,21 @@ class OutputHead:
         """Nothing but a matrix product."""
         return self.scale == 1.0 and self.cap is None
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V), with the operations in the models' own order."""
         logits = hidden @ self.weight.T
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def slope(self, logits: Tensor) -> Tensor | float:
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
         """dz / du entry by entry, scale (1 - (z / cap)^2), from the logits z; without a cap the
         number `scale`.
         """
         return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
 
 
-def output_head(model: nn.Module) -> OutputHead:
+def output_head(model: torch.nn.Module) -> OutputHead:
     """The model's head, tied or not, by its configuration; `require_known_head` tests it.
 
     Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
@@ -60,7 +59,9 @@ def output_head(model: nn.Module) -> OutputHead:
 
 
 @torch.no_grad()
-def require_known_head(model: nn.Module, input_ids: Tensor, *, tolerance: float = 1e-5) -> float:
+def require_known_head(
+    model: torch.nn.Module, input_ids: torch.Tensor, *, tolerance: float = 1e-5
+) -> float:
     """Check that `output_head` turns the hidden state into the model's own logits.
 
     Losses and caches rely on it. The operations are the same, so even rounding hardly differs.

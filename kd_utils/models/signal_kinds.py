@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from kd_utils.models.attention_maps import encode_map
 from kd_utils.models.signals import Signals, forward_signals
@@ -25,33 +24,27 @@ class TeacherPass:
 
     Attributes:
         model: the teacher; input_ids: (B, T), padded on the right.
-        hidden_layers, map_layers: layers that `signals` must capture.
+        captured: the layers that `signals` keeps, from `captured_layers`.
         top_k: k of the largest logits; temperatures: those of `log_mass`.
         attention_dtype: how maps are stored.
+        signals: hidden states and attention, without the logits.
+        logits: (B, T, V) as the model itself computes them, whatever its output layer does.
     """
 
-    model: nn.Module
-    input_ids: Tensor
-    hidden_layers: Collection[int] = ()
-    map_layers: Collection[int] = ()
-    top_k: int = 64
-    temperatures: Sequence[float] = ()
-    attention_dtype: str = "float16"
+    model: torch.nn.Module
+    input_ids: torch.Tensor
+    captured: dict[str, set[int]]
+    top_k: int
+    temperatures: Sequence[float]
+    attention_dtype: str
     _largest: dict[int, Any] = field(default_factory=dict)
 
     @cached_property
     def signals(self) -> Signals:
-        """Hidden states and attention, without the logits."""
-        return forward_signals(
-            self.model,
-            self.input_ids,
-            hidden_layers=self.hidden_layers,
-            map_layers=self.map_layers,
-        )
+        return forward_signals(self.model, self.input_ids, **self.captured)
 
     @cached_property
-    def logits(self) -> Tensor:
-        """(B, T, V) as the model itself computes them, whatever its output layer does."""
+    def logits(self) -> torch.Tensor:
         return self.model(input_ids=self.input_ids, use_cache=False).logits
 
     def largest(self, b: int, n: int) -> Any:
@@ -84,7 +77,7 @@ class SignalKind:
     name: str
     dtypes: tuple[str, ...]
     shape: Callable[[int, dict[str, Any]], tuple[int, int]]
-    take: Callable[[TeacherPass, int, int, int], Tensor]
+    take: Callable[[TeacherPass, int, int, int], torch.Tensor]
     aligned: Literal["last_token", "map"] = "last_token"
     captures: Literal["hidden", "map"] | None = None
     check: Callable[[np.ndarray, int], float] | None = None
@@ -111,12 +104,12 @@ def map_rows_sum_to_1(packed: np.ndarray, n: int) -> float:
     return worst
 
 
-def _map(teacher: TeacherPass, b: int, n: int, layer: int) -> Tensor:
+def _map(teacher: TeacherPass, b: int, n: int, layer: int) -> torch.Tensor:
     attention = teacher.signals.attentions[layer].example(b, 0, n)
     return encode_map(attention.map()[0], getattr(torch, teacher.attention_dtype))
 
 
-def _log_mass(teacher: TeacherPass, b: int, n: int, _layer: int) -> Tensor:
+def _log_mass(teacher: TeacherPass, b: int, n: int, _layer: int) -> torch.Tensor:
     logits = teacher.logits[b, :n].float()
     return torch.stack([(logits / t).logsumexp(-1) for t in teacher.temperatures], dim=-1)
 
@@ -201,18 +194,14 @@ def kind_of(column: str) -> SignalKind:
 
 
 def kinds_of(signals: str) -> dict[str, SignalKind]:
-    """The kinds that 02's parameter `signals` asks for: a set, then further kinds by their names.
-
-    Raises:
-        ValueError: no such set or kind.
-    """
+    """The kinds that 02's parameter `signals` asks for: those of a set, then more by name."""
     first, *further = signals.split()
     return {name: kind_of(name) for name in (*SIGNAL_SETS.get(first, (first,)), *further)}
 
 
 def columns_of(
-    signals: str, layers: dict[str, list[int]], total: int
-) -> dict[str, tuple[SignalKind, int]]:
+    signals: str, layers: dict[str, list[int]], total: int, attention_dtype: str
+) -> dict[str, tuple[SignalKind, int, str]]:
     """The columns of a cache with these signals, in the order in which they are written.
 
     Args:
@@ -220,16 +209,22 @@ def columns_of(
         total: how many layers the teacher has.
 
     Returns:
-        Column -> its kind and layer (the last one, for a kind without layers).
+        Column -> its kind, its layer (the last one, for a kind without layers) and its type.
     """
     return {
-        column(name, layer, total): (kind, layer)
+        column(name, layer, total): (
+            kind,
+            layer,
+            attention_dtype if name == "attention" else kind.dtypes[0],
+        )
         for name, kind in kinds_of(signals).items()
         for layer in (layers.get(name, [total]) if kind.captures else [total])
     }
 
 
-def captured_layers(chosen: Collection[tuple[SignalKind, int]]) -> tuple[set[int], set[int]]:
-    """Whose hidden states, and whose queries and keys, a forward pass must capture for these."""
-    hidden = {layer for kind, layer in chosen if kind.captures == "hidden"}
-    return hidden, {layer for kind, layer in chosen if kind.captures == "map"}
+def captured_layers(chosen: Collection[tuple[SignalKind, int]]) -> dict[str, set[int]]:
+    """The layers of which `forward_signals` must keep something, as its keyword arguments."""
+    return {
+        f"{part}_layers": {layer for kind, layer in chosen if kind.captures == part}
+        for part in ("hidden", "map")
+    }

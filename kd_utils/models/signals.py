@@ -6,9 +6,8 @@ training builds no (B, H, T, T) tensor. Layers are numbered from 1 to L, by thei
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ from kd_utils.models.attention_maps import UNKNOWN_TO_MAPS, Attention
 IMPLEMENTATION = "keeps_queries"
 
 
-@dataclass
-class Signals:
+class Signals(NamedTuple):
     """The signals of one forward pass of a model with layers 1 to L.
 
     Attributes:
@@ -38,7 +36,7 @@ class Signals:
 def _keeps_queries(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ):
-    """The attention function that transformers calls in every layer."""
+    """The attention function that transformers calls in every layer, after `_switch_attention`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     for name, meaning in UNKNOWN_TO_MAPS.items():
@@ -49,8 +47,7 @@ def _keeps_queries(
             )
     softcap = kwargs.get("softcap")
     if keep := getattr(module, "keep", None):
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        keep(Attention(query, key, mask, scaling, softcap))
+        keep(Attention(query, key, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5, softcap))
     attend = sdpa_attention_forward if softcap is None else _softcapped_attention
     return attend(module, query, key, value, mask, **kwargs)
 
@@ -74,10 +71,12 @@ def _softcapped_attention(
 
 def attention_module(layer: nn.Module) -> nn.Module | None:
     """The attention module of a decoder layer; None for a layer without, such as a state space."""
-    numbered = (module for module in layer.modules() if hasattr(module, "layer_idx"))
-    return next(
-        (module for module in numbered if type(module).__name__.endswith("Attention")), None
+    found = (
+        module
+        for module in layer.modules()
+        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
     )
+    return next(found, None)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -96,7 +95,6 @@ def _not_captured(model: nn.Module) -> ValueError:
 
 
 def _switch_attention(model: nn.Module) -> None:
-    """Have the layers of `model` call `_keeps_queries`."""
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
     if model.config._attn_implementation != IMPLEMENTATION:
@@ -124,8 +122,8 @@ def forward_signals(
         model: a `transformers` causal LM.
         input_ids: (B, T) int64.
         attention_mask: (B, T), 1 for real tokens; needed for left padding only.
-        hidden_layers: layers whose hidden states are kept; the final hidden state always is.
-        map_layers: layers whose queries and keys are kept.
+        hidden_layers, map_layers: whose hidden states, and whose queries and keys, are kept; the
+            final hidden state always is.
 
     Raises:
         ValueError: there is no such layer, or its attention cannot be captured.

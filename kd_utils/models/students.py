@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from kd_utils.models import loading
 from kd_utils.models.signals import decoder_layers
@@ -18,10 +17,7 @@ class StudentSource(NamedTuple):
 
 
 def student_source(name: str, manifest: dict[str, Any]) -> StudentSource:
-    """The source that the parameter `student` names; "teacher" is the teacher as it was cached.
-
-    Args:
-        manifest: of the teacher's cache.
+    """The source that the parameter `student` names; "teacher" is that of this cache's manifest.
 
     Raises:
         ValueError: the teacher's weights changed after they were cached.
@@ -37,18 +33,14 @@ def student_source(name: str, manifest: dict[str, Any]) -> StudentSource:
     return StudentSource(name, revision, fingerprint)
 
 
-def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.Module:
-    """The student's initial weights, the same in every trial.
+def build_student(name: str, init: str, layers: int, revision: str = "") -> torch.nn.Module:
+    """A float32 causal LM with the student's initial weights, the same in every trial.
 
     Args:
         name: a folder or hub name.
-        init: "pretrained" takes the weights unchanged; "layers" keeps evenly spaced layers, the
-            first and the last among them (as DistilBERT, Sanh et al. 2019); "random" keeps the
-            architecture only.
-        layers: how many layers "layers" keeps.
-
-    Returns:
-        A float32 causal LM.
+        init: "pretrained" takes the weights unchanged; "layers" keeps that many evenly spaced
+            layers, the first and the last among them (as DistilBERT, Sanh et al. 2019); "random"
+            keeps the architecture only.
 
     Raises:
         ValueError: more layers than there are, or fewer than two.
@@ -73,7 +65,7 @@ def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.M
     return keep_layers(model, [round(i * (total - 1) / (layers - 1)) for i in range(layers)])
 
 
-def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
+def keep_layers(model: torch.nn.Module, indices: list[int]) -> torch.nn.Module:
     """Drop all decoder layers but `indices` (rising, from 0), in place; the rest are renumbered."""
     layers = decoder_layers(model)
     total = len(layers)
@@ -91,8 +83,8 @@ def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
     return model
 
 
-def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Linear:
+def make_projector(student_width: int, teacher_width: int, seed: int) -> torch.nn.Linear:
     """`Linear(d_student, d_teacher, bias=False)` with initial weights from this seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(student_width, teacher_width, bias=False)
+        return torch.nn.Linear(student_width, teacher_width, bias=False)

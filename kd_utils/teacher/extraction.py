@@ -14,6 +14,9 @@ from kd_utils.models import layer_pairs, output_head, signal_kinds
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens import encoding
 
+#: What the manifest says of the teacher's shape, by the names that `transformers` uses.
+SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
+
 
 def cached_layers(config: stages.CacheConfig, model: torch.nn.Module) -> dict[str, list[int]]:
     """The layers, counted from 1, that the cache holds of each kind that is stored per layer."""
@@ -41,23 +44,14 @@ def cache_header(
     """What the manifest says beside its files: the ingredients (`key` decides the folder), shapes.
 
     Args:
-        config: parameters of 02.
-        prepared: the data that is cached.
         teacher: the name that `prepare_teacher` gave.
         base, tuned: `model_fingerprint` of `config.teacher` and of `teacher`, taken before they
             were loaded.
         model, tokenizer: the teacher, loaded.
-        accuracy: its accuracy on the validation rows.
+        accuracy: of the teacher on the validation rows.
     """
     kinds, text = signal_kinds.kinds_of(config.signals), model.config.get_text_config()
-    wanted = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    shape = {key: getattr(text, key) for key in wanted if hasattr(text, key)}
+    shape = {name: getattr(text, name) for name in SHAPE if hasattr(text, name)}
     temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
     code, layers = cache_code(), cached_layers(config, model)
     fingerprint = encoding.tokenizer_fingerprint(tokenizer)
@@ -76,6 +70,9 @@ def cache_header(
         "code": sha256_json(code),
         "max_new_tokens": config.max_new_tokens,  # the teacher's accuracy depends on it
     }
+    columns = signal_kinds.columns_of(
+        config.signals, layers, shape["num_hidden_layers"], config.attention_dtype
+    )
     specific: dict[str, Any] = {"top_k": config.top_k} if "top_logits" in kinds else {}
     if "hidden" in kinds:
         head = output_head.output_head(model)
@@ -101,9 +98,7 @@ def cache_header(
         "layers": layers,
         "tokenizer_fingerprint": fingerprint,
         "temperatures": temperatures,
-        "dtypes": column_dtypes(
-            config.signals, layers, shape["num_hidden_layers"], config.attention_dtype
-        ),
+        "dtypes": {column: dtype for column, (_, _, dtype) in columns.items()},
         **specific,
     }
 
@@ -116,16 +111,6 @@ def signal_options(config: stages.CacheConfig, header: dict[str, Any]) -> dict[s
         "temperatures": header["temperatures"],
         "attention_dtype": config.attention_dtype,
         "layers": header["layers"],
-    }
-
-
-def column_dtypes(
-    signals: str, layers: dict[str, list[int]], total: int, attention_dtype: str
-) -> dict[str, str]:
-    """The columns of a cache with these signals, and the types in which they are stored."""
-    return {
-        column: attention_dtype if kind.name == "attention" else kind.dtypes[0]
-        for column, (kind, _) in signal_kinds.columns_of(signals, layers, total).items()
     }
 
 
@@ -144,45 +129,46 @@ def signal_function(
 
     Args:
         model: the teacher, in eval mode, on its device.
-        signals: what to take, as 02's parameter: "white_box" (hidden states and maps) or "top_k"
-            (the largest logits and the exact mass of the rest), then names of further kinds.
-        top_k: k of "top_k".
+        signals, top_k, attention_dtype: as 02's parameters.
         temperatures: each T for which "top_k" keeps log sum_v exp(z_v / T): the mass of the rest is
             exact for these only.
-        attention_dtype: of maps, "float16" or "uint8" (`attention_maps.encode_map`).
         layers: as `cached_layers` gives them; None: the last.
 
     Raises:
         ValueError: an unknown kind of signal, or a k above the size of the vocabulary.
     """
     device, text = next(model.parameters()).device, model.config.get_text_config()
-    total, layers = text.num_hidden_layers, layers or {}
-    columns = signal_kinds.columns_of(signals, layers, total)
-    dtypes = column_dtypes(signals, layers, total, attention_dtype)
+    columns = signal_kinds.columns_of(
+        signals, layers or {}, text.num_hidden_layers, attention_dtype
+    )
     if "top_logits" in columns and top_k > text.vocab_size:
         raise ValueError(
             f"top_k is {top_k}, and the teacher has {text.vocab_size} logits: ask for fewer"
         )
-    captured = signal_kinds.captured_layers(columns.values())
+    captured = signal_kinds.captured_layers([(kind, layer) for kind, layer, _ in columns.values()])
 
     @torch.inference_mode()
     def run(batch: list[encoding.Example]) -> Iterator[encoding.Example]:
         padded, lengths = encoding.right_padded(batch)
-        input_ids = torch.from_numpy(padded).to(device)
+        on_device = torch.from_numpy(padded).to(device)
         teacher = signal_kinds.TeacherPass(
-            model, input_ids, *captured, top_k, temperatures, attention_dtype
+            model, on_device, captured, top_k, temperatures, attention_dtype
         )
         taken = [
             {
-                column: kind.take(teacher, b, n, layer).to(getattr(torch, dtypes[column]))
-                for column, (kind, layer) in columns.items()
+                column: kind.take(teacher, b, n, layer).to(getattr(torch, dtype))
+                for column, (kind, layer, dtype) in columns.items()
             }
             for b, n in enumerate(lengths)
         ]
-        # One copy per column, under way when this returns.
-        flat = {c: _on_host(torch.cat([row[c].flatten() for row in taken])) for c in columns}
+        # One copy per column, into page-locked memory, is under way when this returns.
+        flat = {
+            column: torch.cat([row[column].flatten() for row in taken]).to("cpu", non_blocking=True)
+            for column in columns
+        }
         copied = None if device.type != "cuda" else torch.cuda.current_stream(device).record_event()
-        return _rows(batch, flat, [{c: row[c].shape for c in columns} for row in taken], copied)
+        shapes = [{column: array.shape for column, array in row.items()} for row in taken]
+        return _rows(batch, flat, shapes, copied)
 
     return run
 
@@ -196,17 +182,13 @@ def _rows(
     """The examples with their parts of the flat columns, as soon as these are on the host."""
     if copied:
         copied.synchronize()
-    parts = {c: flat[c].split([shape[c].numel() for shape in shapes]) for c in flat}
+    parts = {
+        column: values.split([shape[column].numel() for shape in shapes])
+        for column, values in flat.items()
+    }
     for b, (row, shape) in enumerate(zip(batch, shapes)):
-        yield replace(row, signals={c: parts[c][b].view(shape[c]).numpy() for c in flat})
-
-
-def _on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy in page-locked memory that is under way."""
-    if not tensor.is_cuda:
-        return tensor
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
+        arrays = {column: parts[column][b].view(shape[column]).numpy() for column in flat}
+        yield replace(row, signals=arrays)
 
 
 def stored_lm_head(model: torch.nn.Module) -> torch.Tensor:

@@ -32,13 +32,11 @@ def shard_writer(
     how: dict[str, Any],
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Callable[[list[Shard]], None]:
-    """The function that writes shards for `assemble_cache`: with `model` here, or with a pool.
-
-    The pool is on the Ray cluster that the environment variable RAY_ADDRESS names, else on this
-    machine.
+    """The function that writes shards for `assemble_cache`: with `model` here, or with a pool of
+    `config.workers` on the Ray cluster that the environment variable RAY_ADDRESS names, else on
+    this machine.
 
     Args:
-        config: parameters of 02; `config.workers` is the size of the pool.
         folder: the cache's; every machine of the cluster sees it at this path.
         model: the teacher, in eval mode, on its device.
         teacher: the name that `prepare_teacher` returned; workers load the teacher from there.
@@ -95,8 +93,9 @@ def load_signal_function(
     teacher: str, revision: str, device: str, dtype: torch.dtype, how: dict[str, Any]
 ) -> SignalsOf:
     """Load the teacher from a folder or the hub, as a function from batches to signals."""
-    model = loading.load_causal_lm(teacher, revision, dtype)
-    return signal_function(model.to(device).eval(), **how)
+    return signal_function(
+        loading.load_causal_lm(teacher, revision, dtype).to(device).eval(), **how
+    )
 
 
 def write_shards_in_pool(
@@ -109,8 +108,7 @@ def write_shards_in_pool(
     batch_tokens: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Like `write_shards`, in `workers` processes. What a worker was writing when it died is
-    written again.
+    """Like `write_shards`, in several processes. What one was writing when it died is done again.
 
     Args:
         load: called once in each worker; can be pickled.
@@ -190,8 +188,9 @@ class ShardWorker:
             try:
                 write_shards(self.folder, [shard], self._signals, batch_tokens=self.batch_tokens)
             except Exception as error:
-                text = " ".join(str(error).split())
-                self.failure = f"{shard.file}: {type(error).__name__}: {text}"
+                self.failure = (
+                    f"{shard.file}: {type(error).__name__}: {' '.join(str(error).split())}"
+                )
         return self.failure
 
     def _signals(self, batch: list[Example]) -> Iterable[Example]:

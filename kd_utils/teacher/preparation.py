@@ -37,7 +37,6 @@ def prepare_teacher(
     that it was made from changes, and no byte of it.
 
     Args:
-        config: parameters of 02.
         train: the training rows as tokens, exactly as they will be cached.
         data_hash: of the prepared data.
         progress: wraps the list of steps, e.g. `tqdm`.
@@ -148,11 +147,7 @@ def fine_tune(
 
 
 def next_token_loss(logits: torch.Tensor, batch: batches.Batch) -> torch.Tensor:
-    """Cross-entropy of every real token but the first: nats per token of prompt and answer.
-
-    Args:
-        logits: (B, T, V) for `batch.input_ids`.
-    """
+    """Cross-entropy of every real token but the first, from (B, T, V) logits: nats per token."""
     places = torch.arange(batch.input_ids.shape[1], device=logits.device)
     padding = places[None] >= torch.tensor(batch.lengths, device=logits.device)[:, None]
     labels = batch.input_ids.masked_fill(padding, -100)

@@ -23,10 +23,11 @@ from kd_utils.distill.training import loss_terms, weighted_sum
 from kd_utils.models.attention_maps import decode_map
 from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead, output_head
+from kd_utils.models.signal_kinds import columns_of
 from kd_utils.models.signals import forward_signals
 from kd_utils.models.students import make_projector
 from kd_utils.speed.step import cosine
-from kd_utils.teacher.extraction import column_dtypes, signal_function, stored_lm_head
+from kd_utils.teacher.extraction import signal_function, stored_lm_head
 from kd_utils.tokens.alignment import merge_map
 from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import PIECE, SPECIAL, Vocabulary
@@ -344,6 +345,7 @@ def make_cache(folder, model, *, vocabulary=VOCABULARY, layers=None, signals="wh
         layers = {"hidden": [], "attention": []}
         header = {"temperatures": [1.0, 2.0], "top_k": 8, **header}
     shape = {"num_hidden_layers": total, "num_attention_heads": 4, "vocab_size": 97}
+    columns = columns_of(signals, layers, total, "float16")
     header = {
         **HEADER,
         "signals": signals,
@@ -351,7 +353,7 @@ def make_cache(folder, model, *, vocabulary=VOCABULARY, layers=None, signals="wh
         "layers": layers,
         "head": {"scale": 1.0, "cap": None},
         "hidden_size": 48,
-        "dtypes": column_dtypes(signals, layers, total, "float16"),
+        "dtypes": {name: dtype for name, (_, _, dtype) in columns.items()},
         **header,
     }
     run = signal_function(model, signals=signals, top_k=8, temperatures=[1.0, 2.0], layers=layers)
