@@ -1,7 +1,6 @@
 """What a teacher cache is: a folder `NAME-DATE-KEY`, its manifest, and how a cache is found.
 
 The manifest (a `SealedFolder`'s document) is written last: without it the cache is not finished.
-What the files hold is described in `cache.teacher_cache`.
 """
 
 import re

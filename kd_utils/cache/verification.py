@@ -23,18 +23,13 @@ def verify(
     folder: Path,
     data: dict[str, pd.DataFrame] | None = None,
     recompute: Callable[[list[Example]], Iterable[Example]] | None = None,
-    *,
-    samples: int = 4,
-    tolerance: float = 0.05,
 ) -> pd.DataFrame:
     """Check files, shapes, finite values, attention rows that sum to 1, and coverage of the data.
 
     Args:
         folder: a finished cache.
         data: split -> prepared table; the cache must have exactly its `example_id`s.
-        recompute: runs the teacher again over `samples` evenly spaced rows.
-        tolerance: largest ||stored - recomputed|| / ||recomputed||; bfloat16 in other batches gives
-            up to 0.02.
+        recompute: runs the teacher again over four evenly spaced rows.
 
     Returns:
         One row per check: `check`, `result`. With `data` and `recompute` it is also written to
@@ -68,7 +63,7 @@ def verify(
         checks["values"] = f"{len(cache)} rows, shapes right, all finite"
         checks |= {promise: f"within {off:.1e}" for promise, off in worst.items()}
         if recompute is not None:
-            checks["recomputed"] = _check_recomputed(cache, recompute, samples, tolerance)
+            checks["recomputed"] = _check_recomputed(cache, recompute)
         if records:
             manifests.sealed_cache(folder, "verified.json").seal(
                 {"content_hash": cache.manifest["content_hash"], "checks": checks}, {}
@@ -85,7 +80,7 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
     Raises:
         CacheError: what is wrong with the row.
     """
-    n, kept = len(row.tokens), {}
+    n, kept = len(row.tokens), dict[str, float]()
     for column in manifest["dtypes"]:
         array, kind = row.signals[column], kind_of(column)
         if array.shape != (shape := kind.shape(n, manifest)):
@@ -117,21 +112,17 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
     return kept
 
 
-def _check_recomputed(
-    cache: TeacherCache, recompute: Callable, samples: int, tolerance: float
-) -> str:
-    """Compare evenly spaced rows with what the teacher computes now; the result for the table."""
+def _check_recomputed(cache: TeacherCache, recompute: Callable) -> str:
     ids, worst = list(cache.lengths), 0.0
-    chosen = np.linspace(0, len(ids) - 1, min(samples, len(ids))).astype(int)
+    chosen = np.linspace(0, len(ids) - 1, min(4, len(ids))).astype(int)
     for stored in (cache[ids[i]] for i in chosen):
-        [fresh] = recompute(
-            [Example(stored.example_id, stored.tokens, stored.answer_start, stored.ends)]
-        )
-        for column, array in stored.signals.items():
+        [fresh] = recompute([stored])
+        for column in stored.signals:
             if kind_of(column).recomputed:
-                old, new = array.astype(np.float32), np.asarray(fresh.signals[column], np.float32)
+                old = np.asarray(stored.signals[column], np.float32)
+                new = np.asarray(fresh.signals[column], np.float32)
                 worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
-    if not worst <= tolerance:
+    if not worst <= 0.05:  # of the norm; bfloat16 in other batches gives up to 0.02
         raise CacheError(
             f"{cache.folder.name}: recomputed rows differ from the stored ones by {worst:.1%}: "
             "the teacher is not the one that was cached; run 02 again"

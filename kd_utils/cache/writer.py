@@ -228,12 +228,10 @@ def write_shards(
 
 def _hand_over(batches: Queue, item: Any, job: Future) -> None:
     """Put `item`; if the writer has ended, raise its error instead."""
-    while True:
-        try:
+    while not job.done():
+        with suppress(Full):
             return batches.put(item, timeout=0.2)
-        except Full:
-            if job.done():
-                return job.result()
+    job.result()
 
 
 def token_batches(rows: list[Example], batch_tokens: int) -> Iterator[list[Example]]:

@@ -59,27 +59,24 @@ def output_head(model: torch.nn.Module) -> OutputHead:
 
 
 @torch.no_grad()
-def require_known_head(
-    model: torch.nn.Module, input_ids: torch.Tensor, *, tolerance: float = 1e-5
-) -> float:
+def require_known_head(model: torch.nn.Module, input_ids: torch.Tensor) -> float:
     """Check that `output_head` turns the hidden state into the model's own logits.
 
     Losses and caches rely on it. The operations are the same, so even rounding hardly differs.
 
     Args:
         input_ids: (B, T), right-padded.
-        tolerance: largest ||z - z'|| / ||z|| of the model's logits z and the rebuilt ones z'.
 
     Returns:
-        The relative difference.
+        ||z - z'|| / ||z|| of the model's logits z and the rebuilt ones z'.
 
     Raises:
-        ValueError: the head does something that `OutputHead` lacks.
+        ValueError: it is above 1e-5: the head does something that `OutputHead` lacks.
     """
     logits = model(input_ids=input_ids, use_cache=False).logits.float()
     rebuilt = output_head(model).logits(forward_signals(model, input_ids).hidden).float()
     difference = float((logits - rebuilt).norm() / logits.norm())
-    if not difference <= tolerance:
+    if not difference <= 1e-5:
         raise ValueError(
             f"{type(model).__name__}: logits rebuilt from its hidden state differ from its own by "
             f"{difference:.2%}: its head does more than a matrix product, scaling and "

@@ -150,9 +150,9 @@ def signal_function(
     @torch.inference_mode()
     def run(batch: list[encoding.Example]) -> Iterator[encoding.Example]:
         padded, lengths = encoding.right_padded(batch)
-        on_device = torch.from_numpy(padded).to(device)
+        input_ids = torch.from_numpy(padded).to(device)
         teacher = signal_kinds.TeacherPass(
-            model, on_device, captured, top_k, temperatures, attention_dtype
+            model, input_ids, captured, top_k, temperatures, attention_dtype
         )
         taken = [
             {
