@@ -12,8 +12,7 @@ from kd_utils.cache import manifest as manifests
 from kd_utils.cache.manifest import CacheError
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.project_paths import project_path
-from kd_utils.models.loading import model_fingerprint
-from kd_utils.models.signal_kinds import kind_of
+from kd_utils.models import loading, signal_kinds
 from kd_utils.records.provenance import Ingredients
 from kd_utils.store.locks import locked
 from kd_utils.tokens.encoding import Example, tokenizer_files
@@ -82,7 +81,7 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
     """
     n, kept = len(row.tokens), dict[str, float]()
     for column in manifest["dtypes"]:
-        array, kind = row.signals[column], kind_of(column)
+        array, kind = row.signals[column], signal_kinds.kind_of(column)
         if array.shape != (shape := kind.shape(n, manifest)):
             raise CacheError(
                 f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}"
@@ -118,7 +117,7 @@ def _check_recomputed(cache: TeacherCache, recompute: Callable) -> str:
     for stored in (cache[ids[i]] for i in chosen):
         [fresh] = recompute([stored])
         for column in stored.signals:
-            if kind_of(column).recomputed:
+            if signal_kinds.kind_of(column).recomputed:
                 old = np.asarray(stored.signals[column], np.float32)
                 new = np.asarray(fresh.signals[column], np.float32)
                 worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
@@ -166,7 +165,7 @@ def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) 
         then |= {f"tokenizer/{name}": digest for name, digest in cached.items()}
         now |= {f"tokenizer/{name}": digest for name, digest in found.items()}
         with suppress(FileNotFoundError):  # weights that are gone did not change
-            now["weights"] = model_fingerprint(base)
+            now["weights"] = loading.model_fingerprint(base)
             then["weights"] = manifest["base_fingerprint"]
     rows, code = manifest["data_hash"], manifest.get("code", {})
     return Ingredients(data={"rows": rows}, teacher=then, code=code).why_stale(

@@ -28,7 +28,7 @@ def amp_dtype(device: torch.device, precision: str) -> torch.dtype:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 autocast over float32 weights where `amp_dtype` says so; else it does nothing."""
+    """bfloat16 autocast over float32 weights where `amp_dtype` says so; else autocast is off."""
     half = amp_dtype(device, precision) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=half)
 

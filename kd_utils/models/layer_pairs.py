@@ -23,15 +23,16 @@ def layer_pairs(
     """
     if choice == "last":
         return [(teacher_layers, student_layers)]
-    if choice not in NAMED:
-        pairs = [tuple(map(int, pair.split(":"))) for pair in choice.split()]
-    else:
-        teacher, student = (spaced(count, total) for total in (teacher_layers, student_layers))
+    if choice in NAMED:
+        teachers, students = spaced(count, teacher_layers), spaced(count, student_layers)
         if choice == "reversed":
-            teacher = teacher[::-1]
+            teachers.reverse()
         if choice == "random":
-            random.Random(f"{seed}/layers").shuffle(teacher)
-        pairs = list(zip(teacher, student))
+            random.Random(f"{seed}/layers").shuffle(teachers)
+        pairs = list(zip(teachers, students))
+    else:
+        written = (pair.split(":") for pair in choice.split())
+        pairs = [(int(teacher), int(student)) for teacher, student in written]
     for teacher, student in pairs:
         if teacher > teacher_layers or student > student_layers:
             raise ValueError(
