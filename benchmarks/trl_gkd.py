@@ -239,7 +239,8 @@ def train_from_cache(args: argparse.Namespace) -> dict[str, Any]:
     for global_step, [batch] in enumerate(prefetched(step_batches, steps)):
         seed_step(0, global_step)
         with autocast(device, "auto"):
-            signals = forward_signals(model, batch.input_ids, want_map="attention" in weights)
+            last = [model.config.num_hidden_layers] if "attention" in weights else []
+            signals = forward_signals(model, batch.input_ids, map_layers=last)
             terms = loss_terms(
                 signals,
                 output_head(model),

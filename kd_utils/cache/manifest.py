@@ -1,7 +1,6 @@
 """What a teacher cache is: a folder `NAME-DATE-KEY`, its manifest, and how a cache is found.
 
 The manifest (a `SealedFolder`'s document) is written last: without it the cache is not finished.
-What the files hold is described in `cache.teacher_cache`.
 """
 
 import re
@@ -25,8 +24,9 @@ class CacheError(ValueError):
 @lru_cache(maxsize=1)  # what this process imported, and not what is edited while it runs
 def cache_code() -> dict[str, str]:
     """Digests of the code that decides what a cache holds (see `provenance.code_of`)."""
-    start = ("teacher.preparation", "teacher.extraction", "cache.writer")
-    return code_of("02_cache_teacher", start)
+    return code_of(
+        "02_cache_teacher", ["teacher.preparation", "teacher.extraction", "cache.writer"]
+    )
 
 
 def key_digest(key: dict[str, Any]) -> str:
@@ -36,12 +36,12 @@ def key_digest(key: dict[str, Any]) -> str:
 
 def finished_caches(artifacts: Path, name: str) -> list[Path]:
     """Folders of experiment `name`'s finished caches, the one that 02 was last asked for last."""
-    folders = [
-        path.parent
+    manifests = [
+        path
         for path in (artifacts / "cache").glob("*/manifest.json")
         if (parts := FOLDER.fullmatch(path.parent.name)) and parts["name"] == name
     ]
-    return sorted(folders, key=lambda folder: (folder / "manifest.json").stat().st_mtime_ns)
+    return [path.parent for path in sorted(manifests, key=lambda path: path.stat().st_mtime_ns)]
 
 
 def find_cache(artifacts: Path, name: str) -> Path:
@@ -78,8 +78,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise sealed.problem(
             f"manifest.json has format {manifest.get('format')}, expected {FORMAT_VERSION}"
         )
-    parts = FOLDER.fullmatch(folder.name)
-    if parts and "key" in manifest:
+    if "key" in manifest and (parts := FOLDER.fullmatch(folder.name)):
         name, key = manifest["name"], key_digest(manifest["key"])
         if (parts["name"], parts["key"]) != (name, key):
             raise sealed.problem(

@@ -1,23 +1,18 @@
 """Verify a teacher cache and record the result; training refuses a cache that was not verified."""
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from kd_utils.cache.manifest import (
-    CacheError,
-    cache_code,
-    finished_caches,
-    key_digest,
-    read_manifest,
-    sealed_cache,
-)
-from kd_utils.cache.row_checks import check_recomputed, check_rows
+from kd_utils.cache import manifest as manifests
+from kd_utils.cache.manifest import CacheError
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.project_paths import project_path
+from kd_utils.models import loading, signal_kinds
 from kd_utils.records.provenance import Ingredients
 from kd_utils.store.locks import locked
 from kd_utils.tokens.encoding import Example, tokenizer_files
@@ -27,19 +22,13 @@ def verify(
     folder: Path,
     data: dict[str, pd.DataFrame] | None = None,
     recompute: Callable[[list[Example]], Iterable[Example]] | None = None,
-    *,
-    samples: int = 4,
-    tolerance: float = 0.05,
 ) -> pd.DataFrame:
     """Check files, shapes, finite values, attention rows that sum to 1, and coverage of the data.
 
     Args:
         folder: a finished cache.
         data: split -> prepared table; the cache must have exactly its `example_id`s.
-        recompute: runs the teacher again over sampled rows (compared by relative norm).
-        samples: rows to recompute, evenly spaced.
-        tolerance: largest ||stored - recomputed|| / ||recomputed||; bfloat16 in other batches gives
-            up to 0.02.
+        recompute: runs the teacher again over four evenly spaced rows.
 
     Returns:
         One row per check: `check`, `result`. With `data` and `recompute` it is also written to
@@ -49,54 +38,99 @@ def verify(
         CacheError: the first check that fails.
         ValueError: another process is writing this cache.
     """
-    if data is None or recompute is None:
+    records = data is not None and recompute is not None
+    manifests.read_manifest(folder)  # a lock would create the folder
+    with locked(folder, "a verification") if records else nullcontext():
+        if records:  # if a check fails, no earlier result must be left
+            (folder / "verified.json").unlink(missing_ok=True)
         cache = TeacherCache(folder, memory_bytes=0)
         if (folder / "verified.json").exists():
             _require_verified(cache)
-        return _table(_checks(cache, data, recompute, samples, tolerance))
-    read_manifest(folder)  # a lock would create the folder
-    with locked(folder, "a verification"):
-        # If a check fails, no earlier result must be left.
-        (folder / "verified.json").unlink(missing_ok=True)
-        cache = TeacherCache(folder, memory_bytes=0)
-        checks = _checks(cache, data, recompute, samples, tolerance)
-        document = {"content_hash": cache.manifest["content_hash"], "checks": checks}
-        sealed_cache(folder, "verified.json").seal(document, {})
-    return _table(checks)
-
-
-def _table(checks: dict[str, str]) -> pd.DataFrame:
-    return pd.DataFrame({"check": list(checks), "result": list(checks.values())})
-
-
-def _checks(
-    cache: TeacherCache,
-    data: dict[str, pd.DataFrame] | None,
-    recompute: Callable | None,
-    samples: int,
-    tolerance: float,
-) -> dict[str, str]:
-    folder, manifest = cache.folder, cache.manifest
-    checks = {"files": f"{len(manifest['shards'])} shards, checksums equal"}
-    for split, table in (data or {}).items():
-        wanted, cached = set(table["example_id"]), set(cache.splits.get(split, []))
-        if wanted != cached:
-            raise CacheError(
-                f"{folder.name} covers {len(wanted & cached)} of {len(wanted)} {split} rows and "
-                f"{len(cached - wanted)} that are not in the data: run 02 again"
+        checks = {"files": f"{len(cache.manifest['shards'])} shards, checksums equal"}
+        for split, table in (data or {}).items():
+            wanted, cached = set(table["example_id"]), set(cache.splits.get(split, []))
+            if wanted != cached:
+                raise CacheError(
+                    f"{folder.name} covers {len(wanted & cached)} of {len(wanted)} {split} rows "
+                    f"and {len(cached - wanted)} that are not in the data: run 02 again"
+                )
+            checks[f"rows, {split}"] = f"{len(cached)} of {len(wanted)}"
+        worst: dict[str, float] = {}
+        for example_id in cache.lengths:
+            for promise, off in check_row(cache.manifest, cache[example_id]).items():
+                worst[promise] = max(off, worst.get(promise, 0.0))
+        checks["values"] = f"{len(cache)} rows, shapes right, all finite"
+        checks |= {promise: f"within {off:.1e}" for promise, off in worst.items()}
+        if recompute is not None:
+            checks["recomputed"] = _check_recomputed(cache, recompute)
+        if records:
+            manifests.sealed_cache(folder, "verified.json").seal(
+                {"content_hash": cache.manifest["content_hash"], "checks": checks}, {}
             )
-        checks[f"rows, {split}"] = f"{len(cached)} of {len(wanted)}"
-    checks |= check_rows(cache)
-    if recompute is not None:
-        checks["recomputed"] = check_recomputed(cache, recompute, samples, tolerance)
-    return checks
+    return pd.DataFrame(checks.items(), columns=["check", "result"])
+
+
+def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
+    """Check one row: shapes, finite values, and what the table of signals adds.
+
+    Returns:
+        What a kind of signal promises -> how far this row is from it (`SignalKind.check`).
+
+    Raises:
+        CacheError: what is wrong with the row.
+    """
+    n, kept = len(row.tokens), dict[str, float]()
+    for column in manifest["dtypes"]:
+        array, kind = row.signals[column], signal_kinds.kind_of(column)
+        if array.shape != (shape := kind.shape(n, manifest)):
+            raise CacheError(
+                f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}"
+            )
+        if not np.isfinite(array).all():
+            remedy = (
+                f"{kind.name}_layers to others" if column != kind.name else "signals to 'top_k'"
+            )
+            raise CacheError(
+                f"row {row.example_id}: {column} has values that are not finite: the teacher "
+                f"overflowed {array.dtype}; set {remedy} and run 02 again"
+            )
+        if kind.check:
+            try:
+                kept[kind.promise] = max(kind.check(array, n), kept.get(kind.promise, 0.0))
+            except ValueError as error:
+                raise CacheError(f"row {row.example_id}: {error}") from None
+    if not 0 < row.answer_start < n:
+        raise CacheError(
+            f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens"
+        )
+    ends = row.ends
+    if ends is not None and len(ends) and (len(ends) != n or (np.diff(ends, prepend=0) < 0).any()):
+        raise CacheError(
+            f"row {row.example_id}: the byte positions where its {n} tokens end are not in order"
+        )
+    return kept
+
+
+def _check_recomputed(cache: TeacherCache, recompute: Callable) -> str:
+    ids, worst = list(cache.lengths), 0.0
+    chosen = np.linspace(0, len(ids) - 1, min(4, len(ids))).astype(int)
+    for stored in (cache[ids[i]] for i in chosen):
+        [fresh] = recompute([stored])
+        for column in stored.signals:
+            if signal_kinds.kind_of(column).recomputed:
+                old = np.asarray(stored.signals[column], np.float32)
+                new = np.asarray(fresh.signals[column], np.float32)
+                worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
+    if not worst <= 0.05:  # of the norm; bfloat16 in other batches gives up to 0.02
+        raise CacheError(
+            f"{cache.folder.name}: recomputed rows differ from the stored ones by {worst:.1%}: "
+            "the teacher is not the one that was cached; run 02 again"
+        )
+    return f"{len(chosen)} rows, equal within {worst:.1e}"
 
 
 def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> TeacherCache:
     """Open a cache for training: whole, verified, and made from this data, teacher and code.
-
-    Args:
-        data_hash, teacher: as in `why_stale`.
 
     Raises:
         CacheError: what is wrong, and the remedy.
@@ -111,7 +145,7 @@ def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> Teach
 
 
 def _require_verified(cache: TeacherCache) -> None:
-    sealed = sealed_cache(cache.folder, "verified.json")
+    sealed = manifests.sealed_cache(cache.folder, "verified.json")
     if sealed.read().get("content_hash") != cache.manifest["content_hash"]:
         raise sealed.problem("verified.json is from another cache")
 
@@ -120,42 +154,32 @@ def why_stale(manifest: dict[str, Any], *, data_hash: str, teacher: str | None) 
     """Why a cache is not what 02 would make now from this data and teacher; "" if it is.
 
     Args:
-        manifest: the cache's.
         data_hash: of the prepared data.
         teacher: the config's, before any fine-tuning. Weights and tokenizer are compared if it is a
             folder, else only the name. None: any (another experiment's).
     """
     base = manifest["base_teacher"]
-    then = {"name": base}
-    now = {"name": base if teacher is None else teacher}
+    then, now = {"name": base}, {"name": base if teacher is None else teacher}
     if then == now and "base_fingerprint" in manifest and project_path(base).is_dir():
-        from kd_utils.models.loading import model_fingerprint
-
-        files = manifest.get("tokenizer_files", {})
-        then |= {f"tokenizer/{name}": digest for name, digest in files.items()}
-        files = tokenizer_files(project_path(base))
-        now |= {f"tokenizer/{name}": digest for name, digest in files.items()}
+        cached, found = manifest.get("tokenizer_files", {}), tokenizer_files(project_path(base))
+        then |= {f"tokenizer/{name}": digest for name, digest in cached.items()}
+        now |= {f"tokenizer/{name}": digest for name, digest in found.items()}
         with suppress(FileNotFoundError):  # weights that are gone did not change
-            now["weights"] = model_fingerprint(base)
+            now["weights"] = loading.model_fingerprint(base)
             then["weights"] = manifest["base_fingerprint"]
-    made = Ingredients(
-        data={"rows": manifest["data_hash"]}, teacher=then, code=manifest.get("code", {})
+    rows, code = manifest["data_hash"], manifest.get("code", {})
+    return Ingredients(data={"rows": rows}, teacher=then, code=code).why_stale(
+        Ingredients(data={"rows": data_hash}, teacher=now, code=manifests.cache_code())
     )
-    return made.why_stale(Ingredients(data={"rows": data_hash}, teacher=now, code=cache_code()))
 
 
 def what_changed(artifacts: Path, header: dict[str, Any]) -> str:
-    """How a cache with this header differs from its experiment's last one; "" if it exists.
-
-    Args:
-        header: what `extraction.cache_header` gave.
-    """
-    earlier = finished_caches(artifacts, header["name"])
-    digest = key_digest(header["key"])
-    if not earlier or any(folder.name.endswith(f"-{digest}") for folder in earlier):
+    """How a cache with this header differs from its experiment's last one; "" if it exists."""
+    earlier = manifests.finished_caches(artifacts, header["name"])
+    if not earlier or manifests.key_digest(header["key"]) in {path.name[-8:] for path in earlier}:
         return ""
     try:
-        then = read_manifest(earlier[-1])
+        then = manifests.read_manifest(earlier[-1])
     except CacheError as error:
         return str(error)
     made, now = (

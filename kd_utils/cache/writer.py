@@ -1,91 +1,56 @@
 """Writing a teacher cache: each shard is renamed into place, the manifest is written last.
 
-Until there is a manifest, each finished shard has a note in the folder `.NAME.shards` beside the
-cache, with its checksum and what it was made for. A run that resumes keeps the shards that agree
-with their notes, and no others.
+The teacher runs in the calling thread; writer threads pack, compress and write, so that a device
+does not wait for them, with at most a few batches in memory. Until there is a manifest, each
+finished shard has a note in the folder `.NAME.shards` beside the cache, with its checksum and what
+it was made for. A run that resumes keeps the shards that agree with their notes, and no others.
 """
-
-from __future__ import annotations
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from queue import Full, Queue
+from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
+from safetensors.torch import save_file
+from torch import Tensor
 
-from kd_utils.cache.manifest import (
-    FORMAT_VERSION,
-    CacheError,
-    check_files,
-    key_digest,
-    read_manifest,
-    sealed_cache,
-)
-from kd_utils.cache.shards import Shard, SignalsOf, _notes, plan_shards, write_shards
-from kd_utils.store.files import sha256_file, written_aside
-from kd_utils.store.locks import locked
+from kd_utils.cache import manifest
+from kd_utils.cache.teacher_cache import as_table
+from kd_utils.store import files, locks
 from kd_utils.tokens.encoding import Example
+from kd_utils.tokens.vocabulary import Vocabulary
 
-if TYPE_CHECKING:
-    from torch import Tensor
+#: Starts the teacher on one batch; the result waits for the device and gives rows with signals.
+SignalsOf = Callable[[list[Example]], Iterable[Example]]
 
-    from kd_utils.tokens.vocabulary import Vocabulary
+WRITERS = 2  # shards that are packed and compressed side by side
+
+
+class Shard(NamedTuple):
+    """One file of a cache, and the examples without signals that go into it."""
+
+    file: str
+    split: str
+    rows: list[Example]
+    made_for: str  # digest of the cache's ingredients and of the examples in this shard
 
 
 def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
-    """The folder for a cache with this key: an earlier one, or a new one dated today.
+    """The folder for experiment `name`'s cache with this key: an earlier one, or one dated today.
 
-    Args:
-        artifacts: the project's artifacts folder.
-        name: the experiment's name.
-        key: JSON values that decide the content (data hash, teacher, tokenizer, signals, ...).
+    The key has all that decides the content, as JSON: data, teacher, tokenizer, signals and so on.
     """
-    digest = key_digest(key)
-    earlier = sorted((artifacts / "cache").glob(f"{name}-????-??-??-{digest}"))
-    new = artifacts / "cache" / f"{name}-{date.today():%Y-%m-%d}-{digest}"
-    return earlier[-1] if earlier else new
-
-
-def write_cache(
-    folder: Path,
-    examples: dict[str, list[Example]],
-    signals_of: SignalsOf,
-    lm_head: Tensor | None,
-    header: dict[str, Any],
-    *,
-    shard_examples: int,
-    batch_tokens: int,
-    vocabulary: Vocabulary | None = None,
-    progress: Callable[[Iterable], Iterable] = iter,
-) -> dict[str, Any]:
-    """Run the teacher in this process and write what is missing of a cache.
-
-    Args:
-        folder: from `cache_folder`. Finished shards of a killed run are kept.
-        examples: split -> examples with tokens and no signals.
-        signals_of: runs the teacher over one batch and fills in the signals.
-        lm_head: (V, d) or None for top-k caches.
-        header: what the manifest says besides files and counts.
-        shard_examples: examples in one shard; the unit that a killed run repeats.
-        batch_tokens: most tokens, padding included, in one batch of `signals_of`.
-        vocabulary: what the teacher's ids spell, for a student with another tokenizer.
-        progress: wraps the list of shards, e.g. `tqdm`.
-
-    Returns:
-        The manifest.
-    """
-
-    def write(shards: list[Shard]) -> None:
-        write_shards(folder, shards, signals_of, batch_tokens=batch_tokens, progress=progress)
-
-    about = {"shard_examples": shard_examples, "vocabulary": vocabulary}
-    return assemble_cache(folder, examples, write, lm_head, header, **about)
+    caches, digest = artifacts / "cache", manifest.key_digest(key)
+    earlier = caches.glob(f"{name}-????-??-??-{digest}")
+    return max(earlier, default=caches / f"{name}-{date.today():%Y-%m-%d}-{digest}")
 
 
 def assemble_cache(
@@ -98,52 +63,80 @@ def assemble_cache(
     shard_examples: int,
     vocabulary: Vocabulary | None = None,
 ) -> dict[str, Any]:
-    """As `write_cache`; `write` makes the missing shards, here or on machines that see `folder`.
+    """Write what is missing of a cache.
+
+    Args:
+        folder: from `cache_folder`. Finished shards of a killed run are kept.
+        examples: split -> examples with tokens and no signals.
+        write: makes the missing shards, with `write_shards` here or on machines that see `folder`.
+        lm_head: (V, d) or None for top-k caches.
+        header: what the manifest says besides files and counts.
+        shard_examples: examples in one shard; the unit that a killed run repeats.
+        vocabulary: what the teacher's ids spell, for a student with another tokenizer.
+
+    Returns:
+        The manifest.
 
     Raises:
         ValueError: another process is writing this cache.
         OSError: the disk is full; finished shards are kept.
     """
-    with locked(folder, "a caching run"):
+    with locks.locked(folder, "a caching run"):
         _remove_half_files(folder)
         try:
-            manifest = check_files(folder)
-        except CacheError:
+            document = manifest.check_files(folder)
+        except manifest.CacheError:
             shards = plan_shards(examples, shard_examples, header.get("key", header))
             checksums = _write_missing(folder, shards, write)
             if vocabulary is not None:
-                with written_aside(folder / "vocabulary.parquet") as aside:
+                with files.written_aside(folder / "vocabulary.parquet") as aside:
                     pq.write_table(vocabulary.table(), aside, compression="zstd")
-                    checksums["vocabulary.parquet"] = sha256_file(aside)
+                    checksums["vocabulary.parquet"] = files.sha256_file(aside)
             if lm_head is not None:
-                from safetensors.torch import save_file
-
-                with written_aside(folder / "lm_head.safetensors") as aside:
+                with files.written_aside(folder / "lm_head.safetensors") as aside:
                     save_file({"lm_head": lm_head}, aside)
-                    checksums["lm_head.safetensors"] = sha256_file(aside)
-            document = {
-                **header,
-                "format": FORMAT_VERSION,
-                "shards": [_entry(folder, shard) for shard in shards],
+                    checksums["lm_head.safetensors"] = files.sha256_file(aside)
+            about = {
+                "format": manifest.FORMAT_VERSION,
+                "shards": [
+                    {
+                        "file": shard.file,
+                        "split": shard.split,
+                        "rows": len(shard.rows),
+                        "tokens": sum(len(row.tokens) for row in shard.rows),
+                        "bytes": (folder / shard.file).stat().st_size,
+                    }
+                    for shard in shards
+                ],
                 "rows": {split: len(rows) for split, rows in examples.items()},
             }
-            sealed_cache(folder).seal(document, checksums)
-            manifest = read_manifest(folder)
-        _make_newest(folder / "manifest.json")
+            manifest.sealed_cache(folder).seal({**header, **about}, checksums)
+            document = manifest.read_manifest(folder)
+        # `find_cache` takes the newest, and clocks may have been wrong before. A second, since some
+        # file systems keep whole seconds only.
+        others = {*folder.parent.glob("*/manifest.json")} - {folder / "manifest.json"}
+        newest = max([time.time_ns(), *(other.stat().st_mtime_ns + 10**9 for other in others)])
+        os.utime(folder / "manifest.json", ns=(newest, newest))
         shutil.rmtree(_notes(folder), ignore_errors=True)
-    return manifest
+    return document
 
 
-def _make_newest(manifest: Path) -> None:
-    """Let `find_cache` take this cache, even if a clock was wrong before."""
-    others = [
-        path.stat().st_mtime_ns
-        for path in manifest.parents[1].glob("*/manifest.json")
-        if path != manifest
+def plan_shards(
+    examples: dict[str, list[Example]], shard_examples: int, key: dict[str, Any]
+) -> list[Shard]:
+    """Each split's examples by length, in shards; `key` holds the cache's ingredients."""
+    return [
+        Shard(
+            f"{split}-{start // shard_examples:05d}.parquet",
+            split,
+            rows,
+            files.sha256_json({"key": key, "rows": [row.example_id for row in rows]}),
+        )
+        for split, unordered in examples.items()
+        for ordered in [sorted(unordered, key=lambda row: (len(row.tokens), row.example_id))]
+        for start in range(0, len(ordered), shard_examples)
+        for rows in [ordered[start : start + shard_examples]]
     ]
-    # Some file systems keep whole seconds only.
-    newest = max([time.time_ns(), *(other + 10**9 for other in others)])
-    os.utime(manifest, ns=(newest, newest))
 
 
 def _write_missing(
@@ -155,7 +148,7 @@ def _write_missing(
         shard
         for shard in shards
         if not (folder / shard.file).is_file()
-        or sha256_file(folder / shard.file) != known.get(shard.file)
+        or files.sha256_file(folder / shard.file) != known.get(shard.file)
     ]
     try:
         if missing:
@@ -163,32 +156,20 @@ def _write_missing(
     finally:
         _remove_half_files(folder)  # of workers that were killed
     known |= _known_checksums(folder, missing)
-    files = [shard.file for shard in shards]
-    lost = [file for file in files if file not in known or not (folder / file).is_file()]
-    if lost:
-        raise CacheError(
+    names = [shard.file for shard in shards]
+    if lost := [name for name in names if name not in known or not (folder / name).is_file()]:
+        raise manifest.CacheError(
             f"{folder.name}: {len(lost)} shards were written and are not there ({lost[0]}): do all "
             "machines of the Ray cluster see this folder? Mount it on all, or set workers to 1"
         )
-    return {file: known[file] for file in files}
-
-
-def _entry(folder: Path, shard: Shard) -> dict[str, Any]:
-    """What the manifest says about a shard."""
-    return {
-        "file": shard.file,
-        "split": shard.split,
-        "rows": len(shard.rows),
-        "tokens": sum(len(row.tokens) for row in shard.rows),
-        "bytes": (folder / shard.file).stat().st_size,
-    }
+    return {name: known[name] for name in names}
 
 
 def _known_checksums(folder: Path, shards: list[Shard]) -> dict[str, str]:
     """The checksums of those of these shards that were finished for this very cache."""
     known: dict[str, str] = {}
-    with suppress(CacheError):
-        known |= read_manifest(folder)["checksums"]
+    with suppress(manifest.CacheError):
+        known |= manifest.read_manifest(folder)["checksums"]
     for shard in shards:
         with suppress(OSError, ValueError, KeyError, TypeError):
             note = json.loads((_notes(folder) / f"{shard.file}.json").read_bytes())
@@ -197,7 +178,108 @@ def _known_checksums(folder: Path, shards: list[Shard]) -> dict[str, str]:
     return known
 
 
+def _notes(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.shards")
+
+
 def _remove_half_files(folder: Path) -> None:
     for place in (folder, _notes(folder)):
         for aside in place.glob(".*.partial-*"):
             aside.unlink(missing_ok=True)
+
+
+def write_shards(
+    folder: Path,
+    shards: list[Shard],
+    signals_of: SignalsOf,
+    *,
+    batch_tokens: int,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
+    """Write each shard aside and rename it, while the teacher runs over the next batches.
+
+    Args:
+        signals_of: runs the teacher over one batch and fills in the signals.
+        batch_tokens: most tokens, padding included, in one batch.
+        progress: wraps the list of shards, e.g. `tqdm`.
+
+    Raises:
+        Exception: whatever failed in the teacher or a writer; shards that are whole stay.
+    """
+    jobs: list[Future] = []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for shard in progress(shards):
+            if len(jobs) == WRITERS:
+                jobs.pop(0).result()
+            batches: Queue = Queue(maxsize=2)
+            try:
+                jobs.append(pool.submit(_write_shard, folder, shard, batches))
+                for batch in token_batches(shard.rows, batch_tokens):
+                    _hand_over(batches, signals_of(batch), jobs[-1])
+                _hand_over(batches, None, jobs[-1])
+            except BaseException as error:  # the writer must not wait for rows that will never come
+                while not batches.empty():
+                    batches.get_nowait()
+                batches.put(error)
+                raise
+        for job in jobs:
+            job.result()
+
+
+def _hand_over(batches: Queue, item: Any, job: Future) -> None:
+    """Put `item`; if the writer has ended, raise its error instead."""
+    while not job.done():
+        with suppress(Full):
+            return batches.put(item, timeout=0.2)
+    job.result()
+
+
+def token_batches(rows: list[Example], batch_tokens: int) -> Iterator[list[Example]]:
+    """Neighbouring rows in batches whose padded size is at most `batch_tokens`, or of one row.
+
+    A batch with an eighth of these tokens ends before a row that would make a fifth of it padding.
+    """
+    batch: list[Example] = []
+    longest = real = 0
+    for row in rows:
+        widest, padded = max(longest, len(row.tokens)), longest * len(batch)
+        grown = widest * (len(batch) + 1)
+        if batch and (
+            grown > batch_tokens
+            or padded > batch_tokens / 8
+            and real + len(row.tokens) < 0.8 * grown
+        ):
+            yield batch
+            batch, widest, real = [], len(row.tokens), 0
+        batch.append(row)
+        longest, real = widest, real + len(row.tokens)
+    if batch:
+        yield batch
+
+
+def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
+    writer = None
+    with files.written_aside(folder / shard.file) as aside:
+        try:
+            while (batch := batches.get()) is not None:
+                if isinstance(batch, BaseException):
+                    raise RuntimeError("the teacher stopped") from batch
+                for row in batch:
+                    table = as_table(row)
+                    writer = writer or pq.ParquetWriter(
+                        aside,
+                        table.schema,
+                        compression="zstd",
+                        compression_level=1,
+                        use_dictionary=False,
+                        write_statistics=False,
+                    )
+                    writer.write_table(table)
+        finally:
+            if writer:
+                writer.close()
+        # Before the shard is renamed: a note without its shard only has the shard written again.
+        files.write_json(
+            _notes(folder) / f"{shard.file}.json",
+            {"made_for": shard.made_for, "sha256": files.sha256_file(aside)},
+        )

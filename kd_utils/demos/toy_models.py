@@ -79,7 +79,7 @@ def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int)
     import pandas as pd
     import torch
 
-    from kd_utils.teacher.fine_tuning import fine_tune
+    from kd_utils.teacher.preparation import fine_tune
     from kd_utils.tokens.encoding import encode_table
 
     table = pd.DataFrame([("", *pair) for pair in text], columns=["example_id", "prompt", "answer"])

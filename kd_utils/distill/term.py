@@ -152,7 +152,7 @@ class LayerTerm(Term):
         self.pairs = pairs
         self.columns = [column(self.kind, teacher, teacher_layers) for teacher, _ in pairs]
         students = [(kind_of(self.kind), student) for _, student in pairs]
-        self.hidden_layers, self.map_layers = captured_layers(students)
+        self.hidden_layers, self.map_layers = captured_layers(students).values()
 
     def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> Tensor:
         pairs = zip(self.pairs, self.columns)

@@ -1,7 +1,6 @@
 """Devices, precision, memory and seeds."""
 
 import resource
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -13,17 +12,10 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one.
-
-    Raises:
-        ValueError: a GPU is asked for and there is none.
-    """
+    """`auto` takes a GPU if there is one; a GPU that is asked for and is not there is refused."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device = {name!r}: use 'auto', 'cpu' or 'cuda'") from None
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {name!r}, but torch sees no GPU here: use 'auto' or 'cpu'")
     return device
@@ -35,10 +27,10 @@ def amp_dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.bfloat16 if half else torch.float32
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bfloat16 autocast over float32 weights where `amp_dtype` says so, or nothing."""
-    dtype = amp_dtype(device, precision)
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bfloat16 autocast over float32 weights where `amp_dtype` says so; else autocast is off."""
+    half = amp_dtype(device, precision) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -23,15 +23,16 @@ def layer_pairs(
     """
     if choice == "last":
         return [(teacher_layers, student_layers)]
-    if choice not in NAMED:
-        pairs = [tuple(map(int, pair.split(":"))) for pair in choice.split()]
-    else:
-        teacher, student = (spaced(count, total) for total in (teacher_layers, student_layers))
+    if choice in NAMED:
+        teachers, students = spaced(count, teacher_layers), spaced(count, student_layers)
         if choice == "reversed":
-            teacher = teacher[::-1]
+            teachers.reverse()
         if choice == "random":
-            random.Random(f"{seed}/layers").shuffle(teacher)
-        pairs = list(zip(teacher, student))
+            random.Random(f"{seed}/layers").shuffle(teachers)
+        pairs = list(zip(teachers, students))
+    else:
+        written = (pair.split(":") for pair in choice.split())
+        pairs = [(int(teacher), int(student)) for teacher, student in written]
     for teacher, student in pairs:
         if teacher > teacher_layers or student > student_layers:
             raise ValueError(
@@ -42,19 +43,13 @@ def layer_pairs(
 
 
 def teacher_layers(choice: str, count: int, total: int) -> list[int]:
-    """The teacher's layers that a cache must hold for this choice."""
-    if choice in ("reversed", "random"):
-        choice = "uniform"
+    """The teacher's layers that a cache must hold for this choice; the student's do not matter."""
     student = total if choice in NAMED else max(int(pair.split(":")[1]) for pair in choice.split())
     return sorted({teacher for teacher, _ in layer_pairs(choice, count, total, student, 0)})
 
 
 def spaced(count: int, total: int) -> list[int]:
-    """`count` of the layers 1 to `total`, evenly spaced up to the last: spaced(3, 32) = 11 21 32.
-
-    Raises:
-        ValueError: more layers than there are.
-    """
+    """`count` of layers 1 to `total`, evenly spaced up to the last: spaced(3, 32) = 11 21 32."""
     if count > total:
         raise ValueError(
             f"paired_layers = {count}, but a model has {total} layers: choose {total} or fewer"

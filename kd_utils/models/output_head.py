@@ -3,21 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
 from kd_utils.models.signals import forward_signals
-
-
-def lm_head_weight(model: nn.Module) -> Tensor:
-    """(V, d) weight of the output layer, tied or not.
-
-    Raises:
-        ValueError: the head has a bias, which hidden state times weight would lose.
-    """
-    head = model.get_output_embeddings()
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"{type(model).__name__}'s lm_head has a bias: set signals to 'top_k'")
-    return head.weight
 
 
 @dataclass
@@ -30,7 +17,7 @@ class OutputHead:
         cap: None (z = scale u) but for Gemma 2.
     """
 
-    weight: Tensor
+    weight: torch.Tensor
     scale: float = 1.0
     cap: float | None = None
 
@@ -39,60 +26,57 @@ class OutputHead:
         """Nothing but a matrix product."""
         return self.scale == 1.0 and self.cap is None
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V), with the operations in the models' own order."""
         logits = hidden @ self.weight.T
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
-    def slope(self, logits: Tensor) -> Tensor | float:
+    def slope(self, logits: torch.Tensor) -> torch.Tensor | float:
         """dz / du entry by entry, scale (1 - (z / cap)^2), from the logits z; without a cap the
         number `scale`.
         """
         return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
 
 
-def output_head(model: nn.Module) -> OutputHead:
-    """The model's head by its configuration; `require_known_head` checks that this is all.
+def output_head(model: torch.nn.Module) -> OutputHead:
+    """The model's head, tied or not, by its configuration; `require_known_head` tests it.
 
     Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
     `final_logit_softcapping`.
 
     Raises:
-        ValueError: the head has a bias.
+        ValueError: the head has a bias, which hidden state times weight would lose.
     """
-    config = model.config
+    layer, config = model.get_output_embeddings(), model.config
+    if getattr(layer, "bias", None) is not None:
+        raise ValueError(f"{type(model).__name__}'s lm_head has a bias: set signals to 'top_k'")
     scale = (getattr(config, "logit_scale", None) or 1.0) / (
         getattr(config, "logits_scaling", None) or 1.0
     )
-    return OutputHead(
-        lm_head_weight(model), scale, getattr(config, "final_logit_softcapping", None)
-    )
+    return OutputHead(layer.weight, scale, getattr(config, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
-def require_known_head(model: nn.Module, input_ids: Tensor, *, tolerance: float = 1e-5) -> float:
+def require_known_head(model: torch.nn.Module, input_ids: torch.Tensor) -> float:
     """Check that `output_head` turns the hidden state into the model's own logits.
 
     Losses and caches rely on it. The operations are the same, so even rounding hardly differs.
 
     Args:
-        model: a causal LM.
         input_ids: (B, T), right-padded.
-        tolerance: largest ||z - z'|| / ||z|| of the model's logits z and the rebuilt ones z'.
 
     Returns:
-        The relative difference.
+        ||z - z'|| / ||z|| of the model's logits z and the rebuilt ones z'.
 
     Raises:
-        ValueError: the head does something that `OutputHead` lacks.
+        ValueError: it is above 1e-5: the head does something that `OutputHead` lacks.
     """
     logits = model(input_ids=input_ids, use_cache=False).logits.float()
-    hidden = forward_signals(model, input_ids, want_map=False).hidden
-    rebuilt = output_head(model).logits(hidden).float()
+    rebuilt = output_head(model).logits(forward_signals(model, input_ids).hidden).float()
     difference = float((logits - rebuilt).norm() / logits.norm())
-    if not difference <= tolerance:
+    if not difference <= 1e-5:
         raise ValueError(
             f"{type(model).__name__}: logits rebuilt from its hidden state differ from its own by "
             f"{difference:.2%}: its head does more than a matrix product, scaling and "

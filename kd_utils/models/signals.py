@@ -6,9 +6,8 @@ training builds no (B, H, T, T) tensor. Layers are numbered from 1 to L, by thei
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,36 +18,25 @@ from kd_utils.models.attention_maps import UNKNOWN_TO_MAPS, Attention
 IMPLEMENTATION = "keeps_queries"
 
 
-@dataclass
-class Signals:
-    """The signals of one forward pass of a model with L = `layer_count` layers.
+class Signals(NamedTuple):
+    """The signals of one forward pass of a model with layers 1 to L.
 
     Attributes:
         hidden: (B, T, d) final hidden state, after the last norm; `output_head` gives the logits.
-        layers: layer -> (B, T, d) hidden state after it, before any further norm; L's is `hidden`.
-        attentions: layer -> its queries and keys.
-        layer_count: L.
+        layers: layer -> (B, T, d) hidden state after it, before any further norm, for the layers
+            that were asked for, and L, whose state is `hidden`.
+        attentions: layer -> its queries and keys, for the layers that were asked for.
     """
 
     hidden: Tensor
     layers: dict[int, Tensor]
     attentions: dict[int, Attention]
-    layer_count: int
-
-    @property
-    def attention(self) -> Attention | None:
-        """The last layer's queries and keys; None if they were not asked for."""
-        return self.attentions.get(self.layer_count)
-
-    def state(self, layer: int) -> Tensor:
-        """(B, T, d) of one of the layers that were asked for, or the final one."""
-        return self.hidden if layer == self.layer_count else self.layers[layer]
 
 
 def _keeps_queries(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ):
-    """The attention function that transformers calls in every layer."""
+    """The attention function that transformers calls in every layer, after `_switch_attention`."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     for name, meaning in UNKNOWN_TO_MAPS.items():
@@ -58,10 +46,8 @@ def _keeps_queries(
                 "set signals to 'top_k' and teacher_epochs to 0; it cannot be a student"
             )
     softcap = kwargs.get("softcap")
-    if getattr(module, "keeps_queries", False):
-        module.kept = Attention(
-            query, key, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5, softcap
-        )
+    if keep := getattr(module, "keep", None):
+        keep(Attention(query, key, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5, softcap))
     attend = sdpa_attention_forward if softcap is None else _softcapped_attention
     return attend(module, query, key, value, mask, **kwargs)
 
@@ -85,27 +71,20 @@ def _softcapped_attention(
 
 def attention_module(layer: nn.Module) -> nn.Module | None:
     """The attention module of a decoder layer; None for a layer without, such as a state space."""
-    numbered = (module for module in layer.modules() if hasattr(module, "layer_idx"))
-    return next(
-        (module for module in numbered if type(module).__name__.endswith("Attention")), None
+    found = (
+        module
+        for module in layer.modules()
+        if type(module).__name__.endswith("Attention") and hasattr(module, "layer_idx")
     )
+    return next(found, None)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers: the list whose members have attention.
-
-    Raises:
-        ValueError: there is no such list.
-    """
+    """The model's decoder layers: the list whose members have attention; else a ValueError."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and any(attention_module(layer) for layer in module):
             return module
     raise _not_captured(model)
-
-
-def layer_count(model: nn.Module) -> int:
-    """L, the number of decoder layers."""
-    return len(decoder_layers(model))
 
 
 def _not_captured(model: nn.Module) -> ValueError:
@@ -116,17 +95,11 @@ def _not_captured(model: nn.Module) -> ValueError:
 
 
 def _switch_attention(model: nn.Module) -> None:
-    """Have the layers of `model` call `_keeps_queries`.
-
-    Raises:
-        ValueError: the model does not use `transformers.AttentionInterface`.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
     if model.config._attn_implementation != IMPLEMENTATION:
         AttentionInterface.register(IMPLEMENTATION, _keeps_queries)
-        AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+        AttentionMaskInterface.register(IMPLEMENTATION, masking_utils.sdpa_mask)
         model.set_attn_implementation(IMPLEMENTATION)
     if model.config._attn_implementation != IMPLEMENTATION:
         raise _not_captured(model)
@@ -138,8 +111,7 @@ def forward_signals(
     attention_mask: Tensor | None = None,
     *,
     hidden_layers: Collection[int] = (),
-    map_layers: Collection[int] | None = None,
-    want_map: bool = True,
+    map_layers: Collection[int] = (),
 ) -> Signals:
     """One forward pass of a causal LM, without its `lm_head`.
 
@@ -150,17 +122,14 @@ def forward_signals(
         model: a `transformers` causal LM.
         input_ids: (B, T) int64.
         attention_mask: (B, T), 1 for real tokens; needed for left padding only.
-        hidden_layers: layers whose hidden states are kept; the final hidden state always is.
-        map_layers: layers whose queries and keys are kept; None: those of the last layer.
-        want_map: with `map_layers` None, whether the last layer's are kept.
+        hidden_layers, map_layers: whose hidden states, and whose queries and keys, are kept; the
+            final hidden state always is.
 
     Raises:
         ValueError: there is no such layer, or its attention cannot be captured.
     """
     _switch_attention(model)
     layers = decoder_layers(model)
-    if map_layers is None:
-        map_layers = (len(layers),) if want_map else ()
     for number in (*hidden_layers, *map_layers):
         if not 1 <= number <= len(layers):
             raise ValueError(
@@ -172,27 +141,26 @@ def forward_signals(
             f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map"
         )
     states: dict[int, Tensor] = {}
+    attentions: dict[int, Attention] = {}
     hooks = [
         layers[number - 1].register_forward_hook(partial(_keep_state, states, number))
-        for number in set(hidden_layers)
+        for number in {*hidden_layers} - {len(layers)}
     ]
     try:
-        for module in attending.values():
-            module.keeps_queries, module.kept = True, None
+        for number, module in attending.items():
+            module.keep = partial(attentions.__setitem__, number)
         hidden = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False
         ).last_hidden_state
-        attentions = {number: module.kept for number, module in attending.items()}
     finally:
         for hook in hooks:
             hook.remove()
         for module in attending.values():
-            module.keeps_queries, module.kept = False, None
-    if None in attentions.values():
+            module.keep = None
+    if len(attentions) < len(attending):
         raise _not_captured(model)
-    if len(layers) in states:
-        states[len(layers)] = hidden  # after the last norm
-    return Signals(hidden, states, attentions, len(layers))
+    states[len(layers)] = hidden  # after the last norm
+    return Signals(hidden, states, attentions)
 
 
 def _keep_state(

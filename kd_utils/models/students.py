@@ -3,20 +3,13 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from kd_utils.models.loading import (
-    _load,
-    load_causal_lm,
-    model_fingerprint,
-)
+from kd_utils.models import loading
 from kd_utils.models.signals import decoder_layers
 
 
 class StudentSource(NamedTuple):
-    """Where the student's initial weights come from: a folder or hub name, its revision, and a
-    fingerprint of its content.
-    """
+    """Where the student's initial weights come from; `fingerprint` is that of their content."""
 
     name: str
     revision: str
@@ -24,67 +17,55 @@ class StudentSource(NamedTuple):
 
 
 def student_source(name: str, manifest: dict[str, Any]) -> StudentSource:
-    """The source that the parameter `student` names; "teacher" is the teacher as it was cached.
-
-    Args:
-        manifest: of the teacher's cache.
+    """The source that the parameter `student` names; "teacher" is that of this cache's manifest.
 
     Raises:
         ValueError: the teacher's weights changed after they were cached.
     """
     if name != "teacher":
-        return StudentSource(name, "", model_fingerprint(name))
+        return StudentSource(name, "", loading.model_fingerprint(name))
     name, revision = manifest["teacher"], manifest["teacher_revision"]
-    source = StudentSource(name, revision, model_fingerprint(name, revision))
-    if source.fingerprint != manifest["key"]["teacher"]:
+    fingerprint = loading.model_fingerprint(name, revision)
+    if fingerprint != manifest["key"]["teacher"]:
         raise ValueError(
             f"the weights of {name} are not those that were cached: run 02_cache_teacher again"
         )
-    return source
+    return StudentSource(name, revision, fingerprint)
 
 
-def build_student(name: str, init: str, layers: int, revision: str = "") -> nn.Module:
-    """The student's initial weights, the same in every trial.
+def build_student(name: str, init: str, layers: int, revision: str = "") -> torch.nn.Module:
+    """A float32 causal LM with the student's initial weights, the same in every trial.
 
     Args:
         name: a folder or hub name.
-        init: "pretrained" takes the weights unchanged; "layers" keeps evenly spaced layers, the
-            first and the last among them (as DistilBERT, Sanh et al. 2019); "random" keeps the
-            architecture only.
-        layers: how many layers "layers" keeps.
-
-    Returns:
-        A float32 causal LM.
-    """
-    if init == "random":
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(
-                _load(AutoConfig, name, revision, ("*.json",)), dtype=torch.float32
-            )
-        return model.eval()  # without dropout, as a model with weights is loaded
-    model = load_causal_lm(name, revision)
-    if init == "pretrained":
-        return model
-    return keep_layers(model, evenly_spaced(model.config.num_hidden_layers, layers))
-
-
-def evenly_spaced(total: int, keep: int) -> list[int]:
-    """`keep` of `total` layer indices, with the first and the last: (30, 6) = 0 6 12 17 23 29.
+        init: "pretrained" takes the weights unchanged; "layers" keeps that many evenly spaced
+            layers, the first and the last among them (as DistilBERT, Sanh et al. 2019); "random"
+            keeps the architecture only.
 
     Raises:
         ValueError: more layers than there are, or fewer than two.
     """
-    if not 2 <= keep <= total:
+    if init == "random":
+        from transformers import AutoModelForCausalLM
+
+        config = loading.load_pretrained("AutoConfig", name, ("*.json",), revision)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model.eval()  # without dropout, as a model with weights is loaded
+    model = loading.load_causal_lm(name, revision)
+    if init == "pretrained":
+        return model
+    total = model.config.num_hidden_layers
+    if not 2 <= layers <= total:
         raise ValueError(
-            f"student_layers = {keep}: choose 2 to {total}, the model has {total} layers"
+            f"student_layers = {layers}: choose 2 to {total}, the model has {total} layers"
         )
-    return [round(i * (total - 1) / (keep - 1)) for i in range(keep)]
+    # Of 30 layers, 6 are 0 6 12 17 23 29.
+    return keep_layers(model, [round(i * (total - 1) / (layers - 1)) for i in range(layers)])
 
 
-def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
+def keep_layers(model: torch.nn.Module, indices: list[int]) -> torch.nn.Module:
     """Drop all decoder layers but `indices` (rising, from 0), in place; the rest are renumbered."""
     layers = decoder_layers(model)
     total = len(layers)
@@ -102,8 +83,8 @@ def keep_layers(model: nn.Module, indices: list[int]) -> nn.Module:
     return model
 
 
-def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Linear:
+def make_projector(student_width: int, teacher_width: int, seed: int) -> torch.nn.Linear:
     """`Linear(d_student, d_teacher, bias=False)` with initial weights from this seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Linear(student_width, teacher_width, bias=False)
+        return torch.nn.Linear(student_width, teacher_width, bias=False)

@@ -1,6 +1,7 @@
 """Writing a teacher cache of the benchmark's rows: its time and its size."""
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from kd_utils.cache.shards import token_batches
 from kd_utils.cache.teacher_cache import TeacherCache
-from kd_utils.cache.writer import write_cache
+from kd_utils.cache.writer import assemble_cache, token_batches, write_shards
 from kd_utils.speed.workload import random_rows
 from kd_utils.teacher.extraction import signal_function, stored_lm_head
 from kd_utils.tokens.encoding import Example, right_padded
@@ -43,15 +43,10 @@ def write_sample(
         "temperatures": [],
         "dtypes": {"hidden": "float16", "attention": attention_dtype},
     }
-    return write_cache(
-        Path(folder),
-        {"train": rows},
-        signal_function(teacher, signals="white_box", attention_dtype=attention_dtype),
-        stored_lm_head(teacher),
-        header,
-        shard_examples=256,
-        batch_tokens=batch_tokens,
-    )
+    run = signal_function(teacher, signals="white_box", attention_dtype=attention_dtype)
+    write = partial(write_shards, Path(folder), signals_of=run, batch_tokens=batch_tokens)
+    lm_head = stored_lm_head(teacher)
+    return assemble_cache(Path(folder), {"train": rows}, write, lm_head, header, shard_examples=256)
 
 
 @torch.inference_mode()

@@ -104,8 +104,9 @@ class StepBench:
         """The unweighted loss terms of a batch, at the config's temperature if none is given."""
         self.kd.temperature = temperature or self.config.temperature
         with autocast(self.device, self.config.precision):
+            last = [self.student.config.num_hidden_layers] if "attention" in terms else []
             return loss_terms(
-                forward_signals(self.student, batch.input_ids, want_map="attention" in terms),
+                forward_signals(self.student, batch.input_ids, map_layers=last),
                 output_head(self.student),
                 batch=batch,
                 terms=terms,
@@ -178,12 +179,13 @@ def exact_rows(teacher: nn.Module, rows: list[Example]) -> list[Example]:
 
     The teacher runs over one row at a time.
     """
-    device = next(teacher.parameters()).device
+    device, last = next(teacher.parameters()).device, teacher.config.num_hidden_layers
     full = []
     for row in rows:
+        ids = torch.from_numpy(row.tokens).long()[None].to(device)
         with torch.no_grad():
-            signals = forward_signals(teacher, torch.from_numpy(row.tokens).long()[None].to(device))
-        attention_map = encode_map(signals.attention.map()[0], torch.float32)
+            signals = forward_signals(teacher, ids, map_layers=[last])
+        attention_map = encode_map(signals.attentions[last].map()[0], torch.float32)
         hidden = signals.hidden[0].float()
         arrays = {"hidden": hidden.cpu().numpy(), "attention": attention_map.cpu().numpy()}
         full.append(replace(row, signals=arrays))

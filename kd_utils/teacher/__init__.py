@@ -1,3 +1,1 @@
-"""Who makes the signals? The teacher is fine-tuned, run over every example, on one device or
-many.
-"""
+"""Who makes the signals? The teacher, fine-tuned or not, run over every example on its devices."""

@@ -5,77 +5,56 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from kd_utils.cache.manifest import cache_code
-from kd_utils.cache.shards import SignalsOf
-from kd_utils.config.project_paths import project_path
-from kd_utils.config.stages import CacheConfig
+from kd_utils.cache.writer import SignalsOf
+from kd_utils.config import project_paths, stages
 from kd_utils.data.prepared_data import PreparedData
-from kd_utils.models.layer_pairs import teacher_layers
-from kd_utils.models.output_head import output_head
-from kd_utils.models.signal_kinds import (
-    SIGNAL_KINDS,
-    TeacherPass,
-    captured_layers,
-    columns_of,
-    kinds_of,
-)
+from kd_utils.models import layer_pairs, output_head, signal_kinds
 from kd_utils.store.files import sha256_json
-from kd_utils.tokens.encoding import (
-    Example,
-    right_padded,
-    tokenizer_files,
-    tokenizer_fingerprint,
-)
+from kd_utils.tokens import encoding
+
+#: What the manifest says of the teacher's shape, by the names that `transformers` uses.
+SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
 
 
-def cached_layers(config: CacheConfig, model: nn.Module) -> dict[str, list[int]]:
+def cached_layers(config: stages.CacheConfig, model: torch.nn.Module) -> dict[str, list[int]]:
     """The layers, counted from 1, that the cache holds of each kind that is stored per layer."""
     total = model.config.get_text_config().num_hidden_layers  # of a model that sees pictures too
-    wanted, layers = kinds_of(config.signals), {}
-    for name, kind in SIGNAL_KINDS.items():
-        if kind.per_layer:
-            choice = getattr(config, f"{name}_layers", "last")
-            chosen = teacher_layers(choice, config.paired_layers, total) if name in wanted else []
-            layers[name] = sorted({*chosen, total}) if chosen and kind.keeps_last else chosen
+    wanted, layers = signal_kinds.kinds_of(config.signals), {}
+    for name, kind in signal_kinds.SIGNAL_KINDS.items():
+        if kind.captures:
+            choice, count = getattr(config, f"{name}_layers", "last"), config.paired_layers
+            chosen = layer_pairs.teacher_layers(choice, count, total) if name in wanted else []
+            # The last hidden state gives the logits.
+            layers[name] = sorted({*chosen, total}) if chosen and name == "hidden" else chosen
     return layers
 
 
 def cache_header(
-    config: CacheConfig,
+    config: stages.CacheConfig,
     prepared: PreparedData,
     teacher: str,
     base: str,
     tuned: str,
-    model: nn.Module,
+    model: torch.nn.Module,
     tokenizer: Any,
     accuracy: dict[str, float],
 ) -> dict[str, Any]:
     """What the manifest says beside its files: the ingredients (`key` decides the folder), shapes.
 
     Args:
-        config: parameters of 02.
-        prepared: the data that is cached.
         teacher: the name that `prepare_teacher` gave.
         base, tuned: `model_fingerprint` of `config.teacher` and of `teacher`, taken before they
             were loaded.
         model, tokenizer: the teacher, loaded.
-        accuracy: its accuracy on the validation rows.
+        accuracy: of the teacher on the validation rows.
     """
-    kinds = kinds_of(config.signals)
-    wanted = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-    )
-    text = model.config.get_text_config()
-    shape = {key: getattr(text, key) for key in wanted if hasattr(text, key)}
+    kinds, text = signal_kinds.kinds_of(config.signals), model.config.get_text_config()
+    shape = {name: getattr(text, name) for name in SHAPE if hasattr(text, name)}
     temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
     code, layers = cache_code(), cached_layers(config, model)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+    fingerprint = encoding.tokenizer_fingerprint(tokenizer)
     key = {
         "data": prepared.data_hash,
         "base_teacher": config.teacher,
@@ -91,15 +70,18 @@ def cache_header(
         "code": sha256_json(code),
         "max_new_tokens": config.max_new_tokens,  # the teacher's accuracy depends on it
     }
+    columns = signal_kinds.columns_of(
+        config.signals, layers, shape["num_hidden_layers"], config.attention_dtype
+    )
     specific: dict[str, Any] = {"top_k": config.top_k} if "top_logits" in kinds else {}
     if "hidden" in kinds:
-        head = output_head(model)
+        head = output_head.output_head(model)
         specific |= {
             "hidden_size": shape["hidden_size"],
             "heads": shape["num_attention_heads"],
             "head": {"scale": head.scale, "cap": head.cap},
         }
-    folder = project_path(config.teacher)
+    folder = project_paths.project_path(config.teacher)
     return {
         "name": config.name,
         "key": key,
@@ -108,7 +90,7 @@ def cache_header(
         "base_fingerprint": base,
         "teacher": teacher,
         "teacher_revision": config.teacher_revision,
-        "tokenizer_files": tokenizer_files(folder) if folder.is_dir() else {},
+        "tokenizer_files": encoding.tokenizer_files(folder) if folder.is_dir() else {},
         "teacher_accuracy": accuracy,
         "data_hash": prepared.data_hash,
         "signals": config.signals,
@@ -116,14 +98,12 @@ def cache_header(
         "layers": layers,
         "tokenizer_fingerprint": fingerprint,
         "temperatures": temperatures,
-        "dtypes": column_dtypes(
-            config.signals, layers, shape["num_hidden_layers"], config.attention_dtype
-        ),
+        "dtypes": {column: dtype for column, (_, _, dtype) in columns.items()},
         **specific,
     }
 
 
-def signal_options(config: CacheConfig, header: dict[str, Any]) -> dict[str, Any]:
+def signal_options(config: stages.CacheConfig, header: dict[str, Any]) -> dict[str, Any]:
     """What `signal_function` is told besides the model, from `cache_header`'s result."""
     return {
         "signals": config.signals,
@@ -134,19 +114,8 @@ def signal_options(config: CacheConfig, header: dict[str, Any]) -> dict[str, Any
     }
 
 
-def column_dtypes(
-    signals: str, layers: dict[str, list[int]], total: int, attention_dtype: str
-) -> dict[str, str]:
-    """The columns of a cache with these signals, and the types in which they are stored."""
-    chosen = {"attention": attention_dtype}
-    return {
-        column: chosen.get(kind.name, kind.dtypes[0])
-        for column, (kind, _) in columns_of(signals, layers, total).items()
-    }
-
-
 def signal_function(
-    model: nn.Module,
+    model: torch.nn.Module,
     *,
     signals: str,
     top_k: int = 64,
@@ -160,86 +129,68 @@ def signal_function(
 
     Args:
         model: the teacher, in eval mode, on its device.
-        signals: what to take, as 02's parameter: "white_box" (hidden states and maps) or "top_k"
-            (the largest logits and the exact mass of the rest), then names of further kinds.
-        top_k: k of "top_k".
+        signals, top_k, attention_dtype: as 02's parameters.
         temperatures: each T for which "top_k" keeps log sum_v exp(z_v / T): the mass of the rest is
             exact for these only.
-        attention_dtype: of maps, "float16" or "uint8" (`attention_maps.encode_map`).
         layers: as `cached_layers` gives them; None: the last.
 
     Raises:
         ValueError: an unknown kind of signal, or a k above the size of the vocabulary.
     """
     device, text = next(model.parameters()).device, model.config.get_text_config()
-    total, layers = text.num_hidden_layers, layers or {}
-    columns = columns_of(signals, layers, total)
-    dtypes = column_dtypes(signals, layers, total, attention_dtype)
+    columns = signal_kinds.columns_of(
+        signals, layers or {}, text.num_hidden_layers, attention_dtype
+    )
     if "top_logits" in columns and top_k > text.vocab_size:
         raise ValueError(
             f"top_k is {top_k}, and the teacher has {text.vocab_size} logits: ask for fewer"
         )
-    hidden_layers, map_layers = captured_layers(columns.values())
+    captured = signal_kinds.captured_layers([(kind, layer) for kind, layer, _ in columns.values()])
 
     @torch.inference_mode()
-    def run(batch: list[Example]) -> Iterator[Example]:
-        padded, lengths = right_padded(batch)
+    def run(batch: list[encoding.Example]) -> Iterator[encoding.Example]:
+        padded, lengths = encoding.right_padded(batch)
         input_ids = torch.from_numpy(padded).to(device)
-        teacher = TeacherPass(
-            model, input_ids, hidden_layers, map_layers, top_k, temperatures, attention_dtype
+        teacher = signal_kinds.TeacherPass(
+            model, input_ids, captured, top_k, temperatures, attention_dtype
         )
-        return _rows(
-            batch,
-            [
-                {
-                    column: kind.take(teacher, b, n, layer).to(getattr(torch, dtypes[column]))
-                    for column, (kind, layer) in columns.items()
-                }
-                for b, n in enumerate(lengths)
-            ],
-        )
+        taken = [
+            {
+                column: kind.take(teacher, b, n, layer).to(getattr(torch, dtype))
+                for column, (kind, layer, dtype) in columns.items()
+            }
+            for b, n in enumerate(lengths)
+        ]
+        # One copy per column, into page-locked memory, is under way when this returns.
+        flat = {
+            column: torch.cat([row[column].flatten() for row in taken]).to("cpu", non_blocking=True)
+            for column in columns
+        }
+        copied = None if device.type != "cuda" else torch.cuda.current_stream(device).record_event()
+        shapes = [{column: array.shape for column, array in row.items()} for row in taken]
+        return _rows(batch, flat, shapes, copied)
 
     return run
 
 
-def _rows(batch: list[Example], signals: list[dict[str, Tensor]]) -> Iterator[Example]:
-    """Start copying to the host, one copy per column; the rows come when it is done."""
-    columns = {
-        name: _on_host(torch.cat([row[name].flatten() for row in signals])) for name in signals[0]
-    }
-    sizes = {name: [row[name].shape for row in signals] for name in signals[0]}
-    device = signals[0][next(iter(columns))].device
-    copied = torch.cuda.Event() if device.type == "cuda" else None
+def _rows(
+    batch: list[encoding.Example],
+    flat: dict[str, torch.Tensor],
+    shapes: list[dict[str, torch.Size]],
+    copied: torch.cuda.Event | None,
+) -> Iterator[encoding.Example]:
+    """The examples with their parts of the flat columns, as soon as these are on the host."""
     if copied:
-        copied.record(torch.cuda.current_stream(device))
-
-    def rows() -> Iterator[Example]:
-        if copied:
-            copied.synchronize()
-        parts = {
-            name: [
-                part.view(shape).numpy()
-                for part, shape in zip(
-                    column.split([shape.numel() for shape in sizes[name]]), sizes[name]
-                )
-            ]
-            for name, column in columns.items()
-        }
-        for b, row in enumerate(batch):
-            yield replace(row, signals={name: arrays[b] for name, arrays in parts.items()})
-
-    return rows()
+        copied.synchronize()
+    parts = {
+        column: values.split([shape[column].numel() for shape in shapes])
+        for column, values in flat.items()
+    }
+    for b, (row, shape) in enumerate(zip(batch, shapes)):
+        arrays = {column: parts[column][b].view(shape[column]).numpy() for column in flat}
+        yield replace(row, signals=arrays)
 
 
-def _on_host(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy in page-locked memory that is under way."""
-    if not tensor.is_cuda:
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
-        tensor, non_blocking=True
-    )
-
-
-def stored_lm_head(model: nn.Module) -> Tensor:
+def stored_lm_head(model: torch.nn.Module) -> torch.Tensor:
     """(V, d) the output layer's weight on the CPU, as the model holds it."""
-    return output_head(model).weight.detach().cpu().contiguous()
+    return output_head.output_head(model).weight.detach().cpu().contiguous()

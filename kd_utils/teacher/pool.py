@@ -7,19 +7,17 @@ process; only a line of text travels back. So a cache does not depend on how man
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import nn
 
-from kd_utils.cache.shards import WRITERS, Shard, SignalsOf, write_shards
+from kd_utils.cache.writer import WRITERS, Shard, SignalsOf, write_shards
 from kd_utils.cluster.session import ray_running
 from kd_utils.config.stages import CacheConfig
-from kd_utils.models.devices import amp_dtype, choose_device
-from kd_utils.models.loading import load_causal_lm
+from kd_utils.models import devices, loading
 from kd_utils.teacher.extraction import signal_function
 from kd_utils.tokens.encoding import Example
 
@@ -29,41 +27,40 @@ RESTARTS = 3  # of a worker that dies, and of the shard that it was writing
 def shard_writer(
     config: CacheConfig,
     folder: Path,
-    model: nn.Module,
+    model: torch.nn.Module,
     teacher: str,
     how: dict[str, Any],
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> Callable[[list[Shard]], None]:
-    """The function that writes shards for `assemble_cache`: with `model` here, or with a pool.
-
-    The pool is on the Ray cluster that the environment variable RAY_ADDRESS names, else on this
-    machine.
+    """The function that writes shards for `assemble_cache`: with `model` here, or with a pool of
+    `config.workers` on the Ray cluster that the environment variable RAY_ADDRESS names, else on
+    this machine.
 
     Args:
-        config: parameters of 02; `config.workers` is the size of the pool.
         folder: the cache's; every machine of the cluster sees it at this path.
         model: the teacher, in eval mode, on its device.
         teacher: the name that `prepare_teacher` returned; workers load the teacher from there.
         how: arguments of `signal_function`.
         progress: wraps the list of shards, e.g. `tqdm`.
     """
-    device = choose_device(config.device)
+    device = devices.choose_device(config.device)
     options = {"batch_tokens": config.batch_tokens, "progress": progress}
 
     def write(shards: list[Shard]) -> None:
         workers = min(pool_size(config.workers, device), len(shards))
         if workers == 1:
             return write_shards(folder, shards, signal_function(model, **how), **options)
-        dtype = amp_dtype(device, config.precision)
+        dtype, place = devices.amp_dtype(device, config.precision), next(model.parameters()).device
         load = partial(
             load_signal_function, teacher, config.teacher_revision, device.type, dtype, how
         )
-        on_gpu, place = device.type == "cuda", next(model.parameters()).device
         # Each worker gets a whole GPU: this copy makes room, and returns to verify the cache.
         model.to("cpu")
         torch.cuda.empty_cache()
         try:
-            write_shards_in_pool(folder, shards, load, workers=workers, on_gpu=on_gpu, **options)
+            write_shards_in_pool(
+                folder, shards, load, workers=workers, on_gpu=device.type == "cuda", **options
+            )
         finally:
             model.to(place)
 
@@ -96,7 +93,9 @@ def load_signal_function(
     teacher: str, revision: str, device: str, dtype: torch.dtype, how: dict[str, Any]
 ) -> SignalsOf:
     """Load the teacher from a folder or the hub, as a function from batches to signals."""
-    return signal_function(load_causal_lm(teacher, revision, dtype).to(device).eval(), **how)
+    return signal_function(
+        loading.load_causal_lm(teacher, revision, dtype).to(device).eval(), **how
+    )
 
 
 def write_shards_in_pool(
@@ -109,8 +108,7 @@ def write_shards_in_pool(
     batch_tokens: int,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
-    """Like `write_shards`, in `workers` processes. What a worker was writing when it died is
-    written again.
+    """Like `write_shards`, in several processes. What one was writing when it died is done again.
 
     Args:
         load: called once in each worker; can be pickled.
@@ -126,10 +124,10 @@ def write_shards_in_pool(
         from ray.util import ActorPool
 
         resource = "GPU" if on_gpu else "CPU"
-        if workers > _available(resource):
+        if workers > (available := _available(resource)):
             raise ValueError(
-                f"{workers} workers need a {resource} each, and Ray has {_available(resource)}: "
-                "set workers to that, or to 1 for no Ray at all"
+                f"{workers} workers need a {resource} each, and Ray has {available}: set workers "
+                "to that, or to 1 for no Ray at all"
             )
         worker = ray.remote(
             num_gpus=int(on_gpu),
@@ -179,8 +177,7 @@ class ShardWorker:
     """
 
     def __init__(self, folder: Path, load: Callable[[], SignalsOf], batch_tokens: int) -> None:
-        self.folder, self.load, self.batch_tokens = folder, load, batch_tokens
-        self.signals_of: SignalsOf | None = None
+        self.folder, self.load, self.batch_tokens = folder, cache(load), batch_tokens
         self.failure = ""
         self.teacher_is_free = Lock()  # one thread at a time uses a model
         torch.set_num_threads(1)  # the core that Ray reserves; OMP_NUM_THREADS may say more
@@ -191,11 +188,11 @@ class ShardWorker:
             try:
                 write_shards(self.folder, [shard], self._signals, batch_tokens=self.batch_tokens)
             except Exception as error:
-                text = " ".join(str(error).split())
-                self.failure = f"{shard.file}: {type(error).__name__}: {text}"
+                self.failure = (
+                    f"{shard.file}: {type(error).__name__}: {' '.join(str(error).split())}"
+                )
         return self.failure
 
     def _signals(self, batch: list[Example]) -> Iterable[Example]:
         with self.teacher_is_free:
-            self.signals_of = self.signals_of or self.load()
-            return self.signals_of(batch)
+            return self.load()(batch)

@@ -1,21 +1,17 @@
-"""The teacher's weights: as they are in their folder or on the hub, or fine-tuned first."""
+"""The teacher's weights: as they are in their folder or on the hub, or fine-tuned on text first."""
 
 from collections.abc import Callable, Iterable
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
-from kd_utils.cache.manifest import cache_code
-from kd_utils.config.project_paths import project_path
-from kd_utils.config.stages import CacheConfig
-from kd_utils.models.devices import autocast, choose_device
-from kd_utils.models.loading import load_causal_lm, load_tokenizer, model_fingerprint, save_model
-from kd_utils.models.output_head import require_known_head
+from kd_utils.cache import manifest
+from kd_utils.config import project_paths, stages
+from kd_utils.distill import batches, meter, training
+from kd_utils.models import devices, loading, output_head, signals
 from kd_utils.records.provenance import Ingredients
-from kd_utils.store.files import remove_leftovers
-from kd_utils.store.locks import locked
-from kd_utils.store.sealed import RecordError, SealedFolder
-from kd_utils.teacher.fine_tuning import fine_tune
+from kd_utils.store import files, locks, sealed
 from kd_utils.tokens.encoding import Example, right_padded
 
 #: Parameters of 02 that decide a fine-tuned teacher.
@@ -30,7 +26,7 @@ TUNING = {
 
 
 def prepare_teacher(
-    config: CacheConfig,
+    config: stages.CacheConfig,
     train: list[Example],
     data_hash: str,
     progress: Callable[[Iterable], Iterable] = iter,
@@ -41,7 +37,6 @@ def prepare_teacher(
     that it was made from changes, and no byte of it.
 
     Args:
-        config: parameters of 02.
         train: the training rows as tokens, exactly as they will be cached.
         data_hash: of the prepared data.
         progress: wraps the list of steps, e.g. `tqdm`.
@@ -56,42 +51,106 @@ def prepare_teacher(
     if config.teacher_epochs == 0:
         return config.teacher, pd.DataFrame({"epoch": [], "train_loss": []})
     made_from = Ingredients(
-        teacher={"weights": model_fingerprint(config.teacher, config.teacher_revision)},
+        teacher={"weights": loading.model_fingerprint(config.teacher, config.teacher_revision)},
         data={"rows": data_hash},
         config=config.model_dump(include=TUNING),
-        code=cache_code(),
+        code=manifest.cache_code(),
     )
     name = f"{config.artifacts_dir}/teachers/{config.name}-{made_from.digest}"
-    sealed = SealedFolder(project_path(name), "fine_tuning.json")
+    folder = sealed.SealedFolder(project_paths.project_path(name), "fine_tuning.json")
     # The lock is beside the folder, which is replaced as a whole.
-    with locked(sealed.path.with_name(f".{sealed.path.name}.lock"), "a fine-tuning"):
-        remove_leftovers(sealed.path)
+    with locks.locked(folder.path.with_name(f".{folder.path.name}.lock"), "a fine-tuning"):
+        files.remove_leftovers(folder.path)
         try:
-            history = sealed.check()["history"]
-        except RecordError:
-            history = _fine_tuned(config, train, sealed, progress)
+            history = folder.check()["history"]
+        except sealed.RecordError:
+            tokenizer = loading.load_tokenizer(config.teacher, config.teacher_revision)
+            device = devices.choose_device(config.device)
+            model = loading.load_causal_lm(config.teacher, config.teacher_revision).to(device)
+            probe = torch.from_numpy(right_padded(train[:8])[0]).to(device)
+            output_head.require_known_head(model, probe)
+            history = fine_tune(
+                model,
+                train,
+                epochs=config.teacher_epochs,
+                learning_rate=config.teacher_learning_rate,
+                batch_size=config.teacher_batch_size,
+                prompt_weight=config.teacher_prompt_weight,
+                seed=config.teacher_seed,
+                autocast=lambda: devices.autocast(device, config.precision),
+                device=device,
+                progress=progress,
+            )
+            with folder.replaced({"history": history}) as aside:
+                loading.save_model(model, tokenizer, aside)
     return name, pd.DataFrame(history)
 
 
-def _fine_tuned(
-    config: CacheConfig, train: list[Example], sealed: SealedFolder, progress: Callable
+def fine_tune(
+    model: torch.nn.Module,
+    examples: list[Example],
+    *,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int,
+    prompt_weight: float,
+    seed: int,
+    autocast: Callable,
+    device: torch.device,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[dict[str, float]]:
-    device = choose_device(config.device)
-    tokenizer = load_tokenizer(config.teacher, config.teacher_revision)
-    model = load_causal_lm(config.teacher, config.teacher_revision).to(device)
-    require_known_head(model, torch.from_numpy(right_padded(train[:8])[0]).to(device))
-    history = fine_tune(
-        model,
-        train,
-        epochs=config.teacher_epochs,
-        learning_rate=config.teacher_learning_rate,
-        batch_size=config.teacher_batch_size,
-        prompt_weight=config.teacher_prompt_weight,
-        seed=config.teacher_seed,
-        autocast=lambda: autocast(device, config.precision),
-        device=device,
-        progress=progress,
+    """Train a model on text: AdamW, 5 % linear warm-up, then linearly to 0, clipping at 1.0.
+
+    The loss is the task loss on the answers plus `prompt_weight` times the next-token loss over
+    prompt and answer, since a model with random weights must learn to read the prompts too.
+
+    Returns:
+        A row per epoch: `epoch`, `train_loss` (nats per answer token), `next_token_loss`.
+    """
+    lengths = [len(row.tokens) for row in examples]
+    plan = [
+        (epoch, batch)
+        for epoch in range(epochs)
+        for batch in batches.epoch_batches(lengths, batch_size, seed, epoch)
+    ]
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True
     )
-    with sealed.replaced({"history": history}) as aside:
-        save_model(model, tokenizer, aside)
-    return history
+    warmup = max(len(plan) // 20, 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, (len(plan) - step) / max(len(plan) - warmup, 1)),
+    )
+    means = [meter.Mean() for _ in range(epochs)]
+    model.train()
+    for step, (epoch, indices) in enumerate(progress(plan)):
+        training.seed_step(seed, step)
+        batch = batches.collate([examples[i] for i in indices], device=device)
+        with autocast():
+            captured = signals.forward_signals(model, batch.input_ids)
+            head = output_head.output_head(model)
+            terms = training.loss_terms(captured, head, batch=batch, terms=("task",))
+            if prompt_weight:
+                terms["next_token"] = next_token_loss(head.logits(captured.hidden), batch)
+        training.weighted_sum(terms, {"task": 1.0, "next_token": prompt_weight}).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        means[epoch].add_part(terms, parts=1)
+    model.eval()
+    names = {"task": "train_loss", "next_token": "next_token_loss"}
+    return [
+        {"epoch": epoch, **{names[key]: value for key, value in mean.result().items()}}
+        for epoch, mean in enumerate(means, 1)
+    ]
+
+
+def next_token_loss(logits: torch.Tensor, batch: batches.Batch) -> torch.Tensor:
+    """Cross-entropy of every real token but the first, from (B, T, V) logits: nats per token."""
+    places = torch.arange(batch.input_ids.shape[1], device=logits.device)
+    padding = places[None] >= torch.tensor(batch.lengths, device=logits.device)[:, None]
+    labels = batch.input_ids.masked_fill(padding, -100)
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+    )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,10 +13,8 @@ import torch
 from tiny import example_rows, tiny_llama
 
 from kd_utils.cache.manifest import CacheError, cache_code, check_files, find_cache, key_digest
-from kd_utils.cache.shards import token_batches
-from kd_utils.cache.teacher_cache import TeacherCache, byte_planes
-from kd_utils.cache.writer import cache_folder, write_cache
-from kd_utils.models.output_head import lm_head_weight
+from kd_utils.cache.teacher_cache import TeacherCache, as_table
+from kd_utils.cache.writer import assemble_cache, cache_folder, token_batches, write_shards
 from kd_utils.models.signals import forward_signals
 from kd_utils.speed import meters
 from kd_utils.teacher.extraction import signal_function, stored_lm_head
@@ -38,15 +37,9 @@ def write(folder, model, *, shard_examples=3, run=None, header=HEADER):
     examples = {"train": example_rows(LENGTHS), "validation": example_rows([6, 8], seed=1)}
     for row in examples["validation"]:
         row.example_id = "v" + row.example_id
-    return write_cache(
-        folder,
-        examples,
-        run,
-        stored_lm_head(model),
-        header,
-        shard_examples=shard_examples,
-        batch_tokens=24,
-    )
+    shards = partial(write_shards, folder, signals_of=run, batch_tokens=24)
+    lm_head = stored_lm_head(model)
+    return assemble_cache(folder, examples, shards, lm_head, header, shard_examples=shard_examples)
 
 
 def write_named(artifacts, name, key, model, day="2026-01-01"):
@@ -68,14 +61,15 @@ def test_round_trip_gives_what_the_teacher_says(cache):
     for row in example_rows(LENGTHS):
         stored = cache[row.example_id]
         with torch.no_grad():
-            signals = forward_signals(model, torch.from_numpy(row.tokens).long()[None])
+            ids = torch.from_numpy(row.tokens).long()[None]
+            signals = forward_signals(model, ids, map_layers=[2])
         assert (
             stored.tokens.tolist() == row.tokens.tolist()
             and stored.answer_start == row.answer_start
         )
         np.testing.assert_allclose(stored.signals["hidden"], signals.hidden[0].numpy(), atol=2e-3)
         rows, columns = np.tril_indices(len(row.tokens))
-        maps = signals.attention.map()[0].numpy()[:, rows, columns]
+        maps = signals.attentions[2].map()[0].numpy()[:, rows, columns]
         np.testing.assert_allclose(stored.signals["attention"], maps, atol=1e-3)
 
 
@@ -85,13 +79,13 @@ def test_logits_come_back_from_hidden_state_and_head(cache):
     with torch.no_grad():
         logits = model(torch.tensor(stored.tokens).long()[None]).logits[0]
     rebuilt = torch.from_numpy(stored.signals["hidden"].astype(np.float32)) @ cache.lm_head().T
-    assert torch.equal(cache.lm_head(), lm_head_weight(model))
+    assert torch.equal(cache.lm_head(), model.lm_head.weight)
     torch.testing.assert_close(rebuilt, logits, atol=5e-3, rtol=5e-3)
 
 
 def test_rows_are_keyed_and_ragged(cache):
     cache, _ = cache
-    assert len(cache) == 10 and "row0" in cache and "row99" not in cache
+    assert len(cache) == 10 and "row0" in cache.lengths
     assert {i: cache.lengths[i] for i in ("row0", "row3", "vrow1")} == {
         "row0": 5,
         "row3": 12,
@@ -112,9 +106,8 @@ def test_top_k_cache_holds_the_exact_rest(tmp_path):
         "top_k": 6,
         "dtypes": {"top_logits": "float32", "top_ids": "int32", "log_mass": "float32"},
     }
-    write_cache(
-        tmp_path / "c", {"train": rows}, run, None, header, shard_examples=9, batch_tokens=99
-    )
+    shards = partial(write_shards, tmp_path / "c", signals_of=run, batch_tokens=99)
+    assemble_cache(tmp_path / "c", {"train": rows}, shards, None, header, shard_examples=9)
     stored = TeacherCache(tmp_path / "c")["row1"]
     with torch.no_grad():
         logits = model(torch.from_numpy(rows[1].tokens).long()[None]).logits[0]
@@ -363,11 +356,12 @@ def test_manifest_says_where_it_comes_from(cache):
 
 
 def test_a_row_that_was_written_is_let_go():
-    values = np.zeros((1000, 512), np.float16)  # 1 MB
+    [row] = example_rows([4])
+    row.signals["hidden"] = np.zeros((1000, 512), np.float16)  # 1 MB
 
     def make_many():
         for _ in range(200):
-            byte_planes("hidden", values)
+            as_table(row)
 
     assert meters.peak_mb(make_many) < 50
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,9 +12,8 @@ from test_teacher_cache import HEADER, write_named
 from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
 
 from kd_utils.cache.manifest import CacheError
-from kd_utils.cache.row_checks import check_row
-from kd_utils.cache.verification import open_verified, verify, what_changed
-from kd_utils.cache.writer import write_cache
+from kd_utils.cache.verification import check_row, open_verified, verify, what_changed
+from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.models.attention_maps import encode_map
 from kd_utils.models.loading import model_fingerprint, save_model
 from kd_utils.teacher.extraction import signal_function, stored_lm_head
@@ -33,15 +33,9 @@ def make(folder, spoil=lambda row: {}, **header):
     def run(batch):
         return [spoiled(row, **spoil(row)) for row in RUN(batch)]
 
-    write_cache(
-        folder,
-        {"train": example_rows([5, 9, 4])},
-        run,
-        stored_lm_head(MODEL),
-        {**HEADER, **header},
-        shard_examples=2,
-        batch_tokens=30,
-    )
+    write = partial(write_shards, folder, signals_of=run, batch_tokens=30)
+    header, examples = {**HEADER, **header}, {"train": example_rows([5, 9, 4])}
+    assemble_cache(folder, examples, write, stored_lm_head(MODEL), header, shard_examples=2)
     return folder
 
 

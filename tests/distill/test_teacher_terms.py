@@ -2,6 +2,8 @@
 be compared.
 """
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_teacher_cache import HEADER
 from tiny import all_terms, example_rows, tiny_llama
 
 from kd_utils.cache.teacher_cache import TeacherCache
-from kd_utils.cache.writer import write_cache
+from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.config.notebook_files import notebook_defaults
 from kd_utils.config.trial import METHODS, TrialConfig
 from kd_utils.distill.batches import collate, split_batch
@@ -21,10 +23,11 @@ from kd_utils.distill.training import loss_terms, weighted_sum
 from kd_utils.models.attention_maps import decode_map
 from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead, output_head
+from kd_utils.models.signal_kinds import columns_of
 from kd_utils.models.signals import forward_signals
 from kd_utils.models.students import make_projector
 from kd_utils.speed.step import cosine
-from kd_utils.teacher.extraction import column_dtypes, signal_function, stored_lm_head
+from kd_utils.teacher.extraction import signal_function, stored_lm_head
 from kd_utils.tokens.alignment import merge_map
 from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import PIECE, SPECIAL, Vocabulary
@@ -44,7 +47,8 @@ def permuted(teacher, order):
 
 
 def terms_for(student, batch, *teachers, terms=tuple(WEIGHTS)):
-    signals = forward_signals(student, batch.input_ids)
+    last = student.config.num_hidden_layers
+    signals = forward_signals(student, batch.input_ids, map_layers=[last])
     return loss_terms(signals, output_head(student), batch=batch, terms=terms, teachers=teachers)
 
 
@@ -110,7 +114,7 @@ def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
     batch = collate([STUDENT_ROW], [[row]], distill_tokens=distill_tokens)
     chosen = slice(first, first + count)
     with torch.no_grad():
-        signals = forward_signals(student, batch.input_ids)
+        signals = forward_signals(student, batch.input_ids, map_layers=[2])
         terms = loss_terms(
             signals,
             output_head(student),
@@ -154,7 +158,7 @@ def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
             merge_map(each.numpy(), np.array(last))
             for each, last in (
                 (decode_map(torch.from_numpy(row.signals["attention"].copy()), 0, 6), TEACHER_LAST),
-                (signals.attention.map()[0], STUDENT_LAST),
+                (signals.attentions[2].map()[0], STUDENT_LAST),
             )
         ]
         errors = np.square(maps[0] - maps[1])[:, chosen]
@@ -316,7 +320,7 @@ def test_a_learned_mix_finds_the_heads_that_fit():
     rows = list(signal_function(teacher, signals="white_box")(example_rows([20, 31])))
     term = AttentionMaps([(2, 2)], 2, 4, torch.full((4, 4), 0.25), learned=True)
     order, batch = [2, 0, 3, 1], collate(rows)
-    signals = forward_signals(teacher, batch.input_ids)
+    signals = forward_signals(teacher, batch.input_ids, map_layers=[2])
     attention = signals.attentions[2]
     attention.query = attention.query.detach()[:, order]
     attention.key = attention.key.detach().repeat_interleave(2, 1)[:, order]
@@ -341,6 +345,7 @@ def make_cache(folder, model, *, vocabulary=VOCABULARY, layers=None, signals="wh
         layers = {"hidden": [], "attention": []}
         header = {"temperatures": [1.0, 2.0], "top_k": 8, **header}
     shape = {"num_hidden_layers": total, "num_attention_heads": 4, "vocab_size": 97}
+    columns = columns_of(signals, layers, total, "float16")
     header = {
         **HEADER,
         "signals": signals,
@@ -348,17 +353,17 @@ def make_cache(folder, model, *, vocabulary=VOCABULARY, layers=None, signals="wh
         "layers": layers,
         "head": {"scale": 1.0, "cap": None},
         "hidden_size": 48,
-        "dtypes": column_dtypes(signals, layers, total, "float16"),
+        "dtypes": {name: dtype for name, (_, _, dtype) in columns.items()},
         **header,
     }
-    write_cache(
+    run = signal_function(model, signals=signals, top_k=8, temperatures=[1.0, 2.0], layers=layers)
+    assemble_cache(
         folder,
         {"train": example_rows([5, 9])},
-        signal_function(model, signals=signals, top_k=8, temperatures=[1.0, 2.0], layers=layers),
+        partial(write_shards, folder, signals_of=run, batch_tokens=64),
         stored_lm_head(model) if signals == "white_box" else None,
         header,
         shard_examples=2,
-        batch_tokens=64,
         vocabulary=vocabulary,
     )
     return TeacherCache(folder)
@@ -399,7 +404,7 @@ def test_the_chosen_layers_are_compared_and_no_other_is_read(tmp_path, changes):
     )
     inner = forward_signals(teacher, batch.input_ids, hidden_layers=[1, 2, 4], map_layers=[2, 4])
     by_hand = [
-        (projector(signals.state(s)) - inner.state(t))
+        (projector(signals.layers[s]) - inner.layers[t])
         .square()[[0] * 5 + [1] * 9, [*range(5), *range(9)]]
         .mean()
         for projector, (t, s) in zip(hidden.projectors, hidden.pairs)

@@ -18,14 +18,14 @@ from kd_utils.distill.training import (
     weighted_sum,
 )
 from kd_utils.models.devices import autocast
-from kd_utils.models.output_head import OutputHead, lm_head_weight, output_head
+from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import forward_signals
 from kd_utils.models.students import make_projector
 from kd_utils.speed.step import cosine, exact_rows
 from kd_utils.teacher.extraction import signal_function
 
 TEACHER = tiny_llama(width=48, layers=3)
-HEAD = lm_head_weight(TEACHER).detach()
+HEAD = TEACHER.lm_head.weight.detach()
 ALL = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
 
 
@@ -43,9 +43,9 @@ def terms_of_teacher(projector=None, *, head=HEAD, normaliser="entries", **kd):
 
 
 def terms_for(student, batch, projector=None, terms=tuple(ALL), **options):
-    signals = forward_signals(student, batch.input_ids)
-    last = [(3, student.config.num_hidden_layers)]
-    teachers = [terms_of_teacher(projector, pairs=last, **options)]
+    last = student.config.num_hidden_layers
+    signals = forward_signals(student, batch.input_ids, map_layers=[last])
+    teachers = [terms_of_teacher(projector, pairs=[(3, last)], **options)]
     return loss_terms(signals, output_head(student), batch=batch, terms=terms, teachers=teachers)
 
 
@@ -210,7 +210,11 @@ def test_validation_losses_do_not_depend_on_batches():
         ]
         results.append(
             validation_losses(
-                student, chunks, partial(forward_signals, student), terms_of, teachers
+                student,
+                chunks,
+                partial(forward_signals, student, map_layers=[2]),
+                terms_of,
+                teachers,
             )
         )
     assert set(results[0]) == {
@@ -282,7 +286,7 @@ def test_the_caches_gradient_is_that_of_a_float32_teacher(temperature, attention
         student, batch = tiny_llama(seed=1), collate(examples)
         with autocast(torch.device("cpu"), precision):
             terms = loss_terms(
-                forward_signals(student, batch.input_ids),
+                forward_signals(student, batch.input_ids, map_layers=[2]),
                 output_head(student),
                 batch=batch,
                 terms=tuple(ALL),

@@ -9,9 +9,8 @@ import pandas as pd
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
-from kd_utils.cache.shards import write_shards
 from kd_utils.cache.verification import verify
-from kd_utils.cache.writer import assemble_cache, cache_folder
+from kd_utils.cache.writer import assemble_cache, cache_folder, write_shards
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.data.drawing import prepare
 from kd_utils.data.prepared_data import load_prepared, save_prepared

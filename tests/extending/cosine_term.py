@@ -28,6 +28,6 @@ class Cosine(LayerTerm):
         return cls(pairs, setup.shape["num_hidden_layers"], widths, setup.seed(0))
 
     def compare(self, k, signals, layer, targets, column):
-        student = self.projector(signals.state(layer).flatten(0, 1)[targets.places])
+        student = self.projector(signals.layers[layer].flatten(0, 1)[targets.places])
         cosine = F.cosine_similarity(student.float(), targets.signals[column].float(), dim=-1)
         return (1 - cosine).sum() / self.count(targets.whole)

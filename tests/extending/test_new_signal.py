@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from kd_utils.cache.manifest import CacheError
-from kd_utils.cache.row_checks import check_row
 from kd_utils.cache.teacher_cache import TeacherCache
-from kd_utils.cache.verification import open_verified, verify
+from kd_utils.cache.verification import check_row, open_verified, verify
 from kd_utils.distill.batches import collate
 from kd_utils.models import signal_kinds
 from kd_utils.models.loading import load_causal_lm

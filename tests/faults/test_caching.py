@@ -36,7 +36,7 @@ def cache(work: Path) -> Part:
 
     from kd_utils.cache.manifest import CacheError, cache_code, key_digest
     from kd_utils.cache.verification import open_verified, verify
-    from kd_utils.cache.writer import write_cache
+    from kd_utils.cache.writer import assemble_cache, write_shards
     from kd_utils.teacher.extraction import signal_function, stored_lm_head
     from kd_utils.tokens.vocabulary import Vocabulary
 
@@ -67,14 +67,13 @@ def cache(work: Path) -> Part:
     }
 
     def action() -> None:
-        write_cache(
+        assemble_cache(
             folder,
             examples,
-            run,
+            partial(write_shards, folder, signals_of=run, batch_tokens=64),
             stored_lm_head(model),
             header,
             shard_examples=2,
-            batch_tokens=64,
             vocabulary=Vocabulary([b"a", b"b"], ["piece", "piece"]),
         )
         verify(folder, data, run)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +21,7 @@ from tiny import example_rows, tiny_llama, tiny_tokenizer, write_task_files
 from kd_utils.__main__ import main
 from kd_utils.cache.manifest import cache_code, find_cache, key_digest
 from kd_utils.cache.verification import open_verified, verify
-from kd_utils.cache.writer import write_cache
+from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.config.stages import DataConfig
 from kd_utils.data.drawing import prepare
 from kd_utils.data.prepared_data import load_prepared, save_prepared
@@ -54,14 +55,13 @@ def make_cache(artifacts: Path, seed: int) -> Path:
         "code": cache_code(),
     }
     folder = artifacts / "cache" / f"toy-2026-01-01-{key_digest(key)}"
-    write_cache(
+    assemble_cache(
         folder,
         examples,
-        run,
+        partial(write_shards, folder, signals_of=run, batch_tokens=64),
         stored_lm_head(model),
         header,
         shard_examples=2,
-        batch_tokens=64,
         vocabulary=Vocabulary([b"piece %d of %d" % (i, seed) for i in range(97)], ["piece"] * 97),
     )
     verify(

@@ -3,14 +3,14 @@ attention.
 """
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kd_utils.models.attention_maps import attention_map
-from kd_utils.models.output_head import lm_head_weight, output_head, require_known_head
-from kd_utils.models.signals import IMPLEMENTATION, forward_signals, layer_count
+from kd_utils.models.output_head import output_head, require_known_head
+from kd_utils.models.signals import IMPLEMENTATION, decoder_layers, forward_signals
 from kd_utils.models.students import keep_layers
 
 LAYERS, TOKENS, WINDOW = 4, 17, 5
@@ -121,7 +121,9 @@ def eager_output(model, ids, **kwargs):
 def test_every_layers_map_and_hidden_state_equal_eager(family):
     model, ids = tiny(family), tokens()
     expected, signals = eager_output(eager(model), ids), captured(model, ids)
-    assert model.config._attn_implementation == IMPLEMENTATION and layer_count(model) == LAYERS
+    assert (
+        model.config._attn_implementation == IMPLEMENTATION and len(decoder_layers(model)) == LAYERS
+    )
     assert (
         len(expected.attentions) == LAYERS and len(expected.hidden_states) == LAYERS + 1
     )  # [0] is the embedding
@@ -158,7 +160,7 @@ def test_each_layers_window_is_in_its_map(family):
 def test_gemmas_cap_is_in_every_map():
     for attention in captured(tiny("gemma2"), tokens()).attentions.values():
         assert attention.softcap == attention.example(0, 2, 9).softcap == 2.0
-        uncapped = attention_map(attention.query, attention.key, attention.mask, attention.scaling)
+        uncapped = dataclasses.replace(attention, softcap=None).map()
         assert (attention.map() - uncapped).abs().max() > 0.01
 
 
@@ -173,7 +175,7 @@ def test_rebuilt_logits_are_the_models(family):
     scale, cap = HEADS.get(family, (1.0, None))
     assert head.scale == pytest.approx(scale) and head.cap == cap
     if family in HEADS:  # these configurations do change the logits
-        assert (hidden @ lm_head_weight(model).T - plain_eager).norm() > 0.1 * plain_eager.norm()
+        assert (hidden @ head.weight.T - plain_eager).norm() > 0.1 * plain_eager.norm()
 
 
 @every_family
@@ -310,7 +312,7 @@ def test_a_student_of_some_layers(family, tmp_path):
     inputs = eager_output(eager(whole), ids).hidden_states
     signals = captured(whole, ids)
     student = keep_layers(copy.deepcopy(whole), kept)
-    assert layer_count(student) == student.config.num_hidden_layers == len(kept)
+    assert len(decoder_layers(student)) == student.config.num_hidden_layers == len(kept)
     made = forward_signals(student, ids, hidden_layers=[1, 2], map_layers=[1, 2])
     for number, index in enumerate(kept, 1):  # a layer keeps its window
         seen = signals.attentions[index + 1].map() > 0

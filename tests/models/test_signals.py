@@ -4,15 +4,9 @@ import pytest
 import torch
 from tiny import tiny_llama
 
-from kd_utils.models.attention_maps import (
-    Attention,
-    attention_map,
-    causal_slice,
-    decode_map,
-    encode_map,
-)
-from kd_utils.models.output_head import OutputHead, lm_head_weight, output_head, require_known_head
-from kd_utils.models.signals import attention_module, decoder_layers, forward_signals, layer_count
+from kd_utils.models.attention_maps import Attention, causal_slice, decode_map, encode_map
+from kd_utils.models.output_head import OutputHead, output_head, require_known_head
+from kd_utils.models.signals import attention_module, decoder_layers, forward_signals
 
 
 def eager_map(model, input_ids, attention_mask=None):
@@ -30,9 +24,9 @@ def eager_map(model, input_ids, attention_mask=None):
 def test_map_and_hidden_equal_eager(kv_heads):
     model, ids = tiny_llama(kv_heads=kv_heads, layers=3), torch.randint(3, 97, (2, 11))
     with torch.no_grad():
-        signals = forward_signals(model, ids)
+        signals = forward_signals(model, ids, map_layers=[3])
         maps, hidden = eager_map(model, ids)
-    torch.testing.assert_close(signals.attention.map(), maps, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(signals.attentions[3].map(), maps, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(signals.hidden, hidden, atol=1e-5, rtol=1e-5)
 
 
@@ -43,23 +37,24 @@ def test_padding_with_a_mask_equals_eager(side):
     padded = slice(0, 4) if side == "left" else slice(5, 9)
     mask[1, padded] = 0
     with torch.no_grad():
-        signals = forward_signals(model, ids, mask)
+        signals = forward_signals(model, ids, mask, map_layers=[2])
         maps, hidden = eager_map(model, ids, mask)
     real = mask.bool()
     torch.testing.assert_close(signals.hidden[real], hidden[real], atol=1e-5, rtol=1e-5)
     for b in range(2):  # rows of padded queries mean nothing, in either implementation
         torch.testing.assert_close(
-            signals.attention.map()[b][:, real[b]], maps[b][:, real[b]], atol=1e-6, rtol=1e-5
+            signals.attentions[2].map()[b][:, real[b]], maps[b][:, real[b]], atol=1e-6, rtol=1e-5
         )
 
 
 def test_right_padding_needs_no_mask():
     model, ids = tiny_llama(), torch.randint(3, 97, (2, 9))
     with torch.no_grad():
-        padded, alone = forward_signals(model, ids), forward_signals(model, ids[1:, :5])
+        padded = forward_signals(model, ids, map_layers=[2])
+        alone = forward_signals(model, ids[1:, :5], map_layers=[2])
     torch.testing.assert_close(padded.hidden[1, :5], alone.hidden[0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(
-        padded.attention.map()[1, :, :5, :5], alone.attention.map()[0], atol=1e-6, rtol=1e-5
+        padded.attentions[2].map()[1, :, :5, :5], alone.attentions[2].map()[0], atol=1e-6, rtol=1e-5
     )
 
 
@@ -80,17 +75,20 @@ def test_sliding_window_is_in_the_map():
     ).eval()
     ids = torch.randint(0, 50, (2, 10))
     with torch.no_grad():
-        signals = forward_signals(model, ids)
+        signals = forward_signals(model, ids, map_layers=[2])
         maps, _ = eager_map(model, ids)
-    assert signals.attention.map()[0, 0, 9, 2] == 0
-    torch.testing.assert_close(signals.attention.map(), maps, atol=1e-6, rtol=1e-5)
+    assert signals.attentions[2].map()[0, 0, 9, 2] == 0
+    torch.testing.assert_close(signals.attentions[2].map(), maps, atol=1e-6, rtol=1e-5)
 
 
 def test_gradient_through_the_map_equals_eager():
     ids, gradients = torch.randint(3, 97, (2, 7)), []
     for capture in (True, False):
         model = tiny_llama()
-        maps = forward_signals(model, ids).attention.map() if capture else eager_map(model, ids)[0]
+        if capture:
+            maps = forward_signals(model, ids, map_layers=[2]).attentions[2].map()
+        else:
+            maps, _ = eager_map(model, ids)
         maps.square().sum().backward()
         gradients.append(model.model.layers[-1].self_attn.q_proj.weight.grad)
     torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
@@ -98,23 +96,18 @@ def test_gradient_through_the_map_equals_eager():
 
 def test_no_map_is_kept_or_computed_when_not_asked_for():
     model = tiny_llama()
-    signals = forward_signals(model, torch.tensor([[3, 4]]), want_map=False)
-    assert signals.attention is None and signals.attentions == {} and signals.layers == {}
-    forward_signals(model, torch.tensor([[3, 4]]))
-    layer = attention_module(decoder_layers(model)[1])
-    assert layer.kept is None and not layer.keeps_queries
+    signals = forward_signals(model, torch.tensor([[3, 4]]))
+    assert signals.attentions == {} and signals.layers == {2: signals.hidden}
+    forward_signals(model, torch.tensor([[3, 4]]), map_layers=[2])
+    assert attention_module(decoder_layers(model)[1]).keep is None
     assert model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False).shape == (1, 5)
 
 
 def test_named_layers_are_kept_and_no_others():
     model, ids = tiny_llama(layers=3), torch.randint(3, 97, (2, 7))
     signals = forward_signals(model, ids, hidden_layers=(1, 3), map_layers=(2, 1))
-    assert layer_count(model) == 3
     assert signals.layers.keys() == {1, 3} and signals.attentions.keys() == {1, 2}
     assert signals.layers[3] is signals.hidden
-    assert signals.attention is None  # the last layer's, which was not asked for
-    last = forward_signals(model, ids, map_layers=[3])
-    assert last.attention is last.attentions[3] and last.layers == {}
 
 
 @pytest.mark.parametrize(
@@ -145,15 +138,15 @@ def test_nothing_stays_behind_when_the_pass_fails():
     late.remove()
     for layer in decoder_layers(model):
         assert not layer._forward_hooks
-        assert attention_module(layer).kept is None and not attention_module(layer).keeps_queries
+        assert attention_module(layer).keep is None
 
 
 def test_map_rows_sum_to_one_and_hidden_rows_are_zero():
     query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
-    torch.testing.assert_close(attention_map(query, key, None, 0.3).sum(-1), torch.ones(1, 4, 5))
+    torch.testing.assert_close(Attention(query, key, None, 0.3).map().sum(-1), torch.ones(1, 4, 5))
     hidden_row = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
     hidden_row[0, 0, 0] = False
-    assert attention_map(query, key, hidden_row, 0.3)[0, :, 0].abs().max() == 0
+    assert Attention(query, key, hidden_row, 0.3).map()[0, :, 0].abs().max() == 0
 
 
 def test_hidden_times_head_is_the_logits():
@@ -162,7 +155,7 @@ def test_hidden_times_head_is_the_logits():
         assert require_known_head(model, ids) < 1e-6
         hidden, head = forward_signals(model, ids).hidden, output_head(model)
         torch.testing.assert_close(head.logits(hidden), model(ids).logits)
-        assert torch.equal(head.logits(hidden), hidden @ lm_head_weight(model).T)
+        assert torch.equal(head.logits(hidden), hidden @ model.lm_head.weight.T)
     assert head.slope(torch.ones(3)) == 1.0
 
 
@@ -234,7 +227,7 @@ def test_attention_sinks_are_refused():
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
     with pytest.raises(ValueError, match="^GptOssAttention uses attention sinks.*top_k.*$"):
-        forward_signals(GptOssForCausalLM(config).eval(), torch.tensor([[3, 4]]), want_map=False)
+        forward_signals(GptOssForCausalLM(config).eval(), torch.tensor([[3, 4]]))
 
 
 def test_a_soft_capped_map_by_hand():

@@ -9,7 +9,6 @@ from tiny import example_rows, tiny_llama
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.distill.batches import collate
 from kd_utils.distill.training import weighted_sum
-from kd_utils.models.output_head import lm_head_weight
 from kd_utils.speed import caching, naive, step
 
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
@@ -32,7 +31,7 @@ def bench_of(folder, attention_dtype, lengths):
     bench.optimizer = torch.optim.SGD(bench.parameters, lr=1e-3)
     examples = bench.examples(list(range(len(rows))), step.METHODS["combined"])
     path = folder / "naive.parquet"
-    naive.write_rows(path, examples, lm_head_weight(teacher).detach(), length=20)
+    naive.write_rows(path, examples, teacher.lm_head.weight.detach(), length=20)
     return bench, examples, path
 
 

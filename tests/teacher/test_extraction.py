@@ -11,8 +11,9 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Tex
 
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.models.loading import model_fingerprint, save_model
+from kd_utils.models.signal_kinds import columns_of
 from kd_utils.teacher import extraction, preparation
-from kd_utils.teacher.extraction import cached_layers, column_dtypes, signal_function
+from kd_utils.teacher.extraction import cached_layers, signal_function
 from kd_utils.teacher.preparation import prepare_teacher
 from kd_utils.tokens.encoding import encode_table
 
@@ -93,7 +94,9 @@ def test_a_teacher_is_fine_tuned_once_and_again_when_something_changes(base, mon
     for changed in ({"teacher_seed": 1}, {"teacher_prompt_weight": 0.3}):
         assert prepare_teacher(config_for(base, **changed), ROWS, "data")[0] != name
     assert prepare_teacher(config_for(base), ROWS, "other data")[0] != name
-    monkeypatch.setattr(preparation, "cache_code", lambda: {"kd_utils/training.py": "other"})
+    monkeypatch.setattr(
+        preparation.manifest, "cache_code", lambda: {"kd_utils/training.py": "other"}
+    )
     assert prepare_teacher(config_for(base), ROWS, "data")[0] != name
 
 
@@ -161,7 +164,8 @@ def test_a_cache_holds_the_layers_that_are_compared_and_the_last_hidden_state(ch
     config = notebook_config("02_cache_teacher", changes)
     found = cached_layers(config, tiny_llama(layers=8))
     assert found == layers
-    columns = column_dtypes(config.signals, found, 8, "uint8")
+    columns = columns_of(config.signals, found, 8, "uint8")
+    columns = {column: dtype for column, (_, _, dtype) in columns.items()}
     if changes.get("signals") == "top_k":
         assert list(columns) == ["top_logits", "top_ids", "log_mass"]
     else:

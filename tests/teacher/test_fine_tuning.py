@@ -4,7 +4,7 @@ import torch
 from tiny import example_rows, tiny_llama
 
 from kd_utils.distill.batches import collate
-from kd_utils.teacher.fine_tuning import fine_tune, next_token_loss
+from kd_utils.teacher.preparation import fine_tune, next_token_loss
 
 
 def test_fine_tuning_learns_and_repeats_itself():

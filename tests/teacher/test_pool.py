@@ -13,8 +13,7 @@ import pytest
 import torch
 from tiny import example_rows, tiny_model, tiny_tokenizer
 
-from kd_utils.cache.shards import write_shards
-from kd_utils.cache.writer import assemble_cache
+from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.cluster.session import QUIET
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.models.loading import load_causal_lm, save_model

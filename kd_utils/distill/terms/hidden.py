@@ -43,7 +43,7 @@ class Hidden(LayerTerm):
     def compare(
         self, k: int, signals: Signals, layer: int, targets: Targets, column: str
     ) -> Tensor:
-        student = signals.state(layer).flatten(0, 1)[targets.places]
+        student = signals.layers[layer].flatten(0, 1)[targets.places]
         teacher = targets.signals[column]
         return hidden_mse(self.projectors[k](student), teacher, self.count(targets.whole))
 
