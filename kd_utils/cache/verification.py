@@ -120,7 +120,8 @@ def _check_recomputed(cache: TeacherCache, recompute: Callable) -> str:
             if signal_kinds.kind_of(column).recomputed:
                 old = np.asarray(stored.signals[column], np.float32)
                 new = np.asarray(fresh.signals[column], np.float32)
-                worst = max(worst, float(np.linalg.norm(old - new) / np.linalg.norm(new)))
+                # NaN is kept, unlike by `max`.
+                worst = float(np.maximum(worst, np.linalg.norm(old - new) / np.linalg.norm(new)))
     if not worst <= 0.05:  # of the norm; bfloat16 in other batches gives up to 0.02
         raise CacheError(
             f"{cache.folder.name}: recomputed rows differ from the stored ones by {worst:.1%}: "

@@ -64,12 +64,16 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left beside `folder` while they wrote it."""
-    leftovers = list(folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"))
-    # Asked after the names, so that a process that just began to write is among them.
-    writers = {str(number) for number in psutil.pids() if number != os.getpid()}
-    for leftover in leftovers:
-        if leftover.name.rpartition("-")[2] not in writers:
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        if not _is_another_process(leftover.name.rpartition("-")[2]):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_another_process(number: str) -> bool:
+    try:
+        return int(number) != os.getpid() and psutil.pid_exists(int(number))
+    except (ValueError, OverflowError):
+        return False
 
 
 @contextmanager

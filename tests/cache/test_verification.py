@@ -225,6 +225,16 @@ def test_another_teacher_is_found_by_recomputing(tmp_path):
         open_verified(tmp_path / "c", data_hash="d", teacher="m")
 
 
+def test_a_teacher_that_now_gives_nan_is_found_by_recomputing(tmp_path):
+    def broken(batch):
+        [row] = RUN(batch)
+        row.signals["hidden"] = np.full_like(row.signals["hidden"], np.nan)
+        return [row]
+
+    with pytest.raises(CacheError, match="the teacher is not the one that was cached"):
+        verify(make(tmp_path / "c"), ALL, broken)
+
+
 @pytest.mark.parametrize("length", [7, 1024])
 def test_a_flat_map_in_uint8_passes_at_any_length_and_a_wrong_one_does_not(length):
     manifest = {"hidden_size": 4, "heads": 2, "dtypes": {"hidden": "float16", "attention": "uint8"}}
