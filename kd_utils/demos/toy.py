@@ -6,9 +6,8 @@ facts recalled among distractors, arithmetic worked step by step.
 
 import random
 from collections.abc import Iterable
-from typing import Any
 
-Row = dict[str, Any]
+from kd_utils.data.tasks.base import Row
 
 #: Rows of each file. As with the real data, MMLU's training and validation rows both come from
 #: `test`.
@@ -51,17 +50,12 @@ def sst2_rows(rng: random.Random, count: int) -> list[Row]:
 def _sentence(rng: random.Random, label: int) -> str:
     main_aspect, other_aspect = rng.sample(ASPECTS, 2)
     main = _clause(rng, main_aspect, label)
-    form = rng.choice(("single", "single", "and", "but", "although", "late although"))
-    if form == "single":
+    contrasts = ("{other} , but {main}", "although {other} , {main}", "{main} , although {other}")
+    form = rng.choice(("{main}", "{main}", "{main} and {other}", *contrasts))
+    if "{other}" not in form:
         return main
-    if form == "and":
-        return f"{main} and {_clause(rng, other_aspect, label)}"
-    other = _clause(rng, other_aspect, 1 - label)
-    return {
-        "but": f"{other} , but {main}",
-        "although": f"although {other} , {main}",
-        "late although": f"{main} , although {other}",
-    }[form]
+    other = _clause(rng, other_aspect, 1 - label if form in contrasts else label)
+    return form.format(main=main, other=other)
 
 
 def _clause(rng: random.Random, aspect: str, value: int) -> str:
@@ -135,10 +129,6 @@ def mmlu_rows(rng: random.Random, facts: dict[str, dict[str, str]], count: int) 
     return _shuffled(rng, rows.values())
 
 
-NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gina", "Hugo")
-
-OBJECTS = ("apples", "pears", "coins", "cards", "shells", "books", "stamps", "eggs")
-
 GAINS = ("buys {} more", "finds {} more", "gets {} from {friend}")
 
 LOSSES = ("loses {}", "sells {}", "gives {} to {friend}")
@@ -156,12 +146,13 @@ def gsm8k_rows(rng: random.Random, count: int) -> list[Row]:
 
 
 def _problem(rng: random.Random, steps: int) -> tuple[str, str]:
-    name, friend = rng.sample(NAMES, 2)
-    thing = rng.choice(OBJECTS)
+    name, friend = rng.sample("Ann Ben Cara Dan Eve Finn Gina Hugo".split(), 2)
+    thing = rng.choice("apples pears coins cards shells books stamps eggs".split())
     worked = []
     if rng.random() < 0.25:
-        pairs = [(a, b) for a in range(2, 5) for b in range(2, 6) if a * b <= LARGEST]
-        boxes, content = rng.choice(pairs)
+        boxes, content = rng.choice(
+            [(a, b) for a in range(2, 5) for b in range(2, 6) if a * b <= LARGEST]
+        )
         total = boxes * content
         story = f"{name} has {boxes} boxes of {content} {thing}."
         worked.append(f"{boxes} * {content} = {total}")
@@ -169,8 +160,7 @@ def _problem(rng: random.Random, steps: int) -> tuple[str, str]:
         total = rng.randint(1, LARGEST)
         story = f"{name} has {total} {thing}."
     while len(worked) < steps:
-        options = [n for n in range(-6, 7) if n and 1 <= total + n <= LARGEST]
-        change = rng.choice(options)
+        change = rng.choice([n for n in range(-6, 7) if n and 1 <= total + n <= LARGEST])
         verb = rng.choice(GAINS if change > 0 else LOSSES).format(abs(change), friend=friend)
         story += f" {name} {verb}."
         worked.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
@@ -190,20 +180,19 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     gsm8k = gsm8k_rows(random.Random(f"{seed}/gsm8k"), ROWS["gsm8k/train"] + ROWS["gsm8k/test"])
     shots = DEV_ROWS_PER_SUBJECT * len(facts)
     mmlu = mmlu_rows(random.Random(f"{seed}/mmlu"), facts, ROWS["mmlu/test"] + shots)
-    dev = []
-    for subject in sorted(facts):
-        dev += [row for row in mmlu if row["subject"] == subject][:DEV_ROWS_PER_SUBJECT]
-    tables = {
-        "sst2/train": sst2[: ROWS["sst2/train"]],
-        "sst2/validation": sst2[ROWS["sst2/train"] :],
+    dev = [
+        row
+        for subject in sorted(facts)
+        for row in [row for row in mmlu if row["subject"] == subject][:DEV_ROWS_PER_SUBJECT]
+    ]
+    return {
+        "sst2/train": [{**row, "idx": i} for i, row in enumerate(sst2[: ROWS["sst2/train"]])],
+        "sst2/validation": [{**row, "idx": i} for i, row in enumerate(sst2[ROWS["sst2/train"] :])],
         "mmlu/dev": dev,
         "mmlu/test": [row for row in mmlu if row not in dev],
         "gsm8k/train": gsm8k[: ROWS["gsm8k/train"]],
         "gsm8k/test": gsm8k[ROWS["gsm8k/train"] :],
     }
-    for split in ("sst2/train", "sst2/validation"):
-        tables[split] = [{**row, "idx": idx} for idx, row in enumerate(tables[split])]
-    return tables
 
 
 def _shuffled(rng: random.Random, rows: Iterable[Row]) -> list[Row]:

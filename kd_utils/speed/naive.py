@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_utils.distill.batches import collate
-from kd_utils.distill.training import weighted_sum
-from kd_utils.models.attention_maps import decode_map
-from kd_utils.models.devices import amp_dtype, autocast
+from kd_utils.distill import batches, training
+from kd_utils.models import attention_maps, devices
 from kd_utils.speed.step import WEIGHTS, StepBench
 from kd_utils.tokens.encoding import Example
 
@@ -42,7 +40,7 @@ def write_rows(path: Path, examples: list[Example], teacher_head: Tensor, *, len
         n, hidden = len(row.tokens), torch.from_numpy(row.signals["hidden"].astype(np.float32))
         tokens = torch.from_numpy(row.tokens.astype(np.int64))
         labels = tokens.where(torch.arange(n) >= row.answer_start, -100)
-        maps = decode_map(torch.from_numpy(row.signals["attention"].copy()), 0, n)
+        maps = attention_maps.decode_map(torch.from_numpy(row.signals["attention"].copy()), 0, n)
         end = (0, length - n)
         padded.append(
             {
@@ -79,7 +77,7 @@ def read_batch(
 def loss_terms(bench: StepBench, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The four loss terms over all tokens: the same values and gradients as `bench.loss_terms`."""
     bench.student.set_attn_implementation("eager")
-    with autocast(bench.device, bench.config.precision):
+    with devices.autocast(bench.device, bench.config.precision):
         output = bench.student(
             input_ids=batch["input_ids"],
             attention_mask=batch["mask"],
@@ -87,14 +85,12 @@ def loss_terms(bench: StepBench, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             output_hidden_states=True,
             use_cache=False,
         )
-        T, real = bench.config.temperature, batch["mask"].bool()
-        log_student = (output.logits / T).log_softmax(-1)
+        T, real, maps = bench.config.temperature, batch["mask"].bool(), output.attentions[-1]
         teacher = (batch["logits"] / T).softmax(-1)
-        kd = F.kl_div(log_student, teacher, reduction="none").sum(-1)
+        kd = F.kl_div((output.logits / T).log_softmax(-1), teacher, reduction="none").sum(-1)
         projected = bench.projector(output.hidden_states[-1])
         hidden = F.mse_loss(projected, batch["hidden"], reduction="none").mean(-1)
         causal = (real[:, :, None] & real[:, None, :]).tril()[:, None]  # (B, 1, L, L)
-        maps = output.attentions[-1]
         attention = F.mse_loss(maps, batch["maps"], reduction="none") * causal
         student, labels = output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
         return {
@@ -106,14 +102,11 @@ def loss_terms(bench: StepBench, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def step(bench: StepBench, path: Path, count: int, reading_seconds: list[float]) -> None:
-    """Train the student of a bench on the first `count` rows of a file.
-
-    The seconds that reading took are appended to `reading_seconds`.
-    """
+    """Train a bench's student on a file's first `count` rows; add the seconds that reading took."""
     start = time.perf_counter()
     batch = read_batch(path, range(count), bench.device)
     reading_seconds.append(time.perf_counter() - start)
-    weighted_sum(loss_terms(bench, batch), WEIGHTS).backward()
+    training.weighted_sum(loss_terms(bench, batch), WEIGHTS).backward()
     bench.update()
 
 
@@ -132,10 +125,10 @@ def beside_cached(bench: StepBench, path: Path, examples: list[Example]) -> pd.D
         AssertionError: they differ by more than rounding explains.
     """
     with torch.no_grad():
-        cached = bench.loss_terms(collate(examples, device=bench.device), tuple(WEIGHTS))
+        cached = bench.loss_terms(batches.collate(examples, device=bench.device), tuple(WEIGHTS))
         naive = loss_terms(bench, read_batch(path, range(len(examples)), bench.device))
     table = pd.DataFrame({"cached": cached, "naive": naive}).map(Tensor.item)
-    exact = amp_dtype(bench.device, bench.config.precision) == torch.float32
+    exact = devices.amp_dtype(bench.device, bench.config.precision) == torch.float32
     tolerance = {"atol": 1e-5, "rtol": 1e-3} if exact else {"atol": 1e-3, "rtol": 3e-2}
     pd.testing.assert_series_equal(table["cached"], table["naive"], check_names=False, **tolerance)
     return table

@@ -1,25 +1,23 @@
-"""The work that notebook 05 measures: model shapes, random models, rows of realistic lengths, and
-the number of multiply-adds that they need.
+"""The work that notebook 05 measures: random models in the shapes of real ones, rows of realistic
+lengths, their teacher cache and its size, and the number of multiply-adds.
 
 No weights or data are loaded: speed depends on shapes and lengths, not on the values of weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from kd_utils.tokens.encoding import Example
+from kd_utils.cache import shards, teacher_cache, writer
+from kd_utils.teacher import extraction
+from kd_utils.tokens.encoding import Example, right_padded
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "num_attention_heads",
-    "vocab_size",
-)
+_SIZES = """
+hidden_size intermediate_size num_hidden_layers num_key_value_heads num_attention_heads vocab_size
+""".split()
 
 
 def _shape(*sizes: int) -> dict[str, int]:
@@ -76,7 +74,7 @@ def random_model(
     sharpness: float = 1.0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> nn.Module:
+) -> torch.nn.Module:
     """Make a Llama of this shape with random weights, in eval mode.
 
     Args:
@@ -88,9 +86,8 @@ def random_model(
 
     torch.manual_seed(seed)
     config = LlamaConfig(**shape, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
-    with torch.device(device):
+    with torch.device(device), torch.no_grad():
         model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
         model.model.layers[-1].self_attn.q_proj.weight.mul_(sharpness)
     return model
 
@@ -109,8 +106,8 @@ def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
         _, *quantiles = LENGTH_MIX[task]
         for place in (np.arange(last - first) + 0.5) / max(last - first, 1) * 20:
             length, answer = (round(np.interp(place, range(21), q)) for q in quantiles)
-            ids = rng.integers(3, vocab_size, length).astype(np.int32)
-            examples.append(Example(f"{task}-{len(examples)}", ids, length - answer))
+            tokens = rng.integers(3, vocab_size, length).astype(np.int32)
+            examples.append(Example(f"{task}-{len(examples)}", tokens, length - answer))
     return examples
 
 
@@ -132,27 +129,114 @@ def multiply_adds(
             this length, all pairs of positions count, student logits are computed at every
             position, and the teacher's logits are read rather than computed.
     """
-    tokens = sum(n for n, _ in lengths)
-    pairs = sum(n * (n + 1) / 2 for n, _ in lengths)
-    predicted = sum(answer for _, answer in lengths)
     if padded_to:
-        tokens = predicted = padded_to * len(lengths)
-        pairs = float(padded_to**2 * len(lengths))
+        lengths = [(padded_to, padded_to)] * len(lengths)
+    tokens, predicted = map(sum, zip(*lengths))
+    pairs = sum(n * n if padded_to else n * (n + 1) / 2 for n, _ in lengths)
     width, heads = student["hidden_size"], student["num_attention_heads"]
     key_width = width * student["num_key_value_heads"] // heads
     layer = 2 * width**2 + 2 * width * key_width + 3 * width * student["intermediate_size"]
     body = student["num_hidden_layers"] * (layer * tokens + 2 * width * pairs)
     head = width * student["vocab_size"]
-    total = 3 * (body + head * predicted)
     hidden = ("hidden" in terms) * 3 * width * teacher["hidden_size"] * tokens
-    if padded_to:
-        return total + hidden
     kd = ("kd" in terms) * tokens * (3 * head + teacher["hidden_size"] * teacher["vocab_size"])
     attention = ("attention" in terms) * 3 * width * pairs
-    return total + kd + hidden + attention
+    total = 3 * (body + head * predicted) + hidden
+    return total if padded_to else total + kd + attention
 
 
 def forward_multiply_adds(shape: dict[str, int], lengths: Sequence[int]) -> float:
     """Count the multiply-adds of a model's forward pass over real tokens, without its `lm_head`."""
-    without_head = {**shape, "vocab_size": 0}
-    return multiply_adds(without_head, shape, [(n, 0) for n in lengths], ()) / 3
+    return multiply_adds({**shape, "vocab_size": 0}, shape, [(n, 0) for n in lengths], ()) / 3
+
+
+def write_sample(
+    folder: str | Path,
+    rows: list[Example],
+    teacher: torch.nn.Module,
+    *,
+    batch_tokens: int,
+    attention_dtype: str = "float16",
+) -> dict[str, Any]:
+    """Run the teacher over the rows, write their white-box cache and return its manifest.
+
+    The manifest says what is needed to read the cache and nothing about where it comes from.
+
+    Args:
+        folder: of the cache; missing or empty.
+        batch_tokens: most tokens in one teacher batch, padding included.
+        attention_dtype: "float16" or "uint8".
+    """
+    last = [teacher.config.num_hidden_layers]
+    header = {
+        "name": "speed",
+        "signals": "white_box",
+        "layers": {"hidden": last, "attention": last},
+        "heads": teacher.config.num_attention_heads,
+        "hidden_size": teacher.config.hidden_size,
+        "temperatures": [],
+        "dtypes": {"hidden": "float16", "attention": attention_dtype},
+    }
+    return writer.write_cache(
+        Path(folder),
+        {"train": rows},
+        extraction.signal_function(teacher, signals="white_box", attention_dtype=attention_dtype),
+        extraction.stored_lm_head(teacher),
+        header,
+        shard_examples=256,
+        batch_tokens=batch_tokens,
+    )
+
+
+@torch.inference_mode()
+def bare_forward(teacher: torch.nn.Module, rows: list[Example], batch_tokens: int) -> None:
+    """Run the teacher over the rows in the cache's batches and keep nothing."""
+    for batch in shards.token_batches(rows, batch_tokens):
+        input_ids = torch.from_numpy(right_padded(batch)[0]).to(teacher.device)
+        teacher.base_model(input_ids=input_ids, use_cache=False)
+
+
+def cache_gigabytes(folder: Path, examples: int, naive_length: int) -> dict[str, float]:
+    """Extrapolate the size of a small cache to `examples` rows of the real length mix.
+
+    Hidden states grow with the tokens and attention maps with the causal pairs. Ids, tokens and
+    Parquet footers are counted per token of the sample; `lm_head` counts once.
+
+    Returns:
+        GB: `bytes` and its parts `hidden`, `attention`, `lm_head` and `other`; `entropy`, the size
+        if every byte plane were coded at its order-0 entropy; `naive`, the size of logits, hidden
+        states and square maps in float16 with every example padded to `naive_length`.
+    """
+    cache = teacher_cache.TeacherCache(folder, memory_bytes=0)
+    rows = [cache[example_id] for example_id in cache.lengths]
+    lengths = np.array([len(row.tokens) for row in random_rows(examples, 10)])
+    tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
+    sampled = sum(cache.lengths.values())
+    sampled_pairs = sum(row.signals["attention"].shape[1] for row in rows)
+    stored, heads = cache.stored_bytes(), cache.manifest["heads"]
+    vocab, width = cache.lm_head().shape
+    parts = {
+        "hidden": stored["hidden"] / sampled * tokens,
+        "attention": stored["attention"] / sampled_pairs * pairs,
+        "lm_head": (folder / "lm_head.safetensors").stat().st_size,
+        "other": stored["other"] / sampled * tokens,
+    }
+    hidden_bits = entropy_bits(row.signals["hidden"] for row in rows) * width * tokens
+    map_bits = entropy_bits(row.signals["attention"] for row in rows) * heads * pairs
+    sizes = {
+        "bytes": sum(parts.values()),
+        **parts,
+        "entropy": parts["lm_head"] + (hidden_bits + map_bits) / 8,
+        "naive": 2 * examples * naive_length * (vocab + width + heads * naive_length),
+    }
+    return {name: size / 1e9 for name, size in sizes.items()}
+
+
+def entropy_bits(arrays: Iterable[np.ndarray]) -> float:
+    """Bits per value that a coder of single bytes needs at least: the sum of the order-0 entropies
+    of the byte planes.
+    """
+    planes = (array.reshape(-1).view(np.uint8).reshape(array.size, -1).T for array in arrays)
+    counts = sum(np.stack([np.bincount(p, minlength=256) for p in group]) for group in planes)
+    shares = counts / counts.sum(1, keepdims=True)
+    return float(-np.where(shares > 0, shares * np.log2(np.maximum(shares, 1e-300)), 0).sum())
