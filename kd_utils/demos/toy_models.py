@@ -6,7 +6,6 @@ writes ordinary Parquet files and `transformers` folders, so no other code knows
 
 import random
 import re
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from kd_utils.data.tasks import TASKS
 from kd_utils.demos import toy
 from kd_utils.records.provenance import Ingredients, code_of
-from kd_utils.store.files import remove_leftovers
-from kd_utils.store.sealed import RecordError, SealedFolder
+from kd_utils.store import files, sealed
 from kd_utils.teacher.fine_tuning import fine_tune
 from kd_utils.tokens.encoding import encode_table
 
@@ -30,11 +28,7 @@ SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 #: Teacher and student differ in width, depth and head size (the projector is needed) and share the
 #: head count, so that attention maps compare head by head.
 TEACHER = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
-
 STUDENT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-
-#: Pieces of the tokenizer of `teacher-subwords`: frequent words whole, rarer ones in parts.
-SUBWORDS = 580
 
 #: The fixed wording of the three prompts (see `data.tasks`). Each phrase is one token, which saves
 #: a third of all tokens.
@@ -49,7 +43,6 @@ PHRASES = (
 #: Rows that the student is pretrained on, and how. From random weights it would not learn in a
 #: trial's few epochs to match choices and letters.
 PRETRAINING_ROWS = {"sst2": 1200, "mmlu": 6000, "gsm8k": 800}
-
 PRETRAINING = dict(epochs=4, learning_rate=3e-3, batch_size=32, prompt_weight=1.0)
 
 
@@ -68,8 +61,9 @@ def pretraining_text(tables: dict[str, list[toy.Row]], seed: int) -> list[tuple[
     sst2 = toy.sst2_rows(rng, PRETRAINING_ROWS["sst2"])
     gsm8k = toy.gsm8k_rows(rng, PRETRAINING_ROWS["gsm8k"])
     # Questions come ten times, with their choices in other orders.
-    count = PRETRAINING_ROWS["mmlu"] // 10
-    mmlu = [row for _ in range(10) for row in toy.mmlu_rows(rng, other, count)]
+    mmlu = [
+        row for _ in range(10) for row in toy.mmlu_rows(rng, other, PRETRAINING_ROWS["mmlu"] // 10)
+    ]
     told = {prompt for prompt, _ in _pairs(tables)}
     return [
         *(
@@ -84,31 +78,24 @@ def pretraining_text(tables: dict[str, list[toy.Row]], seed: int) -> list[tuple[
 
 def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int) -> None:
     """Train `model` on `text`, with the same result whatever the number of cores."""
-    table = pd.DataFrame([("", *pair) for pair in text], columns=["example_id", "prompt", "answer"])
+    table = pd.DataFrame(text, columns=["prompt", "answer"]).assign(example_id="")
+    rows = encode_table(tokenizer, table)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums are added up in another order with more threads
     try:
         with torch.random.fork_rng(devices=[]):
             fine_tune(
-                model,
-                encode_table(tokenizer, table),
-                **PRETRAINING,
-                seed=seed,
-                autocast=nullcontext,
-                device=torch.device("cpu"),
+                model, rows, **PRETRAINING, seed=seed, autocast=nullcontext, device=model.device
             )
     finally:
         torch.set_num_threads(threads)
 
 
-def build_tokenizer(texts: Iterable[str]) -> Any:
+def build_tokenizer(texts: list[str]) -> Any:
     """A lossless word-level tokenizer: one token for each word of `texts`, bytes for other text.
 
     A word includes the space before it, as in GPT-2, so a prompt's tokens stay a prefix when
-    " answer" is appended.
-
-    Returns:
-        A `PreTrainedTokenizerFast` with bos, eos and pad tokens, which it does not add by itself.
+    " answer" is appended. The bos and eos tokens are not added by the tokenizer itself.
     """
     tokenizer = _byte_level(
         "|".join(map(re.escape, PHRASES)) + r"| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\n+|\s"
@@ -116,22 +103,21 @@ def build_tokenizer(texts: Iterable[str]) -> Any:
     words = {word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = [*SPECIAL_TOKENS, *alphabet, *sorted(words - set(alphabet))]
-    # Without merges and with `ignore_merges`, BPE keeps words of the vocabulary whole, and splits
-    # others into bytes.
     ids = {token: i for i, token in enumerate(vocabulary)}
+    # With `ignore_merges` BPE keeps whole words of the vocabulary; without merges others are bytes.
     tokenizer.model = models.BPE(ids, [], ignore_merges=True)
     return _fast(tokenizer)
 
 
-def build_subword_tokenizer(texts: Iterable[str]) -> Any:
+def build_subword_tokenizer(texts: list[str]) -> Any:
     """A byte-level BPE of the texts, like Llama 3's, for a teacher with other tokens.
 
-    Frequent words are tokens in both tokenizers, with other ids; rarer words are split, and so are
-    the `PHRASES`.
+    Frequent words are tokens in both tokenizers, with other ids; rarer words and the `PHRASES` are
+    split.
     """
     tokenizer = _byte_level(r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\n+|\s")
     trainer = trainers.BpeTrainer(
-        vocab_size=SUBWORDS,
+        vocab_size=580,
         special_tokens=SPECIAL_TOKENS[::-1],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -190,36 +176,30 @@ def build(folder: Path, seed: int = 1) -> None:
         FileExistsError: `folder` holds something that no build wrote.
         OSError: the disk is full.
     """
-    made_from = Ingredients(
-        seed={"seed": seed},
-        # The models do not depend on the notebook.
-        code={
-            name: digest
-            for name, digest in code_of("01_prepare_data", {"demos.toy_models"}).items()
-            if name.endswith(".py")
-        },
-    )
-    sealed = SealedFolder(folder, "toy.json")
-    remove_leftovers(folder)
-    if _is_built(sealed, made_from):
+    code = code_of("01_prepare_data", {"demos.toy_models"})
+    del code["notebooks/01_prepare_data.ipynb"]  # the models do not depend on it
+    made_from = Ingredients(seed={"seed": seed}, code=code)
+    target = sealed.SealedFolder(folder, "toy.json")
+    files.remove_leftovers(folder)
+    if _is_built(target, made_from):
         return
-    if folder.exists() and any(folder.iterdir()) and not (folder / sealed.document).is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / target.document).is_file():
         raise FileExistsError(
             f"{folder} holds files that no toy build wrote: move them, or name another folder"
         )
     try:
-        with sealed.replaced({"made_from": made_from}) as aside:
+        with target.replaced({"made_from": made_from}) as aside:
             _write(aside, seed)
     except OSError:
         # Another process may have built the same toy meanwhile.
-        if not _is_built(sealed, made_from):
+        if not _is_built(target, made_from):
             raise
 
 
-def _is_built(sealed: SealedFolder, made_from: Ingredients) -> bool:
+def _is_built(target: sealed.SealedFolder, made_from: Ingredients) -> bool:
     try:
-        return sealed.check()["made_from"] == made_from
-    except (RecordError, KeyError):
+        return target.check()["made_from"] == made_from
+    except (sealed.RecordError, KeyError):
         return False
 
 

@@ -1,6 +1,4 @@
-"""How notebook 05 measures (time in turns, peak memory, the rate of a large matrix product, what a
-sweep adds to its trials), and what the project asks of each measurement.
-"""
+"""How notebook 05 measures, and what the project asks of each measurement."""
 
 import ctypes
 import gc
@@ -36,16 +34,14 @@ FLOORS = {
 
 
 def against_floors(measured: dict[str, float], limits: dict[str, float]) -> pd.DataFrame:
-    """Compare measurements with their floors.
+    """Compare measurements with their floors; those without a floor are left out.
 
     Args:
-        measured: by key; those without a floor are left out.
         limits: the best that is possible, for every key that has a floor.
 
     Returns:
         A row per measurement: `key`, `measured`, the sense of the comparison, `floor`, `limit`,
-        `met`, and `margin`: how many times better than its floor the measurement is (below 1 the
-        floor is missed).
+        `met`, and `margin`: how many times better than its floor the measurement is.
     """
     rows = [(key, measured[key], *FLOORS[key], limits[key]) for key in FLOORS if key in measured]
     table = pd.DataFrame(rows, columns=["key", "measured", "", "floor", "limit"])
@@ -81,9 +77,7 @@ def alternate(
     """Time several sides in turn, so that other load on the machine slows all of them alike.
 
     Args:
-        sides: the work of each side, by name.
-        repeats: measurements of each side.
-        device: where the work runs; a GPU is waited for.
+        sides: the work of each side, by name; a GPU is waited for at its end.
         warm_up: first run every side once without measuring it.
 
     Returns:
@@ -132,11 +126,11 @@ def _resident_kb(field: str) -> int:
 
 
 def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str, float]:
-    """Run a toy sweep on two slots; measure its time beyond the trials' training and evaluation.
+    """Run a toy sweep on two slots, and measure what it adds to its trials.
 
     The sweep is an experiment of its own, "bench", with one epoch a trial: data and cache of "toy"
-    do not change. A first command, which is not measured, makes data, cache and one trial. A second
-    command runs the others.
+    do not change. A first command, which is not measured, makes data, cache and one trial; a second
+    one runs the others.
 
     Args:
         trials: about how many; rounded to whole seeds of all methods.
@@ -144,9 +138,9 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
         folder: where the sweep is run.
 
     Returns:
-        `trials`; `wall_s` of the second command; `inside_s`, seconds in which its trials trained
-        and were evaluated; `overhead_s` = (2 x wall_s - inside_s) / trials; `import_s`, seconds
-        that a process needs for its imports alone.
+        `trials`; `wall_s` of the second command; `inside_s`, the seconds of its trials' training
+        and evaluation; `overhead_s` = (2 x wall_s - inside_s) / trials; `import_s`, the seconds of
+        a process's imports.
 
     Raises:
         RuntimeError: the sweep failed; with the end of its output.

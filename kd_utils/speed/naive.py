@@ -6,13 +6,11 @@ maps are stored in Parquet as nested lists of floats and are read as Python list
 """
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,14 +22,13 @@ from kd_utils.tokens.encoding import Example
 
 
 def write_rows(path: Path, examples: list[Example], teacher_head: Tensor, *, length: int) -> None:
-    """Write examples and their signals as nested lists, padded to `length`.
+    """Write examples and their signals as nested lists in Parquet, padded to `length`.
 
     The columns of a row are `input_ids` (L), `labels` (L; -100 where nothing is predicted), `mask`
     (L; 1 for real tokens), and of the teacher `logits` (L, V), `hidden` (L, d), the final hidden
     states, and `maps` (H, L, L), the attention maps of the last layer.
 
     Args:
-        path: of the Parquet file.
         examples: with the signals of a cache; their values do not change.
         teacher_head: (V, d) the teacher's `lm_head`, which makes its logits.
     """
@@ -53,23 +50,23 @@ def write_rows(path: Path, examples: list[Example], teacher_head: Tensor, *, len
             }
         )
     table = {name: _nested(torch.stack([row[name] for row in padded])) for name in padded[0]}
-    pq.write_table(pa.table(table), path, row_group_size=1)
+    pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=1)
 
 
-def _nested(values: Tensor) -> pa.Array:
+def _nested(values: Tensor) -> pyarrow.Array:
     """(N, a, b, ...) as N nested lists."""
-    array = pa.array(values.numpy().reshape(-1))
+    array = pyarrow.array(values.numpy().reshape(-1))
     for width in reversed(values.shape[1:]):
-        starts = pa.array(np.arange(0, len(array) + 1, width, dtype=np.int32))
-        array = pa.ListArray.from_arrays(starts, array)
+        starts = np.arange(0, len(array) + 1, width, dtype=np.int32)
+        array = pyarrow.ListArray.from_arrays(starts, array)
     return array
 
 
 def read_batch(
-    path: Path, groups: Iterable[int], device: torch.device | str = "cpu"
+    path: Path, groups: list[int] | range, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Read rows by their number and make tensors of their Python lists, (B, ...) by column."""
-    file = pq.ParquetFile(path)
+    file = pyarrow.parquet.ParquetFile(path)
     rows = [file.read_row_group(group).to_pylist()[0] for group in groups]
     return {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
 
@@ -111,21 +108,17 @@ def step(bench: StepBench, path: Path, count: int, reading_seconds: list[float])
 
 
 def beside_cached(bench: StepBench, path: Path, examples: list[Example]) -> pd.DataFrame:
-    """Compare the loss terms of a batch in both designs.
+    """The loss terms of `examples` (a row each) in both designs, "cached" and "naive".
 
     Args:
-        bench: gives student and projector.
         path: of a file whose first rows are `examples`.
         examples: with the signals of the cache.
 
-    Returns:
-        A row per term, with the columns "cached" and "naive".
-
     Raises:
-        AssertionError: they differ by more than rounding explains.
+        AssertionError: the designs differ by more than rounding explains.
     """
     with torch.no_grad():
-        cached = bench.loss_terms(batches.collate(examples, device=bench.device), tuple(WEIGHTS))
+        cached = bench.loss_terms(batches.collate(examples, device=bench.device), WEIGHTS)
         naive = loss_terms(bench, read_batch(path, range(len(examples)), bench.device))
     table = pd.DataFrame({"cached": cached, "naive": naive}).map(Tensor.item)
     exact = devices.amp_dtype(bench.device, bench.config.precision) == torch.float32

@@ -1,9 +1,5 @@
-"""The training step of notebook 03 with the terms of each method, and the gradient that it takes.
+"""The training step of notebook 03 with the terms of each method, and its gradient."""
 
-Only this module of the room knows how a student is compared with its teacher.
-"""
-
-from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,10 +32,8 @@ class StepBench:
 
     Args:
         shape: of "student" and "teacher", an entry of `SHAPES`.
-        rows: the examples, without signals.
-        folder: their cache.
+        rows: the examples, without signals; `folder` has their cache.
         config: parameters of notebook 05.
-        device: where the student trains.
 
     Attributes:
         plan: the batches of one epoch, as indices of rows.
@@ -63,15 +57,19 @@ class StepBench:
         student, teacher = shape["student"], shape["teacher"]
         total = teacher["num_hidden_layers"]
         last = [(total, student["num_hidden_layers"])]
+        widths = (student["hidden_size"], teacher["hidden_size"])
         head = output_head.OutputHead(self._cache.lm_head().float().to(device))
-        self.kd = kd.KD(head, config.temperature)
-        states = hidden.Hidden(last, total, (student["hidden_size"], teacher["hidden_size"]), [0])
-        maps = attention.AttentionMaps(last, total, teacher["num_attention_heads"])
-        self.teacher_terms = teacher_terms.TeacherTerms([self.kd, states, maps]).to(device)
-        [self.projector] = states.projectors
+        self.teacher_terms = teacher_terms.TeacherTerms(
+            [
+                kd.KD(head, config.temperature),
+                hidden.Hidden(last, total, widths, [0]),
+                attention.AttentionMaps(last, total, teacher["num_attention_heads"]),
+            ]
+        ).to(device)
+        [self.projector] = self.teacher_terms["hidden"].projectors
         self.restart()
 
-    def restart(self, terms: Collection[str] = tuple(WEIGHTS)) -> None:
+    def restart(self, terms: Collection[str] = WEIGHTS) -> None:
         """Make student and optimiser anew; the projector trains if a term uses it."""
         seed = self.config.seed + 1
         self.student = random_model(self.shape["student"], seed=seed, device=self.device).train()
@@ -90,7 +88,7 @@ class StepBench:
         self, batch: batches.Batch, terms: Collection[str], temperature: float | None = None
     ) -> dict[str, Tensor]:
         """The unweighted loss terms of a batch, at the config's temperature if none is given."""
-        self.kd.temperature = temperature or self.config.temperature
+        self.teacher_terms["kd"].temperature = temperature or self.config.temperature
         with devices.autocast(self.device, self.config.precision):
             return training.loss_terms(
                 signals.forward_signals(
@@ -104,8 +102,7 @@ class StepBench:
 
     def gradient(self, examples: list[Example], temperature: float, term: str) -> Tensor:
         """The flat gradient of the weighted loss ("all") or of one unweighted term."""
-        batch = batches.collate(examples, device=self.device)
-        terms = self.loss_terms(batch, tuple(WEIGHTS), temperature)
+        terms = self.loss_terms(batches.collate(examples, device=self.device), WEIGHTS, temperature)
         loss = training.weighted_sum(terms, WEIGHTS) if term == "all" else terms[term]
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return torch.cat([g.flatten() for g in gradients if g is not None])
@@ -122,23 +119,20 @@ class StepBench:
         plan: list[list[int]] | None = None,
         *,
         synchronize: bool = False,
-    ) -> Counter[str]:
-        """Train with the loop of notebook 03.
+    ) -> dict[str, float]:
+        """Train with the loop of notebook 03 and return the seconds by part of the step.
 
         Args:
             terms: of the loss, an entry of `METHODS`.
             plan: batches as indices of rows; None: the whole epoch.
             synchronize: wait for a GPU after each part of a step.
-
-        Returns:
-            Seconds by part of the step.
         """
 
-        def make(indices: list[int]) -> batches.Batch:
-            return batches.collate(self.examples(indices, terms), device=self.device)
-
         laps = meters.Laps(self.device if synchronize else "cpu")
-        for batch in batches.prefetched(make, plan or self.plan):
+        for batch in batches.prefetched(
+            lambda indices: batches.collate(self.examples(indices, terms), device=self.device),
+            plan or self.plan,
+        ):
             laps.lap("wait")
             loss = training.weighted_sum(self.loss_terms(batch, terms), WEIGHTS)
             laps.lap("forward and loss")
@@ -161,10 +155,7 @@ class StepBench:
 
 @torch.no_grad()
 def exact_rows(teacher: nn.Module, rows: list[Example]) -> list[Example]:
-    """Rows with the teacher's signals in float32, as a teacher run beside the student gives them.
-
-    The teacher runs over one row at a time.
-    """
+    """Rows with the signals of a teacher beside the student: in float32, taken row by row."""
     exact = []
     for row in rows:
         input_ids = torch.from_numpy(row.tokens).long()[None].to(teacher.device)
@@ -194,8 +185,7 @@ def gradient_cosines(
         rows: of one batch, without signals.
 
     Returns:
-        Cosines, a row per temperature; columns: the weighted loss ("all"), and each term that
-        reads the cache.
+        A row per temperature; columns: the weighted loss ("all"), each term that reads the cache.
     """
     run = signal_function(teacher, signals="white_box", attention_dtype="uint8")
     compact, dtype = list(run(rows)), teacher.dtype

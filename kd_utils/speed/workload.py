@@ -1,7 +1,6 @@
 """The work that notebook 05 measures: random models in the shapes of real ones, rows of realistic
-lengths, their teacher cache and its size, and the number of multiply-adds.
-
-No weights or data are loaded: speed depends on shapes and lengths, not on the values of weights.
+lengths, their teacher cache and its size, and the number of multiply-adds. No weights or data are
+loaded: speed depends on shapes and lengths, not on the values of weights.
 """
 
 from collections.abc import Iterable, Sequence
@@ -43,28 +42,23 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
 #: For each task its number of rows, then the quantiles 0, 1/20, ..., 1 of tokens in a row and of
 #: tokens in its answer: the training rows of `papermill_params/llama2.yaml` under Llama-2's
 #: tokenizer.
-# fmt: off
-LENGTH_MIX: dict[str, tuple[int, list[int], list[int]]] = {
+LENGTH_MIX = {
     "sst2": (
         5000,
-        [16, 21, 24, 26, 28, 30, 32, 33, 35, 37, 38, 40, 42, 44, 46, 48, 50, 53, 56, 61, 90],
-        [2] * 21,
+        "16 21 24 26 28 30 32 33 35 37 38 40 42 44 46 48 50 53 56 61 90",
+        "2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2",
     ),
     "mmlu": (
         1000,
-        [45, 59, 63, 67, 72, 76, 81, 86, 93, 97, 104,
-         112, 122, 132, 139, 150, 171, 210, 258, 324, 493],
-        [2] * 21,
+        "45 59 63 67 72 76 81 86 93 97 104 112 122 132 139 150 171 210 258 324 493",
+        "2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2",
     ),
     "gsm8k": (
         1000,
-        [72, 106, 118, 127, 137, 146, 155, 166, 173, 180, 190,
-         201, 209, 218, 227, 241, 254, 275, 305, 340, 495],
-        [31, 59, 69, 76, 82, 89, 95, 101, 106, 112, 119,
-         126, 136, 145, 152, 161, 171, 185, 209, 241, 368],
+        "72 106 118 127 137 146 155 166 173 180 190 201 209 218 227 241 254 275 305 340 495",
+        "31 59 69 76 82 89 95 101 106 112 119 126 136 145 152 161 171 185 209 241 368",
     ),
 }
-# fmt: on
 
 
 def random_model(
@@ -75,12 +69,10 @@ def random_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> torch.nn.Module:
-    """Make a Llama of this shape with random weights, in eval mode.
+    """Make a Llama of this shape (an entry of `SHAPES`) with random weights, in eval mode.
 
-    Args:
-        shape: an entry of `SHAPES`.
-        sharpness: factor on the queries of the last layer. Random weights give flat attention maps,
-            which compress far better than those of a trained model.
+    Random weights give flat attention maps, which compress far better than those of a trained
+    model; `sharpness` is a factor on the queries of the last layer.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -93,17 +85,17 @@ def random_model(
 
 
 def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
-    """Make rows of random tokens whose lengths follow `LENGTH_MIX`.
+    """Make rows of random tokens in the real proportions of tasks and lengths (`LENGTH_MIX`).
 
-    The tasks keep their real proportions, and the lengths are evenly spaced quantiles. They do not
-    depend on `seed`, so ten times the rows have ten times the tokens.
+    Lengths are evenly spaced quantiles, whatever the seed: ten times the rows have ten times the
+    tokens.
     """
     rng = np.random.default_rng(seed)
     task_rows = [rows for rows, _, _ in LENGTH_MIX.values()]
     ends = np.cumsum([0, *task_rows]) * count // sum(task_rows)
     examples = []
     for task, first, last in zip(LENGTH_MIX, ends, ends[1:], strict=False):
-        _, *quantiles = LENGTH_MIX[task]
+        quantiles = [np.array(numbers.split(), int) for numbers in LENGTH_MIX[task][1:]]
         for place in (np.arange(last - first) + 0.5) / max(last - first, 1) * 20:
             length, answer = (round(np.interp(place, range(21), q)) for q in quantiles)
             tokens = rng.integers(3, vocab_size, length).astype(np.int32)
@@ -125,9 +117,8 @@ def multiply_adds(
         student, teacher: shapes.
         lengths: (tokens, answer tokens) of each example.
         terms: names of the loss terms, such as "kd".
-        padded_to: 0 counts real tokens only. Otherwise count the naive design: every example has
-            this length, all pairs of positions count, student logits are computed at every
-            position, and the teacher's logits are read rather than computed.
+        padded_to: if not 0, count the naive design: every example has this length, all pairs of
+            positions count, student logits are computed everywhere, the teacher's are read.
     """
     if padded_to:
         lengths = [(padded_to, padded_to)] * len(lengths)
@@ -158,9 +149,8 @@ def write_sample(
     batch_tokens: int,
     attention_dtype: str = "float16",
 ) -> dict[str, Any]:
-    """Run the teacher over the rows, write their white-box cache and return its manifest.
-
-    The manifest says what is needed to read the cache and nothing about where it comes from.
+    """Run the teacher over the rows, write their white-box cache and return its manifest, which
+    does not say where the cache comes from.
 
     Args:
         folder: of the cache; missing or empty.
@@ -168,21 +158,20 @@ def write_sample(
         attention_dtype: "float16" or "uint8".
     """
     last = [teacher.config.num_hidden_layers]
-    header = {
-        "name": "speed",
-        "signals": "white_box",
-        "layers": {"hidden": last, "attention": last},
-        "heads": teacher.config.num_attention_heads,
-        "hidden_size": teacher.config.hidden_size,
-        "temperatures": [],
-        "dtypes": {"hidden": "float16", "attention": attention_dtype},
-    }
     return writer.write_cache(
         Path(folder),
         {"train": rows},
         extraction.signal_function(teacher, signals="white_box", attention_dtype=attention_dtype),
         extraction.stored_lm_head(teacher),
-        header,
+        header={
+            "name": "speed",
+            "signals": "white_box",
+            "layers": {"hidden": last, "attention": last},
+            "heads": teacher.config.num_attention_heads,
+            "hidden_size": teacher.config.hidden_size,
+            "temperatures": [],
+            "dtypes": {"hidden": "float16", "attention": attention_dtype},
+        },
         shard_examples=256,
         batch_tokens=batch_tokens,
     )
@@ -204,8 +193,8 @@ def cache_gigabytes(folder: Path, examples: int, naive_length: int) -> dict[str,
 
     Returns:
         GB: `bytes` and its parts `hidden`, `attention`, `lm_head` and `other`; `entropy`, the size
-        if every byte plane were coded at its order-0 entropy; `naive`, the size of logits, hidden
-        states and square maps in float16 with every example padded to `naive_length`.
+        with every byte plane coded at its order-0 entropy; `naive`, that of logits, hidden states
+        and square maps in float16 with every example padded to `naive_length`.
     """
     cache = teacher_cache.TeacherCache(folder, memory_bytes=0)
     rows = [cache[example_id] for example_id in cache.lengths]
@@ -233,9 +222,7 @@ def cache_gigabytes(folder: Path, examples: int, naive_length: int) -> dict[str,
 
 
 def entropy_bits(arrays: Iterable[np.ndarray]) -> float:
-    """Bits per value that a coder of single bytes needs at least: the sum of the order-0 entropies
-    of the byte planes.
-    """
+    """Sum of the byte planes' order-0 entropies: the fewest bits per value if bytes are coded."""
     planes = (array.reshape(-1).view(np.uint8).reshape(array.size, -1).T for array in arrays)
     counts = sum(np.stack([np.bincount(p, minlength=256) for p in group]) for group in planes)
     shares = counts / counts.sum(1, keepdims=True)
