@@ -134,8 +134,7 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
 
     Args:
         trials: about how many; rounded to whole seeds of all methods.
-        artifacts_dir: where data and cache are made.
-        folder: where the sweep is run.
+        artifacts_dir, folder: where data and cache are made, and where the sweep is run.
 
     Returns:
         `trials`; `wall_s` of the second command; `inside_s`, the seconds of its trials' training

@@ -82,12 +82,13 @@ def loss_terms(bench: StepBench, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             output_hidden_states=True,
             use_cache=False,
         )
-        T, real, maps = bench.config.temperature, batch["mask"].bool(), output.attentions[-1]
+        T, real = bench.config.temperature, batch["mask"].bool()
         teacher = (batch["logits"] / T).softmax(-1)
         kd = F.kl_div((output.logits / T).log_softmax(-1), teacher, reduction="none").sum(-1)
         projected = bench.projector(output.hidden_states[-1])
         hidden = F.mse_loss(projected, batch["hidden"], reduction="none").mean(-1)
         causal = (real[:, :, None] & real[:, None, :]).tril()[:, None]  # (B, 1, L, L)
+        maps = output.attentions[-1]
         attention = F.mse_loss(maps, batch["maps"], reduction="none") * causal
         student, labels = output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
         return {
@@ -111,8 +112,7 @@ def beside_cached(bench: StepBench, path: Path, examples: list[Example]) -> pd.D
     """The loss terms of `examples` (a row each) in both designs, "cached" and "naive".
 
     Args:
-        path: of a file whose first rows are `examples`.
-        examples: with the signals of the cache.
+        path: of a file whose first rows are `examples`, which have the signals of the cache.
 
     Raises:
         AssertionError: the designs differ by more than rounding explains.

@@ -33,7 +33,6 @@ class StepBench:
     Args:
         shape: of "student" and "teacher", an entry of `SHAPES`.
         rows: the examples, without signals; `folder` has their cache.
-        config: parameters of notebook 05.
 
     Attributes:
         plan: the batches of one epoch, as indices of rows.
@@ -127,7 +126,6 @@ class StepBench:
             plan: batches as indices of rows; None: the whole epoch.
             synchronize: wait for a GPU after each part of a step.
         """
-
         laps = meters.Laps(self.device if synchronize else "cpu")
         for batch in batches.prefetched(
             lambda indices: batches.collate(self.examples(indices, terms), device=self.device),

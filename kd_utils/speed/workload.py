@@ -114,9 +114,8 @@ def multiply_adds(
     """Count the multiply-adds of one training epoch: matrix products of forward and backward.
 
     Args:
-        student, teacher: shapes.
+        student, teacher: their shapes, of `SHAPES`.
         lengths: (tokens, answer tokens) of each example.
-        terms: names of the loss terms, such as "kd".
         padded_to: if not 0, count the naive design: every example has this length, all pairs of
             positions count, student logits are computed everywhere, the teacher's are read.
     """
@@ -149,13 +148,9 @@ def write_sample(
     batch_tokens: int,
     attention_dtype: str = "float16",
 ) -> dict[str, Any]:
-    """Run the teacher over the rows, write their white-box cache and return its manifest, which
-    does not say where the cache comes from.
-
-    Args:
-        folder: of the cache; missing or empty.
-        batch_tokens: most tokens in one teacher batch, padding included.
-        attention_dtype: "float16" or "uint8".
+    """Run the teacher over the rows, in batches of at most `batch_tokens` with padding, and write
+    their white-box cache to a new folder. Returns its manifest, which does not say where the cache
+    comes from. Attention maps are stored as "float16" or "uint8".
     """
     last = [teacher.config.num_hidden_layers]
     return writer.write_cache(
