@@ -166,7 +166,7 @@ def cache_teacher(args: argparse.Namespace) -> dict[str, Any]:
 
     from kd_utils.models.devices import amp_dtype
     from kd_utils.models.loading import load_causal_lm
-    from kd_utils.speed.caching import write_sample
+    from kd_utils.speed.workload import write_sample
     from kd_utils.tokens.encoding import Example
 
     device = torch.device(args.device)

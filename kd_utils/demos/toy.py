@@ -5,10 +5,8 @@ facts recalled among distractors, arithmetic worked step by step.
 """
 
 import random
-from collections.abc import Iterable
-from typing import Any
 
-Row = dict[str, Any]
+from kd_utils.data.tasks.base import Row
 
 #: Rows of each file. As with the real data, MMLU's training and validation rows both come from
 #: `test`.
@@ -22,16 +20,15 @@ ROWS = {
 
 DEV_ROWS_PER_SUBJECT = 5
 
+# What sentences are made of.
 ASPECTS = "film cast plot script story music ending humour dialogue acting".split()
-
 ADJECTIVES = {
     1: "fine warm clever funny moving fresh charming sharp gripping superb".split(),
     0: "dull tedious clumsy stale hollow bland crude messy dreary awful".split(),
 }
-
 NEGATIONS = ("not", "never", "hardly", "anything but", "far from")
-
 INTENSIFIERS = ("", "", "very ", "so ", "really ")
+CONTRASTS = ("{other} , but {main}", "although {other} , {main}", "{main} , although {other}")
 
 
 def sst2_rows(rng: random.Random, count: int) -> list[Row]:
@@ -43,25 +40,15 @@ def sst2_rows(rng: random.Random, count: int) -> list[Row]:
     rows = {}
     while len(rows) < count:
         label = len(rows) % 2
-        sentence = _sentence(rng, label)
+        main_aspect, other_aspect = rng.sample(ASPECTS, 2)
+        main = _clause(rng, main_aspect, label)
+        form = rng.choice(("{main}", "{main}", "{main} and {other}", *CONTRASTS))
+        other = ""
+        if "{other}" in form:
+            other = _clause(rng, other_aspect, 1 - label if form in CONTRASTS else label)
+        sentence = form.format(main=main, other=other)
         rows.setdefault(sentence, {"sentence": sentence, "label": label})
-    return _shuffled(rng, rows.values())
-
-
-def _sentence(rng: random.Random, label: int) -> str:
-    main_aspect, other_aspect = rng.sample(ASPECTS, 2)
-    main = _clause(rng, main_aspect, label)
-    form = rng.choice(("single", "single", "and", "but", "although", "late although"))
-    if form == "single":
-        return main
-    if form == "and":
-        return f"{main} and {_clause(rng, other_aspect, label)}"
-    other = _clause(rng, other_aspect, 1 - label)
-    return {
-        "but": f"{other} , but {main}",
-        "although": f"although {other} , {main}",
-        "late although": f"{main} , although {other}",
-    }[form]
+    return _shuffled(rng, rows)
 
 
 def _clause(rng: random.Random, aspect: str, value: int) -> str:
@@ -71,40 +58,34 @@ def _clause(rng: random.Random, aspect: str, value: int) -> str:
     return f"the {aspect} is {rng.choice(INTENSIFIERS)}{rng.choice(ADJECTIVES[value])}"
 
 
-#: subject -> (things, values, ways to ask); the seed decides which value belongs to which thing.
+#: subject -> things, values, ways to ask; the seed decides which value belongs to which thing.
 WORLD = {
     "world_capitals": (
         ("Norland", "Vestria", "Oromar", "Kaldia", "Sulmira", "Tarvos"),
         ("Ardun", "Bresk", "Corvin", "Delmar", "Estok", "Fenwick"),
-        (
-            "What is the capital of {}?",
-            "Which city is the capital of {}?",
-            "The capital of {} is which city?",
-            "From which city is {} ruled?",
-            "In which city do the rulers of {} live?",
-        ),
+        "What is the capital of {}?",
+        "Which city is the capital of {}?",
+        "The capital of {} is which city?",
+        "From which city is {} ruled?",
+        "In which city do the rulers of {} live?",
     ),
     "animal_diets": (
         ("lork", "mimble", "zarn", "pogget", "tiffin", "grell"),
         ("berries", "moss", "beetles", "clams", "acorns", "reeds"),
-        (
-            "What does a {} eat?",
-            "Which food does a {} live on?",
-            "A {} eats which food?",
-            "What is the food of a {}?",
-            "On which food is a {} raised?",
-        ),
+        "What does a {} eat?",
+        "Which food does a {} live on?",
+        "A {} eats which food?",
+        "What is the food of a {}?",
+        "On which food is a {} raised?",
     ),
     "famous_inventors": (
         ("Abner", "Brisa", "Cosmo", "Dorit", "Elvar", "Fabia"),
         ("clock", "kite", "lamp", "plough", "compass", "loom"),
-        (
-            "What did {} invent?",
-            "Which thing did {} invent?",
-            "The inventor {} made which thing?",
-            "For which thing is {} known?",
-            "To {} we owe which thing?",
-        ),
+        "What did {} invent?",
+        "Which thing did {} invent?",
+        "The inventor {} made which thing?",
+        "For which thing is {} known?",
+        "To {} we owe which thing?",
     ),
 }
 
@@ -113,7 +94,7 @@ def draw_facts(rng: random.Random) -> dict[str, dict[str, str]]:
     """The closed world: for each subject, the one value of each thing."""
     return {
         subject: dict(zip(things, rng.sample(values, len(things)), strict=True))
-        for subject, (things, values, _) in WORLD.items()
+        for subject, (things, values, *_) in WORLD.items()
     }
 
 
@@ -127,22 +108,16 @@ def mmlu_rows(rng: random.Random, facts: dict[str, dict[str, str]], count: int) 
         subject = subjects[len(rows) % len(subjects)]
         gold = len(rows) // len(subjects) % 4
         thing, value = rng.choice(sorted(facts[subject].items()))
-        question = rng.choice(WORLD[subject][2]).format(thing)
+        question = rng.choice(WORLD[subject][2:]).format(thing)
         choices = rng.sample(sorted(set(facts[subject].values()) - {value}), 3)
         choices.insert(gold, value)
         row = {"question": question, "subject": subject, "choices": choices, "answer": gold}
         rows.setdefault((question, frozenset(choices)), row)
-    return _shuffled(rng, rows.values())
+    return _shuffled(rng, rows)
 
-
-NAMES = ("Ann", "Ben", "Cara", "Dan", "Eve", "Finn", "Gina", "Hugo")
-
-OBJECTS = ("apples", "pears", "coins", "cards", "shells", "books", "stamps", "eggs")
 
 GAINS = ("buys {} more", "finds {} more", "gets {} from {friend}")
-
 LOSSES = ("loses {}", "sells {}", "gives {} to {friend}")
-
 LARGEST = 10
 
 
@@ -152,16 +127,17 @@ def gsm8k_rows(rng: random.Random, count: int) -> list[Row]:
     while len(rows) < count:
         question, answer = _problem(rng, steps=1 + len(rows) % 2)
         rows.setdefault(question, {"question": question, "answer": answer})
-    return _shuffled(rng, rows.values())
+    return _shuffled(rng, rows)
 
 
 def _problem(rng: random.Random, steps: int) -> tuple[str, str]:
-    name, friend = rng.sample(NAMES, 2)
-    thing = rng.choice(OBJECTS)
+    name, friend = rng.sample("Ann Ben Cara Dan Eve Finn Gina Hugo".split(), 2)
+    thing = rng.choice("apples pears coins cards shells books stamps eggs".split())
     worked = []
     if rng.random() < 0.25:
-        pairs = [(a, b) for a in range(2, 5) for b in range(2, 6) if a * b <= LARGEST]
-        boxes, content = rng.choice(pairs)
+        boxes, content = rng.choice(
+            [(a, b) for a in range(2, 5) for b in range(2, 6) if a * b <= LARGEST]
+        )
         total = boxes * content
         story = f"{name} has {boxes} boxes of {content} {thing}."
         worked.append(f"{boxes} * {content} = {total}")
@@ -169,8 +145,7 @@ def _problem(rng: random.Random, steps: int) -> tuple[str, str]:
         total = rng.randint(1, LARGEST)
         story = f"{name} has {total} {thing}."
     while len(worked) < steps:
-        options = [n for n in range(-6, 7) if n and 1 <= total + n <= LARGEST]
-        change = rng.choice(options)
+        change = rng.choice([n for n in range(-6, 7) if n and 1 <= total + n <= LARGEST])
         verb = rng.choice(GAINS if change > 0 else LOSSES).format(abs(change), friend=friend)
         story += f" {name} {verb}."
         worked.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
@@ -190,23 +165,22 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     gsm8k = gsm8k_rows(random.Random(f"{seed}/gsm8k"), ROWS["gsm8k/train"] + ROWS["gsm8k/test"])
     shots = DEV_ROWS_PER_SUBJECT * len(facts)
     mmlu = mmlu_rows(random.Random(f"{seed}/mmlu"), facts, ROWS["mmlu/test"] + shots)
-    dev = []
-    for subject in sorted(facts):
-        dev += [row for row in mmlu if row["subject"] == subject][:DEV_ROWS_PER_SUBJECT]
-    tables = {
-        "sst2/train": sst2[: ROWS["sst2/train"]],
-        "sst2/validation": sst2[ROWS["sst2/train"] :],
+    dev = [
+        row
+        for subject in sorted(facts)
+        for row in [row for row in mmlu if row["subject"] == subject][:DEV_ROWS_PER_SUBJECT]
+    ]
+    return {
+        "sst2/train": [{**row, "idx": i} for i, row in enumerate(sst2[: ROWS["sst2/train"]])],
+        "sst2/validation": [{**row, "idx": i} for i, row in enumerate(sst2[ROWS["sst2/train"] :])],
         "mmlu/dev": dev,
         "mmlu/test": [row for row in mmlu if row not in dev],
         "gsm8k/train": gsm8k[: ROWS["gsm8k/train"]],
         "gsm8k/test": gsm8k[ROWS["gsm8k/train"] :],
     }
-    for split in ("sst2/train", "sst2/validation"):
-        tables[split] = [{**row, "idx": idx} for idx, row in enumerate(tables[split])]
-    return tables
 
 
-def _shuffled(rng: random.Random, rows: Iterable[Row]) -> list[Row]:
-    rows = list(rows)
+def _shuffled(rng: random.Random, by_content: dict) -> list[Row]:
+    rows = list(by_content.values())
     rng.shuffle(rows)
     return rows

@@ -6,26 +6,29 @@ writes ordinary Parquet files and `transformers` folders, so no other code knows
 
 import random
 import re
-from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from kd_utils.demos.toy import Row, draw_facts, generate, gsm8k_rows, mmlu_rows, sst2_rows
+import pandas as pd
+import pyarrow.parquet
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kd_utils.data.tasks import TASKS
+from kd_utils.demos import toy
 from kd_utils.records.provenance import Ingredients, code_of
-from kd_utils.store.files import remove_leftovers
-from kd_utils.store.sealed import RecordError, SealedFolder
+from kd_utils.store import files, sealed
+from kd_utils.teacher.preparation import fine_tune
+from kd_utils.tokens.encoding import encode_table
 
 SPECIAL_TOKENS = ["<pad>", "<s>", "</s>"]
 
 #: Teacher and student differ in width, depth and head size (the projector is needed) and share the
 #: head count, so that attention maps compare head by head.
 TEACHER = dict(hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4)
-
 STUDENT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-
-#: Pieces of the tokenizer of `teacher-subwords`: frequent words whole, rarer ones in parts.
-SUBWORDS = 580
 
 #: The fixed wording of the three prompts (see `data.tasks`). Each phrase is one token, which saves
 #: a third of all tokens.
@@ -40,28 +43,27 @@ PHRASES = (
 #: Rows that the student is pretrained on, and how. From random weights it would not learn in a
 #: trial's few epochs to match choices and letters.
 PRETRAINING_ROWS = {"sst2": 1200, "mmlu": 6000, "gsm8k": 800}
-
 PRETRAINING = dict(epochs=4, learning_rate=3e-3, batch_size=32, prompt_weight=1.0)
 
 
-def pretraining_text(tables: dict[str, list[Row]], seed: int) -> list[tuple[str, str]]:
+def pretraining_text(tables: dict[str, list[toy.Row]], seed: int) -> list[tuple[str, str]]:
     """(prompt, answer) pairs for pretraining; they hold no question and no fact of `tables`.
 
     Sentences that follow their sentiment, multiple choice about a world with other facts, and
     worked answers without problems. They teach to read, to match and to calculate, not the tasks.
     """
-    from kd_utils.data.tasks import TASKS
-
     rng = random.Random(f"{seed}/pretraining")
-    facts = draw_facts(random.Random(f"{seed}/facts"))
+    facts = toy.draw_facts(random.Random(f"{seed}/facts"))
     other = {
         subject: dict(zip(known, [*list(known.values())[1:], *known.values()], strict=False))
         for subject, known in facts.items()
     }
-    sst2 = sst2_rows(rng, PRETRAINING_ROWS["sst2"])
-    gsm8k = gsm8k_rows(rng, PRETRAINING_ROWS["gsm8k"])
+    sst2 = toy.sst2_rows(rng, PRETRAINING_ROWS["sst2"])
+    gsm8k = toy.gsm8k_rows(rng, PRETRAINING_ROWS["gsm8k"])
     # Questions come ten times, with their choices in other orders.
-    mmlu = [row for _ in range(10) for row in mmlu_rows(rng, other, PRETRAINING_ROWS["mmlu"] // 10)]
+    mmlu = [
+        row for _ in range(10) for row in toy.mmlu_rows(rng, other, PRETRAINING_ROWS["mmlu"] // 10)
+    ]
     told = {prompt for prompt, _ in _pairs(tables)}
     return [
         *(
@@ -76,65 +78,46 @@ def pretraining_text(tables: dict[str, list[Row]], seed: int) -> list[tuple[str,
 
 def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int) -> None:
     """Train `model` on `text`, with the same result whatever the number of cores."""
-    import pandas as pd
-    import torch
-
-    from kd_utils.teacher.preparation import fine_tune
-    from kd_utils.tokens.encoding import encode_table
-
-    table = pd.DataFrame([("", *pair) for pair in text], columns=["example_id", "prompt", "answer"])
+    table = pd.DataFrame(text, columns=["prompt", "answer"]).assign(example_id="")
+    rows = encode_table(tokenizer, table)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums are added up in another order with more threads
     try:
         with torch.random.fork_rng(devices=[]):
             fine_tune(
-                model,
-                encode_table(tokenizer, table),
-                **PRETRAINING,
-                seed=seed,
-                autocast=nullcontext,
-                device=torch.device("cpu"),
+                model, rows, **PRETRAINING, seed=seed, autocast=nullcontext, device=model.device
             )
     finally:
         torch.set_num_threads(threads)
 
 
-def build_tokenizer(texts: Iterable[str]) -> Any:
+def build_tokenizer(texts: list[str]) -> Any:
     """A lossless word-level tokenizer: one token for each word of `texts`, bytes for other text.
 
     A word includes the space before it, as in GPT-2, so a prompt's tokens stay a prefix when
-    " answer" is appended.
-
-    Returns:
-        A `PreTrainedTokenizerFast` with bos, eos and pad tokens, which it does not add by itself.
+    " answer" is appended. The bos and eos tokens are not added by the tokenizer itself.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    phrases = "|".join(re.escape(phrase) for phrase in PHRASES)
-    split = _splitter(phrases + r"| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\n+|\s")
-    words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}
+    tokenizer = _byte_level(
+        "|".join(map(re.escape, PHRASES)) + r"| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\n+|\s"
+    )
+    words = {word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = [*SPECIAL_TOKENS, *alphabet, *sorted(words - set(alphabet))]
     ids = {token: i for i, token in enumerate(vocabulary)}
-    # Without merges and with `ignore_merges`, BPE keeps words of the vocabulary whole, and splits
-    # others into bytes.
-    tokenizer = Tokenizer(models.BPE(ids, [], ignore_merges=True))
-    tokenizer.pre_tokenizer = split
+    # With `ignore_merges` BPE keeps whole words of the vocabulary; without merges others are bytes.
+    tokenizer.model = models.BPE(ids, [], ignore_merges=True)
     return _fast(tokenizer)
 
 
-def build_subword_tokenizer(texts: Iterable[str]) -> Any:
+def build_subword_tokenizer(texts: list[str]) -> Any:
     """A byte-level BPE of the texts, like Llama 3's, for a teacher with other tokens.
 
-    Frequent words are tokens in both tokenizers, with other ids; rarer words are split, and so are
-    the `PHRASES`.
+    Frequent words are tokens in both tokenizers, with other ids; rarer words and the `PHRASES` are
+    split.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = _splitter(r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\n+|\s")
+    tokenizer = _byte_level(r" ?[A-Za-z]+|[0-9]| ?[^\sA-Za-z0-9]+|\n+|\s")
     trainer = trainers.BpeTrainer(
-        vocab_size=SUBWORDS,
+        vocab_size=580,
         special_tokens=SPECIAL_TOKENS[::-1],
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -143,22 +126,21 @@ def build_subword_tokenizer(texts: Iterable[str]) -> Any:
     return _fast(tokenizer)
 
 
-def _splitter(pattern: str) -> Any:
+def _byte_level(pattern: str) -> Tokenizer:
     """Cuts text into the matches of a pattern, then writes each one's bytes as characters."""
-    from tokenizers import Regex, pre_tokenizers
-
-    parts = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    return pre_tokenizers.Sequence(
-        [parts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
-
-
-def _fast(tokenizer: Any) -> Any:
-    from tokenizers import decoders
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return tokenizer
+
+
+def _fast(tokenizer: Tokenizer) -> Any:
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -170,10 +152,7 @@ def _fast(tokenizer: Any) -> Any:
 
 def build_model(tokenizer: Any, sizes: dict[str, int], seed: int) -> Any:
     """A `LlamaForCausalLM` with random weights; the caller's random state does not change."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         **sizes,
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
@@ -185,7 +164,7 @@ def build_model(tokenizer: Any, sizes: dict[str, int], seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return transformers.LlamaForCausalLM(config)
 
 
 def build(folder: Path, seed: int = 1) -> None:
@@ -197,44 +176,39 @@ def build(folder: Path, seed: int = 1) -> None:
         FileExistsError: `folder` holds something that no build wrote.
         OSError: the disk is full.
     """
-    sealed = SealedFolder(Path(folder), "toy.json")
     code = code_of("01_prepare_data", {"demos.toy_models"})
-    # The models do not depend on the notebook.
-    code = {name: digest for name, digest in code.items() if name.endswith(".py")}
+    del code["notebooks/01_prepare_data.ipynb"]  # the models do not depend on it
     made_from = Ingredients(seed={"seed": seed}, code=code)
-    remove_leftovers(sealed.path)
-    if _is_built(sealed, made_from):
+    target = sealed.SealedFolder(folder, "toy.json")
+    files.remove_leftovers(folder)
+    if _is_built(target, made_from):
         return
-    foreign = not (sealed.path / sealed.document).is_file()
-    if foreign and sealed.path.exists() and any(sealed.path.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and not (folder / target.document).is_file():
         raise FileExistsError(
             f"{folder} holds files that no toy build wrote: move them, or name another folder"
         )
     try:
-        with sealed.replaced({"made_from": made_from}) as aside:
+        with target.replaced({"made_from": made_from}) as aside:
             _write(aside, seed)
     except OSError:
         # Another process may have built the same toy meanwhile.
-        if not _is_built(sealed, made_from):
+        if not _is_built(target, made_from):
             raise
 
 
-def _is_built(sealed: SealedFolder, made_from: Ingredients) -> bool:
+def _is_built(target: sealed.SealedFolder, made_from: Ingredients) -> bool:
     try:
-        return sealed.check()["made_from"] == made_from
-    except (RecordError, KeyError):
+        return target.check()["made_from"] == made_from
+    except (sealed.RecordError, KeyError):
         return False
 
 
 def _write(folder: Path, seed: int) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    tables = generate(seed)
+    tables = toy.generate(seed)
     for name, rows in tables.items():
         path = folder / "data" / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     text = pretraining_text(tables, seed)
     texts = ["".join(pair) for pair in [*_pairs(tables), *text]]
     words, subwords = build_tokenizer(texts), build_subword_tokenizer(texts)
@@ -251,13 +225,11 @@ def _write(folder: Path, seed: int) -> None:
         tokenizer.save_pretrained(folder / name)
 
 
-def _pairs(tables: dict[str, list[Row]]) -> Iterable[tuple[str, str]]:
-    """Prompt and answer of each row, as `tasks.load_task` forms them; names are "TASK/SPLIT"."""
-    from kd_utils.data.tasks import TASKS
-
-    for name, rows in tables.items():
-        task = TASKS[name.split("/")[0]]
-        for row in rows:
-            subject = row.get("subject", "").replace("_", " ")
-            about = f"{PHRASES[0]} {subject}.\n\n" if subject else ""
-            yield about + task.prompt(row), task.answer(row)
+def _pairs(tables: dict[str, list[toy.Row]]) -> list[tuple[str, str]]:
+    """Prompt and answer of each row, as `load_task` forms them; names are "TASK/SPLIT"."""
+    return [
+        (task.description(row) + task.prompt(row), task.answer(row))
+        for name, rows in tables.items()
+        for task in [TASKS[name.split("/")[0]]]
+        for row in rows
+    ]

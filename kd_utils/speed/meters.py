@@ -1,27 +1,57 @@
-"""Clocks, peak memory, and the rate of a large matrix product."""
+"""How notebook 05 measures, and what the project asks of each measurement."""
 
 import ctypes
 import gc
+import json
+import os
 import re
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
+from kd_utils.config import project_paths, trial
+from kd_utils.records.trial_record import read_record
 
-class Laps:
-    """Seconds between calls of `lap`, summed by part.
+#: A measurement must be at most ("<=") or at least (">=") its floor.
+FLOORS = {
+    "cache_bytes_vs_naive": ("<=", 0.018),
+    "cache_bytes_vs_naive/compact": ("<=", 0.013),
+    "cache_grad_cosine": (">=", 0.999),
+    "cache_write_vs_forward": (">=", 0.90),
+    "data_wait_share": ("<=", 0.03),
+    "black_box_vs_finetune": ("<=", 1.25),
+    "combined_vs_black_box": ("<=", 1.15),
+    "peak_memory_vs_finetune": ("<=", 1.25),
+    "speedup_vs_naive": (">=", 8.0),
+    "sweep_overhead_s": ("<=", 8.0),
+}
+
+
+def against_floors(measured: dict[str, float], limits: dict[str, float]) -> pd.DataFrame:
+    """Compare measurements with their floors; those without a floor are left out.
 
     Args:
-        device: a GPU is waited for at the end of each lap.
+        limits: the best that is possible, for every key that has a floor.
 
-    Attributes:
-        seconds: part -> seconds.
+    Returns:
+        A row per measurement: `key`, `measured`, the sense of the comparison, `floor`, `limit`,
+        `met`, and `margin`: how many times better than its floor the measurement is.
     """
+    rows = [(key, measured[key], *FLOORS[key], limits[key]) for key in FLOORS if key in measured]
+    table = pd.DataFrame(rows, columns=["key", "measured", "", "floor", "limit"])
+    below = table["floor"] / table["measured"].clip(lower=1e-9)
+    margin = below.where(table[""] == "<=", table["measured"] / table["floor"])
+    return table.assign(met=margin >= 1, margin=margin)
+
+
+class Laps:
+    """Seconds between calls of `lap`, summed by part in `seconds`; a GPU is waited for."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.seconds: Counter[str] = Counter()
@@ -38,7 +68,7 @@ class Laps:
 
 
 def alternate(
-    sides: dict[str, Callable[[], Any]],
+    sides: dict[str, Callable[[], object]],
     repeats: int,
     *,
     device: torch.device | str = "cpu",
@@ -47,9 +77,7 @@ def alternate(
     """Time several sides in turn, so that other load on the machine slows all of them alike.
 
     Args:
-        sides: the work of each side, by name.
-        repeats: measurements of each side.
-        device: where the work runs; a GPU is waited for.
+        sides: the work of each side, by name; a GPU is waited for at its end.
         warm_up: first run every side once without measuring it.
 
     Returns:
@@ -67,16 +95,14 @@ def alternate(
     return pd.DataFrame(rounds[first:])
 
 
-def matrix_rate(
-    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, size: int = 2048
-) -> float:
-    """Multiply-adds per second of a large square matrix product, the best of five."""
-    left, right = torch.randn(2, size, size, device=device).to(dtype)
-    seconds = alternate({"product": lambda: left @ right}, 5, device=device)["product"].min()
-    return size**3 / seconds
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds per second of a product of square matrices of 2048 rows, the best of five."""
+    left, right = torch.randn(2, 2048, 2048, device=device).to(dtype)
+    seconds = alternate({"product": lambda: left @ right}, 5, device=device)
+    return 2048**3 / seconds["product"].min()
 
 
-def peak_mb(work: Callable[[], Any], *, device: torch.device | str = "cpu") -> float:
+def peak_mb(work: Callable[[], object], *, device: torch.device | str = "cpu") -> float:
     """Run `work` and return the most memory in MB that it held beyond what was held before.
 
     On a GPU this counts torch's allocations, otherwise the resident set of the process (Linux).
@@ -97,3 +123,57 @@ def peak_mb(work: Callable[[], Any], *, device: torch.device | str = "cpu") -> f
 
 def _resident_kb(field: str) -> int:
     return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str, float]:
+    """Run a toy sweep on two slots, and measure what it adds to its trials.
+
+    The sweep is an experiment of its own, "bench", with one epoch a trial: data and cache of "toy"
+    do not change. A first command, which is not measured, makes data, cache and one trial; a second
+    one runs the others.
+
+    Args:
+        trials: about how many; rounded to whole seeds of all methods.
+        artifacts_dir, folder: where data and cache are made, and where the sweep is run.
+
+    Returns:
+        `trials`; `wall_s` of the second command; `inside_s`, the seconds of its trials' training
+        and evaluation; `overhead_s` = (2 x wall_s - inside_s) / trials; `import_s`, the seconds of
+        a process's imports.
+
+    Raises:
+        RuntimeError: the sweep failed; with the end of its output.
+    """
+    seeds = range(max(round(trials / len(trial.DISTILLATIONS)), 1))
+    parameters, grid = folder / "toy.yaml", folder / "grid.yaml"
+    parameters.write_text(
+        "name: bench\nteacher_epochs: 2\nepochs: 1\nsave_student: false\n"
+        f"artifacts_dir: {json.dumps(artifacts_dir)}\n"
+    )
+    grid.write_text(f"distill_type: [{', '.join(trial.DISTILLATIONS)}]\nseed: {list(seeds)}\n")
+    sweep = ["-m", "kd_utils", "sweep", parameters, "--grid", grid, "--run-dir", folder / "sweep"]
+    sweep += ["--cpus-per-trial", os.cpu_count() / 2]
+    _seconds(*sweep, "--only", "distill_type=black_box,seed=0")
+    wall = _seconds(*sweep)
+    names = [trial.trial_name(method, seed) for method in trial.DISTILLATIONS for seed in seeds]
+    names.remove("black_box_seed0")
+    spent = [read_record(folder / "sweep" / "trials" / name)["seconds"] for name in names]
+    inside = sum(seconds["training"] + seconds["evaluation"] for seconds in spent)
+    return {
+        "trials": len(names),
+        "wall_s": wall,
+        "inside_s": inside,
+        "overhead_s": (2 * wall - inside) / len(names),
+        "import_s": _seconds("-c", "import pandas, transformers.models.llama.modeling_llama"),
+    }
+
+
+def _seconds(*arguments: object) -> float:
+    """Seconds that Python takes with these arguments."""
+    start = time.perf_counter()
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=project_paths.CODE_ROOT, capture_output=True, text=True)
+    if done.returncode:
+        output = " ".join((done.stdout + done.stderr).split())
+        raise RuntimeError(f"the toy sweep failed: {output[-500:]}")
+    return time.perf_counter() - start

@@ -6,34 +6,29 @@ maps are stored in Parquet as nested lists of floats and are read as Python list
 """
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_utils.distill.batches import collate
-from kd_utils.distill.training import weighted_sum
-from kd_utils.models.attention_maps import decode_map
-from kd_utils.models.devices import amp_dtype, autocast
+from kd_utils.distill import batches, training
+from kd_utils.models import attention_maps, devices
 from kd_utils.speed.step import WEIGHTS, StepBench
 from kd_utils.tokens.encoding import Example
 
 
 def write_rows(path: Path, examples: list[Example], teacher_head: Tensor, *, length: int) -> None:
-    """Write examples and their signals as nested lists, padded to `length`.
+    """Write examples and their signals as nested lists in Parquet, padded to `length`.
 
     The columns of a row are `input_ids` (L), `labels` (L; -100 where nothing is predicted), `mask`
     (L; 1 for real tokens), and of the teacher `logits` (L, V), `hidden` (L, d), the final hidden
     states, and `maps` (H, L, L), the attention maps of the last layer.
 
     Args:
-        path: of the Parquet file.
         examples: with the signals of a cache; their values do not change.
         teacher_head: (V, d) the teacher's `lm_head`, which makes its logits.
     """
@@ -42,7 +37,7 @@ def write_rows(path: Path, examples: list[Example], teacher_head: Tensor, *, len
         n, hidden = len(row.tokens), torch.from_numpy(row.signals["hidden"].astype(np.float32))
         tokens = torch.from_numpy(row.tokens.astype(np.int64))
         labels = tokens.where(torch.arange(n) >= row.answer_start, -100)
-        maps = decode_map(torch.from_numpy(row.signals["attention"].copy()), 0, n)
+        maps = attention_maps.decode_map(torch.from_numpy(row.signals["attention"].copy()), 0, n)
         end = (0, length - n)
         padded.append(
             {
@@ -55,23 +50,23 @@ def write_rows(path: Path, examples: list[Example], teacher_head: Tensor, *, len
             }
         )
     table = {name: _nested(torch.stack([row[name] for row in padded])) for name in padded[0]}
-    pq.write_table(pa.table(table), path, row_group_size=1)
+    pyarrow.parquet.write_table(pyarrow.table(table), path, row_group_size=1)
 
 
-def _nested(values: Tensor) -> pa.Array:
+def _nested(values: Tensor) -> pyarrow.Array:
     """(N, a, b, ...) as N nested lists."""
-    array = pa.array(values.numpy().reshape(-1))
+    array = pyarrow.array(values.numpy().reshape(-1))
     for width in reversed(values.shape[1:]):
-        starts = pa.array(np.arange(0, len(array) + 1, width, dtype=np.int32))
-        array = pa.ListArray.from_arrays(starts, array)
+        starts = np.arange(0, len(array) + 1, width, dtype=np.int32)
+        array = pyarrow.ListArray.from_arrays(starts, array)
     return array
 
 
 def read_batch(
-    path: Path, groups: Iterable[int], device: torch.device | str = "cpu"
+    path: Path, groups: list[int] | range, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """Read rows by their number and make tensors of their Python lists, (B, ...) by column."""
-    file = pq.ParquetFile(path)
+    file = pyarrow.parquet.ParquetFile(path)
     rows = [file.read_row_group(group).to_pylist()[0] for group in groups]
     return {name: torch.tensor([row[name] for row in rows], device=device) for name in rows[0]}
 
@@ -79,7 +74,7 @@ def read_batch(
 def loss_terms(bench: StepBench, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The four loss terms over all tokens: the same values and gradients as `bench.loss_terms`."""
     bench.student.set_attn_implementation("eager")
-    with autocast(bench.device, bench.config.precision):
+    with devices.autocast(bench.device, bench.config.precision):
         output = bench.student(
             input_ids=batch["input_ids"],
             attention_mask=batch["mask"],
@@ -88,9 +83,8 @@ def loss_terms(bench: StepBench, batch: dict[str, Tensor]) -> dict[str, Tensor]:
             use_cache=False,
         )
         T, real = bench.config.temperature, batch["mask"].bool()
-        log_student = (output.logits / T).log_softmax(-1)
         teacher = (batch["logits"] / T).softmax(-1)
-        kd = F.kl_div(log_student, teacher, reduction="none").sum(-1)
+        kd = F.kl_div((output.logits / T).log_softmax(-1), teacher, reduction="none").sum(-1)
         projected = bench.projector(output.hidden_states[-1])
         hidden = F.mse_loss(projected, batch["hidden"], reduction="none").mean(-1)
         causal = (real[:, :, None] & real[:, None, :]).tril()[:, None]  # (B, 1, L, L)
@@ -106,36 +100,28 @@ def loss_terms(bench: StepBench, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def step(bench: StepBench, path: Path, count: int, reading_seconds: list[float]) -> None:
-    """Train the student of a bench on the first `count` rows of a file.
-
-    The seconds that reading took are appended to `reading_seconds`.
-    """
+    """Train a bench's student on a file's first `count` rows; add the seconds that reading took."""
     start = time.perf_counter()
     batch = read_batch(path, range(count), bench.device)
     reading_seconds.append(time.perf_counter() - start)
-    weighted_sum(loss_terms(bench, batch), WEIGHTS).backward()
+    training.weighted_sum(loss_terms(bench, batch), WEIGHTS).backward()
     bench.update()
 
 
 def beside_cached(bench: StepBench, path: Path, examples: list[Example]) -> pd.DataFrame:
-    """Compare the loss terms of a batch in both designs.
+    """The loss terms of `examples` (a row each) in both designs, "cached" and "naive".
 
     Args:
-        bench: gives student and projector.
-        path: of a file whose first rows are `examples`.
-        examples: with the signals of the cache.
-
-    Returns:
-        A row per term, with the columns "cached" and "naive".
+        path: of a file whose first rows are `examples`, which have the signals of the cache.
 
     Raises:
-        AssertionError: they differ by more than rounding explains.
+        AssertionError: the designs differ by more than rounding explains.
     """
     with torch.no_grad():
-        cached = bench.loss_terms(collate(examples, device=bench.device), tuple(WEIGHTS))
+        cached = bench.loss_terms(batches.collate(examples, device=bench.device), WEIGHTS)
         naive = loss_terms(bench, read_batch(path, range(len(examples)), bench.device))
     table = pd.DataFrame({"cached": cached, "naive": naive}).map(Tensor.item)
-    exact = amp_dtype(bench.device, bench.config.precision) == torch.float32
+    exact = devices.amp_dtype(bench.device, bench.config.precision) == torch.float32
     tolerance = {"atol": 1e-5, "rtol": 1e-3} if exact else {"atol": 1e-3, "rtol": 3e-2}
     pd.testing.assert_series_equal(table["cached"], table["naive"], check_names=False, **tolerance)
     return table

@@ -1,25 +1,23 @@
-"""The work that notebook 05 measures: model shapes, random models, rows of realistic lengths, and
-the number of multiply-adds that they need.
-
-No weights or data are loaded: speed depends on shapes and lengths, not on the values of weights.
+"""The work that notebook 05 measures: random models in the shapes of real ones, rows of realistic
+lengths, their teacher cache and its size, and the number of multiply-adds. No weights or data are
+loaded: speed depends on shapes and lengths, not on the values of weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from kd_utils.tokens.encoding import Example
+from kd_utils.cache import teacher_cache, writer
+from kd_utils.teacher import extraction
+from kd_utils.tokens.encoding import Example, right_padded
 
-_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_key_value_heads",
-    "num_attention_heads",
-    "vocab_size",
-)
+_SIZES = """
+hidden_size intermediate_size num_hidden_layers num_key_value_heads num_attention_heads vocab_size
+""".split()
 
 
 def _shape(*sizes: int) -> dict[str, int]:
@@ -45,28 +43,23 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
 #: For each task its number of rows, then the quantiles 0, 1/20, ..., 1 of tokens in a row and of
 #: tokens in its answer: the training rows of `papermill_params/llama2.yaml` under Llama-2's
 #: tokenizer.
-# fmt: off
-LENGTH_MIX: dict[str, tuple[int, list[int], list[int]]] = {
+LENGTH_MIX = {
     "sst2": (
         5000,
-        [16, 21, 24, 26, 28, 30, 32, 33, 35, 37, 38, 40, 42, 44, 46, 48, 50, 53, 56, 61, 90],
-        [2] * 21,
+        "16 21 24 26 28 30 32 33 35 37 38 40 42 44 46 48 50 53 56 61 90",
+        "2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2",
     ),
     "mmlu": (
         1000,
-        [45, 59, 63, 67, 72, 76, 81, 86, 93, 97, 104,
-         112, 122, 132, 139, 150, 171, 210, 258, 324, 493],
-        [2] * 21,
+        "45 59 63 67 72 76 81 86 93 97 104 112 122 132 139 150 171 210 258 324 493",
+        "2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2",
     ),
     "gsm8k": (
         1000,
-        [72, 106, 118, 127, 137, 146, 155, 166, 173, 180, 190,
-         201, 209, 218, 227, 241, 254, 275, 305, 340, 495],
-        [31, 59, 69, 76, 82, 89, 95, 101, 106, 112, 119,
-         126, 136, 145, 152, 161, 171, 185, 209, 241, 368],
+        "72 106 118 127 137 146 155 166 173 180 190 201 209 218 227 241 254 275 305 340 495",
+        "31 59 69 76 82 89 95 101 106 112 119 126 136 145 152 161 171 185 209 241 368",
     ),
 }
-# fmt: on
 
 
 def random_model(
@@ -76,41 +69,38 @@ def random_model(
     sharpness: float = 1.0,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> nn.Module:
-    """Make a Llama of this shape with random weights, in eval mode.
+) -> torch.nn.Module:
+    """Make a Llama of this shape (an entry of `SHAPES`) with random weights, in eval mode.
 
-    Args:
-        shape: an entry of `SHAPES`.
-        sharpness: factor on the queries of the last layer. Random weights give flat attention maps,
-            which compress far better than those of a trained model.
+    Random weights give flat attention maps, which compress far better than those of a trained
+    model; `sharpness` is a factor on the queries of the last layer.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
     config = LlamaConfig(**shape, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
-    with torch.device(device):
+    with torch.device(device), torch.no_grad():
         model = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-    with torch.no_grad():
         model.model.layers[-1].self_attn.q_proj.weight.mul_(sharpness)
     return model
 
 
 def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
-    """Make rows of random tokens whose lengths follow `LENGTH_MIX`.
+    """Make rows of random tokens in the real proportions of tasks and lengths (`LENGTH_MIX`).
 
-    The tasks keep their real proportions, and the lengths are evenly spaced quantiles. They do not
-    depend on `seed`, so ten times the rows have ten times the tokens.
+    Lengths are evenly spaced quantiles, whatever the seed: ten times the rows have ten times the
+    tokens.
     """
     rng = np.random.default_rng(seed)
     task_rows = [rows for rows, _, _ in LENGTH_MIX.values()]
     ends = np.cumsum([0, *task_rows]) * count // sum(task_rows)
     examples = []
     for task, first, last in zip(LENGTH_MIX, ends, ends[1:], strict=False):
-        _, *quantiles = LENGTH_MIX[task]
+        quantiles = [np.array(numbers.split(), int) for numbers in LENGTH_MIX[task][1:]]
         for place in (np.arange(last - first) + 0.5) / max(last - first, 1) * 20:
             length, answer = (round(np.interp(place, range(21), q)) for q in quantiles)
-            ids = rng.integers(3, vocab_size, length).astype(np.int32)
-            examples.append(Example(f"{task}-{len(examples)}", ids, length - answer))
+            tokens = rng.integers(3, vocab_size, length).astype(np.int32)
+            examples.append(Example(f"{task}-{len(examples)}", tokens, length - answer))
     return examples
 
 
@@ -125,34 +115,109 @@ def multiply_adds(
     """Count the multiply-adds of one training epoch: matrix products of forward and backward.
 
     Args:
-        student, teacher: shapes.
+        student, teacher: their shapes, of `SHAPES`.
         lengths: (tokens, answer tokens) of each example.
-        terms: names of the loss terms, such as "kd".
-        padded_to: 0 counts real tokens only. Otherwise count the naive design: every example has
-            this length, all pairs of positions count, student logits are computed at every
-            position, and the teacher's logits are read rather than computed.
+        padded_to: if not 0, count the naive design: every example has this length, all pairs of
+            positions count, student logits are computed everywhere, the teacher's are read.
     """
-    tokens = sum(n for n, _ in lengths)
-    pairs = sum(n * (n + 1) / 2 for n, _ in lengths)
-    predicted = sum(answer for _, answer in lengths)
     if padded_to:
-        tokens = predicted = padded_to * len(lengths)
-        pairs = float(padded_to**2 * len(lengths))
+        lengths = [(padded_to, padded_to)] * len(lengths)
+    tokens, predicted = map(sum, zip(*lengths))
+    pairs = sum(n * n if padded_to else n * (n + 1) / 2 for n, _ in lengths)
     width, heads = student["hidden_size"], student["num_attention_heads"]
     key_width = width * student["num_key_value_heads"] // heads
     layer = 2 * width**2 + 2 * width * key_width + 3 * width * student["intermediate_size"]
     body = student["num_hidden_layers"] * (layer * tokens + 2 * width * pairs)
     head = width * student["vocab_size"]
-    total = 3 * (body + head * predicted)
     hidden = ("hidden" in terms) * 3 * width * teacher["hidden_size"] * tokens
-    if padded_to:
-        return total + hidden
     kd = ("kd" in terms) * tokens * (3 * head + teacher["hidden_size"] * teacher["vocab_size"])
     attention = ("attention" in terms) * 3 * width * pairs
-    return total + kd + hidden + attention
+    total = 3 * (body + head * predicted) + hidden
+    return total if padded_to else total + kd + attention
 
 
 def forward_multiply_adds(shape: dict[str, int], lengths: Sequence[int]) -> float:
     """Count the multiply-adds of a model's forward pass over real tokens, without its `lm_head`."""
-    without_head = {**shape, "vocab_size": 0}
-    return multiply_adds(without_head, shape, [(n, 0) for n in lengths], ()) / 3
+    return multiply_adds({**shape, "vocab_size": 0}, shape, [(n, 0) for n in lengths], ()) / 3
+
+
+def write_sample(
+    folder: Path,
+    rows: list[Example],
+    teacher: torch.nn.Module,
+    *,
+    batch_tokens: int,
+    attention_dtype: str = "float16",
+) -> dict[str, Any]:
+    """Run the teacher over the rows, in batches of at most `batch_tokens` with padding, and write
+    their white-box cache to a new folder. Returns its manifest, which does not say where the cache
+    comes from. Attention maps are stored as "float16" or "uint8".
+    """
+    last = [teacher.config.num_hidden_layers]
+    header = {
+        "name": "speed",
+        "signals": "white_box",
+        "layers": {"hidden": last, "attention": last},
+        "heads": teacher.config.num_attention_heads,
+        "hidden_size": teacher.config.hidden_size,
+        "temperatures": [],
+        "dtypes": {"hidden": "float16", "attention": attention_dtype},
+    }
+    run = extraction.signal_function(teacher, signals="white_box", attention_dtype=attention_dtype)
+    write = partial(writer.write_shards, folder, signals_of=run, batch_tokens=batch_tokens)
+    lm_head = extraction.stored_lm_head(teacher)
+    return writer.assemble_cache(
+        folder, {"train": rows}, write, lm_head, header, shard_examples=256
+    )
+
+
+@torch.inference_mode()
+def bare_forward(teacher: torch.nn.Module, rows: list[Example], batch_tokens: int) -> None:
+    """Run the teacher over the rows in the cache's batches and keep nothing."""
+    for batch in writer.token_batches(rows, batch_tokens):
+        input_ids = torch.from_numpy(right_padded(batch)[0]).to(teacher.device)
+        teacher.base_model(input_ids=input_ids, use_cache=False)
+
+
+def cache_gigabytes(folder: Path, examples: int, naive_length: int) -> dict[str, float]:
+    """Extrapolate the size of a small cache to `examples` rows of the real length mix.
+
+    Hidden states grow with the tokens and attention maps with the causal pairs. Ids, tokens and
+    Parquet footers are counted per token of the sample; `lm_head` counts once.
+
+    Returns:
+        GB: `bytes` and its parts `hidden`, `attention`, `lm_head` and `other`; `entropy`, the size
+        with every byte plane coded at its order-0 entropy; `naive`, that of logits, hidden states
+        and square maps in float16 with every example padded to `naive_length`.
+    """
+    cache = teacher_cache.TeacherCache(folder, memory_bytes=0)
+    rows = [cache[example_id] for example_id in cache.lengths]
+    lengths = np.array([len(row.tokens) for row in random_rows(examples, 10)])
+    tokens, pairs = lengths.sum(), (lengths * (lengths + 1) // 2).sum()
+    sampled = sum(cache.lengths.values())
+    sampled_pairs = sum(row.signals["attention"].shape[1] for row in rows)
+    stored, heads = cache.stored_bytes(), cache.manifest["heads"]
+    vocab, width = cache.lm_head().shape
+    parts = {
+        "hidden": stored["hidden"] / sampled * tokens,
+        "attention": stored["attention"] / sampled_pairs * pairs,
+        "lm_head": (folder / "lm_head.safetensors").stat().st_size,
+        "other": stored["other"] / sampled * tokens,
+    }
+    hidden_bits = entropy_bits(row.signals["hidden"] for row in rows) * width * tokens
+    map_bits = entropy_bits(row.signals["attention"] for row in rows) * heads * pairs
+    sizes = {
+        "bytes": sum(parts.values()),
+        **parts,
+        "entropy": parts["lm_head"] + (hidden_bits + map_bits) / 8,
+        "naive": 2 * examples * naive_length * (vocab + width + heads * naive_length),
+    }
+    return {name: size / 1e9 for name, size in sizes.items()}
+
+
+def entropy_bits(arrays: Iterable[np.ndarray]) -> float:
+    """Sum of the byte planes' order-0 entropies: the fewest bits per value if bytes are coded."""
+    planes = (array.reshape(-1).view(np.uint8).reshape(array.size, -1).T for array in arrays)
+    counts = sum(np.stack([np.bincount(p, minlength=256) for p in group]) for group in planes)
+    shares = counts / counts.sum(1, keepdims=True)
+    return float(-np.where(shares > 0, shares * np.log2(np.maximum(shares, 1e-300)), 0).sum())

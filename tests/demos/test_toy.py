@@ -165,7 +165,7 @@ def test_sentiment_needs_composition(tables):
 def test_facts_agree_everywhere_and_every_row_has_one_right_choice(tables):
     facts = {}
     for row in tables["mmlu/test"] + tables["mmlu/dev"]:
-        things, _, phrasings = toy.WORLD[row["subject"]]
+        things, _, *phrasings = toy.WORLD[row["subject"]]
         [thing] = [
             thing for thing in things if row["question"] in [p.format(thing) for p in phrasings]
         ]
@@ -175,7 +175,7 @@ def test_facts_agree_everywhere_and_every_row_has_one_right_choice(tables):
     assert (
         len(set(facts.values()))
         == len(facts)
-        == sum(len(things) for things, _, _ in toy.WORLD.values())
+        == sum(len(things) for things, *_ in toy.WORLD.values())
     )
 
 

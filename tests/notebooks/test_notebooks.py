@@ -16,7 +16,7 @@ import pytest
 from kd_utils.config.notebook_files import notebook_path
 from kd_utils.config.project_paths import ROOT
 from kd_utils.config.stages import NOTEBOOKS
-from kd_utils.speed.floors import FLOORS
+from kd_utils.speed.meters import FLOORS
 
 SMALL = {
     "train_rows": "sst2:24 mmlu:16 gsm8k:16",

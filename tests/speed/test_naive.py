@@ -9,7 +9,7 @@ from tiny import example_rows, tiny_llama
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.distill.batches import collate
 from kd_utils.distill.training import weighted_sum
-from kd_utils.speed import caching, naive, step
+from kd_utils.speed import naive, step, workload
 
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
 SHAPE = {
@@ -21,7 +21,7 @@ SHAPE = {
 def bench_of(folder, attention_dtype, lengths):
     """A bench whose student has weights large enough that its maps are not flat, and its rows."""
     teacher, rows = tiny_llama(width=48, layers=3), example_rows(lengths)
-    caching.write_sample(
+    workload.write_sample(
         folder / "cache", rows, teacher, batch_tokens=100, attention_dtype=attention_dtype
     )
     config = notebook_config("05_measure_speed", {"naive_length": 496})
