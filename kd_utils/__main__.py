@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -59,23 +59,20 @@ def sweep(
     from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
     from kd_utils.config.stages import TRAIN
     from kd_utils.records import check, run_folder
-    from kd_utils.sweep import planning, report
+    from kd_utils.sweep.planning import default_run_dir
     from kd_utils.sweep.sweep import Sweep
 
     values, lists = load_parameters(parameters), load_grid(grid)
-    planned = Sweep(values, lists, run_dir or planning.default_run_dir(values, grid), only)
+    planned = Sweep(values, lists, run_dir or default_run_dir(values, grid), only)
     if dry_run:
-        print(*report.dry_run(planned), sep="\n")
+        print(*planned.dry_run(), sep="\n")
         return 0
 
-    def executor() -> Any:
-        from kd_utils.sweep.ray_executor import ray_executor
+    from kd_utils.sweep import ray_executor  # brings Ray along
 
-        device = notebook_config(TRAIN, values).device
-        return ray_executor(address, cpus_per_trial, gpus_per_trial, device)
-
-    results = planned.run(executor)
-    print(*report.outcome(planned, results), sep="\n")
+    asked = (address, cpus_per_trial, gpus_per_trial, notebook_config(TRAIN, values).device)
+    results = planned.run(lambda: ray_executor.ray_executor(*asked))
+    print(*planned.outcome(results), sep="\n")
     trials = run_folder.trials_with_status(planned.run_dir)
     for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say
         print(
@@ -212,12 +209,9 @@ def _error(message: object, status: int) -> int:
     return status
 
 
-def _interrupt(*signal_and_frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
+    # What a batch system sends before it kills.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = main()
     for number in (signal.SIGINT, signal.SIGTERM):  # too late to stop anything
         signal.signal(number, signal.SIG_IGN)

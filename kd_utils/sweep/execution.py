@@ -58,8 +58,7 @@ def execute_stage(
     values, target = injected(stem, parameters), run_dir / f"{stem}.ipynb"
     os.environ["KD_ROOT"] = str(project_paths.ROOT)
     bar = sys.stderr.isatty()
-    for _ in in_thread(lambda: execute(stem, target, values, about, progress_bar=bar)):
-        pass
+    list(in_thread(lambda: execute(stem, target, values, about, progress_bar=bar)))
 
 
 def execute(
@@ -88,27 +87,27 @@ def execute(
     for leftover in target.parent.glob(f".{target.stem}.partial-*"):  # of a killed execution
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     aside = target.with_name(f".{target.stem}.partial-{os.getpid()}.ipynb")
-    sockets = tempfile.TemporaryDirectory(prefix="kd-", ignore_cleanup_errors=True)
     # papermill formats both paths, so that braces in a folder's name would be taken for fields.
     source, out = (
         str(path).replace("{", "{{").replace("}", "}}")
         for path in (notebook_files.notebook_path(stem), aside)
     )
     try:
-        papermill.execute_notebook(
-            source,
-            out,
-            parameters,
-            # On a cluster the kernel imports the code that travelled, not the shared folder's.
-            cwd=project_paths.CODE_ROOT,
-            kernel_name="python3",
-            progress_bar=progress_bar,
-            **kernel_settings(sockets.name),
-            coalesce_streams=True,  # of a progress bar the last state is kept
-            # Everything is on disk by then, and torch takes a second to leave by itself.
-            shutdown_kernel="immediate",
-            extra_arguments=["--log-level=CRITICAL"],
-        )
+        with tempfile.TemporaryDirectory(prefix="kd-", ignore_cleanup_errors=True) as sockets:
+            papermill.execute_notebook(
+                source,
+                out,
+                parameters,
+                # On a cluster the kernel imports the code that travelled, not the shared folder's.
+                cwd=project_paths.CODE_ROOT,
+                kernel_name="python3",
+                progress_bar=progress_bar,
+                **kernel_settings(sockets),
+                coalesce_streams=True,  # of a progress bar the last state is kept
+                # Everything is on disk by then, and torch takes a second to leave by itself.
+                shutdown_kernel="immediate",
+                extra_arguments=["--log-level=CRITICAL"],
+            )
         _finish(aside, target, stem, about())
         aside.unlink()
     except Exception as error:
@@ -116,8 +115,6 @@ def execute(
         kept = keep_failure(target, stem, cause, aside)
         where = project_paths.short_path(_failed(target)) if kept else ""
         raise NotebookFailed(target.stem, cause, where) from None
-    finally:
-        sockets.cleanup()
 
 
 def kernel_settings(folder: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -33,8 +32,8 @@ class Job:
     Attributes:
         run_dir: where the record goes, relative to the project's root, which a machine may see at a
             place of its own.
-        code: digests of the code that the trial must run (`provenance.code_of`).
-        files: path -> SHA-256 of the files that the trial must see as the sweep sees them.
+        code, files: digests of the code that the trial must run (`provenance.code_of`), and of the
+            files that it must see as the sweep sees them.
     """
 
     trial: Trial
@@ -103,12 +102,11 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
             for report in executor.reports():
                 name, job = report.trial, unfinished[report.trial]
                 losses[name] += report.kind == "lost"
-                if report.kind == "started":
-                    progress.started(name)
-                elif report.kind == "epoch":
+                if report.kind in ("started", "epoch"):
                     progress.reported(name, report.row)
                 elif report.kind == "lost" and losses[name] <= RESTARTS:
-                    progress.restarted(name, losses[name], RESTARTS)
+                    again = f"starting again ({losses[name]} of {RESTARTS})"
+                    progress.stopped(name, f"its process or machine was lost; {again}")
                     executor.submit(job)
                 elif report.kind == "ended":
                     del unfinished[name]
@@ -126,14 +124,12 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
 
 
 def execute_trial(job: Job, threads: int) -> Iterator[Report]:
-    """Run a trial here: notebook 03 executed into `RUN_DIR/trials`.
+    """Run a trial here: notebook 03 executed into `RUN_DIR/trials`; yields what an executor hands
+    on: the start, each epoch, and the end or the failure.
 
     Args:
         threads: for torch and the libraries below it, so that trials side by side do not compete
             for cores.
-
-    Yields:
-        What an executor hands on: the start, each epoch, and the end or the failure.
     """
     yield Report(job.name, "started")
     problem = problem_with_files(job.files)
@@ -151,12 +147,12 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
             OMP_NUM_THREADS=str(threads),
             MKL_NUM_THREADS=str(threads),
         )
-        about = partial(_about, job)
         try:
-            for _ in in_thread(lambda: execute(TRAIN, job.notebook, job.trial.parameters, about)):
+            for _ in in_thread(
+                lambda: execute(TRAIN, job.notebook, job.trial.parameters, lambda: _about(job))
+            ):
                 rows = read_epochs(reported)
-                for row in rows[shown:]:
-                    yield Report(job.name, "epoch", row)
+                yield from (Report(job.name, "epoch", row) for row in rows[shown:])
                 shown = len(rows)
             yield Report(job.name, "ended")
         except NotebookFailed as error:
@@ -175,11 +171,8 @@ def _about(job: Job) -> dict[str, Any]:
     # It may have run one version of the code and recorded another.
     if files := changed_files(metrics.get("code", {}), job.code):
         raise ValueError(f"the code changed while it ran ({files}): run the same command again")
-    return {
-        "trial": job.name,
-        "config_hash": job.trial.config_hash,
-        "record": metrics["checksums"]["sha256"],
-    }
+    record = metrics["checksums"]["sha256"]
+    return {"trial": job.name, "config_hash": job.trial.config_hash, "record": record}
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:

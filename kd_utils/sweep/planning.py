@@ -13,8 +13,6 @@ from kd_utils.config.stages import NOTEBOOKS, PREPARE, TRAIN
 from kd_utils.config.trial import trial_name
 from kd_utils.sweep.execution import injected
 
-MOST_NAME = 200  # characters of a trial's name, which becomes the name of files
-
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
@@ -66,10 +64,8 @@ def plan(
         used = {key: value for key, value in combination.items() if key not in unused}
         swept = {"distill_type": config.distill_type, "seed": config.seed} | used
         name = trial_name(**swept)
-        if len(name) > MOST_NAME:
-            raise ValueError(
-                f"a trial would be called {shown(name)}: at most {MOST_NAME} characters"
-            )
+        if len(name) > 200:  # it becomes the name of files
+            raise ValueError(f"a trial would be called {shown(name)}: at most 200 characters")
         same = known.get(config.fingerprint()) or known.get(name)
         if same and unused and used.items() <= same.swept.items():
             continue
@@ -99,7 +95,11 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
             )
         wanted[key] = []
         for word in _words(text):
-            found = [value for value in grid[key] if word and word in _spellings(value)]
+            found = [
+                value
+                for value in grid[key]
+                if word == str(value) or isinstance(value, float) and word == f"{value:g}"
+            ]
             if not found:
                 values = ", ".join(map(str, grid[key]))
                 raise ValueError(
@@ -134,7 +134,3 @@ def _words(text: str) -> list[str]:
         numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
         words += map(str, numbers) if numbers else [piece]
     return words
-
-
-def _spellings(value: Any) -> set[str]:
-    return {str(value), f"{value:g}"} if isinstance(value, float) else {str(value)}

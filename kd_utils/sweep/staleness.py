@@ -20,17 +20,6 @@ from kd_utils.store.sealed import RecordError
 from kd_utils.sweep.planning import Trial
 
 
-def status(
-    trials: list[Trial], run_dir: Path, parameters: dict[str, Any]
-) -> dict[str, run_folder.Status]:
-    """Whether each trial is done with its config and with today's code, student and cache."""
-    made = made_of(trials, run_dir, parameters)
-    return {
-        t.trial: run_folder.trial_status(run_dir, t.trial, t.config_hash, made, t.parameters)
-        for t in trials
-    }
-
-
 def made_of(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> run_folder.Made:
     """What these trials must be made from now.
 
@@ -46,7 +35,10 @@ def made_of(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> r
         return run_folder.Made(cache=content_hash, code=code_of(TRAIN), **named)
     default = notebook_files.notebook_defaults(TRAIN)["student"]
     names = sorted({trial.parameters.get("student", default) for trial in trials})
-    others = more_caches(trials, parameters)
+    others, tokenizer = more_caches(trials, parameters), ""
+    with suppress(RecordError):  # data that is damaged
+        prepared = parameter_files.notebook_config(PREPARE, parameters).data_path
+        tokenizer = prepared_data.read_manifest(prepared)["tokenizer_fingerprint"]
     return run_folder.Made(
         cache=now["cache"]["content_hash"],
         code=code_of(TRAIN),
@@ -54,7 +46,7 @@ def made_of(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> r
         more_caches={
             name: manifest.read_manifest(folder)["content_hash"] for name, folder in others.items()
         },
-        tokenizer=_tokenizer(parameters),
+        tokenizer=tokenizer,
     )
 
 
@@ -63,14 +55,6 @@ def earlier_plan(run_dir: Path) -> dict[str, Any]:
     with suppress(RecordError):
         return run_folder.read_plan(run_dir) or {}
     return {}
-
-
-def _tokenizer(parameters: dict[str, Any]) -> str:
-    """Fingerprint of the student's tokenizer, with which data was prepared; "" without data."""
-    settings = parameter_files.notebook_config(PREPARE, parameters)
-    with suppress(RecordError):
-        return prepared_data.read_manifest(settings.data_path)["tokenizer_fingerprint"]
-    return ""
 
 
 def more_caches(trials: list[Trial], parameters: dict[str, Any]) -> dict[str, Path]:
@@ -88,11 +72,10 @@ def _initial_weights(student: str, cache: dict[str, Any]) -> str:
     """Fingerprint of a student's initial weights; "" if they do not exist yet."""
     from kd_utils.models.loading import model_fingerprint
 
-    is_teacher = student == "teacher"
-    source = (cache["teacher"], cache["teacher_revision"]) if is_teacher else (student, "")
-    # Notebook 03 reports what is wrong with a student.
-    with suppress(ValueError, OSError):
-        return model_fingerprint(*source)
+    with suppress(ValueError, OSError):  # notebook 03 reports what is wrong with a student
+        if student == "teacher":
+            return model_fingerprint(cache["teacher"], cache["teacher_revision"])
+        return model_fingerprint(student, "")
     return ""
 
 
@@ -102,46 +85,43 @@ def why_to_run(stem: str, run_dir: Path, parameters: dict[str, Any]) -> str:
     if not path.exists():
         return "not run yet"
     try:
-        about = run_folder.read_notebook(path)["metadata"]["kd_utils"]
+        about = Ingredients(run_folder.read_notebook(path)["metadata"]["kd_utils"])
+        return about.why_stale(stage_key(stem, parameters)) or _why_stale(stem, parameters)
     except RecordError as error:
         return str(error)
-    key = stage_key(stem, parameters)
-    if key is None:
-        return "its result is missing or damaged"
-    return Ingredients(about).why_stale(key) or _why_stale(stem, parameters)
 
 
 def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
     """Why data or cache are not what would be made now from their sources; "" if they are."""
     settings = parameter_files.notebook_config(stem, parameters)
-    if stem == PREPARE:
-        for name in _embedded_models(parameters) if settings.build != "none" else ():
-            if not list(project_paths.project_path(name).glob("*.safetensors")):
+    if stem == CACHE:
+        from kd_utils.cache import verification  # brings torch, which a wrong input never needs
+
+        data_hash = prepared_data.read_manifest(settings.data_path)["data_hash"]
+        cache = manifest.read_manifest(manifest.find_cache(settings.artifacts, settings.name))
+        return verification.why_stale(cache, data_hash=data_hash, teacher=settings.teacher)
+    if settings.build != "none":  # 01 makes the models too
+        models = [
+            parameter_files.notebook_config(TRAIN, parameters).student,
+            parameter_files.notebook_config(CACHE, parameters).teacher,
+        ]
+        for name in models:
+            place = project_paths.project_path(name)
+            embedded = place.is_relative_to(settings.artifacts / "embedded")
+            if embedded and not list(place.glob("*.safetensors")):
                 return f"{name} is missing"
-        return prepared_data.why_stale(settings.data_path, settings)
-    from kd_utils.cache import verification  # brings torch along, which a wrong input never needs
-
-    data_hash = prepared_data.read_manifest(settings.data_path)["data_hash"]
-    cache = manifest.read_manifest(manifest.find_cache(settings.artifacts, settings.name))
-    return verification.why_stale(cache, data_hash=data_hash, teacher=settings.teacher)
+    return prepared_data.why_stale(settings.data_path, settings)
 
 
-def _embedded_models(parameters: dict[str, Any]) -> list[str]:
-    """The student and the teacher, of those that 01 builds."""
-    train, cache = (parameter_files.notebook_config(stem, parameters) for stem in (TRAIN, CACHE))
-    folder = project_paths.project_path(train.artifacts_dir) / "embedded"
-    return [
-        name
-        for name in (train.student, cache.teacher)
-        if project_paths.project_path(name).is_relative_to(folder)
-    ]
+def stage_key(stem: str, parameters: dict[str, Any]) -> Ingredients:
+    """What the record of 01 or 02 must name.
 
-
-def stage_key(stem: str, parameters: dict[str, Any]) -> Ingredients | None:
-    """What the record of 01 or 02 must name; None if what the stage makes is missing."""
+    Raises:
+        RecordError: what the stage makes is missing.
+    """
     artifact = artifact_of(stem, parameters)
     if artifact is None:
-        return None
+        raise RecordError("its result under artifacts_dir is missing or damaged")
     settings = parameter_files.notebook_config(stem, parameters).model_dump()
     return Ingredients(code=code_of(stem), parameters=settings, artifact=artifact)
 

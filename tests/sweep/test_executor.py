@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from kd_utils.records.run_folder import failure_cause
-from kd_utils.sweep import executor
+from kd_utils.sweep import display, executor
 from kd_utils.sweep.display import Progress
 from kd_utils.sweep.executor import Job, Report, read_epochs, run_trials
 from kd_utils.sweep.planning import Trial
@@ -36,13 +36,13 @@ class Scripted:
 
 
 @pytest.fixture
-def run(stub_notebooks):
+def run(stub_notebooks, monkeypatch):
     """`run(an executor, trial names)`: Progress after `run_trials`, with what it said."""
 
     def run(running, *names):
         progress = Progress(dict.fromkeys(names, 2))
         progress.said = []
-        progress.say = progress.said.append
+        monkeypatch.setattr(display, "say", progress.said.append)
         jobs = [Job(Trial(name, {}, "", 2, {}, []), "runs/stub", {}, {}) for name in names]
         run_trials(running, jobs, progress)
         return progress
