@@ -1,9 +1,8 @@
-"""The command line, `python -m kd_utils`. Exit status: 0 well, 1 failed, 2 wrong input, 130
+"""The command line, `python -m kd_utils`; its exit status is 0 well, 1 failed, 2 wrong input, 130
 stopped.
 
-A command is a function with `@app.command()`: its arguments are parsed from its signature, its
-first docstring line is the help, and it returns its exit status. It imports what it needs itself,
-so that `--help` answers at once.
+A command is a function that returns its exit status; its signature gives the arguments, its first
+docstring line the help. It imports what it needs itself, so that `--help` answers at once.
 """
 
 import json
@@ -27,7 +26,8 @@ app = typer.Typer(
 @app.command()
 def sweep(
     parameters: Annotated[
-        Path, Argument(metavar="PARAMS.yaml", help="What differs from the notebooks' defaults.")
+        Path,
+        Argument(metavar="PARAMS.yaml", help="What differs from the notebooks' defaults."),
     ],
     grid: Annotated[
         Path | None,
@@ -56,13 +56,12 @@ def sweep(
     dry_run: Annotated[bool, Option("--dry-run", help="Only show the trials' states.")] = False,
 ) -> int:
     """Run a parameter file times a grid; what is done is not run again."""
-    from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
-    from kd_utils.config.stages import TRAIN
+    from kd_utils.config import parameter_files, stages
     from kd_utils.records import check, run_folder
     from kd_utils.sweep.planning import default_run_dir
     from kd_utils.sweep.sweep import Sweep
 
-    values, lists = load_parameters(parameters), load_grid(grid)
+    values, lists = parameter_files.load_parameters(parameters), parameter_files.load_grid(grid)
     planned = Sweep(values, lists, run_dir or default_run_dir(values, grid), only)
     if dry_run:
         print(*planned.dry_run(), sep="\n")
@@ -70,7 +69,8 @@ def sweep(
 
     from kd_utils.sweep import ray_executor  # brings Ray along
 
-    asked = (address, cpus_per_trial, gpus_per_trial, notebook_config(TRAIN, values).device)
+    device = parameter_files.notebook_config(stages.TRAIN, values).device
+    asked = (address, cpus_per_trial, gpus_per_trial, device)
     results = planned.run(lambda: ray_executor.ray_executor(*asked))
     print(*planned.outcome(results), sep="\n")
     trials = run_folder.trials_with_status(planned.run_dir)
@@ -94,19 +94,19 @@ def bench(
     ] = None,
 ) -> int:
     """Measure the speed: execute notebook 05."""
-    from kd_utils.config.parameter_files import load_parameters, notebook_config
-    from kd_utils.config.project_paths import project_path, short_path
+    from kd_utils.config import parameter_files, project_paths
     from kd_utils.config.stages import SPEED
     from kd_utils.sweep.execution import execute_stage
 
-    values = load_parameters(parameters) if parameters else {}
-    folder = project_path(notebook_config(SPEED, values).run_dir)
-    folder = Path(run_dir or folder).expanduser().absolute()
-    execute_stage(SPEED, folder, values | {"run_dir": short_path(folder)})
+    values = parameter_files.load_parameters(parameters) if parameters else {}
+    default = project_paths.project_path(parameter_files.notebook_config(SPEED, values).run_dir)
+    folder = Path(run_dir or default).expanduser().absolute()
+    place = project_paths.short_path(folder)
+    execute_stage(SPEED, folder, values | {"run_dir": place})
     for key, value in json.loads((folder / "speed.json").read_text(encoding="utf-8")).items():
         if isinstance(value, float):
             print(f"{key:<32} {value:.4g}")
-    print(f"Record: {short_path(folder)}/ (speed.json and {SPEED}.ipynb, with its charts)")
+    print(f"Record: {place}/ (speed.json and {SPEED}.ipynb, with its charts)")
     return 0
 
 
@@ -153,14 +153,13 @@ def evaluate(
 @app.command()
 def verify(cache_dir: Annotated[Path, Argument(metavar="CACHE_DIR")]) -> int:
     """Check everything in a teacher cache, and print what was checked."""
-    from kd_utils.cache.manifest import CacheError
-    from kd_utils.cache.verification import verify as verify_cache
+    from kd_utils.cache import manifest, verification
 
     if not cache_dir.is_dir():
         raise FileNotFoundError(f"no cache folder {cache_dir}")
     try:
-        report = verify_cache(cache_dir)
-    except CacheError as error:
+        report = verification.verify(cache_dir)
+    except manifest.CacheError as error:
         print(f"not whole: {error}", file=sys.stderr)
         return 1
     print(report.to_string(index=False, justify="left"))

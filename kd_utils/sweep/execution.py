@@ -1,8 +1,7 @@
-"""Execute notebooks through papermill: written aside, then renamed into place when they ran to
-their end.
+"""Execute notebooks through papermill: written aside, then renamed into place after the last cell.
 
-An executed notebook gets `metadata.kd_utils`: what it was executed for, or why it failed, and its
-seal.
+An executed notebook gets `metadata.kd_utils`: its seal, and what it was executed for or why it
+failed.
 """
 
 import json
@@ -69,10 +68,10 @@ def execute(
     *,
     progress_bar: bool = False,
 ) -> None:
-    """Execute notebook `stem` aside, and rename it to `target` when it ran to its end.
+    """Execute notebook `stem` aside, and rename it to `target` when it ran to its end; one that
+    failed goes to `TARGET.failed.ipynb`.
 
     Args:
-        target: where the executed notebook goes. One that failed goes to `TARGET.failed.ipynb`.
         parameters: what papermill injects.
         about: called after the last cell; its dict becomes `metadata.kd_utils`. When it raises, the
             notebook has failed.
@@ -125,15 +124,13 @@ def kernel_settings(folder: str) -> dict[str, Any]:
     that start side by side two may choose the same port, and the later one dies. Ports remain where
     there can be no socket: the path is too long, or the file system has none.
     """
-    patience = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
+    settings = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
     connection = os.path.join(folder, "kernel.json")
-    try:
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.bind(f"{connection}-probe")  # a longer name than any of the kernel's sockets
-    except (OSError, AttributeError):
-        return patience
-    sockets = {"transport": "ipc", "connection_file": connection}
-    return {**patience, "config": Config(KernelManager=sockets)}
+    with suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX) as probe:
+        probe.bind(f"{connection}-probe")  # a longer name than any of the kernel's sockets
+        sockets = {"transport": "ipc", "connection_file": connection}
+        settings["config"] = Config(KernelManager=sockets)
+    return settings
 
 
 def keep_failure(target: Path, stem: str, cause: str, aside: Path | None = None) -> bool:
@@ -201,8 +198,8 @@ def _finish(aside: Path, target: Path, stem: str, about: dict[str, Any]) -> None
         }
     for cell in notebook["cells"]:  # of papermill's notes on each cell only the seconds are kept
         if noted := cell["metadata"].pop("papermill", None):
-            cell["metadata"] = {"tags": cell["metadata"].get("tags", [])}
-            cell["metadata"]["seconds"] = round(noted["duration"] or 0, 2)
+            tags = cell["metadata"].get("tags", [])
+            cell["metadata"] = {"tags": tags, "seconds": round(noted["duration"] or 0, 2)}
     metadata["kd_utils"] = about
     write_sealed(target, notebook, "metadata.kd_utils")
 

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from kd_utils.cluster.machines import problem_with_files
-from kd_utils.config import project_paths
-from kd_utils.config.stages import TRAIN
-from kd_utils.records import trial_record
-from kd_utils.records.provenance import changed_files, code_of
+from kd_utils.config import project_paths, stages
+from kd_utils.records import provenance, trial_record
+from kd_utils.sweep import execution
 from kd_utils.sweep.display import Progress
-from kd_utils.sweep.execution import NotebookFailed, execute, in_thread, keep_failure
 from kd_utils.sweep.planning import Trial
 
 RESTARTS = 3  # of a trial whose process or machine was lost; it resumes from its last epoch
@@ -116,7 +114,7 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
                     times = f"the trial's process or machine was lost {losses[name]} times: "
                     cause = times * (report.kind == "lost") + report.cause
                     if not report.kept:
-                        keep_failure(job.notebook, TRAIN, cause)
+                        execution.keep_failure(job.notebook, stages.TRAIN, cause)
                     progress.broke(name, cause)
     except BaseException:
         executor.cancel()
@@ -133,7 +131,7 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
     """
     yield Report(job.name, "started")
     problem = problem_with_files(job.files)
-    if files := changed_files(code_of(TRAIN), job.code):
+    if files := provenance.changed_files(provenance.code_of(stages.TRAIN), job.code):
         problem = f"the code changed since the sweep began ({files}): run the same command again"
     if problem:  # the sweep keeps the failure: the run folder here may be another one
         yield Report(job.name, "failed", cause=problem)
@@ -148,14 +146,16 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
             MKL_NUM_THREADS=str(threads),
         )
         try:
-            for _ in in_thread(
-                lambda: execute(TRAIN, job.notebook, job.trial.parameters, lambda: _about(job))
+            for _ in execution.in_thread(
+                lambda: execution.execute(
+                    stages.TRAIN, job.notebook, job.trial.parameters, lambda: _about(job)
+                )
             ):
                 rows = read_epochs(reported)
                 yield from (Report(job.name, "epoch", row) for row in rows[shown:])
                 shown = len(rows)
             yield Report(job.name, "ended")
-        except NotebookFailed as error:
+        except execution.NotebookFailed as error:
             yield Report(job.name, "failed", cause=error.cause, kept=error.kept)
         finally:
             os.environ.pop("KD_PROGRESS", None)  # its folder is gone now
@@ -169,7 +169,7 @@ def _about(job: Job) -> dict[str, Any]:
             f"the record has config {metrics['config_hash']}, the plan {job.trial.config_hash}"
         )
     # It may have run one version of the code and recorded another.
-    if files := changed_files(metrics.get("code", {}), job.code):
+    if files := provenance.changed_files(metrics.get("code", {}), job.code):
         raise ValueError(f"the code changed while it ran ({files}): run the same command again")
     record = metrics["checksums"]["sha256"]
     return {"trial": job.name, "config_hash": job.trial.config_hash, "record": record}

@@ -8,8 +8,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kd_utils.cluster.machines import able, fitting_gpus, problem_with_files
-from kd_utils.cluster.session import in_words, ray_running, was_lost
+from kd_utils.cluster import machines, session
 from kd_utils.sweep.display import say
 from kd_utils.sweep.executor import Executor, Job, Report, execute_trial
 
@@ -34,9 +33,9 @@ def ray_executor(
         ValueError: no cluster answers, or none of its machines has what a trial asks for.
     """
     say("Ray is starting")
-    with ray_running(address):
+    with session.ray_running(address):
         os.environ["RAY_ADDRESS"] = address or "local"
-        yield RayExecutor(cpus, fitting_gpus(ray.nodes(), cpus, gpus, device))
+        yield RayExecutor(cpus, machines.fitting_gpus(ray.nodes(), cpus, gpus, device))
 
 
 class RayExecutor:
@@ -58,19 +57,19 @@ class RayExecutor:
         Raises:
             ValueError: names each machine that does not, and the path.
         """
-        look = ray.remote(num_cpus=0, max_retries=0)(problem_with_files)
+        look = ray.remote(num_cpus=0, max_retries=0)(machines.problem_with_files)
         asked = {}
-        for node in able(ray.nodes(), self.cpus, self.gpus):
+        for node in machines.able(ray.nodes(), self.cpus, self.gpus):
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[look.options(scheduling_strategy=there).remote(files)] = node
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS)
-        present = [node["NodeID"] for node in able(ray.nodes(), self.cpus, self.gpus)]
+        present = [node["NodeID"] for node in machines.able(ray.nodes(), self.cpus, self.gpus)]
         problems = []
         for answer, node in asked.items():
             try:
                 problem = ray.get(answer) if answer in answered else "does not answer"
             except ray.exceptions.RayError as error:
-                problem = f"cannot run this code ({in_words(error)})"
+                problem = f"cannot run this code ({session.in_words(error)})"
             if problem and node["NodeID"] in present:  # a machine lost meanwhile is no obstacle
                 problems.append(f"node {node['NodeManagerAddress']}: {problem}")
         if problems:
@@ -100,8 +99,8 @@ class RayExecutor:
                     "is kept: run the same command again"
                 ) from None
             except ray.exceptions.RayError as error:
-                kind = "lost" if was_lost(error) else "failed"
-                report = Report(self._streams[stream], kind, cause=in_words(error))
+                kind = "lost" if session.was_lost(error) else "failed"
+                report = Report(self._streams[stream], kind, cause=session.in_words(error))
             if report.kind in ("ended", "failed", "lost"):
                 del self._streams[stream]
             yield report

@@ -22,11 +22,10 @@ from kd_utils.config.parameter_files import notebook_config
 from kd_utils.config.stages import ANALYSE, CACHE, PREPARE, TRAIN
 from kd_utils.records import provenance, run_folder, trial_record
 from kd_utils.store import files, locks, sealed
-from kd_utils.sweep import staleness
+from kd_utils.sweep import planning, staleness
 from kd_utils.sweep.display import Progress, say
 from kd_utils.sweep.execution import execute_stage
 from kd_utils.sweep.executor import Executor, Job, run_trials
-from kd_utils.sweep.planning import Trial, plan, select
 
 #: What 04 writes into the run folder.
 ANALYSES = (f"{ANALYSE}.ipynb", run_folder.VERDICT, "comparisons.csv", "analysis.csv")
@@ -55,8 +54,8 @@ class Sweep:
         self.parameters, self.grid = parameters, grid
         self.run_dir = Path(os.path.abspath(os.path.expanduser(run_dir)))
         self.place = project_paths.short_path(self.run_dir)  # as records and machines know it
-        self.trials = plan(parameters, grid, self.run_dir)
-        self.chosen = select(self.trials, only, grid)
+        self.trials = planning.plan(parameters, grid, self.run_dir)
+        self.chosen = planning.select(self.trials, only, grid)
         self.name = notebook_config(PREPARE, parameters).name
         earlier = staleness.earlier_plan(self.run_dir).get("name", self.name)
         if earlier != self.name:
@@ -69,7 +68,7 @@ class Sweep:
         """Why 01 or 02 must be executed (again), in one line; "" if not."""
         return staleness.why_to_run(stem, self.run_dir, self.parameters)
 
-    def states(self, trials: list[Trial]) -> dict[str, run_folder.Status]:
+    def states(self, trials: list[planning.Trial]) -> dict[str, run_folder.Status]:
         """Whether each trial is done with its config and with today's code, student and cache."""
         made = staleness.made_of(trials, self.run_dir, self.parameters)
         return {
