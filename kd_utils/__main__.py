@@ -75,10 +75,8 @@ def sweep(
     print(*planned.outcome(results), sep="\n")
     trials = run_folder.trials_with_status(planned.run_dir)
     for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say
-        print(
-            f"warning: {problem}: remove the trials of one kind from trials/ and run again",
-            file=sys.stderr,
-        )
+        remedy = "remove the trials of one kind from trials/ and run again"
+        print(f"warning: {problem}: {remedy}", file=sys.stderr)
     chosen = results[results["trial"].isin([trial.trial for trial in planned.chosen])]
     return 0 if (chosen["status"] == "done").all() else 1
 
@@ -151,12 +149,12 @@ def evaluate(
 
 
 @app.command()
-def verify(cache_dir: Annotated[Path, Argument(metavar="CACHE_DIR")]) -> int:
+def verify(
+    cache_dir: Annotated[Path, Argument(metavar="CACHE_DIR", exists=True, file_okay=False)],
+) -> int:
     """Check everything in a teacher cache, and print what was checked."""
     from kd_utils.cache import manifest, verification
 
-    if not cache_dir.is_dir():
-        raise FileNotFoundError(f"no cache folder {cache_dir}")
     try:
         report = verification.verify(cache_dir)
     except manifest.CacheError as error:

@@ -2,8 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -28,21 +27,18 @@ class Progress:
         self.failed: list[str] = []
         self.began, self.in_terminal = time.monotonic(), sys.stderr.isatty()
 
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Show the trials that run in a table while the block runs, if this is a terminal."""
+    def shown(self) -> AbstractContextManager[object]:
+        """Shows the trials that run in a table while the block runs, if this is a terminal."""
         if not self.in_terminal:
-            yield
-            return
-        from rich.console import Console
-        from rich.live import Live
+            return nullcontext()
+        from rich import console, live
 
-        # Meanwhile rich has stderr, and puts above the table what `say` prints.
-        console = Console(stderr=True)
-        with Live(
-            get_renderable=self._table, console=console, refresh_per_second=2, transient=True
-        ):
-            yield
+        return live.Live(
+            get_renderable=self._table,
+            console=console.Console(stderr=True),  # puts above the table what `say` prints
+            refresh_per_second=2,
+            transient=True,
+        )
 
     def reported(self, trial: str, row: dict[str, Any]) -> None:
         """A trial started, with an empty row, or ended an epoch."""

@@ -48,16 +48,14 @@ def injected(stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def execute_stage(
-    stem: str,
-    run_dir: Path,
-    parameters: dict[str, Any],
-    about: Callable[[], dict[str, Any]] = dict,
+    stem: str, run_dir: Path, parameters: dict[str, Any], about: Callable[[], dict[str, Any]] = dict
 ) -> None:
-    """Execute notebook `stem` into `run_dir`, with a progress bar in a terminal (see `execute`)."""
+    """Execute notebook `stem` into `run_dir`, with those of `parameters` that it declares (see
+    `execute`); Ctrl-C reaches the caller.
+    """
     values, target = injected(stem, parameters), run_dir / f"{stem}.ipynb"
     os.environ["KD_ROOT"] = str(project_paths.ROOT)
-    bar = sys.stderr.isatty()
-    list(in_thread(lambda: execute(stem, target, values, about, progress_bar=bar)))
+    list(in_thread(lambda: execute(stem, target, values, about)))
 
 
 def execute(
@@ -65,8 +63,6 @@ def execute(
     target: Path,
     parameters: dict[str, Any],
     about: Callable[[], dict[str, Any]],
-    *,
-    progress_bar: bool = False,
 ) -> None:
     """Execute notebook `stem` aside, and rename it to `target` when it ran to its end; one that
     failed goes to `TARGET.failed.ipynb`.
@@ -100,7 +96,7 @@ def execute(
                 # On a cluster the kernel imports the code that travelled, not the shared folder's.
                 cwd=project_paths.CODE_ROOT,
                 kernel_name="python3",
-                progress_bar=progress_bar,
+                progress_bar=sys.stderr.isatty(),
                 **kernel_settings(sockets),
                 coalesce_streams=True,  # of a progress bar the last state is kept
                 # Everything is on disk by then, and torch takes a second to leave by itself.
@@ -134,15 +130,13 @@ def kernel_settings(folder: str) -> dict[str, Any]:
 
 
 def keep_failure(target: Path, stem: str, cause: str, aside: Path | None = None) -> bool:
-    """Keep a failed execution as `TARGET.failed.ipynb`, with the cause in its metadata.
+    """Keep a failed execution as `TARGET.failed.ipynb`, with the cause in its metadata; False if
+    that was not possible, as on a full disk.
 
     Args:
         aside: what papermill wrote so far. None: the process is gone, and its file is looked for. A
             process must name its own file: one whose sweep was killed may outlive it, while the
             next sweep already runs the same trial.
-
-    Returns:
-        Whether the notebook was kept: the disk may be full.
     """
     asides = [aside] if aside else target.parent.glob(f".{target.stem}.partial-*.ipynb")
     written = list(filter(Path.exists, asides))[:1]

@@ -99,8 +99,8 @@ class RayExecutor:
                     "is kept: run the same command again"
                 ) from None
             except ray.exceptions.RayError as error:
-                kind = "lost" if session.was_lost(error) else "failed"
-                report = Report(self._streams[stream], kind, cause=session.in_words(error))
+                lost, cause = session.was_lost(error), session.in_words(error)
+                report = Report(self._streams[stream], "lost" if lost else "failed", cause=cause)
             if report.kind in ("ended", "failed", "lost"):
                 del self._streams[stream]
             yield report
