@@ -26,8 +26,7 @@ app = typer.Typer(
 @app.command()
 def sweep(
     parameters: Annotated[
-        Path,
-        Argument(metavar="PARAMS.yaml", help="What differs from the notebooks' defaults."),
+        Path, Argument(metavar="PARAMS.yaml", help="What differs from the notebooks' defaults.")
     ],
     grid: Annotated[
         Path | None,
@@ -84,8 +83,7 @@ def sweep(
 @app.command()
 def bench(
     parameters: Annotated[
-        Path | None,
-        Argument(metavar="PARAMS.yaml", help="Default: small shapes, for 2 CPU cores."),
+        Path | None, Argument(metavar="PARAMS.yaml", help="Default: small shapes, for 2 CPU cores.")
     ] = None,
     run_dir: Annotated[
         Path | None, Option(metavar="DIR", help="Where the record goes. Default: runs/bench.")
@@ -115,8 +113,7 @@ def evaluate(
     split: Annotated[str, Option(metavar="S")],
     out: Annotated[Path, Option(metavar="FILE.parquet", help="Where the predictions go.")],
     data_dir: Annotated[
-        Path | None,
-        Option(metavar="DIR", help="A folder with the hub's files. Default: the hub."),
+        Path | None, Option(metavar="DIR", help="A folder with the hub's files. Default: the hub.")
     ] = None,
     limit: Annotated[int | None, Option(help="First rows only (MMLU: of each subject).")] = None,
     num_fewshot: Annotated[int, Option(help="Solved examples before each prompt.")] = 0,

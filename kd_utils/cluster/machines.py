@@ -9,10 +9,8 @@ from kd_utils.store.files import sha256_file
 
 
 def problem_with_files(files: dict[str, str]) -> str:
-    """The first file that this machine does not see as the sweep does, in one line; "" if none.
-
-    Args:
-        files: path under the project's root -> SHA-256 of the file as the sweep saw it.
+    """The first file (path under the project's root -> its SHA-256 as the sweep saw it) that this
+    machine does not see so, in one line; "" if none.
     """
     for path, checksum in files.items():
         place = project_paths.project_path(path)

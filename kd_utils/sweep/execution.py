@@ -59,10 +59,7 @@ def execute_stage(
 
 
 def execute(
-    stem: str,
-    target: Path,
-    parameters: dict[str, Any],
-    about: Callable[[], dict[str, Any]],
+    stem: str, target: Path, parameters: dict[str, Any], about: Callable[[], dict[str, Any]]
 ) -> None:
     """Execute notebook `stem` aside, and rename it to `target` when it ran to its end; one that
     failed goes to `TARGET.failed.ipynb`.

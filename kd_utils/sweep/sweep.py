@@ -1,7 +1,6 @@
 """The sweep: a parameter file times a grid, planned, run by an executor, and never run twice.
 
-01 and 02 are executed here; then each trial is one execution of 03 by the executor; 04 ends the
-run.
+01 and 02 are executed here, then 03 by the executor for each trial, and 04 at the end.
 """
 
 import os
