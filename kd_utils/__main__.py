@@ -1,9 +1,8 @@
-"""The command line, `python -m kd_utils`. Exit status: 0 well, 1 failed, 2 wrong input, 130
+"""The command line, `python -m kd_utils`; its exit status is 0 well, 1 failed, 2 wrong input, 130
 stopped.
 
-A command is a function with `@app.command()`: its arguments are parsed from its signature, its
-first docstring line is the help, and it returns its exit status. It imports what it needs itself,
-so that `--help` answers at once.
+A command is a function that returns its exit status; its signature gives the arguments, its first
+docstring line the help. It imports what it needs itself, so that `--help` answers at once.
 """
 
 import json
@@ -11,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from typer import Argument, Option
@@ -56,32 +55,27 @@ def sweep(
     dry_run: Annotated[bool, Option("--dry-run", help="Only show the trials' states.")] = False,
 ) -> int:
     """Run a parameter file times a grid; what is done is not run again."""
-    from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
-    from kd_utils.config.stages import TRAIN
+    from kd_utils.config import parameter_files, stages
     from kd_utils.records import check, run_folder
-    from kd_utils.sweep import planning, report
+    from kd_utils.sweep.planning import default_run_dir
     from kd_utils.sweep.sweep import Sweep
 
-    values, lists = load_parameters(parameters), load_grid(grid)
-    planned = Sweep(values, lists, run_dir or planning.default_run_dir(values, grid), only)
+    values, lists = parameter_files.load_parameters(parameters), parameter_files.load_grid(grid)
+    planned = Sweep(values, lists, run_dir or default_run_dir(values, grid), only)
     if dry_run:
-        print(*report.dry_run(planned), sep="\n")
+        print(*planned.dry_run(), sep="\n")
         return 0
 
-    def executor() -> Any:
-        from kd_utils.sweep.ray_executor import ray_executor
+    from kd_utils.sweep import ray_executor  # brings Ray along
 
-        device = notebook_config(TRAIN, values).device
-        return ray_executor(address, cpus_per_trial, gpus_per_trial, device)
-
-    results = planned.run(executor)
-    print(*report.outcome(planned, results), sep="\n")
+    device = parameter_files.notebook_config(stages.TRAIN, values).device
+    asked = (address, cpus_per_trial, gpus_per_trial, device)
+    results = planned.run(lambda: ray_executor.ray_executor(*asked))
+    print(*planned.outcome(results), sep="\n")
     trials = run_folder.trials_with_status(planned.run_dir)
     for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say
-        print(
-            f"warning: {problem}: remove the trials of one kind from trials/ and run again",
-            file=sys.stderr,
-        )
+        remedy = "remove the trials of one kind from trials/ and run again"
+        print(f"warning: {problem}: {remedy}", file=sys.stderr)
     chosen = results[results["trial"].isin([trial.trial for trial in planned.chosen])]
     return 0 if (chosen["status"] == "done").all() else 1
 
@@ -89,27 +83,26 @@ def sweep(
 @app.command()
 def bench(
     parameters: Annotated[
-        Path | None,
-        Argument(metavar="PARAMS.yaml", help="Default: small shapes, for 2 CPU cores."),
+        Path | None, Argument(metavar="PARAMS.yaml", help="Default: small shapes, for 2 CPU cores.")
     ] = None,
     run_dir: Annotated[
         Path | None, Option(metavar="DIR", help="Where the record goes. Default: runs/bench.")
     ] = None,
 ) -> int:
     """Measure the speed: execute notebook 05."""
-    from kd_utils.config.parameter_files import load_parameters, notebook_config
-    from kd_utils.config.project_paths import project_path, short_path
+    from kd_utils.config import parameter_files, project_paths
     from kd_utils.config.stages import SPEED
     from kd_utils.sweep.execution import execute_stage
 
-    values = load_parameters(parameters) if parameters else {}
-    folder = project_path(notebook_config(SPEED, values).run_dir)
-    folder = Path(run_dir or folder).expanduser().absolute()
-    execute_stage(SPEED, folder, values | {"run_dir": short_path(folder)})
+    values = parameter_files.load_parameters(parameters) if parameters else {}
+    default = project_paths.project_path(parameter_files.notebook_config(SPEED, values).run_dir)
+    folder = Path(run_dir or default).expanduser().absolute()
+    place = project_paths.short_path(folder)
+    execute_stage(SPEED, folder, values | {"run_dir": place})
     for key, value in json.loads((folder / "speed.json").read_text(encoding="utf-8")).items():
         if isinstance(value, float):
             print(f"{key:<32} {value:.4g}")
-    print(f"Record: {short_path(folder)}/ (speed.json and {SPEED}.ipynb, with its charts)")
+    print(f"Record: {place}/ (speed.json and {SPEED}.ipynb, with its charts)")
     return 0
 
 
@@ -120,8 +113,7 @@ def evaluate(
     split: Annotated[str, Option(metavar="S")],
     out: Annotated[Path, Option(metavar="FILE.parquet", help="Where the predictions go.")],
     data_dir: Annotated[
-        Path | None,
-        Option(metavar="DIR", help="A folder with the hub's files. Default: the hub."),
+        Path | None, Option(metavar="DIR", help="A folder with the hub's files. Default: the hub.")
     ] = None,
     limit: Annotated[int | None, Option(help="First rows only (MMLU: of each subject).")] = None,
     num_fewshot: Annotated[int, Option(help="Solved examples before each prompt.")] = 0,
@@ -154,16 +146,15 @@ def evaluate(
 
 
 @app.command()
-def verify(cache_dir: Annotated[Path, Argument(metavar="CACHE_DIR")]) -> int:
+def verify(
+    cache_dir: Annotated[Path, Argument(metavar="CACHE_DIR", exists=True, file_okay=False)],
+) -> int:
     """Check everything in a teacher cache, and print what was checked."""
-    from kd_utils.cache.manifest import CacheError
-    from kd_utils.cache.verification import verify as verify_cache
+    from kd_utils.cache import manifest, verification
 
-    if not cache_dir.is_dir():
-        raise FileNotFoundError(f"no cache folder {cache_dir}")
     try:
-        report = verify_cache(cache_dir)
-    except CacheError as error:
+        report = verification.verify(cache_dir)
+    except manifest.CacheError as error:
         print(f"not whole: {error}", file=sys.stderr)
         return 1
     print(report.to_string(index=False, justify="left"))
@@ -212,12 +203,9 @@ def _error(message: object, status: int) -> int:
     return status
 
 
-def _interrupt(*signal_and_frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _interrupt)  # what a batch system sends before it kills
+    # What a batch system sends before it kills.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     status = main()
     for number in (signal.SIGINT, signal.SIGTERM):  # too late to stop anything
         signal.signal(number, signal.SIG_IGN)

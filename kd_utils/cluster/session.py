@@ -22,11 +22,8 @@ CONNECT_SECONDS = 10
 
 @contextmanager
 def ray_running(address: str | None) -> Iterator[None]:
-    """Ray for as long as the block runs. A Ray that this process already runs is used, and left.
-
-    Args:
-        address: of a Ray cluster; None or "local" starts Ray on this machine and stops it
-            afterwards.
+    """Ray for as long as the block runs: the cluster at `address`, or with None or "local" Ray on
+    this machine. A Ray that this process already runs is used, and left.
 
     Raises:
         ValueError: no cluster answers, or it cannot be joined.

@@ -1,9 +1,8 @@
 """Live progress of a sweep: a table that refreshes in a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -26,98 +25,78 @@ class Progress:
         self.running: dict[str, dict[str, Any]] = {}
         self.done: list[str] = []
         self.failed: list[str] = []
-        self.began = time.monotonic()
-        self._live: Any = None
+        self.began, self.in_terminal = time.monotonic(), sys.stderr.isatty()
 
-    def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
+    def shown(self) -> AbstractContextManager[object]:
+        """Shows the trials that run in a table while the block runs, if this is a terminal."""
+        if not self.in_terminal:
+            return nullcontext()
+        from rich import console, live
 
-            self._live = Live(
-                get_renderable=self._table,
-                console=Console(stderr=True),
-                refresh_per_second=2,
-                transient=True,
-            )
-            self._live.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def started(self, trial: str) -> None:
-        if not (self.running or self.done or self.failed):
-            self.began = time.monotonic()  # the executor's own start is over now
-        self.running[trial] = {}
+        return live.Live(
+            get_renderable=self._table,
+            console=console.Console(stderr=True),  # puts above the table what `say` prints
+            refresh_per_second=2,
+            transient=True,
+        )
 
     def reported(self, trial: str, row: dict[str, Any]) -> None:
+        """A trial started, with an empty row, or ended an epoch."""
+        if not (self.running or self.done or self.failed):
+            self.began = time.monotonic()  # the executor's own start is over now
         self.running[trial] = row
-        if self._live is None:  # the table shows it
-            self._line(trial, self._epoch(trial))
+        if row and not self.in_terminal:  # the table shows it
+            self._say(trial, self._epoch(trial, row))
 
     def finished(self, trial: str) -> None:
         self.done.append(trial)
-        self._line(trial, f"done{_accuracy(self.running.pop(trial, {}))}")
-
-    def restarted(self, trial: str, number: int, most: int) -> None:
-        self.running.pop(trial, None)
-        self._line(trial, f"its process or machine was lost; starting again ({number} of {most})")
+        self.stopped(trial, f"done{_accuracy(self.running.get(trial, {}))}")
 
     def broke(self, trial: str, cause: str) -> None:
-        self.running.pop(trial, None)
         self.failed.append(trial)
-        self._line(trial, f"FAILED: {cause}")
+        self.stopped(trial, f"FAILED: {cause}")
 
-    def say(self, text: str) -> None:
-        """Print a line of its own, above the table where there is one."""
-        if self._live:
-            self._live.console.print(text, markup=False, highlight=False)
-        else:
-            say(text)
-
-    def seconds_left(self) -> float | None:
-        """Time since the first trial, scaled by the epochs to do over those done; None before the
-        first epoch.
-        """
-        total = sum(self.planned.values())
-        ended = sum(self.planned[trial] for trial in self.done + self.failed)
-        epochs = ended + sum(row.get("epoch", 0) for row in self.running.values())
-        return (time.monotonic() - self.began) * (total - epochs) / epochs if epochs else None
+    def stopped(self, trial: str, why: str) -> None:
+        """A trial no longer runs; one that is neither done nor failed waits to start again."""
+        self.running.pop(trial, None)
+        self._say(trial, why)
 
     def summary(self) -> str:
-        left = len(self.planned) - len(self.done) - len(self.failed) - len(self.running)
+        """The counts of trials and, after the first epoch, the time left: the time since the first
+        trial began, scaled by the epochs to do over those done.
+        """
+        ended = self.done + self.failed
         counts = (
             f"{self.already + len(self.done)} of {self.already + len(self.planned)} done, "
-            f"{len(self.running)} running, {len(self.failed)} failed, {left} waiting"
+            f"{len(self.running)} running, {len(self.failed)} failed, "
+            f"{len(self.planned) - len(ended) - len(self.running)} waiting"
         )
-        seconds = self.seconds_left()
-        return counts if seconds is None else f"{counts}, about {_duration(seconds)} left"
+        epochs = sum(self.planned[trial] for trial in ended)
+        epochs += sum(row.get("epoch", 0) for row in self.running.values())
+        if not epochs:
+            return counts
+        scale = (sum(self.planned.values()) - epochs) / epochs
+        return f"{counts}, about {self._elapsed(scale)} left"
 
-    def _line(self, trial: str, text: str) -> None:
-        self.say(f"{trial}: {text}" if self._live else f"[{self.summary()}] {trial}: {text}")
+    def _elapsed(self, scale: float = 1) -> timedelta:  # shown as hours:minutes:seconds
+        return timedelta(seconds=round((time.monotonic() - self.began) * scale))
 
-    def _epoch(self, trial: str) -> str:
-        row = self.running[trial]
-        if not row:
-            return "starting"
-        return f"epoch {row['epoch']}/{self.planned[trial]}{_accuracy(row)}"
+    def _say(self, trial: str, text: str) -> None:
+        say(f"{trial}: {text}" if self.in_terminal else f"[{self.summary()}] {trial}: {text}")
+
+    def _epoch(self, trial: str, row: dict[str, Any]) -> str:
+        return f"epoch {row['epoch']}/{self.planned[trial]}{_accuracy(row)}" if row else "starting"
 
     def _table(self) -> Any:
         from rich.table import Table
 
         table = Table.grid(padding=(0, 2))
-        for trial in self.running:
-            table.add_row("", trial, self._epoch(trial))
-        table.add_row("", self.summary(), f"{_duration(time.monotonic() - self.began)} so far")
+        for trial, row in list(self.running.items()):
+            table.add_row("", trial, self._epoch(trial, row))
+        table.add_row("", self.summary(), f"{self._elapsed()} so far")
         return table
 
 
 def _accuracy(row: dict[str, Any]) -> str:
     value = row.get("validation_accuracy")
     return "" if value is None else f", validation accuracy {100 * value:.1f} %"
-
-
-def _duration(seconds: float) -> timedelta:
-    return timedelta(seconds=round(seconds))  # shown as hours:minutes:seconds

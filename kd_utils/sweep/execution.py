@@ -1,8 +1,7 @@
-"""Execute notebooks through papermill: written aside, then renamed into place when they ran to
-their end.
+"""Execute notebooks through papermill: written aside, then renamed into place after the last cell.
 
-An executed notebook gets `metadata.kd_utils`: what it was executed for, or why it failed, and its
-seal.
+An executed notebook gets `metadata.kd_utils`: its seal, and what it was executed for or why it
+failed.
 """
 
 import json
@@ -49,31 +48,23 @@ def injected(stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def execute_stage(
-    stem: str,
-    run_dir: Path,
-    parameters: dict[str, Any],
-    about: Callable[[], dict[str, Any]] = dict,
+    stem: str, run_dir: Path, parameters: dict[str, Any], about: Callable[[], dict[str, Any]] = dict
 ) -> None:
-    """Execute notebook `stem` into `run_dir`, with a progress bar in a terminal (see `execute`)."""
+    """Execute notebook `stem` into `run_dir`, with those of `parameters` that it declares (see
+    `execute`); Ctrl-C reaches the caller.
+    """
     values, target = injected(stem, parameters), run_dir / f"{stem}.ipynb"
     os.environ["KD_ROOT"] = str(project_paths.ROOT)
-    bar = sys.stderr.isatty()
-    for _ in in_thread(lambda: execute(stem, target, values, about, progress_bar=bar)):
-        pass
+    list(in_thread(lambda: execute(stem, target, values, about)))
 
 
 def execute(
-    stem: str,
-    target: Path,
-    parameters: dict[str, Any],
-    about: Callable[[], dict[str, Any]],
-    *,
-    progress_bar: bool = False,
+    stem: str, target: Path, parameters: dict[str, Any], about: Callable[[], dict[str, Any]]
 ) -> None:
-    """Execute notebook `stem` aside, and rename it to `target` when it ran to its end.
+    """Execute notebook `stem` aside, and rename it to `target` when it ran to its end; one that
+    failed goes to `TARGET.failed.ipynb`.
 
     Args:
-        target: where the executed notebook goes. One that failed goes to `TARGET.failed.ipynb`.
         parameters: what papermill injects.
         about: called after the last cell; its dict becomes `metadata.kd_utils`. When it raises, the
             notebook has failed.
@@ -88,27 +79,27 @@ def execute(
     for leftover in target.parent.glob(f".{target.stem}.partial-*"):  # of a killed execution
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     aside = target.with_name(f".{target.stem}.partial-{os.getpid()}.ipynb")
-    sockets = tempfile.TemporaryDirectory(prefix="kd-", ignore_cleanup_errors=True)
     # papermill formats both paths, so that braces in a folder's name would be taken for fields.
     source, out = (
         str(path).replace("{", "{{").replace("}", "}}")
         for path in (notebook_files.notebook_path(stem), aside)
     )
     try:
-        papermill.execute_notebook(
-            source,
-            out,
-            parameters,
-            # On a cluster the kernel imports the code that travelled, not the shared folder's.
-            cwd=project_paths.CODE_ROOT,
-            kernel_name="python3",
-            progress_bar=progress_bar,
-            **kernel_settings(sockets.name),
-            coalesce_streams=True,  # of a progress bar the last state is kept
-            # Everything is on disk by then, and torch takes a second to leave by itself.
-            shutdown_kernel="immediate",
-            extra_arguments=["--log-level=CRITICAL"],
-        )
+        with tempfile.TemporaryDirectory(prefix="kd-", ignore_cleanup_errors=True) as sockets:
+            papermill.execute_notebook(
+                source,
+                out,
+                parameters,
+                # On a cluster the kernel imports the code that travelled, not the shared folder's.
+                cwd=project_paths.CODE_ROOT,
+                kernel_name="python3",
+                progress_bar=sys.stderr.isatty(),
+                **kernel_settings(sockets),
+                coalesce_streams=True,  # of a progress bar the last state is kept
+                # Everything is on disk by then, and torch takes a second to leave by itself.
+                shutdown_kernel="immediate",
+                extra_arguments=["--log-level=CRITICAL"],
+            )
         _finish(aside, target, stem, about())
         aside.unlink()
     except Exception as error:
@@ -116,8 +107,6 @@ def execute(
         kept = keep_failure(target, stem, cause, aside)
         where = project_paths.short_path(_failed(target)) if kept else ""
         raise NotebookFailed(target.stem, cause, where) from None
-    finally:
-        sockets.cleanup()
 
 
 def kernel_settings(folder: str) -> dict[str, Any]:
@@ -128,27 +117,23 @@ def kernel_settings(folder: str) -> dict[str, Any]:
     that start side by side two may choose the same port, and the later one dies. Ports remain where
     there can be no socket: the path is too long, or the file system has none.
     """
-    patience = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
+    settings = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
     connection = os.path.join(folder, "kernel.json")
-    try:
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.bind(f"{connection}-probe")  # a longer name than any of the kernel's sockets
-    except (OSError, AttributeError):
-        return patience
-    sockets = {"transport": "ipc", "connection_file": connection}
-    return {**patience, "config": Config(KernelManager=sockets)}
+    with suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX) as probe:
+        probe.bind(f"{connection}-probe")  # a longer name than any of the kernel's sockets
+        sockets = {"transport": "ipc", "connection_file": connection}
+        settings["config"] = Config(KernelManager=sockets)
+    return settings
 
 
 def keep_failure(target: Path, stem: str, cause: str, aside: Path | None = None) -> bool:
-    """Keep a failed execution as `TARGET.failed.ipynb`, with the cause in its metadata.
+    """Keep a failed execution as `TARGET.failed.ipynb`, with the cause in its metadata; False if
+    that was not possible, as on a full disk.
 
     Args:
         aside: what papermill wrote so far. None: the process is gone, and its file is looked for. A
             process must name its own file: one whose sweep was killed may outlive it, while the
             next sweep already runs the same trial.
-
-    Returns:
-        Whether the notebook was kept: the disk may be full.
     """
     asides = [aside] if aside else target.parent.glob(f".{target.stem}.partial-*.ipynb")
     written = list(filter(Path.exists, asides))[:1]
@@ -204,8 +189,8 @@ def _finish(aside: Path, target: Path, stem: str, about: dict[str, Any]) -> None
         }
     for cell in notebook["cells"]:  # of papermill's notes on each cell only the seconds are kept
         if noted := cell["metadata"].pop("papermill", None):
-            cell["metadata"] = {"tags": cell["metadata"].get("tags", [])}
-            cell["metadata"]["seconds"] = round(noted["duration"] or 0, 2)
+            tags = cell["metadata"].get("tags", [])
+            cell["metadata"] = {"tags": tags, "seconds": round(noted["duration"] or 0, 2)}
     metadata["kd_utils"] = about
     write_sealed(target, notebook, "metadata.kd_utils")
 

@@ -10,17 +10,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from kd_utils.cluster.machines import problem_with_files
-from kd_utils.config import project_paths
-from kd_utils.config.stages import TRAIN
-from kd_utils.records import trial_record
-from kd_utils.records.provenance import Ingredients, code_of
+from kd_utils.config import project_paths, stages
+from kd_utils.records import provenance, trial_record
+from kd_utils.sweep import execution
 from kd_utils.sweep.display import Progress
-from kd_utils.sweep.execution import NotebookFailed, execute, in_thread, keep_failure
 from kd_utils.sweep.planning import Trial
 
 RESTARTS = 3  # of a trial whose process or machine was lost; it resumes from its last epoch
@@ -33,8 +30,8 @@ class Job:
     Attributes:
         run_dir: where the record goes, relative to the project's root, which a machine may see at a
             place of its own.
-        code: digests of the code that the trial must run (`provenance.code_of`).
-        files: path -> SHA-256 of the files that the trial must see as the sweep sees them.
+        code, files: digests of the code that the trial must run (`provenance.code_of`), and of the
+            files that it must see as the sweep sees them.
     """
 
     trial: Trial
@@ -103,12 +100,11 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
             for report in executor.reports():
                 name, job = report.trial, unfinished[report.trial]
                 losses[name] += report.kind == "lost"
-                if report.kind == "started":
-                    progress.started(name)
-                elif report.kind == "epoch":
+                if report.kind in ("started", "epoch"):
                     progress.reported(name, report.row)
                 elif report.kind == "lost" and losses[name] <= RESTARTS:
-                    progress.restarted(name, losses[name], RESTARTS)
+                    again = f"starting again ({losses[name]} of {RESTARTS})"
+                    progress.stopped(name, f"its process or machine was lost; {again}")
                     executor.submit(job)
                 elif report.kind == "ended":
                     del unfinished[name]
@@ -118,7 +114,7 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
                     times = f"the trial's process or machine was lost {losses[name]} times: "
                     cause = times * (report.kind == "lost") + report.cause
                     if not report.kept:
-                        keep_failure(job.notebook, TRAIN, cause)
+                        execution.keep_failure(job.notebook, stages.TRAIN, cause)
                     progress.broke(name, cause)
     except BaseException:
         executor.cancel()
@@ -126,18 +122,17 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
 
 
 def execute_trial(job: Job, threads: int) -> Iterator[Report]:
-    """Run a trial here: notebook 03 executed into `RUN_DIR/trials`.
+    """Run a trial here: notebook 03 executed into `RUN_DIR/trials`; yields what an executor hands
+    on: the start, each epoch, and the end or the failure.
 
     Args:
         threads: for torch and the libraries below it, so that trials side by side do not compete
             for cores.
-
-    Yields:
-        What an executor hands on: the start, each epoch, and the end or the failure.
     """
     yield Report(job.name, "started")
     problem = problem_with_files(job.files)
-    if why := Ingredients(code=code_of(TRAIN)).why_stale(Ingredients(code=job.code)):
+    ran = provenance.Ingredients(code=provenance.code_of(stages.TRAIN))
+    if why := ran.why_stale(provenance.Ingredients(code=job.code)):
         problem = f"the {why} since the sweep began: run the same command again"
     if problem:  # the sweep keeps the failure: the run folder here may be another one
         yield Report(job.name, "failed", cause=problem)
@@ -151,15 +146,17 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
             OMP_NUM_THREADS=str(threads),
             MKL_NUM_THREADS=str(threads),
         )
-        about = partial(_about, job)
         try:
-            for _ in in_thread(lambda: execute(TRAIN, job.notebook, job.trial.parameters, about)):
+            for _ in execution.in_thread(
+                lambda: execution.execute(
+                    stages.TRAIN, job.notebook, job.trial.parameters, lambda: _about(job)
+                )
+            ):
                 rows = read_epochs(reported)
-                for row in rows[shown:]:
-                    yield Report(job.name, "epoch", row)
+                yield from (Report(job.name, "epoch", row) for row in rows[shown:])
                 shown = len(rows)
             yield Report(job.name, "ended")
-        except NotebookFailed as error:
+        except execution.NotebookFailed as error:
             yield Report(job.name, "failed", cause=error.cause, kept=error.kept)
         finally:
             os.environ.pop("KD_PROGRESS", None)  # its folder is gone now
@@ -173,13 +170,11 @@ def _about(job: Job) -> dict[str, Any]:
             f"the record has config {metrics['config_hash']}, the plan {job.trial.config_hash}"
         )
     # It may have run one version of the code and recorded another.
-    if why := Ingredients(code=metrics.get("code", {})).why_stale(Ingredients(code=job.code)):
+    ran = provenance.Ingredients(code=metrics.get("code", {}))
+    if why := ran.why_stale(provenance.Ingredients(code=job.code)):
         raise ValueError(f"the {why} while it ran: run the same command again")
-    return {
-        "trial": job.name,
-        "config_hash": job.trial.config_hash,
-        "record": metrics["checksums"]["sha256"],
-    }
+    record = metrics["checksums"]["sha256"]
+    return {"trial": job.name, "config_hash": job.trial.config_hash, "record": record}
 
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:

@@ -6,34 +6,22 @@ import re
 from pathlib import Path
 from typing import Any
 
-from kd_utils.config import project_paths
-from kd_utils.config.fields import shown
+from kd_utils.config import fields, project_paths, stages
 from kd_utils.config.parameter_files import notebook_config
-from kd_utils.config.stages import NOTEBOOKS, PREPARE, TRAIN
 from kd_utils.config.trial import trial_name
 from kd_utils.sweep.execution import injected
-
-MOST_NAME = 200  # characters of a trial's name, which becomes the name of files
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One planned trial.
+    """One planned trial."""
 
-    Attributes:
-        trial: its name.
-        swept: its place in the grid.
-        epochs: how many epochs it reports.
-        parameters: what papermill injects into 03.
-        without_effect: keys of the grid that its method does not use.
-    """
-
-    trial: str
-    swept: dict[str, Any]
+    trial: str  # its name
+    swept: dict[str, Any]  # its place in the grid
     config_hash: str
-    epochs: int
-    parameters: dict[str, Any]
-    without_effect: list[str]
+    epochs: int  # how many it reports
+    parameters: dict[str, Any]  # what papermill injects into 03
+    without_effect: list[str]  # keys of the grid that its method does not use
 
 
 def plan(
@@ -51,14 +39,14 @@ def plan(
     Raises:
         ValueError: a value that a notebook refuses, or two combinations that are the same trial.
     """
-    for stem in NOTEBOOKS:  # 03 too: a value that the grid overrides must be right as well
+    for stem in stages.NOTEBOOKS:  # 03 too: a value that the grid overrides must be right as well
         notebook_config(stem, parameters)
     trials: list[Trial] = []
     known: dict[str, Trial] = {}  # by name and by config
     for values in itertools.product(*grid.values()):
         combination = dict(zip(grid, values, strict=True))
         try:
-            config = notebook_config(TRAIN, {**parameters, **combination})
+            config = notebook_config(stages.TRAIN, {**parameters, **combination})
         except ValueError as error:
             where = ", ".join(f"{key}={value}" for key, value in combination.items())
             raise ValueError(f"{error} (in the grid: {where})") from None
@@ -66,9 +54,9 @@ def plan(
         used = {key: value for key, value in combination.items() if key not in unused}
         swept = {"distill_type": config.distill_type, "seed": config.seed} | used
         name = trial_name(**swept)
-        if len(name) > MOST_NAME:
+        if len(name) > 200:  # it becomes the name of files
             raise ValueError(
-                f"a trial would be called {shown(name)}: at most {MOST_NAME} characters"
+                f"a trial would be called {fields.shown(name)}: at most 200 characters"
             )
         same = known.get(config.fingerprint()) or known.get(name)
         if same and unused and used.items() <= same.swept.items():
@@ -76,7 +64,7 @@ def plan(
         if same:
             raise ValueError(f"the grid has the same trial twice: {same.trial} and {name}")
         place = {"run_dir": project_paths.short_path(run_dir), "trial": name}
-        inject = injected(TRAIN, {**parameters, **combination}) | swept | place
+        inject = injected(stages.TRAIN, {**parameters, **combination}) | swept | place
         trial = Trial(name, swept, config.fingerprint(), len(config.epoch_numbers), inject, unused)
         trials.append(trial)
         known[name] = known[trial.config_hash] = trial
@@ -99,7 +87,11 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
             )
         wanted[key] = []
         for word in _words(text):
-            found = [value for value in grid[key] if word and word in _spellings(value)]
+            found = [
+                value
+                for value in grid[key]
+                if word == str(value) or isinstance(value, float) and word == f"{value:g}"
+            ]
             if not found:
                 values = ", ".join(map(str, grid[key]))
                 raise ValueError(
@@ -122,7 +114,7 @@ def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = N
     `X.yaml`.
     """
     suffix = Path(grid_file or "").stem.removeprefix("grid").strip("-")
-    name = notebook_config(PREPARE, parameters).name
+    name = notebook_config(stages.PREPARE, parameters).name
     return project_paths.project_path("runs") / (f"{name}-{suffix}" if suffix else name)
 
 
@@ -134,7 +126,3 @@ def _words(text: str) -> list[str]:
         numbers = range(int(span[1]), int(span[2]) + 1) if span else ()
         words += map(str, numbers) if numbers else [piece]
     return words
-
-
-def _spellings(value: Any) -> set[str]:
-    return {str(value), f"{value:g}"} if isinstance(value, float) else {str(value)}

@@ -6,13 +6,15 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kd_utils.cluster.machines import fitting_gpus, require_same_view
-from kd_utils.cluster.session import in_words, ray_running, was_lost
+from kd_utils.cluster import machines, session
 from kd_utils.sweep.display import say
 from kd_utils.sweep.executor import Executor, Job, Report, execute_trial
 
 WAIT_SECONDS = 0.5  # between two looks at what the trials report: Ctrl-C is answered within it
+
+NODES_SECONDS = 120  # for every machine to answer: it has to unpack and import the code first
 
 
 @contextmanager
@@ -31,9 +33,9 @@ def ray_executor(
         ValueError: no cluster answers, or none of its machines has what a trial asks for.
     """
     say("Ray is starting")
-    with ray_running(address):
+    with session.ray_running(address):
         os.environ["RAY_ADDRESS"] = address or "local"
-        yield RayExecutor(cpus, fitting_gpus(ray.nodes(), cpus, gpus, device))
+        yield RayExecutor(cpus, machines.fitting_gpus(ray.nodes(), cpus, gpus, device))
 
 
 class RayExecutor:
@@ -49,19 +51,56 @@ class RayExecutor:
         self._streams: dict[Any, str] = {}
 
     def require_same_view(self, files: dict[str, str]) -> None:
-        require_same_view(files, self.cpus, self.gpus)
+        """Ask every machine that can run a trial whether it sees the sweep's files as they are
+        here. A machine that has less, as the head of many clusters, needs no shared folder.
+
+        Raises:
+            ValueError: names each machine that does not, and the path.
+        """
+        look = ray.remote(num_cpus=0, max_retries=0)(machines.problem_with_files)
+        asked = {}
+        for node in machines.able(ray.nodes(), self.cpus, self.gpus):
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[look.options(scheduling_strategy=there).remote(files)] = node
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS)
+        present = [node["NodeID"] for node in machines.able(ray.nodes(), self.cpus, self.gpus)]
+        problems = []
+        for answer, node in asked.items():
+            try:
+                problem = ray.get(answer) if answer in answered else "does not answer"
+            except ray.exceptions.RayError as error:
+                problem = f"cannot run this code ({session.in_words(error)})"
+            if problem and node["NodeID"] in present:  # a machine lost meanwhile is no obstacle
+                problems.append(f"node {node['NodeManagerAddress']}: {problem}")
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise ValueError(
+                f"{'; '.join(problems[:4])}{more}. All nodes must see one folder: run from a "
+                "checkout on it, or set KD_ROOT to it (on a node that sees it elsewhere, before "
+                "`ray start` there)"
+            )
 
     def submit(self, job: Job) -> None:
         stream = self._task.options(name=job.name).remote(job, max(1, int(self.cpus)))
         self._streams[stream] = job.name
 
     def reports(self) -> Iterator[Report]:
+        """What the trials report; an error of Ray's is the loss or the failure of its trial."""
         streams = list(self._streams)
         ready, _ = ray.wait(
             streams, num_returns=len(streams), timeout=WAIT_SECONDS, fetch_local=False
         )
         for stream in ready:
-            report = _next_report(stream, self._streams[stream])
+            try:
+                report = ray.get(next(stream))
+            except ray.exceptions.LocalRayletDiedError:
+                raise OSError(
+                    "Ray's process on this machine ended: killed, or out of memory; what is done "
+                    "is kept: run the same command again"
+                ) from None
+            except ray.exceptions.RayError as error:
+                lost, cause = session.was_lost(error), session.in_words(error)
+                report = Report(self._streams[stream], "lost" if lost else "failed", cause=cause)
             if report.kind in ("ended", "failed", "lost"):
                 del self._streams[stream]
             yield report
@@ -70,16 +109,3 @@ class RayExecutor:
         for stream in self._streams:
             with suppress(Exception):  # Ray itself may have ended
                 ray.cancel(stream, force=True)
-
-
-def _next_report(stream: Iterator[Any], trial: str) -> Report:
-    """What a trial reports next; an error of Ray's is the loss or the failure of the trial."""
-    try:
-        return ray.get(next(stream))
-    except ray.exceptions.LocalRayletDiedError:
-        raise OSError(
-            "Ray's process on this machine ended: killed, or out of memory; what is done is kept: "
-            "run the same command again"
-        ) from None
-    except ray.exceptions.RayError as error:
-        return Report(trial, "lost" if was_lost(error) else "failed", cause=in_words(error))

@@ -1,43 +1,30 @@
 """The sweep: a parameter file times a grid, planned, run by an executor, and never run twice.
 
-01 and 02 are executed here; then each trial is one execution of 03 by the executor; 04 ends the
-run.
+01 and 02 are executed here, then 03 by the executor for each trial, and 04 at the end.
 """
-
-from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
+
+from kd_utils.analysis import comparisons, stats, tables
 from kd_utils.cache.manifest import CacheError, find_cache
 from kd_utils.config import project_paths
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.config.stages import ANALYSE, CACHE, PREPARE, TRAIN
-from kd_utils.records import run_folder, trial_record
-from kd_utils.records.provenance import code_of
-from kd_utils.store.files import sha256_file, written_aside
-from kd_utils.store.locks import locked
-from kd_utils.store.sealed import write_sealed
+from kd_utils.records import provenance, run_folder, trial_record
+from kd_utils.store import files, locks, sealed
+from kd_utils.sweep import planning, staleness
 from kd_utils.sweep.display import Progress, say
 from kd_utils.sweep.execution import execute_stage
 from kd_utils.sweep.executor import Executor, Job, run_trials
-from kd_utils.sweep.planning import Trial, plan, select
-from kd_utils.sweep.staleness import (
-    earlier_plan,
-    made_of,
-    more_caches,
-    stage_key,
-    status,
-    why_to_run,
-)
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 #: What 04 writes into the run folder.
 ANALYSES = (f"{ANALYSE}.ipynb", run_folder.VERDICT, "comparisons.csv", "analysis.csv")
@@ -66,22 +53,70 @@ class Sweep:
         self.parameters, self.grid = parameters, grid
         self.run_dir = Path(os.path.abspath(os.path.expanduser(run_dir)))
         self.place = project_paths.short_path(self.run_dir)  # as records and machines know it
-        self.trials = plan(parameters, grid, self.run_dir)
-        self.chosen = select(self.trials, only, grid)
+        self.trials = planning.plan(parameters, grid, self.run_dir)
+        self.chosen = planning.select(self.trials, only, grid)
         self.name = notebook_config(PREPARE, parameters).name
-        earlier = earlier_plan(self.run_dir).get("name", self.name)
+        earlier = staleness.earlier_plan(self.run_dir).get("name", self.name)
         if earlier != self.name:
             raise ValueError(
                 f"{self.place} holds experiment {earlier!r}, and this is {self.name!r}: give "
                 "another --run-dir, or remove that folder"
             )
 
-    def why_to_run(self) -> dict[str, str]:
-        """Why 01 and 02 must be executed (again), each in one line; "" if not."""
-        return {stem: why_to_run(stem, self.run_dir, self.parameters) for stem in (PREPARE, CACHE)}
+    def why_to_run(self, stem: str) -> str:
+        """Why 01 or 02 must be executed (again), in one line; "" if not."""
+        return staleness.why_to_run(stem, self.run_dir, self.parameters)
 
-    def states(self, trials: list[Trial]) -> dict[str, run_folder.Status]:
-        return status(trials, self.run_dir, self.parameters)
+    def states(self, trials: list[planning.Trial]) -> dict[str, run_folder.Status]:
+        """Whether each trial is done with its config and with today's code, student and cache."""
+        made = staleness.made_of(trials, self.run_dir, self.parameters)
+        return {
+            t.trial: run_folder.trial_status(
+                self.run_dir, t.trial, t.config_hash, made, t.parameters
+            )
+            for t in trials
+        }
+
+    def dry_run(self) -> Iterator[str]:
+        """What a run would do: the state of 01, 02 and each trial; and whether any effect could be
+        significant, which with many comparisons and few pairs none is, however large.
+        """
+        why = {stem: self.why_to_run(stem) for stem in (PREPARE, CACHE)}
+        for stem, reason in why.items():
+            yield f"{stem:<32} {f'to run: {reason}' if reason else 'done'}"
+        states = self.states(self.chosen)
+        for name, state in states.items():
+            yield f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why)
+        done = sum(state.state == "done" for state in states.values())
+        to_run = len(states) - done
+        yield f"{done} of {len(states)} trials are done, {to_run} to run; records: {self.place}"
+        if done and any(why.values()):
+            yield (
+                "If 01 or 02 make other data or another cache, the trials that are done run again "
+                "too"
+            )
+        planned = [
+            {"trial": t.trial, "status": "done"}
+            | {f"config/{key}": value for key, value in t.swept.items()}
+            for t in self.chosen
+        ]
+        for row in comparisons.reach(tables.planned_trials(pd.DataFrame(planned))).itertuples():
+            can = row.smallest_p < stats.ALPHA
+            yield (
+                f"question {row.question}: {row.comparisons} comparisons of {row.pairs} pairs, "
+                f"smallest corrected p {row.smallest_p:.3f}, "
+                + ("can be significant" if can else "CANNOT be significant: give more seeds")
+            )
+
+    def outcome(self, results: pd.DataFrame) -> Iterator[str]:
+        """The verdict of 04, or which trials are done; and where the records are."""
+        analysed, verdict = "done" in set(results["status"]), self.run_dir / run_folder.VERDICT
+        shown = analysed and verdict.exists()
+        yield verdict.read_text(encoding="utf-8") if shown else tables.coverage(results)
+        yield (
+            f"Records: {self.place}/ (one executed notebook per trial in trials/, "
+            f"{run_folder.SUMMARY}" + f", {ANALYSE}.ipynb" * analysed + ")"
+        )
 
     def run(self, executor: Callable[[], AbstractContextManager[Executor]]) -> pd.DataFrame:
         """Run what is missing, write `results_summary.csv`, execute 04.
@@ -99,9 +134,9 @@ class Sweep:
             NotebookFailed: 01, 02 or 04 did not run to its end.
         """
         remedy = "wait for it or stop it, or give this sweep another --run-dir"
-        with locked(self.run_dir, "a sweep", remedy):
-            states = self.states(self.chosen).values()
-            if any(self.why_to_run().values()) or any(state.state != "done" for state in states):
+        with locks.locked(self.run_dir, "a sweep", remedy):
+            done = all(state.state == "done" for state in self.states(self.chosen).values())
+            if not done or any(map(self.why_to_run, (PREPARE, CACHE))):
                 with executor() as running:
                     results = self._run_missing(running)
             else:
@@ -120,19 +155,25 @@ class Sweep:
         """01, 02 and the missing trials of those chosen; the results table."""
         self._write_plan()
         executor.require_same_view(self._shared_files())  # before the teacher runs for hours
-        self._prepare()
+        for stem in (PREPARE, CACHE):
+            why = self.why_to_run(stem)
+            say(f"{stem}: running ({why})" if why else f"{stem}: already done")
+            if why:
+                made = partial(staleness.stage_key, stem, self.parameters)
+                execute_stage(stem, self.run_dir, self.parameters, made)
         self._write_plan()
         states = self.states(self.trials)
         todo = [trial for trial in self.chosen if states[trial.trial].state != "done"]
-        files, code, place = self._shared_files(), code_of(TRAIN), self.place
-        jobs = [Job(trial, place, code, files) for trial in todo]
+        shared, code = self._shared_files(), provenance.code_of(TRAIN)
         already = sum(state.state == "done" for state in states.values())
+        progress = Progress({trial.trial: trial.epochs for trial in todo}, already)
         try:
-            executor.require_same_view(files)
-            with Progress({trial.trial: trial.epochs for trial in todo}, already) as progress:
+            executor.require_same_view(shared)
+            with progress.shown():
                 for trial in todo:
                     if states[trial.trial].state == "stale":
-                        progress.say(f"{trial.trial}: stale, {states[trial.trial].why}")
+                        say(f"{trial.trial}: stale, {states[trial.trial].why}")
+                jobs = [Job(trial, self.place, code, shared) for trial in todo]
                 run_trials(executor, jobs, progress)
         finally:  # after Ctrl-C too: the table says what is done so far
             results = self._write_summary()
@@ -143,30 +184,14 @@ class Sweep:
             shutil.rmtree(checkpoints, ignore_errors=True)
         return results
 
-    def _prepare(self) -> None:
-        """Execute 01 and 02 unless they are done."""
-        for stem in (PREPARE, CACHE):
-            why = why_to_run(stem, self.run_dir, self.parameters)
-            say(f"{stem}: running ({why})" if why else f"{stem}: already done")
-            if why:
-                execute_stage(
-                    stem, self.run_dir, self.parameters, lambda stem=stem: self._made(stem)
-                )
-
-    def _made(self, stem: str) -> dict[str, Any]:
-        key = stage_key(stem, self.parameters)
-        if key is None:
-            raise ValueError(f"{stem} ran to its end, but left no result under artifacts_dir")
-        return key
-
     def _written(self) -> dict[str, Any]:
         """Checksums of the tables and the verdict, for the record of 04."""
-        files = sorted([*self.run_dir.glob("*.csv"), *self.run_dir.glob(run_folder.VERDICT)])
-        return {"wrote": {path.name: sha256_file(path) for path in files}}
+        paths = sorted([*self.run_dir.glob("*.csv"), *self.run_dir.glob(run_folder.VERDICT)])
+        return {"wrote": {path.name: files.sha256_file(path) for path in paths}}
 
     def _write_summary(self) -> pd.DataFrame:
         results = run_folder.collect(self.run_dir)
-        with written_aside(self.run_dir / run_folder.SUMMARY) as aside:
+        with files.written_aside(self.run_dir / run_folder.SUMMARY) as aside:
             results.to_csv(aside, index=False)
         return results
 
@@ -175,13 +200,12 @@ class Sweep:
         the caches that exist.
         """
         settings = notebook_config(CACHE, self.parameters)
-        folders = [settings.data_path, *more_caches(self.trials, self.parameters).values()]
+        more_caches = staleness.more_caches(self.trials, self.parameters)
+        folders = [settings.data_path, *more_caches.values()]
         with suppress(CacheError):
             folders.append(find_cache(settings.artifacts, settings.name))
         paths = [self.run_dir / run_folder.PLAN, *(path / "manifest.json" for path in folders)]
-        return {
-            project_paths.short_path(path): sha256_file(path) for path in paths if path.is_file()
-        }
+        return {project_paths.short_path(p): files.sha256_file(p) for p in paths if p.is_file()}
 
     def _write_plan(self) -> None:
         """Write `sweep.json`: what is to be run, and what it has to be made from (`made_of`)."""
@@ -190,7 +214,7 @@ class Sweep:
             "name": self.name,
             "parameters": self.parameters,
             "grid": self.grid,
-            **made_of(self.trials, self.run_dir, self.parameters),
+            **staleness.made_of(self.trials, self.run_dir, self.parameters),
             "trials": [asdict(trial) for trial in self.trials],
         }
-        write_sealed(self.run_dir / run_folder.PLAN, document, "checksums")
+        sealed.write_sealed(self.run_dir / run_folder.PLAN, document, "checksums")

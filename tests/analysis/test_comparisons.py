@@ -11,7 +11,7 @@ from kd_utils.analysis.comparisons import Answers
 from kd_utils.analysis.pairs import example_weights
 from kd_utils.config.parameter_files import load_grid
 from kd_utils.config.project_paths import ROOT
-from kd_utils.sweep import sweep
+from kd_utils.sweep import planning
 
 TASKS = np.repeat(["sst2", "mmlu", "gsm8k"], 40)
 METHODS = ("task_only", "black_box", "hidden_state", "attention", "combined")
@@ -259,7 +259,7 @@ def test_with_two_swept_keys_a_family_keeps_together():
     "grid", sorted((ROOT / "papermill_params").glob("grid*.yaml")), ids=lambda path: path.stem
 )
 def test_every_grid_of_the_project_has_seeds_enough_to_find_something(grid):
-    trials = sweep.plan({}, load_grid(grid), "runs/x")
+    trials = planning.plan({}, load_grid(grid), "runs/x")
     planned = tables.planned_trials(
         pd.DataFrame(
             [

@@ -130,7 +130,6 @@ def home(tmp_path, monkeypatch):
     imported = lru_cache(provenance._imported)  # five sweeps a test ask for the same
     monkeypatch.setattr(provenance, "_imported", lambda source: set(imported(source)))
     monkeypatch.setattr(execution, "execute", execute_here)
-    monkeypatch.setattr(executor, "execute", execute_here)
     monkeypatch.setattr(ray_executor, "ray_executor", lambda *_: nullcontext(Here()))
     monkeypatch.setattr(os, "environ", os.environ.copy())
     manifest.cache_code.cache_clear()

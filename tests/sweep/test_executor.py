@@ -5,8 +5,9 @@ import threading
 
 import pytest
 
+from kd_utils.records import provenance
 from kd_utils.records.run_folder import failure_cause
-from kd_utils.sweep import executor
+from kd_utils.sweep import display, execution, executor
 from kd_utils.sweep.display import Progress
 from kd_utils.sweep.executor import Job, Report, read_epochs, run_trials
 from kd_utils.sweep.planning import Trial
@@ -36,13 +37,13 @@ class Scripted:
 
 
 @pytest.fixture
-def run(stub_notebooks):
+def run(stub_notebooks, monkeypatch):
     """`run(an executor, trial names)`: Progress after `run_trials`, with what it said."""
 
     def run(running, *names):
         progress = Progress(dict.fromkeys(names, 2))
         progress.said = []
-        progress.say = progress.said.append
+        monkeypatch.setattr(display, "say", progress.said.append)
         jobs = [Job(Trial(name, {}, "", 2, {}, []), "runs/stub", {}, {}) for name in names]
         run_trials(running, jobs, progress)
         return progress
@@ -121,10 +122,10 @@ def test_trials_in_threads_report_their_epochs_and_their_failures(run, monkeypat
         with open(reported, "a") as file:
             file.write('{"epoch": 1, "validation_accuracy": 0.25}\n{"epoch": 2}\n')
         if target.stem == "b":
-            raise executor.NotebookFailed(target.stem, "the loss is not finite", "kept")
+            raise execution.NotebookFailed(target.stem, "the loss is not finite", "kept")
 
-    monkeypatch.setattr(executor, "execute", execute)
-    monkeypatch.setattr(executor, "code_of", lambda stem: {})
+    monkeypatch.setattr(execution, "execute", execute)
+    monkeypatch.setattr(provenance, "code_of", lambda stem: {})
     progress = run(Threads(), "a")
     assert [line.split("] ")[-1] for line in progress.said] == [
         "a: epoch 1/2, validation accuracy 25.0 %",
@@ -137,11 +138,11 @@ def test_trials_in_threads_report_their_epochs_and_their_failures(run, monkeypat
 
 def test_a_trial_whose_files_or_code_are_others_does_not_run(stub_notebooks, monkeypatch):
     job = Job(Trial("a", {}, "", 1, {}, []), "runs/stub", {"x.py": "1" * 12}, {"runs/plan": "0"})
-    monkeypatch.setattr(executor, "code_of", lambda stem: {"x.py": "1" * 12})
+    monkeypatch.setattr(provenance, "code_of", lambda stem: {"x.py": "1" * 12})
     started, failed = executor.execute_trial(job, threads=1)
     assert started.kind == "started" and failed.kind == "failed" and not failed.kept
     assert failed.cause.endswith("runs/plan: No such file or directory")
-    monkeypatch.setattr(executor, "code_of", lambda stem: {"x.py": "2" * 12})
+    monkeypatch.setattr(provenance, "code_of", lambda stem: {"x.py": "2" * 12})
     *_, failed = executor.execute_trial(job, threads=1)
     assert failed.cause.startswith("the code changed (x.py) since the sweep began")
 

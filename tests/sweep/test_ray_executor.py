@@ -3,6 +3,7 @@
 import pytest
 
 from kd_utils.records.run_folder import failure_cause
+from kd_utils.sweep import display
 from kd_utils.sweep.display import Progress
 from kd_utils.sweep.executor import Job, Report, run_trials
 from kd_utils.sweep.planning import Trial
@@ -48,7 +49,7 @@ def run(stub_notebooks, monkeypatch):
         monkeypatch.setattr(ray, "cancel", lambda stream, force: None)
         progress = Progress(dict.fromkeys(starts, 1))
         progress.said = []
-        progress.say = progress.said.append
+        monkeypatch.setattr(display, "say", progress.said.append)
         jobs = [Job(Trial(name, {}, "", 1, {}, []), "runs/stub", {}, {}) for name in starts]
         run_trials(RayExecutor(cpus=1, gpus=0), jobs, progress)
         assert not any(starts.values()), "a trial was not started again"

@@ -8,7 +8,8 @@ from stubs import metrics_of, write_trial
 
 from kd_utils.config.stages import PREPARE
 from kd_utils.records import run_folder
-from kd_utils.sweep import planning, staleness, sweep
+from kd_utils.sweep import planning, staleness
+from kd_utils.sweep.sweep import Sweep
 
 
 def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
@@ -17,7 +18,8 @@ def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
     grid = {"distill_type": ["black_box"], "seed": [0]}
     trials = planning.plan(parameters, grid, run_dir)
     earlier = run_folder.read_plan(run_dir)
-    sweep.Sweep(parameters, grid, run_dir)._write_plan()
+    sweep = Sweep(parameters, grid, run_dir)
+    sweep._write_plan()
     plan = run_folder.read_plan(run_dir)
     assert len(plan["trials"]) == 1 and plan["code"] != earlier["code"]
     for key in ("cache", "more_caches", "tokenizer", "students"):
@@ -25,7 +27,7 @@ def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
     config_hash = metrics_of("black_box", 1)["config_hash"]
     other = dataclasses.replace(trials[0], trial="black_box_seed1", config_hash=config_hash)
     write_trial(run_dir, "black_box", 1, code=plan["code"])
-    assert staleness.status([other], run_dir, parameters)["black_box_seed1"].state == "done"
+    assert sweep.states([other])["black_box_seed1"].state == "done"
     write_trial(
         run_dir,
         "black_box",
@@ -33,9 +35,7 @@ def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
         code=plan["code"],
         cache=metrics_of()["cache"] | {"content_hash": "other"},
     )
-    assert staleness.status([other], run_dir, parameters)["black_box_seed1"].why.startswith(
-        "teacher cache changed"
-    )
+    assert sweep.states([other])["black_box_seed1"].why.startswith("teacher cache changed")
 
 
 def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):

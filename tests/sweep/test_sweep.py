@@ -39,7 +39,7 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
         (["swep", "p.yaml"], "No such command 'swep'. Did you mean 'sweep'?"),
         ([], "Missing command"),
         (["check", "nowhere"], "no run folder nowhere"),
-        (["verify", "nowhere"], "no cache folder nowhere"),
+        (["verify", "nowhere"], "Directory 'nowhere' does not exist"),
         (
             ["evaluate", "nowhere", "--task", "sst2", "--split", "s", "--out", "o.parquet"],
             "nowhere",
@@ -96,12 +96,14 @@ def test_progress_counts_and_tells_the_time_left(monkeypatch):
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
     progress = Progress({"a": 3, "b": 3, "c": 3}, already=5)
-    progress.say = lambda text: None
     assert progress.summary() == "5 of 8 done, 0 running, 0 failed, 3 waiting"
-    progress.started("a")  # began at 10
-    progress.started("b")
+    progress.reported("a", {})  # began at 10
+    progress.reported("b", {})
     progress.running["a"] = {"epoch": 2}
-    assert progress.seconds_left() == (20 - 10) * 7 / 2
+    seconds = (20 - 10) * 7 / 2
+    assert progress.summary().endswith(
+        f"2 running, 0 failed, 1 waiting, about 0:00:{seconds:.0f} left"
+    )
     progress.finished("a")
     progress.broke("b", "why")
     assert progress.summary().startswith("6 of 8 done, 0 running, 1 failed, 1 waiting, about ")
