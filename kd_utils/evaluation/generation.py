@@ -45,10 +45,8 @@ def generate_answers(
         )
     stops = stop_strings + ((tokenizer.eos_token,) if tokenizer.eos_token else ())
     texts = [""] * len(prompts)
-    lengths = list(map(len, encoded))
-    for batch in batches(
-        list(range(len(prompts))), lengths.__getitem__, batch_size, "generating", progress
-    ):
+    places = list(range(len(prompts)))
+    for batch in batches(places, lambda i: len(encoded[i]), batch_size, "generating", progress):
         ids = [encoded[place][-room:] for place in batch]
         new_ids = _generate(model, tokenizer, ids, stops, max_new_tokens)
         for place, row in zip(batch, new_ids, strict=True):

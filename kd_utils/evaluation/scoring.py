@@ -1,27 +1,18 @@
 """Predictions and accuracies as lm-evaluation-harness 0.4.13 counts them."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from kd_utils.data.task_rows import load_task
-from kd_utils.data.tasks import find_task, task_order
-from kd_utils.data.tasks.base import FLEXIBLE
+from kd_utils.data import task_rows, tasks
 from kd_utils.evaluation.generation import batches, context_length, generate_answers
-from kd_utils.models.devices import autocast
-from kd_utils.models.loading import load_causal_lm, load_tokenizer
+from kd_utils.models import devices, loading
 from kd_utils.store.files import written_aside
 from kd_utils.tokens.encoding import encode_pair
-
-#: Columns of `evaluate`: the example's own, then what the model said.
-EXAMPLE_COLUMNS = ("example_id", "task", "prompt", "gold")
-
-SAID_COLUMNS = ("prediction", "correct", "loglikelihoods", "generated", "correct_flexible")
 
 
 def evaluate(
@@ -65,9 +56,11 @@ def evaluate(
             f"batch_size = {batch_size} and max_new_tokens = {max_new_tokens} must be at least 1"
         )
     said: list[dict[str, Any]] = [{} for _ in range(len(table))]
-    golds, tasks = table["gold"].tolist(), table["task"].tolist()
-    with _evaluating(model):
-        chosen = [place for place, choices in enumerate(table["choices"]) if len(choices)]
+    golds, names = table["gold"].tolist(), table["task"].tolist()
+    chosen = [place for place, choices in enumerate(table["choices"]) if len(choices)]
+    training = model.training
+    model.eval()
+    try:
         scores = choice_loglikelihoods(
             model, tokenizer, table.iloc[chosen], batch_size=batch_size, progress=progress
         )
@@ -79,9 +72,9 @@ def evaluate(
                 "loglikelihoods": values,
             }
         free = sorted(set(range(len(table))) - set(chosen))
-        for name in task_order(tasks[place] for place in free):
-            generation = find_task(name).generation
-            asked = [place for place in free if tasks[place] == name]
+        for name in tasks.task_order(names[place] for place in free):
+            generation = tasks.find_task(name).generation
+            asked = [place for place in free if names[place] == name]
             texts = generate_answers(
                 model,
                 tokenizer,
@@ -93,13 +86,21 @@ def evaluate(
             )
             for place, text in zip(asked, texts, strict=True):
                 said[place] = {"generated": text, **generation.score(text, golds[place])}
+    finally:
+        model.train(training)
     # Object columns: a missing value is None, and a bool stays a bool beside it.
     columns = {
         column: pd.Series([row.get(column) for row in said], dtype=object)
-        for column in SAID_COLUMNS
+        for column in (
+            "prediction",
+            "correct",
+            "loglikelihoods",
+            "generated",
+            "correct_flexible",
+        )
     }
-    columns["correct"] = columns["correct"].astype(bool)
-    return table[list(EXAMPLE_COLUMNS)].reset_index(drop=True).assign(**columns)
+    examples = table[["example_id", "task", "prompt", "gold"]].reset_index(drop=True)
+    return examples.assign(**columns).astype({"correct": bool})
 
 
 def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
@@ -113,13 +114,12 @@ def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
     if predictions.empty:
         raise ValueError("no predictions: an accuracy needs at least one example")
     per_task = predictions.groupby("task")["correct"].mean()
-    generated = predictions[predictions["correct_flexible"].notna()]
-    flexible = generated.astype({"correct_flexible": float}).groupby("task")["correct_flexible"]
+    flexible = predictions["correct_flexible"].dropna().astype(float).groupby(predictions["task"])
     values = {
         "": predictions["correct"].mean(),
         "/macro": per_task.mean(),
-        **{f"/{task}": per_task[task] for task in task_order(per_task.index)},
-        **{f"/{task}{FLEXIBLE}": share for task, share in flexible.mean().items()},
+        **{f"/{task}": per_task[task] for task in tasks.task_order(per_task.index)},
+        **{f"/{task}{tasks.FLEXIBLE}": share for task, share in flexible.mean().items()},
     }
     return {f"validation_accuracy{name}": float(value) for name, value in values.items()}
 
@@ -136,14 +136,14 @@ def choice_loglikelihoods(
     warning.
     """
     limit = context_length(model, tokenizer)
-    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
+    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = defaultdict(list)
     cut = 0
     for place, (prompt, choices) in enumerate(zip(table["prompt"], table["choices"], strict=True)):
         for number, choice in enumerate(choices):
             prompt_ids, choice_ids = encode_pair(tokenizer, prompt, choice)
             ids = (prompt_ids + choice_ids)[:-1]
             cut += len(ids) > limit
-            requests.setdefault(tuple(ids[-limit:]), []).append((place, number, choice_ids))
+            requests[tuple(ids[-limit:])].append((place, number, choice_ids))
     if cut:
         warnings.warn(
             f"{cut} sequences have more than the model's {limit} tokens and lost their beginning",
@@ -190,11 +190,11 @@ def _continuation_log_probs(
     logits = model(
         input_ids=input_ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=model.device)
     ).logits
-    rows = []
-    for place, (ids, count) in enumerate(zip(batch, counts, strict=True)):
-        columns = [column[position] for position in range(len(ids) - count, len(ids))]
-        rows.append(torch.log_softmax(logits[place, columns].float(), dim=-1))
-    return rows
+    columns = [
+        [column[position] for position in range(len(ids) - count, len(ids))]
+        for ids, count in zip(batch, counts, strict=True)
+    ]
+    return [logits[b, places].float().log_softmax(-1) for b, places in enumerate(columns)]
 
 
 def evaluate_folder(
@@ -236,17 +236,19 @@ def evaluate_folder(
         )
     if out.is_dir() or not out.parent.is_dir():
         raise FileNotFoundError(f"cannot write {out}: it must be a file in a folder that exists")
-    table = load_task(task, split, data_dir=data_dir, num_fewshot=num_fewshot, limit=limit)
+    table = task_rows.load_task(
+        task, split, data_dir=data_dir, num_fewshot=num_fewshot, limit=limit
+    )
+    place = str(model_dir.absolute())
     try:
-        place = str(model_dir.absolute())
-        tokenizer, model = load_tokenizer(place), load_causal_lm(place)
+        tokenizer, model = loading.load_tokenizer(place), loading.load_causal_lm(place)
     except ValueError as error:
         raise ValueError(
             f"{model_dir} is no causal model with its tokenizer: {error}; save both with "
             "save_pretrained"
         ) from None
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with autocast(model.device, precision):
+    with devices.autocast(model.device, precision):
         predictions = evaluate(
             model,
             tokenizer,
@@ -256,21 +258,12 @@ def evaluate_folder(
             progress=progress,
         )
     result = table[["row"]].join(predictions.drop(columns=["example_id", "task"]))
-    if find_task(task).generation:
+    if tasks.find_task(task).generation:
         result = result.drop(columns="loglikelihoods").astype({"correct_flexible": bool})
     else:
-        result = result.drop(columns=["generated", "correct_flexible"])
-        result = result.astype({"gold": int, "prediction": int})
+        result = result.drop(columns=["generated", "correct_flexible"]).astype(
+            {"gold": int, "prediction": int}
+        )
     with written_aside(out) as aside:
         result.to_parquet(aside, index=False)
     return result
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
