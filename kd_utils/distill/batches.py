@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.trial import TrialConfig
@@ -30,10 +29,10 @@ class Batch:
         whole: the same of the whole batch, when this is a part of it.
     """
 
-    input_ids: Tensor
+    input_ids: torch.Tensor
     lengths: list[int]
-    predicting: Tensor
-    targets: Tensor
+    predicting: torch.Tensor
+    targets: torch.Tensor
     teachers: list[Targets]
     sizes: Counter[str]
     whole: Counter[str]
@@ -69,15 +68,11 @@ def collate(
         targets_of(examples, rows, input_ids.shape[1], distill_tokens, device) for rows in teachers
     ]
     sizes = Counter(answers=len(predicting))
-    return Batch(
-        tensor_of(input_ids, device),
-        lengths,
-        tensor_of(predicting, device),
-        tensor_of(input_ids.reshape(-1)[predicting + 1], device),
-        targets,
-        sizes,
-        sizes,
+    ids, places, answers = (
+        tensor_of(array, device)
+        for array in (input_ids, predicting, input_ids.reshape(-1)[predicting + 1])
     )
+    return Batch(ids, lengths, places, answers, targets, sizes, sizes)
 
 
 def split_batch(
@@ -145,6 +140,9 @@ class TrialData:
         caches: one verified cache per teacher.
         config: the trial's.
         device: where batches go.
+
+    Attributes:
+        table: the validation rows.
     """
 
     def __init__(
@@ -155,40 +153,42 @@ class TrialData:
         config: TrialConfig,
         device: torch.device,
     ) -> None:
-        students = {row.example_id: row for rows in encoded.values() for row in rows}
-        self.config, self.students = config, students
+        self.config, self.device = config, device
         self.caches = caches if config.distils else []
+        self.students = {row.example_id: row for rows in encoded.values() for row in rows}
         self.train_ids, self.validation_ids = (
-            sorted(caches[0].splits[split], key=lambda i: (len(students[i].tokens), i))
+            sorted(caches[0].splits[split], key=lambda i: (len(self.students[i].tokens), i))
             for split in ("train", "validation")
         )
-        self.lengths = [len(students[i].tokens) for i in self.train_ids]
-        table = prepared.validation
-        self.task_of = dict(zip(table["example_id"], table["task"], strict=True))
-        self.options = {"distill_tokens": config.distill_tokens, "device": device}
+        self.table = prepared.validation
 
     def steps(self, epoch: int) -> Iterator[list[Batch]]:
         """The micro-batches of each optimiser step of an epoch; none in epoch 0."""
-        return prefetched(self._step, self._plan(epoch) if epoch else [])
+        return prefetched(self._parts, self._plan(epoch) if epoch else [])
 
     def probe(self) -> Batch:
         """A fixed batch: the first of the first epoch, on which gradient shares are measured."""
-        return self._step(self._plan(1)[0])[0]
+        return self._parts(self._plan(1)[0])[0]
 
     def validation(self) -> Iterator[tuple[Batch, list[str]]]:
         """Each validation batch with the task of each of its examples."""
         size, ids = self.config.batch_size, self.validation_ids
-        return prefetched(self._validation, [ids[i : i + size] for i in range(0, len(ids), size)])
+        task_of = dict(zip(self.table["example_id"], self.table["task"], strict=True))
+        plan = [ids[i : i + size] for i in range(0, len(ids), size)]
+        whole = prefetched(lambda batch: self._parts(batch, size)[0], plan)
+        return zip(whole, ([task_of[i] for i in batch] for batch in plan), strict=True)
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        return epoch_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+    def _plan(self, epoch: int) -> list[list[str]]:
+        lengths = [len(self.students[i].tokens) for i in self.train_ids]
+        plan = epoch_batches(lengths, self.config.batch_size, self.config.seed, epoch)
+        return [[self.train_ids[k] for k in batch] for batch in plan]
 
-    def _rows(self, ids: list[str]) -> tuple[list[Example], list[list[Example]]]:
-        return [self.students[i] for i in ids], [[cache[i] for i in ids] for cache in self.caches]
-
-    def _step(self, indices: list[int]) -> list[Batch]:
-        examples, teachers = self._rows([self.train_ids[i] for i in indices])
-        return split_batch(examples, self.config.micro_batch_size, teachers, **self.options)
-
-    def _validation(self, ids: list[str]) -> tuple[Batch, list[str]]:
-        return collate(*self._rows(ids), **self.options), [self.task_of[i] for i in ids]
+    def _parts(self, ids: list[str], size: int | None = None) -> list[Batch]:
+        """These rows in parts of `size`; None: in micro-batches."""
+        return split_batch(
+            [self.students[i] for i in ids],
+            size or self.config.micro_batch_size,
+            [[cache[i] for i in ids] for cache in self.caches],
+            distill_tokens=self.config.distill_tokens,
+            device=self.device,
+        )

@@ -1,20 +1,18 @@
 """The losses of L_KD: how far two models' next-token distributions are apart."""
 
-from __future__ import annotations
+from typing import NamedTuple, Self
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kd_utils.models.output_head import OutputHead
-from kd_utils.tokens.vocabulary import SharedPieces
+from kd_utils.tokens import vocabulary
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(NamedTuple):
     """Ids of the pieces that two vocabularies share, on the device.
 
     Attributes:
@@ -30,31 +28,30 @@ class Shared:
     @classmethod
     def of(
         cls,
-        teacher: Tensor,
-        student: Tensor,
+        teacher: Tensor | np.ndarray,
+        student: Tensor | np.ndarray,
         teacher_size: int,
         student_size: int,
         device: torch.device | str = "cpu",
-    ) -> Shared:
+    ) -> Self:
         """From the shared ids and the numbers of output rows, some of which no id may use."""
-
-        def rest(ids: Tensor, size: int) -> Tensor:
-            left = torch.ones(size, dtype=torch.bool)
-            left[ids] = False
-            return left.nonzero()[:, 0].to(device)
-
-        return cls(
-            teacher.to(device),
-            student.to(device),
-            rest(teacher, teacher_size),
-            rest(student, student_size),
-        )
+        rests = [
+            np.setdiff1d(np.arange(size), ids)
+            for ids, size in ((teacher, teacher_size), (student, student_size))
+        ]
+        return cls(*(torch.as_tensor(ids, device=device) for ids in (teacher, student, *rests)))
 
 
-def with_output_rows(pieces: SharedPieces, teacher_size: int, student_size: int) -> SharedPieces:
-    """The shared pieces that both models have an output row for."""
+def shared_output_rows(
+    teacher: vocabulary.Vocabulary,
+    student: vocabulary.Vocabulary,
+    teacher_size: int,
+    student_size: int,
+) -> vocabulary.SharedPieces:
+    """The pieces of both vocabularies that have a row in both heads, of these sizes."""
+    pieces = vocabulary.shared_pieces(teacher, student)
     kept = (pieces.teacher < teacher_size) & (pieces.student < student_size)
-    return SharedPieces(pieces.teacher[kept], pieces.student[kept])
+    return vocabulary.SharedPieces(pieces.teacher[kept], pieces.student[kept])
 
 
 def kd_loss(
@@ -97,17 +94,14 @@ def kd_loss(
         Scalar, nats per token times T^2.
     """
     heads = list(map(_as_head, _listed(teacher_head)))
-    teachers = list(zip(_listed(teacher_hidden), heads, mixture or [1.0], strict=True))
-    head, largest = _as_head(student_head), max(len(teacher.weight) for teacher in heads)
-    chunk_tokens = max(16, min(chunk_tokens, 2**25 // largest))
     total = _SummedKL.apply(
         student_hidden,
-        head.weight,
-        head,
-        teachers,
+        _as_head(student_head).weight,
+        _as_head(student_head),
+        list(zip(_listed(teacher_hidden), heads, mixture or [1.0], strict=True)),
         temperature,
         shared,
-        chunk_tokens,
+        max(16, min(chunk_tokens, 2**25 // max(len(head.weight) for head in heads))),
         torch.is_grad_enabled(),
     )
     return total / (normaliser or max(len(student_hidden), 1))
@@ -150,9 +144,9 @@ class _SummedKL(torch.autograd.Function):
             if shared is not None:
                 teacher_log = _over_student_pieces(teacher_log, student_log, shared)
             teacher_probs = teacher_log.exp()
-            no_mass = None if shared is None else teacher_log == -torch.inf
             gap = teacher_log.sub_(student_log).mul_(teacher_probs)
-            gap = gap if shared is None else gap.masked_fill_(no_mass, 0)  # 0 log 0 = 0
+            if shared is not None:
+                gap.masked_fill_(teacher_probs == 0, 0)  # 0 log 0 = 0
             total += temperature**2 * gap.sum()
             if gradients:  # of T^2 KL with respect to the student's logits: T (q - p)
                 slope = student_log.exp_().sub_(teacher_probs).mul_(temperature)
@@ -169,11 +163,10 @@ class _SummedKL(torch.autograd.Function):
         return slope * hidden, slope * head, None, None, None, None, None, None
 
 
-def _log_probs(hidden: Tensor, head: OutputHead, temperature: float, weight: float = 1.0) -> Tensor:
+def _log_probs(hidden: Tensor, head: OutputHead, temperature: float, weight: float) -> Tensor:
     """log(weight softmax(z / T)), (n, V)."""
-    log_probs = F.log_softmax(
-        head.logits(hidden.to(head.weight.dtype)).float().div_(temperature), dim=-1
-    )
+    logits = head.logits(hidden.to(head.weight.dtype)).float().div_(temperature)
+    log_probs = F.log_softmax(logits, dim=-1)
     return log_probs if weight == 1.0 else log_probs + torch.tensor(weight).log()
 
 
@@ -181,31 +174,61 @@ def _over_student_pieces(teacher_log: Tensor, student_log: Tensor, shared: Share
     """(n, V_s) log p' of `kd_loss`: the teacher's distribution over the student's pieces."""
     student_side = torch.full_like(student_log, -torch.inf)
     pieces = teacher_log.index_select(1, shared.teacher)
-    if len(shared.student_rest) == 0:
-        pieces = pieces - pieces.logsumexp(-1, keepdim=True) if len(shared.teacher_rest) else pieces
-    elif len(shared.teacher_rest):
+    if len(shared.teacher_rest) and len(shared.student_rest):
         rest = teacher_log.index_select(1, shared.teacher_rest).logsumexp(-1, keepdim=True)
         others = student_log.index_select(1, shared.student_rest)
         others = others + (rest - others.logsumexp(-1, keepdim=True))
         student_side.index_copy_(1, shared.student_rest, others)
+    elif len(shared.teacher_rest):
+        pieces = pieces - pieces.logsumexp(-1, keepdim=True)
     return student_side.index_copy_(1, shared.student, pieces)
 
 
-def span_kl(student_log: Tensor, teacher_log: Tensor, temperature: float) -> Tensor:
-    """T^2 KL per group of tokens between two outcomes: the group's text, and anything else.
+def outcome_kl(student_log: Tensor, teacher_log: Tensor, temperature: float) -> Tensor:
+    """T^2 KL per row over k outcomes and one bucket for all others, whose mass is the rest.
 
-    For a group of several tokens, only the probability of its text can be compared: the product
-    over its tokens, each predicted at the position before it.
+    For a group of several tokens only the probability of its text can be compared, and k is 1.
 
     Args:
-        student_log, teacher_log: (M,) log-probability of each group's text.
+        student_log, teacher_log: (N, k) log-probability of each outcome.
 
     Returns:
-        (M,) nats, times T^2; 0 where the two agree.
+        (N,) nats, times T^2; 0 where the two agree.
     """
-    student_rest, teacher_rest = log_rest(student_log[:, None]), log_rest(teacher_log[:, None])
-    text = teacher_log.exp() * (teacher_log - student_log)
-    return temperature**2 * (text + teacher_rest.exp() * (teacher_rest - student_rest))
+    # log(1 - sum of the outcomes), kept finite where float32 leaves the rest no mass.
+    student_rest, teacher_rest = (
+        torch.log1p(-side.exp().sum(-1).clamp(max=1 - 1e-6)) for side in (student_log, teacher_log)
+    )
+    inside = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
+    return temperature**2 * (inside + teacher_rest.exp() * (teacher_rest - student_rest))
+
+
+def forward_kl_top_k(
+    student_logits: Tensor,
+    top_logits: Tensor,
+    top_ids: Tensor,
+    log_mass: Tensor,
+    temperature: float,
+) -> Tensor:
+    """T^2 KL per token over the teacher's top k tokens and one bucket for the rest.
+
+    The mass of the rest is exact: `log_mass` is the log-sum-exp of all the teacher's logits / T.
+    Merging tokens can only lower a KL (data processing inequality), so this is a lower bound of
+    `kd_loss`; it is equal where the student is proportional to the teacher within the rest.
+
+    Args:
+        student_logits: (N, V).
+        top_logits: (N, k) the teacher's largest logits (not divided by T).
+        top_ids: (N, k) their token ids, int64.
+        log_mass: (N,) log sum_v exp(z_v / T) over the whole vocabulary, for this T.
+        temperature: T > 0.
+
+    Returns:
+        (N,) nats, times T^2.
+    """
+    student_log = F.log_softmax(student_logits.float() / temperature, dim=-1).gather(-1, top_ids)
+    teacher_log = top_logits.float() / temperature - log_mass.float()[:, None]
+    return outcome_kl(student_log, teacher_log, temperature)
 
 
 def span_log_probs(
@@ -233,9 +256,8 @@ def span_log_probs(
 
     for start in range(0, len(hidden), 512):  # recomputed in the backward pass, and not kept
         rows = slice(start, start + 512)
-        total = total.index_add(
-            0, span[rows], checkpoint(part, hidden[rows], targets[rows], use_reentrant=False)
-        )
+        log_probs = checkpoint(part, hidden[rows], targets[rows], use_reentrant=False)
+        total = total.index_add(0, span[rows], log_probs)
     return total
 
 
@@ -246,8 +268,6 @@ def uld_loss(
     teacher_head: OutputHead | Tensor,
     temperature: float,
     normaliser: int | None = None,
-    *,
-    chunk_tokens: int = 128,
 ) -> Tensor:
     """Universal logit distillation: sum over tokens of sum_k |p_(k) - q_(k)| / normaliser, both
     sorted by size (Boizard et al. 2024, eq. 3, with the distance in closed form).
@@ -258,26 +278,21 @@ def uld_loss(
     Args, returns: as `kd_loss`; between 0 and 2 per token.
     """
     heads = (_as_head(student_head), _as_head(teacher_head))
+    wide = max(len(head.weight) for head in heads)
     total = torch.zeros((), device=student_hidden.device)
 
-    def part(student: Tensor, teacher: Tensor) -> Tensor:
-        probs = [
-            (head.logits(h.to(head.weight.dtype)).float() / temperature)
-            .softmax(-1)
-            .sort(-1, descending=True)[0]
-            for head, h in zip(heads, (student, teacher))
+    def part(*hidden: Tensor) -> Tensor:
+        logits = [
+            head.logits(side.to(head.weight.dtype)).float() / temperature
+            for head, side in zip(heads, hidden)
         ]
-        wide = max(side.shape[-1] for side in probs)
-        student, teacher = (F.pad(side, (0, wide - side.shape[-1])) for side in probs)
+        student, teacher = (
+            F.pad(side.softmax(-1).sort(-1, descending=True)[0], (0, wide - side.shape[-1]))
+            for side in logits
+        )
         return (student - teacher.detach()).abs().sum()
 
-    for start in range(0, len(student_hidden), chunk_tokens):  # sorted again, and not kept
-        chunk = (side[start : start + chunk_tokens] for side in (student_hidden, teacher_hidden))
+    for start in range(0, len(student_hidden), 128):  # sorted again, and not kept
+        chunk = (side[start : start + 128] for side in (student_hidden, teacher_hidden))
         total = total + checkpoint(part, *chunk, use_reentrant=False)
     return total / (normaliser or max(len(student_hidden), 1))
-
-
-def log_rest(log_probs: Tensor) -> Tensor:
-    """log(1 - sum exp(log_probs)), kept finite where float32 leaves the rest no mass."""
-    mass = log_probs.exp().sum(-1).clamp(max=1 - 1e-6)
-    return torch.log1p(-mass)

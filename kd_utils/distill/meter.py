@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -16,15 +17,14 @@ class Mean:
     """Running means of named numbers; tensors are read at the end, so that no step waits."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, float] = {}
+        self._sums: dict[str, Any] = defaultdict(float)
+        self._counts: dict[str, float] = defaultdict(float)
 
     def add(self, values: dict[str, Tensor | float], counts: dict[str, float]) -> None:
         """Add totals: each value is a sum over `counts` elements."""
         for name, value in values.items():
-            value = value.detach().float() if isinstance(value, Tensor) else value
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0.0) + counts[name]
+            self._sums[name] += value.detach().float() if isinstance(value, Tensor) else value
+            self._counts[name] += counts[name]
 
     def add_part(self, values: dict[str, Tensor], parts: int) -> None:
         """Add one micro-batch of `parts`, with values divided by the whole batch's normaliser."""
@@ -36,51 +36,11 @@ class Mean:
         }
 
 
-class FiniteSteps:
-    """Stops a trial whose loss or gradient is not finite.
-
-    The numbers of a step are read when the next step is added: by then a GPU has computed them.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[int, Tensor, dict[str, Tensor]] | None = None
-
-    def add(self, global_step: int, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
-        """Add a step: its gradient norm before clipping, and its last micro-batch's terms.
-
-        Raises:
-            FloatingPointError: the step before this one was not finite.
-        """
-        self.check()
-        self._last = (
-            global_step,
-            gradient_norm.detach(),
-            {name: term.detach() for name, term in terms.items()},
-        )
-
-    def check(self) -> None:
-        """Check the last step.
-
-        Raises:
-            FloatingPointError: the step was not finite.
-        """
-        if self._last is None:
-            return
-        global_step, norm, terms = self._last
-        values = {
-            "gradient norm": norm.item(),
-            **{f"{name} loss": term.item() for name, term in terms.items()},
-        }
-        if not all(map(math.isfinite, values.values())):
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise FloatingPointError(
-                f"training diverged at step {global_step}: {shown}; lower learning_rate or the "
-                "weight of the term that is not finite, or set precision to 'float32'"
-            )
-
-
 class Meter:
     """Counts a trial's steps, tokens and seconds, and collects one row of metrics per epoch.
+
+    It stops a trial whose loss or gradient is not finite. The numbers of a step are read when the
+    next step is added: by then a GPU has computed them.
 
     Args:
         config: the trial's.
@@ -103,7 +63,7 @@ class Meter:
         self._loading = (datetime.now(UTC) - started).total_seconds()
         self._began = time.perf_counter()
         self.resumed_after = self.rows[-1]["epoch"] if self.rows else None
-        self._finite = FiniteSteps()
+        self._last_step: dict[str, Tensor] = {}
 
     @property
     def remaining(self) -> range:
@@ -113,13 +73,11 @@ class Meter:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds in all (killed executions included), of loading, training and evaluation."""
-        spent = self._earlier + self._loading + time.perf_counter() - self._began
-        training = sum(row["seconds"] for row in self.rows) - self._evaluating
         return {
             "load": self._loading,
             "evaluation": self._evaluating,
-            "total": spent,
-            "training": training,
+            "total": self._earlier + self._loading + time.perf_counter() - self._began,
+            "training": sum(row["seconds"] for row in self.rows) - self._evaluating,
         }
 
     def state(self) -> dict[str, Any]:
@@ -153,7 +111,9 @@ class Meter:
         Raises:
             FloatingPointError: the step before this one was not finite.
         """
-        self._finite.add(self.global_step, gradient_norm, terms)
+        self._require_finite()
+        named = {f"{name} loss": value.detach() for name, value in terms.items()}
+        self._last_step = {"gradient norm": gradient_norm.detach(), **named}
         self.global_step += 1
 
     def stop_training(self) -> None:
@@ -162,8 +122,17 @@ class Meter:
         Raises:
             FloatingPointError: the last step was not finite.
         """
-        self._finite.check()
+        self._require_finite()
         self._trained = time.perf_counter()
+
+    def _require_finite(self) -> None:
+        values = {name: value.item() for name, value in self._last_step.items()}
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise FloatingPointError(
+                f"training diverged at step {self.global_step - 1}: {shown}; lower learning_rate "
+                "or the weight of the term that is not finite, or set precision to 'float32'"
+            )
 
     def end_epoch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
         """Add the epoch's row, and return it.
@@ -195,8 +164,6 @@ class Meter:
         parts = [
             f"epoch {row['epoch']} of {last}",
             *([f"loss {', '.join(terms)}"] if terms else []),
-        ]
-        parts += [
             f"validation loss {row['validation_loss']:.3f}",
             f"accuracy {100 * row['validation_accuracy']:.1f} %",
             f"{row['tok_per_sec']:,.0f} tokens/s",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kd_utils.models.attention_maps import causal_slice
 from kd_utils.models.signal_kinds import kind_of
-from kd_utils.tokens.alignment import Groups, align, identity
+from kd_utils.tokens import alignment
 from kd_utils.tokens.encoding import Example
 
 
@@ -60,21 +60,16 @@ class Maps:
 
 @dataclass
 class Spans:
-    """Groups of more than one token: the positions that predict their tokens, on each side.
+    """Groups of more than one token, each side as `logit_losses.span_log_probs` takes it.
 
     Attributes:
-        student: (P_s,) flat positions; teacher: (P_t, d) hidden states.
-        student_targets, teacher_targets: (P,) the tokens that follow.
-        student_span, teacher_span: (P,) the number of the group that each token belongs to.
+        student, teacher: what predicts each token, (P_s,) flat positions of the student or (P_t, d)
+            hidden states of the teacher; (P,) the tokens; (P,) the number of each token's group.
         count: how many groups.
     """
 
-    student: Tensor
-    student_targets: Tensor
-    student_span: Tensor
-    teacher: Tensor
-    teacher_targets: Tensor
-    teacher_span: Tensor
+    student: tuple[Tensor, Tensor, Tensor]
+    teacher: tuple[Tensor, Tensor, Tensor]
     count: int
 
 
@@ -119,18 +114,18 @@ def targets_of(
         width: T of the batch.
         distill_tokens, device: as in `batches.collate`.
     """
-    groups = [groups_of(row, example) for row, example in zip(rows, examples)]
-    same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
-    wanted = [
-        slice(None) if distill_tokens == "all" else _before_answer(row_groups, example)
-        for row_groups, example in zip(groups, examples)
-    ]
-    teacher_places = [lined.teacher[part] for lined, part in zip(groups, wanted)]
-    student_places = [lined.student[part] for lined, part in zip(groups, wanted)]
 
     def tensor(arrays: list[np.ndarray]) -> Tensor:
         return tensor_of(np.concatenate(arrays), device)
 
+    groups = [groups_of(row, example) for row, example in zip(rows, examples)]
+    same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
+    wanted = [
+        (0, len(lined)) if distill_tokens == "all" else _before_answer(lined, example)
+        for lined, example in zip(groups, examples)
+    ]
+    teacher_places = [lined.teacher[slice(*part)] for lined, part in zip(groups, wanted)]
+    student_places = [lined.student[slice(*part)] for lined, part in zip(groups, wanted)]
     signals, maps = {}, {}
     for name in rows[0].signals:
         arrays = [row.signals[name] for row in rows]
@@ -138,22 +133,23 @@ def targets_of(
             maps[name] = _maps(arrays, groups, teacher_places, student_places, same, device)
         else:
             signals[name] = tensor([array[at] for array, at in zip(arrays, teacher_places)])
-    single, spans = None, None
-    if not all(same):
-        single, spans = _followed(rows, examples, groups, wanted, width, tensor)
+    single, spans = (
+        (None, None) if all(same) else _followed(rows, examples, groups, wanted, width, tensor)
+    )
     places = tensor([at + b * width for b, at in enumerate(student_places)])
-    sizes = Counter(places=len(places), **_map_sizes(groups, wanted))
+    entries = sum(end - start for start, end in (causal_slice(*part) for part in wanted))
+    sizes = Counter(places=len(places), entries=entries, queries=len(places))
     return Targets(places, signals, maps, single, spans, all(same), sizes, sizes)
 
 
-def groups_of(teacher: Example, student: Example) -> Groups:
+def groups_of(teacher: Example, student: Example) -> alignment.Groups:
     """How the two tokenizations of an example line up.
 
     Raises:
         ValueError: an example whose tokens do not spell the same text on both sides.
     """
     if np.array_equal(teacher.tokens, student.tokens):
-        return identity(len(student.tokens))
+        return alignment.identity(len(student.tokens))
     for side, row in (("teacher", teacher), ("student", student)):
         if row.ends is None or len(row.ends) != len(row.tokens):
             raise ValueError(
@@ -162,30 +158,20 @@ def groups_of(teacher: Example, student: Example) -> Groups:
                 "them: leave it out"
             )
     try:
-        return align(teacher.ends, student.ends)
+        return alignment.align(teacher.ends, student.ends)
     except ValueError as error:
         raise ValueError(f"row {student.example_id}: {error}: run 01 and 02 again") from None
 
 
-def _before_answer(groups: Groups, example: Example) -> slice:
-    """The groups whose last token predicts a part of the answer."""
+def _before_answer(groups: alignment.Groups, example: Example) -> tuple[int, int]:
+    """First and last + 1 of the groups whose last token predicts a part of the answer."""
     first = int(np.searchsorted(groups.student, example.answer_start - 1))
-    return slice(first, max(len(groups) - 1, first + 1))
-
-
-def _map_sizes(groups: list[Groups], wanted: list[slice]) -> dict[str, int]:
-    """Causal entries and query rows of all merged maps, for one head."""
-    entries = queries = 0
-    for lined, part in zip(groups, wanted):
-        first, last, _ = part.indices(len(lined))
-        start, end = causal_slice(first, last)
-        entries, queries = entries + end - start, queries + last - first
-    return {"entries": entries, "queries": queries}
+    return first, max(len(groups) - 1, first + 1)
 
 
 def _maps(
     packed: list[np.ndarray],
-    groups: list[Groups],
+    groups: list[alignment.Groups],
     teacher_places: list[np.ndarray],
     student_places: list[np.ndarray],
     same: list[bool],
@@ -199,13 +185,13 @@ def _maps(
     # One transfer to the device for all examples.
     joined = tensor_of(np.concatenate([part.reshape(-1) for part in parts]), device)
     pieces = joined.split([part.size for part in parts])
-    tensors = [piece.view(part.shape) for piece, part in zip(pieces, parts)]
     merges = [
         None
         if equal
         else (_merge(lined.teacher, teacher, device), _merge(lined.student, student, device))
         for lined, teacher, student, equal in zip(groups, teacher_places, student_places, same)
     ]
+    tensors = [piece.view(part.shape) for piece, part in zip(pieces, parts)]
     return Maps(tensors, teacher_rows, student_rows, merges)
 
 
@@ -218,37 +204,43 @@ def _merge(last: np.ndarray, places: np.ndarray, device: torch.device) -> Merge:
 def _followed(
     rows: list[Example],
     examples: list[Example],
-    groups: list[Groups],
-    wanted: list[slice],
+    groups: list[alignment.Groups],
+    wanted: list[tuple[int, int]],
     width: int,
     tensor: Callable[[list[np.ndarray]], Tensor],
 ) -> tuple[Tensor | None, Spans | None]:
     """The places that single tokens (or none) follow, and the groups behind the others."""
-    single, student, teacher, seen, count = [], [], [], 0, 0
-    for b, (row, example, lined, part) in enumerate(zip(rows, examples, groups, wanted)):
-        first, last, _ = part.indices(len(lined))
-        alone = np.append(lined.single, True)[first + 1 : last + 1]
-        single.append(np.flatnonzero(alone) + seen)
-        seen += last - first
-        for g in np.flatnonzero(~alone) + first:
-            student.append(_span(lined.student, g, example, count, b * width))
-            teacher.append(_span(lined.teacher, g, row, count, 0, b))
-            count += 1
-    if not count:
+    alone = [
+        np.append(lined.single, True)[first + 1 : last + 1]
+        for lined, (first, last) in zip(groups, wanted)
+    ]
+    longer = [  # the examples and groups that a longer group follows
+        (b, g)
+        for b, (short, (first, _)) in enumerate(zip(alone, wanted))
+        for g in np.flatnonzero(~short) + first
+    ]
+    if not longer:
         return None, None
+    single = tensor([np.flatnonzero(np.concatenate(alone))])
     if "hidden" not in rows[0].signals:
-        return tensor(single), None
-    hidden = tensor([rows[b].signals["hidden"][places] for places, _, _, b in teacher])
-    columns = [tensor([part[k] for part in side]) for side in (student, teacher) for k in range(3)]
-    return tensor(single), Spans(*columns[:3], hidden, *columns[4:], count)
+        return single, None
 
+    def side(
+        rows: list[Example],
+        last: list[np.ndarray],
+        predicts: Callable[[int, np.ndarray], np.ndarray],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        places = [(b, np.arange(last[b][g], last[b][g + 1])) for b, g in longer]
+        return (
+            tensor([predicts(b, at) for b, at in places]),
+            tensor([rows[b].tokens[at + 1].astype(np.int64) for b, at in places]),
+            tensor([np.full(len(at), k) for k, (_, at) in enumerate(places)]),
+        )
 
-def _span(
-    last: np.ndarray, group: int, row: Example, count: int, offset: int, b: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The positions that predict the tokens of the next group, those tokens, the group's number."""
-    places = np.arange(last[group], last[group + 1])
-    return places + offset, row.tokens[places + 1].astype(np.int64), np.full(len(places), count), b
+    student = side(examples, [lined.student for lined in groups], lambda b, at: at + b * width)
+    hidden = [row.signals["hidden"] for row in rows]
+    teacher = side(rows, [lined.teacher for lined in groups], lambda b, at: hidden[b][at])
+    return single, Spans(student, teacher, len(longer))
 
 
 def tensor_of(array: np.ndarray, device: torch.device) -> Tensor:

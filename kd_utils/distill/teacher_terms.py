@@ -5,9 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from kd_utils.cache.manifest import find_cache
-from kd_utils.cache.teacher_cache import TeacherCache
-from kd_utils.cache.verification import open_verified
+from kd_utils.cache import manifest, teacher_cache, verification
 from kd_utils.config.trial import TrialConfig
 from kd_utils.distill.term import Term, TermSetup
 from kd_utils.distill.terms import TERMS
@@ -29,33 +27,15 @@ class TeacherTerms(nn.ModuleDict):
         return "; ".join(term.about() for term in self.values()) or "no term reads this teacher"
 
 
-def teacher_terms_of(
-    cache: TeacherCache,
-    model: nn.Module,
-    vocabulary: Vocabulary,
-    config: TrialConfig,
-    device: torch.device,
-    *,
-    index: int = 0,
-    weight: float = 1.0,
-) -> TeacherTerms:
-    """The terms of the trial's method for the teacher of this cache.
+def teacher_terms_of(setup: TermSetup, weight: float = 1.0) -> TeacherTerms:
+    """The terms of the trial's method for one teacher, whose weight among several is `weight`.
 
-    From now on the cache gives only the signals that these terms read.
-
-    Args:
-        cache: verified.
-        model: the student.
-        vocabulary: the student's.
-        config: the trial's.
-        device: where the loss is computed.
-        index, weight: of this teacher among several.
+    From now on the teacher's cache gives only the signals that these terms read.
 
     Raises:
         ValueError: what the two cannot be compared in, or what the cache lacks, and the remedy.
     """
-    setup = TermSetup(config, cache, model.config.get_text_config(), vocabulary, device, index)
-    names = [name for name in config.weights if name != "task"]
+    names = [name for name in setup.config.weights if name != "task"]
     if unknown := [name for name in names if name not in TERMS]:
         raise ValueError(
             f"no term of the loss is called {unknown[0]!r} (known: {', '.join(TERMS)}): register "
@@ -64,8 +44,8 @@ def teacher_terms_of(
     terms = TeacherTerms((TERMS[name].of(setup) for name in names), weight)
     columns = {column for term in terms.values() for column in term.columns}
     setup.require(columns)
-    cache.read_only(columns)
-    return terms.to(device)
+    setup.cache.read_only(columns)
+    return terms.to(setup.device)
 
 
 def layers_needed(teachers: Iterable[TeacherTerms]) -> dict[str, set[int]]:
@@ -77,7 +57,7 @@ def layers_needed(teachers: Iterable[TeacherTerms]) -> dict[str, set[int]]:
     }
 
 
-def open_caches(config: TrialConfig, data_hash: str) -> list[TeacherCache]:
+def open_caches(config: TrialConfig, data_hash: str) -> list[teacher_cache.TeacherCache]:
     """The verified caches of the trial's teachers, the trial's own experiment first.
 
     Args:
@@ -88,8 +68,8 @@ def open_caches(config: TrialConfig, data_hash: str) -> list[TeacherCache]:
         CacheError: a cache is missing, not verified, or made from something else; and the remedy.
     """
     return [
-        open_verified(
-            find_cache(config.artifacts, name),
+        verification.open_verified(
+            manifest.find_cache(config.artifacts, name),
             data_hash=data_hash,
             teacher=config.teacher if name == config.name else None,
         )
@@ -98,14 +78,23 @@ def open_caches(config: TrialConfig, data_hash: str) -> list[TeacherCache]:
 
 
 def all_teacher_terms(
-    caches: list[TeacherCache],
+    caches: list[teacher_cache.TeacherCache],
     model: nn.Module,
     vocabulary: Vocabulary,
     config: TrialConfig,
     device: torch.device,
 ) -> nn.ModuleList:
-    """`teacher_terms_of` each of the trial's teachers."""
+    """`teacher_terms_of` each of the trial's teachers.
+
+    Args:
+        caches: verified, as `open_caches` gives them.
+        model: the student.
+        vocabulary: the student's.
+        config: the trial's.
+        device: where the loss is computed.
+    """
+    student, weights = model.config.get_text_config(), config.teachers.values()
     return nn.ModuleList(
-        teacher_terms_of(cache, model, vocabulary, config, device, index=index, weight=weight)
-        for index, (cache, weight) in enumerate(zip(caches, config.teachers.values(), strict=True))
+        teacher_terms_of(TermSetup(config, cache, student, vocabulary, device, index), weight)
+        for index, (cache, weight) in enumerate(zip(caches, weights, strict=True))
     )

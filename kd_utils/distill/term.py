@@ -5,29 +5,21 @@ pairs), decorate it with `register`, and name it in `config.trial.METHODS`. `dis
 file per term.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
 
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.trial import TrialConfig
 from kd_utils.distill.targets import Targets
-from kd_utils.models.devices import mixed_seed
-from kd_utils.models.layer_pairs import layer_pairs
-from kd_utils.models.output_head import OutputHead
-from kd_utils.models.signal_kinds import captured_layers, column, kind_of
+from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
 from kd_utils.models.signals import Signals
 from kd_utils.tokens.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class TermSetup:
+class TermSetup(NamedTuple):
     """What a term may ask for when it is built.
 
     Attributes:
@@ -36,7 +28,7 @@ class TermSetup:
         student: the configuration of the student's text model.
         vocabulary: the student's.
         device: where the loss is computed.
-        index: the number of this teacher among several.
+        teacher_index: the number of this teacher among several.
     """
 
     config: TrialConfig
@@ -44,7 +36,7 @@ class TermSetup:
     student: Any
     vocabulary: Vocabulary
     device: torch.device
-    index: int = 0
+    teacher_index: int = 0
 
     @property
     def shape(self) -> dict[str, int]:
@@ -57,21 +49,17 @@ class TermSetup:
         Raises:
             ValueError: a side has no such layer, or the cache lacks it.
         """
-        total = self.shape["num_hidden_layers"]
-        pairs = layer_pairs(
-            choice,
-            self.config.paired_layers,
-            total,
-            self.student.num_hidden_layers,
-            self.config.seed,
+        total, count = self.shape["num_hidden_layers"], self.config.paired_layers
+        pairs = layer_pairs.layer_pairs(
+            choice, count, total, self.student.num_hidden_layers, self.config.seed
         )
-        self.require({column(kind, layer, total) for layer, _ in pairs})
+        self.require({signal_kinds.column(kind, layer, total) for layer, _ in pairs})
         return pairs
 
     def seed(self, k: int) -> int:
         """The seed of the k-th thing that a term draws at random for this teacher."""
-        seed = self.config.seed
-        return mixed_seed(seed, self.index, k) if self.index or k else seed
+        seed, number = self.config.seed, self.teacher_index
+        return devices.mixed_seed(seed, number, k) if number or k else seed
 
     def require(self, columns: Collection[str]) -> None:
         """Check that the cache holds these columns.
@@ -81,7 +69,7 @@ class TermSetup:
         """
         manifest, total = self.cache.manifest, self.shape["num_hidden_layers"]
         for name in sorted(set(columns) - set(manifest["dtypes"])):
-            kind = kind_of(name).name
+            kind = signal_kinds.kind_of(name).name
             cached = ", ".join(map(str, manifest["layers"].get(kind, [])))
             if not cached:
                 raise ValueError(
@@ -96,7 +84,7 @@ class TermSetup:
             )
 
 
-class Term(nn.Module):
+class Term(torch.nn.Module):
     """One term of the loss, for one teacher. Its parameters train with the student.
 
     A subclass defines
@@ -128,7 +116,7 @@ class Term(nn.Module):
         return self.name
 
     @classmethod
-    def mixes(cls, terms: Sequence[Term], targets: Sequence[Targets]) -> bool:
+    def mixes(cls, terms: Sequence[Self], targets: Sequence[Targets]) -> bool:
         """Whether these teachers are mixed; else the term is the weighted sum over them."""
         return False
 
@@ -150,15 +138,17 @@ class LayerTerm(Term):
     def __init__(self, pairs: list[tuple[int, int]], teacher_layers: int) -> None:
         super().__init__()
         self.pairs = pairs
-        self.columns = [column(self.kind, teacher, teacher_layers) for teacher, _ in pairs]
-        students = [(kind_of(self.kind), student) for _, student in pairs]
-        self.hidden_layers, self.map_layers = captured_layers(students)
+        self.columns = [signal_kinds.column(self.kind, layer, teacher_layers) for layer, _ in pairs]
+        self.hidden_layers, self.map_layers = signal_kinds.captured_layers(
+            (signal_kinds.kind_of(self.kind), layer) for _, layer in pairs
+        )
 
-    def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> Tensor:
-        pairs = zip(self.pairs, self.columns)
+    def forward(
+        self, signals: Signals, head: output_head.OutputHead, targets: Targets
+    ) -> torch.Tensor:
         return sum(
-            self.compare(k, signals, student, targets, column)
-            for k, ((_, student), column) in enumerate(pairs)
+            self.compare(k, signals, layer, targets, column)
+            for k, ((_, layer), column) in enumerate(zip(self.pairs, self.columns))
         ) / len(self.pairs)
 
     def about(self) -> str:

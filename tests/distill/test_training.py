@@ -1,6 +1,7 @@
 """Batches, terms, splitting, pairing: what the loop in notebook 03 relies on."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from tiny import all_terms, example_rows, tiny_llama
 
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
-from kd_utils.distill.meter import FiniteSteps, Mean
+from kd_utils.distill.meter import Mean, Meter
 from kd_utils.distill.training import (
     gradient_shares,
     loss_terms,
@@ -325,21 +326,22 @@ NAN, INF, ONE = (torch.tensor(value) for value in (float("nan"), float("inf"), 1
     ],
 )
 def test_a_step_that_is_not_finite_stops_at_the_next_step_or_at_the_epochs_end(norm, terms, shown):
-    for stops in (lambda steps: steps.check(), lambda steps: steps.add(6, ONE, {"task": ONE})):
-        steps = FiniteSteps()
-        steps.add(4, ONE, {"task": ONE})
-        steps.add(5, norm, terms)  # not looked at yet: a GPU is not waited for
+    for stops in (lambda meter: meter.stop_training(), lambda meter: meter.step(ONE, {})):
+        meter = Meter(None, datetime.now(UTC))
+        for _ in range(5):
+            meter.step(ONE, {"task": ONE})
+        meter.step(norm, terms)  # not looked at yet: a GPU is not waited for
         with pytest.raises(
             FloatingPointError, match=f"^training diverged at step 5: {shown}; lower learning_rate"
         ):
-            stops(steps)
+            stops(meter)
 
 
 def test_finite_steps_go_on_and_hold_no_graph():
-    steps = FiniteSteps()
-    steps.check()
+    meter = Meter(None, datetime.now(UTC))
+    meter.stop_training()
     weight = torch.ones(2, requires_grad=True)
-    for step in range(3):
-        steps.add(step, weight.norm(), {"task": weight.sum() * 1e30})
-        steps.check()
-    assert not any(value.requires_grad for value in [steps._last[1], *steps._last[2].values()])
+    for _ in range(3):
+        meter.step(weight.norm(), {"task": weight.sum() * 1e30})
+        meter.stop_training()
+    assert not any(value.requires_grad for value in meter._last_step.values())

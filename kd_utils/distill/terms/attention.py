@@ -46,13 +46,11 @@ class AttentionMaps(LayerTerm):
     @classmethod
     def of(cls, setup: TermSetup) -> Self:
         config, heads = setup.config, setup.shape["num_attention_heads"]
-        pairs = setup.pairs("attention", config.attention_layers)
-        mix = head_mix(config.head_mapping, setup.student.num_attention_heads, heads)
         return cls(
-            pairs,
+            setup.pairs("attention", config.attention_layers),
             setup.shape["num_hidden_layers"],
             heads,
-            mix,
+            head_mix(config.head_mapping, setup.student.num_attention_heads, heads),
             learned=config.head_mapping == "learned",
             normaliser=config.attention_normaliser,
         )
@@ -148,9 +146,8 @@ class _SummedMapError(torch.autograd.Function):
         wants_gradient: bool,
     ) -> Tensor:
         total = torch.zeros((), device=query.device)
-        slopes = [torch.zeros_like(query), torch.zeros_like(key)] if wants_gradient else []
-        if slopes and mix is not None:
-            slopes.append(torch.zeros_like(mix))
+        leaves = (query, key) if mix is None else (query, key, mix)
+        slopes = [torch.zeros_like(leaf) for leaf in leaves] if wants_gradient else []
         for b, (packed, teacher_rows, (first, last), merge) in enumerate(
             zip(maps.packed, maps.teacher_rows, maps.student_rows, maps.merges, strict=True)
         ):
@@ -183,14 +180,8 @@ class _SummedMapError(torch.autograd.Function):
     def backward(ctx, slope: Tensor):
         query, key, *mix = ctx.saved_tensors
         slope = -2 * slope  # d error^2 = 2 error; error here is teacher minus student
-        return (
-            slope * ctx.scaling * query,
-            slope * ctx.scaling * key,
-            slope * mix[0] if mix else None,
-            None,
-            None,
-            None,
-        )
+        for_mix = slope * mix[0] if mix else None
+        return slope * ctx.scaling * query, slope * ctx.scaling * key, for_mix, None, None, None
 
 
 def _in_float32(equation: str, left: Tensor, right: Tensor) -> Tensor:
