@@ -25,8 +25,7 @@ class Batch:
         predicting: (A,) flat positions b T + t that predict an answer token.
         targets: (A,) those tokens.
         teachers: each teacher's signals.
-        sizes: the number of "answers" (answer tokens).
-        whole: the same of the whole batch, when this is a part of it.
+        whole: the number of "answers" (answer tokens), in the whole batch when this is a part.
     """
 
     input_ids: torch.Tensor
@@ -34,7 +33,6 @@ class Batch:
     predicting: torch.Tensor
     targets: torch.Tensor
     teachers: list[Targets]
-    sizes: Counter[str]
     whole: Counter[str]
 
 
@@ -54,7 +52,6 @@ def collate(
         distill_tokens: compare "all" real tokens, or those that predict the "answer".
         device: where the tensors go.
     """
-    device = torch.device(device)
     input_ids, lengths = right_padded(examples)
     predicting = np.concatenate(
         [
@@ -64,15 +61,14 @@ def collate(
     )
     if teachers is None:
         teachers = [examples] if examples[0].signals else []
-    targets = [
-        targets_of(examples, rows, input_ids.shape[1], distill_tokens, device) for rows in teachers
-    ]
-    sizes = Counter(answers=len(predicting))
     ids, places, answers = (
         tensor_of(array, device)
         for array in (input_ids, predicting, input_ids.reshape(-1)[predicting + 1])
     )
-    return Batch(ids, lengths, places, answers, targets, sizes, sizes)
+    targets = [
+        targets_of(examples, rows, input_ids.shape[1], distill_tokens, device) for rows in teachers
+    ]
+    return Batch(ids, lengths, places, answers, targets, Counter(answers=len(predicting)))
 
 
 def split_batch(
@@ -90,9 +86,8 @@ def split_batch(
         collate(examples[part], teachers and [rows[part] for rows in teachers], **options)
         for part in slices
     ]
-    of_teachers = zip(*(part.teachers for part in parts), strict=True)
-    for group in (parts, *of_teachers):
-        whole = sum((part.sizes for part in group), Counter())
+    for group in (parts, *zip(*(part.teachers for part in parts), strict=True)):
+        whole = sum((part.whole for part in group), Counter())
         for part in group:
             part.whole = whole
     return parts

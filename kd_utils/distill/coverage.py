@@ -68,9 +68,8 @@ def shared_mass(
         temperature: T of softmax(z / T).
     """
     head = OutputHead(cache.lm_head().float(), **cache.manifest["head"])
-    masses = []
-    for example_id in example_ids:
-        hidden = torch.from_numpy(cache[example_id].signals["hidden"].astype("float32"))
-        probabilities = (head.logits(hidden) / temperature).softmax(-1)
-        masses.append(float(probabilities[:, pieces.teacher].sum(-1).mean()))
-    return masses
+    states = (torch.from_numpy(cache[i].signals["hidden"].astype("float32")) for i in example_ids)
+    return [
+        float((head.logits(hidden) / temperature).softmax(-1)[:, pieces.teacher].sum(-1).mean())
+        for hidden in states
+    ]

@@ -4,8 +4,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kd_utils.models.output_head import OutputHead
@@ -20,16 +18,16 @@ class Shared(NamedTuple):
         teacher_rest, student_rest: all other ids of each side.
     """
 
-    teacher: Tensor
-    student: Tensor
-    teacher_rest: Tensor
-    student_rest: Tensor
+    teacher: torch.Tensor
+    student: torch.Tensor
+    teacher_rest: torch.Tensor
+    student_rest: torch.Tensor
 
     @classmethod
     def of(
         cls,
-        teacher: Tensor | np.ndarray,
-        student: Tensor | np.ndarray,
+        teacher: torch.Tensor | np.ndarray,
+        student: torch.Tensor | np.ndarray,
         teacher_size: int,
         student_size: int,
         device: torch.device | str = "cpu",
@@ -55,17 +53,17 @@ def shared_output_rows(
 
 
 def kd_loss(
-    student_hidden: Tensor,
-    student_head: OutputHead | Tensor,
-    teacher_hidden: Tensor | list[Tensor],
-    teacher_head: OutputHead | Tensor | list[OutputHead],
+    student_hidden: torch.Tensor,
+    student_head: OutputHead | torch.Tensor,
+    teacher_hidden: torch.Tensor | list[torch.Tensor],
+    teacher_head: OutputHead | torch.Tensor | list[OutputHead],
     temperature: float,
     normaliser: int | None = None,
     *,
     shared: Shared | None = None,
     mixture: list[float] | None = None,
     chunk_tokens: int = 512,
-) -> Tensor:
+) -> torch.Tensor:
     """L_KD = sum over tokens of T^2 KL(p || q) / normaliser, p = softmax(z_t / T), q = softmax(z_s
     / T).
 
@@ -111,7 +109,7 @@ def _listed(value: object) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _as_head(head: OutputHead | Tensor) -> OutputHead:
+def _as_head(head: OutputHead | torch.Tensor) -> OutputHead:
     return head if isinstance(head, OutputHead) else OutputHead(head)
 
 
@@ -119,15 +117,15 @@ class _SummedKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        hidden: Tensor,
-        weight: Tensor,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
         head: OutputHead,
-        teachers: list[tuple[Tensor, OutputHead, float]],
+        teachers: list[tuple[torch.Tensor, OutputHead, float]],
         temperature: float,
         shared: Shared | None,
         chunk_tokens: int,
         wants_gradient: bool,
-    ) -> Tensor:
+    ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         gradients = (torch.empty_like(hidden), torch.zeros_like(weight)) if wants_gradient else None
         for start in range(0, len(hidden), chunk_tokens):
@@ -135,7 +133,7 @@ class _SummedKL(torch.autograd.Function):
             logits = head.logits(hidden[rows])
             # Before `div_`, which changes the logits in place where they are float32.
             by_raw_logits = head.slope(logits)
-            student_log = F.log_softmax(logits.float().div_(temperature), dim=-1)
+            student_log = logits.float().div_(temperature).log_softmax(-1)
             parts = [
                 _log_probs(teacher[rows], teacher_head, temperature, mixed)
                 for teacher, teacher_head, mixed in teachers
@@ -158,19 +156,23 @@ class _SummedKL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, slope: Tensor):
+    def backward(ctx, slope: torch.Tensor):
         hidden, head = ctx.saved_tensors
         return slope * hidden, slope * head, None, None, None, None, None, None
 
 
-def _log_probs(hidden: Tensor, head: OutputHead, temperature: float, weight: float) -> Tensor:
+def _log_probs(
+    hidden: torch.Tensor, head: OutputHead, temperature: float, weight: float
+) -> torch.Tensor:
     """log(weight softmax(z / T)), (n, V)."""
-    logits = head.logits(hidden.to(head.weight.dtype)).float().div_(temperature)
-    log_probs = F.log_softmax(logits, dim=-1)
+    logits = head.logits(hidden.to(head.weight.dtype)).float()
+    log_probs = logits.div_(temperature).log_softmax(-1)
     return log_probs if weight == 1.0 else log_probs + torch.tensor(weight).log()
 
 
-def _over_student_pieces(teacher_log: Tensor, student_log: Tensor, shared: Shared) -> Tensor:
+def _over_student_pieces(
+    teacher_log: torch.Tensor, student_log: torch.Tensor, shared: Shared
+) -> torch.Tensor:
     """(n, V_s) log p' of `kd_loss`: the teacher's distribution over the student's pieces."""
     student_side = torch.full_like(student_log, -torch.inf)
     pieces = teacher_log.index_select(1, shared.teacher)
@@ -184,7 +186,9 @@ def _over_student_pieces(teacher_log: Tensor, student_log: Tensor, shared: Share
     return student_side.index_copy_(1, shared.student, pieces)
 
 
-def outcome_kl(student_log: Tensor, teacher_log: Tensor, temperature: float) -> Tensor:
+def outcome_kl(
+    student_log: torch.Tensor, teacher_log: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """T^2 KL per row over k outcomes and one bucket for all others, whose mass is the rest.
 
     For a group of several tokens only the probability of its text can be compared, and k is 1.
@@ -204,12 +208,12 @@ def outcome_kl(student_log: Tensor, teacher_log: Tensor, temperature: float) -> 
 
 
 def forward_kl_top_k(
-    student_logits: Tensor,
-    top_logits: Tensor,
-    top_ids: Tensor,
-    log_mass: Tensor,
+    student_logits: torch.Tensor,
+    top_logits: torch.Tensor,
+    top_ids: torch.Tensor,
+    log_mass: torch.Tensor,
     temperature: float,
-) -> Tensor:
+) -> torch.Tensor:
     """T^2 KL per token over the teacher's top k tokens and one bucket for the rest.
 
     The mass of the rest is exact: `log_mass` is the log-sum-exp of all the teacher's logits / T.
@@ -226,19 +230,19 @@ def forward_kl_top_k(
     Returns:
         (N,) nats, times T^2.
     """
-    student_log = F.log_softmax(student_logits.float() / temperature, dim=-1).gather(-1, top_ids)
+    student_log = (student_logits.float() / temperature).log_softmax(-1).gather(-1, top_ids)
     teacher_log = top_logits.float() / temperature - log_mass.float()[:, None]
     return outcome_kl(student_log, teacher_log, temperature)
 
 
 def span_log_probs(
-    hidden: Tensor,
-    head: OutputHead | Tensor,
-    targets: Tensor,
-    span: Tensor,
+    hidden: torch.Tensor,
+    head: OutputHead | torch.Tensor,
+    targets: torch.Tensor,
+    span: torch.Tensor,
     spans: int,
     temperature: float,
-) -> Tensor:
+) -> torch.Tensor:
     """(M,) log-probability of each group: the sum over its tokens of log softmax(z / T).
 
     Args:
@@ -250,9 +254,9 @@ def span_log_probs(
     """
     head, total = _as_head(head), torch.zeros(spans, device=hidden.device)
 
-    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+    def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = head.logits(hidden.to(head.weight.dtype)).float() / temperature
-        return -F.cross_entropy(logits, targets, reduction="none")
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     for start in range(0, len(hidden), 512):  # recomputed in the backward pass, and not kept
         rows = slice(start, start + 512)
@@ -262,13 +266,13 @@ def span_log_probs(
 
 
 def uld_loss(
-    student_hidden: Tensor,
-    student_head: OutputHead | Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: OutputHead | Tensor,
+    student_hidden: torch.Tensor,
+    student_head: OutputHead | torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: OutputHead | torch.Tensor,
     temperature: float,
     normaliser: int | None = None,
-) -> Tensor:
+) -> torch.Tensor:
     """Universal logit distillation: sum over tokens of sum_k |p_(k) - q_(k)| / normaliser, both
     sorted by size (Boizard et al. 2024, eq. 3, with the distance in closed form).
 
@@ -281,13 +285,15 @@ def uld_loss(
     wide = max(len(head.weight) for head in heads)
     total = torch.zeros((), device=student_hidden.device)
 
-    def part(*hidden: Tensor) -> Tensor:
+    def part(*hidden: torch.Tensor) -> torch.Tensor:
         logits = [
             head.logits(side.to(head.weight.dtype)).float() / temperature
             for head, side in zip(heads, hidden)
         ]
         student, teacher = (
-            F.pad(side.softmax(-1).sort(-1, descending=True)[0], (0, wide - side.shape[-1]))
+            torch.nn.functional.pad(
+                side.softmax(-1).sort(-1, descending=True)[0], (0, wide - side.shape[-1])
+            )
             for side in logits
         )
         return (student - teacher.detach()).abs().sum()

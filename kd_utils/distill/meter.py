@@ -20,15 +20,14 @@ class Mean:
         self._sums: dict[str, Any] = defaultdict(float)
         self._counts: dict[str, float] = defaultdict(float)
 
-    def add(self, values: dict[str, Tensor | float], counts: dict[str, float]) -> None:
-        """Add totals: each value is a sum over `counts` elements."""
+    def add(self, values: dict[str, Tensor | float], count: float) -> None:
+        """Add totals, each a sum over `count` elements.
+
+        One of n micro-batches, with values divided by the whole batch's normaliser, counts 1 / n.
+        """
         for name, value in values.items():
             self._sums[name] += value.detach().float() if isinstance(value, Tensor) else value
-            self._counts[name] += counts[name]
-
-    def add_part(self, values: dict[str, Tensor], parts: int) -> None:
-        """Add one micro-batch of `parts`, with values divided by the whole batch's normaliser."""
-        self.add(values, dict.fromkeys(values, 1 / parts))
+            self._counts[name] += count
 
     def result(self, prefix: str = "") -> dict[str, float]:
         return {
@@ -98,7 +97,7 @@ class Meter:
     def add(self, batch: Batch, loss: Tensor, terms: dict[str, Tensor], parts: int) -> None:
         """Add one micro-batch of the `parts` that make up an optimiser step."""
         named = {f"train_loss/{name}": value for name, value in terms.items()}
-        self._means.add_part({"train_loss": loss, **named}, parts)
+        self._means.add({"train_loss": loss, **named}, 1 / parts)
         self._tokens += sum(batch.lengths)
 
     def step(self, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
@@ -142,16 +141,17 @@ class Meter:
         """
         now = time.perf_counter()
         self._evaluating += now - self._trained
-        row = {
-            "epoch": epoch,
-            **self._means.result(),
-            **{f"weight/{name}": weight for name, weight in self.config.weights.items()},
-            **measured,
-            "tok_per_sec": self._tokens / (self._trained - self._start),
-            "seconds": now - self._start,
-        }
-        self.rows.append(row)
-        return row
+        self.rows.append(
+            {
+                "epoch": epoch,
+                **self._means.result(),
+                **{f"weight/{name}": weight for name, weight in self.config.weights.items()},
+                **measured,
+                "tok_per_sec": self._tokens / (self._trained - self._start),
+                "seconds": now - self._start,
+            }
+        )
+        return self.rows[-1]
 
     def line(self) -> str:
         """The last epoch in one line: loss terms, accuracy, tokens per second, time left."""
@@ -161,12 +161,13 @@ class Meter:
             for name in self.config.weights
             if f"train_loss/{name}" in row
         ]
-        parts = [
-            f"epoch {row['epoch']} of {last}",
-            *([f"loss {', '.join(terms)}"] if terms else []),
-            f"validation loss {row['validation_loss']:.3f}",
-            f"accuracy {100 * row['validation_accuracy']:.1f} %",
-            f"{row['tok_per_sec']:,.0f} tokens/s",
-            f"{(last - row['epoch']) * row['seconds']:.0f} s left",
-        ]
-        return " | ".join(parts)
+        return " | ".join(
+            [
+                f"epoch {row['epoch']} of {last}",
+                *([f"loss {', '.join(terms)}"] if terms else []),
+                f"validation loss {row['validation_loss']:.3f}",
+                f"accuracy {100 * row['validation_accuracy']:.1f} %",
+                f"{row['tok_per_sec']:,.0f} tokens/s",
+                f"{(last - row['epoch']) * row['seconds']:.0f} s left",
+            ]
+        )

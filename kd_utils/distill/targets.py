@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kd_utils.models.attention_maps import causal_slice
 from kd_utils.models.signal_kinds import kind_of
@@ -26,17 +25,17 @@ class Merge:
         groups: how many groups the keys have.
     """
 
-    rows: Tensor
-    group_of_key: Tensor
+    rows: torch.Tensor
+    group_of_key: torch.Tensor
     groups: int
 
-    def apply(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """(H, queries, K) -> (H, Q, groups)."""
         chosen = rows.index_select(1, self.rows)
         merged = torch.zeros(*chosen.shape[:2], self.groups, device=rows.device)
         return merged.index_add_(2, self.group_of_key, chosen)
 
-    def spread(self, slope: Tensor, queries: int) -> Tensor:
+    def spread(self, slope: torch.Tensor, queries: int) -> torch.Tensor:
         """The transpose, for gradients: (H, Q, groups) -> (H, queries, K)."""
         spread = torch.zeros(len(slope), queries, len(self.group_of_key), device=slope.device)
         return spread.index_copy_(1, self.rows, slope.index_select(2, self.group_of_key))
@@ -52,7 +51,7 @@ class Maps:
         merges: (teacher's, student's) where their tokens differ; None where they are the same.
     """
 
-    packed: list[Tensor]
+    packed: list[torch.Tensor]
     teacher_rows: list[tuple[int, int]]
     student_rows: list[tuple[int, int]]
     merges: list[tuple[Merge, Merge] | None]
@@ -68,8 +67,8 @@ class Spans:
         count: how many groups.
     """
 
-    student: tuple[Tensor, Tensor, Tensor]
-    teacher: tuple[Tensor, Tensor, Tensor]
+    student: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    teacher: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     count: int
 
 
@@ -85,17 +84,16 @@ class Targets:
             over the next token can be compared; None: all are.
         spans: what follows the other places; None if there are none.
         direct: every example has the same tokens on both sides.
-        sizes: the number of "places", and of "entries" and "queries" in one head's maps.
-        whole: the same of the whole batch, when this is a part of it.
+        whole: the number of "places", and of "entries" and "queries" in one head's maps, in the
+            whole batch when this is a part.
     """
 
-    places: Tensor
-    signals: dict[str, Tensor]
+    places: torch.Tensor
+    signals: dict[str, torch.Tensor]
     maps: dict[str, Maps]
-    single: Tensor | None
+    single: torch.Tensor | None
     spans: Spans | None
     direct: bool
-    sizes: Counter[str]
     whole: Counter[str]
 
 
@@ -104,7 +102,7 @@ def targets_of(
     rows: list[Example],
     width: int,
     distill_tokens: str,
-    device: torch.device,
+    device: torch.device | str,
 ) -> Targets:
     """Line up one teacher's rows with the student's, and take the signals that are compared.
 
@@ -115,7 +113,7 @@ def targets_of(
         distill_tokens, device: as in `batches.collate`.
     """
 
-    def tensor(arrays: list[np.ndarray]) -> Tensor:
+    def tensor(arrays: list[np.ndarray]) -> torch.Tensor:
         return tensor_of(np.concatenate(arrays), device)
 
     groups = [groups_of(row, example) for row, example in zip(rows, examples)]
@@ -126,20 +124,30 @@ def targets_of(
     ]
     teacher_places = [lined.teacher[slice(*part)] for lined, part in zip(groups, wanted)]
     student_places = [lined.student[slice(*part)] for lined, part in zip(groups, wanted)]
-    signals, maps = {}, {}
-    for name in rows[0].signals:
-        arrays = [row.signals[name] for row in rows]
-        if kind_of(name).aligned == "map":
-            maps[name] = _maps(arrays, groups, teacher_places, student_places, same, device)
-        else:
-            signals[name] = tensor([array[at] for array, at in zip(arrays, teacher_places)])
+    map_names = [name for name in rows[0].signals if kind_of(name).aligned == "map"]
+    signals = {
+        name: tensor([row.signals[name][at] for row, at in zip(rows, teacher_places)])
+        for name in rows[0].signals
+        if name not in map_names
+    }
+    maps = {
+        name: _maps(
+            [row.signals[name] for row in rows],
+            groups,
+            teacher_places,
+            student_places,
+            same,
+            device,
+        )
+        for name in map_names
+    }
     single, spans = (
         (None, None) if all(same) else _followed(rows, examples, groups, wanted, width, tensor)
     )
     places = tensor([at + b * width for b, at in enumerate(student_places)])
     entries = sum(end - start for start, end in (causal_slice(*part) for part in wanted))
-    sizes = Counter(places=len(places), entries=entries, queries=len(places))
-    return Targets(places, signals, maps, single, spans, all(same), sizes, sizes)
+    whole = Counter(places=len(places), entries=entries, queries=len(places))
+    return Targets(places, signals, maps, single, spans, all(same), whole)
 
 
 def groups_of(teacher: Example, student: Example) -> alignment.Groups:
@@ -175,7 +183,7 @@ def _maps(
     teacher_places: list[np.ndarray],
     student_places: list[np.ndarray],
     same: list[bool],
-    device: torch.device,
+    device: torch.device | str,
 ) -> Maps:
     teacher_rows, student_rows = (
         [(int(places[0]), int(places[-1]) + 1) for places in side]
@@ -191,11 +199,11 @@ def _maps(
         else (_merge(lined.teacher, teacher, device), _merge(lined.student, student, device))
         for lined, teacher, student, equal in zip(groups, teacher_places, student_places, same)
     ]
-    tensors = [piece.view(part.shape) for piece, part in zip(pieces, parts)]
-    return Maps(tensors, teacher_rows, student_rows, merges)
+    views = [piece.view(part.shape) for piece, part in zip(pieces, parts)]
+    return Maps(views, teacher_rows, student_rows, merges)
 
 
-def _merge(last: np.ndarray, places: np.ndarray, device: torch.device) -> Merge:
+def _merge(last: np.ndarray, places: np.ndarray, device: torch.device | str) -> Merge:
     """One side's merge: `last` has each group's last token, `places` those that are compared."""
     keys = np.searchsorted(last, np.arange(places[-1] + 1))
     return Merge(tensor_of(places - places[0], device), tensor_of(keys, device), int(keys[-1]) + 1)
@@ -207,8 +215,8 @@ def _followed(
     groups: list[alignment.Groups],
     wanted: list[tuple[int, int]],
     width: int,
-    tensor: Callable[[list[np.ndarray]], Tensor],
-) -> tuple[Tensor | None, Spans | None]:
+    tensor: Callable[[list[np.ndarray]], torch.Tensor],
+) -> tuple[torch.Tensor | None, Spans | None]:
     """The places that single tokens (or none) follow, and the groups behind the others."""
     alone = [
         np.append(lined.single, True)[first + 1 : last + 1]
@@ -229,7 +237,7 @@ def _followed(
         rows: list[Example],
         last: list[np.ndarray],
         predicts: Callable[[int, np.ndarray], np.ndarray],
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         places = [(b, np.arange(last[b][g], last[b][g + 1])) for b, g in longer]
         return (
             tensor([predicts(b, at) for b, at in places]),
@@ -237,14 +245,21 @@ def _followed(
             tensor([np.full(len(at), k) for k, (_, at) in enumerate(places)]),
         )
 
-    student = side(examples, [lined.student for lined in groups], lambda b, at: at + b * width)
-    hidden = [row.signals["hidden"] for row in rows]
-    teacher = side(rows, [lined.teacher for lined in groups], lambda b, at: hidden[b][at])
-    return single, Spans(student, teacher, len(longer))
+    return single, Spans(
+        side(examples, [lined.student for lined in groups], lambda b, at: at + b * width),
+        side(
+            rows, [lined.teacher for lined in groups], lambda b, at: rows[b].signals["hidden"][at]
+        ),
+        len(longer),
+    )
 
 
-def tensor_of(array: np.ndarray, device: torch.device) -> Tensor:
+def tensor_of(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """The array on the device; a GPU does not wait for it."""
     # Rows read from Parquet are read-only, and torch wants memory that it may write to.
     host = torch.from_numpy(np.require(array, requirements=("C", "W")))
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return (
+        host
+        if torch.device(device).type == "cpu"
+        else host.pin_memory().to(device, non_blocking=True)
+    )

@@ -5,7 +5,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
 
 from kd_utils.distill.batches import Batch, TrialData
 from kd_utils.distill.meter import Mean
@@ -32,7 +31,7 @@ def loss_terms(
     batch: Batch,
     terms: Collection[str],
     teachers: Sequence[TeacherTerms] = (),
-) -> dict[str, Tensor]:
+) -> dict[str, torch.Tensor]:
     """The terms of the loss, each divided by the whole batch's normaliser.
 
     A term of several teachers is the weighted sum over them, or the term of their mixture where
@@ -55,7 +54,7 @@ def loss_terms(
         and name in teachers[0]
         and teachers[0][name].mixes([teacher[name] for teacher in teachers], batch.teachers)
     ]
-    values: dict[str, Tensor] = {}
+    values: dict[str, torch.Tensor] = {}
     for teacher, targets in zip([LABELS, *teachers], [batch, *batch.teachers]):
         for name, term in teacher.items():
             if name in terms and name not in mixed:
@@ -67,13 +66,13 @@ def loss_terms(
     return {name: values[name] for name in terms}
 
 
-def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+def weighted_sum(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
     """L: each term times its weight."""
     return sum(weights[name] * term for name, term in terms.items())
 
 
 def gradient_shares(
-    terms: dict[str, Tensor], weights: dict[str, float], student: nn.Module
+    terms: dict[str, torch.Tensor], weights: dict[str, float], student: torch.nn.Module
 ) -> dict[str, float]:
     """Each weighted term's gradient norm on the student, divided by the sum of these norms.
 
@@ -94,10 +93,10 @@ def gradient_shares(
 
 @torch.no_grad()
 def validation_losses(
-    student: nn.Module,
+    student: torch.nn.Module,
     batches: Iterable[tuple[Batch, list[str]]],
-    signals_of: Callable[[Tensor], Signals],
-    terms_of: Callable[..., dict[str, Tensor]],
+    signals_of: Callable[[torch.Tensor], Signals],
+    terms_of: Callable[..., dict[str, torch.Tensor]],
     teachers: Sequence[TeacherTerms] = (),
 ) -> dict[str, float]:
     """Unweighted loss terms over the validation rows, and token accuracy under teacher forcing.
@@ -118,16 +117,17 @@ def validation_losses(
     for batch, tasks in batches:
         signals = signals_of(batch.input_ids)
         counts = {
-            name: term.count(targets.sizes)
+            name: term.count(targets.whole)
             for teacher, targets in zip([LABELS, *teachers[:1]], [batch, *batch.teachers])
             for name, term in teacher.items()
         }
         terms = terms_of(signals, head, batch=batch)
-        losses.add({name: value * counts[name] for name, value in terms.items()}, counts)
+        for name, value in terms.items():
+            losses.add({name: value * counts[name]}, counts[name])
         guesses = head.logits(signals.hidden.flatten(0, 1)[batch.predicting]).argmax(-1)
         rows = batch.predicting // batch.input_ids.shape[1]
         for row, right in zip(rows.tolist(), (guesses == batch.targets).tolist()):
-            hits.add({tasks[row]: float(right)}, {tasks[row]: 1})
+            hits.add({tasks[row]: float(right)}, 1)
     values = losses.result("validation_loss/")
     return {
         "validation_loss": values["validation_loss/task"],
@@ -137,11 +137,11 @@ def validation_losses(
 
 
 def validate(
-    model: nn.Module,
+    model: torch.nn.Module,
     tokenizer: Any,
     data: TrialData,
-    signals_of: Callable[[Tensor], Signals],
-    terms_of: Callable[..., dict[str, Tensor]],
+    signals_of: Callable[[torch.Tensor], Signals],
+    terms_of: Callable[..., dict[str, torch.Tensor]],
     teachers: Sequence[TeacherTerms],
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """What a trial measures after each epoch; wrap the call in autocast for mixed precision.
@@ -158,8 +158,8 @@ def validate(
     model.eval()
     probe, config = data.probe(), data.config
     terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
-    shares = gradient_shares(terms, config.weights, model)
-    losses = validation_losses(model, data.validation(), signals_of, terms_of, teachers)
+    measured = gradient_shares(terms, config.weights, model)
+    measured |= validation_losses(model, data.validation(), signals_of, terms_of, teachers)
     predictions = scoring.evaluate(
         model,
         tokenizer,
@@ -167,5 +167,5 @@ def validate(
         batch_size=config.eval_batch_size,
         max_new_tokens=config.max_new_tokens,
     )
-    scores = scoring.accuracies(predictions) | calibration.calibration_errors(predictions)
-    return {**shares, **losses, **scores}, predictions
+    measured |= scoring.accuracies(predictions) | calibration.calibration_errors(predictions)
+    return measured, predictions

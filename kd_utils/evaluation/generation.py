@@ -1,7 +1,7 @@
 """Greedy generation as lm-evaluation-harness 0.4.13 does it."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def generate_answers(
         )
     stops = stop_strings + ((tokenizer.eos_token,) if tokenizer.eos_token else ())
     texts = [""] * len(prompts)
-    places = list(range(len(prompts)))
+    places = range(len(prompts))
     for batch in batches(places, lambda i: len(encoded[i]), batch_size, "generating", progress):
         ids = [encoded[place][-room:] for place in batch]
         new_ids = _generate(model, tokenizer, ids, stops, max_new_tokens)
@@ -119,7 +119,7 @@ def context_length(model: Any, tokenizer: Any) -> int:
 
 
 def batches(
-    items: list[Any], length: Callable[[Any], int], size: int, label: str, progress: bool
+    items: Collection[Any], length: Callable[[Any], int], size: int, label: str, progress: bool
 ) -> Iterator[list[Any]]:
     """Batches of items of similar length, with a bar called `label` if `progress`.
 

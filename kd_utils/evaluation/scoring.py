@@ -150,15 +150,13 @@ def choice_loglikelihoods(
             stacklevel=2,
         )
     scores = [[0.0] * len(choices) for choices in table["choices"]]
-    for batch in batches(list(requests), len, batch_size, "scoring", progress):
+    for batch in batches(requests, len, batch_size, "scoring", progress):
         longest_choice = [max(len(ids) for *_, ids in requests[key]) for key in batch]
         rows = _continuation_log_probs(model, batch, longest_choice)
         for key, log_probs in zip(batch, rows, strict=True):
             for place, number, ids in requests[key]:
-                picked = log_probs[-len(ids) :].gather(
-                    1, torch.tensor(ids, device=log_probs.device)[:, None]
-                )
-                scores[place][number] = float(picked.sum())
+                tokens = torch.tensor(ids, device=log_probs.device)[:, None]
+                scores[place][number] = float(log_probs[-len(ids) :].gather(1, tokens).sum())
     if any(value != value for values in scores for value in values):
         raise ValueError(
             "a log-likelihood is not a number: the model's training diverged, or its weights are "

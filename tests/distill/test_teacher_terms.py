@@ -14,8 +14,12 @@ from kd_utils.config.notebook_files import notebook_defaults
 from kd_utils.config.trial import METHODS, TrialConfig
 from kd_utils.distill.batches import collate, split_batch
 from kd_utils.distill.logit_losses import Shared, forward_kl_top_k, outcome_kl
-from kd_utils.distill.teacher_terms import TeacherTerms, layers_needed, teacher_terms_of
-from kd_utils.distill.term import TermSetup
+from kd_utils.distill.teacher_terms import (
+    TeacherTerms,
+    TermSetup,
+    layers_needed,
+    teacher_terms_of,
+)
 from kd_utils.distill.terms.attention import AttentionMaps, head_mix
 from kd_utils.distill.terms.kd import KD
 from kd_utils.distill.training import loss_terms, weighted_sum
@@ -80,7 +84,7 @@ def test_with_equal_tokenizers_the_aligned_way_is_the_direct_way(distill_tokens)
         run = signal_function(model, signals="white_box")
         batch = collate(rows, [list(run(cached))], distill_tokens=distill_tokens)
         terms = all_terms(OutputHead(stored_lm_head(model)), shared=shared)
-        found.append((results(student, batch, terms), batch.teachers[0].sizes))
+        found.append((results(student, batch, terms), batch.teachers[0].whole))
     assert found[0][1] == found[1][1]
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-6, rtol=1e-5)
     assert (

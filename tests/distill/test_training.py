@@ -54,8 +54,8 @@ def test_collate_puts_answers_and_signals_where_they_belong():
     rows = cached([5, 8])
     batch = collate(rows)
     assert batch.input_ids.shape == (2, 8)
-    assert batch.sizes == {"answers": 3}
-    assert batch.teachers[0].sizes == {"places": 13, "entries": 15 + 36, "queries": 13}
+    assert batch.whole == {"answers": 3}
+    assert batch.teachers[0].whole == {"places": 13, "entries": 15 + 36, "queries": 13}
     # row 0: 5 tokens, answer from 4 on; row 1: 8 tokens, answer from 6 on
     assert batch.predicting.tolist() == [3, 8 + 5, 8 + 6]
     assert batch.targets.tolist() == [rows[0].tokens[4], rows[1].tokens[6], rows[1].tokens[7]]
@@ -85,7 +85,7 @@ def test_answer_mode_looks_at_the_same_positions_with_all_signals():
 def test_the_attention_term_is_a_mean_over_entries_or_a_mean_over_rows_of_sums():
     rows, student = cached([5, 8]), tiny_llama()
     values, counts = {}, {}
-    answers = collate(rows, distill_tokens="answer").teachers[0].sizes
+    answers = collate(rows, distill_tokens="answer").teachers[0].whole
     for normaliser in ("entries", "queries"):
         values[normaliser] = terms_for(student, collate(rows), normaliser=normaliser)["attention"]
         counts[normaliser] = terms_of_teacher(normaliser=normaliser)["attention"].count(answers)
@@ -119,8 +119,8 @@ def test_padding_and_neighbours_are_inert():
     together = collate(rows)
     other = collate(rows[1:])
     for batch in (together, other):
-        batch.whole = collate(rows[:1]).sizes
-        batch.teachers[0].whole = collate(rows[:1]).teachers[0].sizes
+        batch.whole = collate(rows[:1]).whole
+        batch.teachers[0].whole = collate(rows[:1]).teachers[0].whole
     both, second = terms_for(student, together, projector), terms_for(student, other, projector)
     for name in ALL:
         torch.testing.assert_close(both[name], alone[name] + second[name], atol=1e-4, rtol=1e-4)
@@ -227,13 +227,13 @@ def test_validation_losses_do_not_depend_on_batches():
 
 def test_mean_weighs_by_counts_and_adds_up_parts():
     mean = Mean()
-    mean.add({"a": 6.0}, {"a": 2})
-    mean.add({"a": torch.tensor(2.0)}, {"a": 2})
+    mean.add({"a": 6.0}, 2)
+    mean.add({"a": torch.tensor(2.0)}, 2)
     assert mean.result("x/") == {"x/a": 2.0}
     steps = Mean()
     for value in (1.0, 2.0):
-        steps.add_part({"loss": torch.tensor(value)}, parts=2)
-    steps.add_part({"loss": torch.tensor(5.0)}, parts=1)
+        steps.add({"loss": torch.tensor(value)}, 1 / 2)
+    steps.add({"loss": torch.tensor(5.0)}, 1)
     assert steps.result()["loss"] == pytest.approx(4.0)
 
 

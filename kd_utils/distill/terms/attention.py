@@ -4,10 +4,9 @@ from collections import Counter
 from typing import Self
 
 import torch
-from torch import Tensor, nn
 
 from kd_utils.distill.targets import Maps, Targets
-from kd_utils.distill.term import LayerTerm, TermSetup, register
+from kd_utils.distill.teacher_terms import LayerTerm, TermSetup, register
 from kd_utils.models.attention_maps import Attention, decode_map
 from kd_utils.models.signals import Signals
 
@@ -33,14 +32,14 @@ class AttentionMaps(LayerTerm):
         pairs: list[tuple[int, int]],
         teacher_layers: int,
         heads: int,
-        mix: Tensor | None = None,
+        mix: torch.Tensor | None = None,
         *,
         learned: bool = False,
         normaliser: str = "entries",
     ) -> None:
         super().__init__(pairs, teacher_layers)
         self.heads, self.normaliser = heads, normaliser
-        self.mixing = nn.Parameter(torch.log(mix + 0.01)) if learned else None
+        self.mixing = torch.nn.Parameter(torch.log(mix + 0.01)) if learned else None
         self.register_buffer("fixed_mix", None if learned else mix, persistent=False)
 
     @classmethod
@@ -56,18 +55,18 @@ class AttentionMaps(LayerTerm):
         )
 
     @property
-    def mix(self) -> Tensor | None:
+    def mix(self) -> torch.Tensor | None:
         """(H_student, H_teacher) rows that sum to 1; None: head by head."""
         return self.fixed_mix if self.mixing is None else self.mixing.softmax(-1)
 
-    def count(self, sizes: Counter[str]) -> int:
-        return self.heads * sizes[self.normaliser]
+    def count(self, whole: Counter[str]) -> int:
+        return self.heads * whole[self.normaliser]
 
     def compare(
         self, k: int, signals: Signals, layer: int, targets: Targets, column: str
-    ) -> Tensor:
-        total = self.count(targets.whole)
-        return attention_mse(signals.attentions[layer], targets.maps[column], total, self.mix)
+    ) -> torch.Tensor:
+        student, maps = signals.attentions[layer], targets.maps[column]
+        return attention_mse(student, maps, self.count(targets.whole), self.mix)
 
     def about(self) -> str:
         mix = self.mix
@@ -75,7 +74,7 @@ class AttentionMaps(LayerTerm):
         return f"{super().about()}, {heads}"
 
 
-def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | None:
+def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> torch.Tensor | None:
     """(H_student, H_teacher) rows that sum to 1: the mix of teacher heads for each student head.
 
     "mean_groups" averages neighbouring heads of the teacher in as many groups as the student has
@@ -99,8 +98,8 @@ def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | N
 
 
 def attention_mse(
-    student: Attention, maps: Maps, normaliser: int | None = None, mix: Tensor | None = None
-) -> Tensor:
+    student: Attention, maps: Maps, normaliser: int | None = None, mix: torch.Tensor | None = None
+) -> torch.Tensor:
     """L_attention: mean squared error between causal maps (after TinyBERT, Jiao et al. 2020).
 
     TinyBERT compares scores; these are probabilities. Padding and the upper triangle do not count.
@@ -130,7 +129,8 @@ def attention_mse(
     total = _SummedMapError.apply(
         student.query, student.key, mix, student, maps, torch.is_grad_enabled()
     )
-    total = total * (heads / student.query.shape[1]) if mix is not None else total
+    if mix is not None:
+        total = total * (heads / student.query.shape[1])
     return total / (normaliser or max(sum(teacher.numel() for teacher in maps.packed), 1))
 
 
@@ -138,13 +138,13 @@ class _SummedMapError(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        query: Tensor,
-        key: Tensor,
-        mix: Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mix: torch.Tensor | None,
         student: Attention,
         maps: Maps,
         wants_gradient: bool,
-    ) -> Tensor:
+    ) -> torch.Tensor:
         total = torch.zeros((), device=query.device)
         leaves = (query, key) if mix is None else (query, key, mix)
         slopes = [torch.zeros_like(leaf) for leaf in leaves] if wants_gradient else []
@@ -177,14 +177,14 @@ class _SummedMapError(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, slope: Tensor):
+    def backward(ctx, slope: torch.Tensor):
         query, key, *mix = ctx.saved_tensors
         slope = -2 * slope  # d error^2 = 2 error; error here is teacher minus student
         for_mix = slope * mix[0] if mix else None
         return slope * ctx.scaling * query, slope * ctx.scaling * key, for_mix, None, None, None
 
 
-def _in_float32(equation: str, left: Tensor, right: Tensor) -> Tensor:
+def _in_float32(equation: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`einsum` of maps, which autocast would round to 8 bits."""
     with torch.autocast(left.device.type, enabled=False):
         return torch.einsum(equation, left, right)

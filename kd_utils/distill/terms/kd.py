@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from kd_utils.distill import logit_losses
 from kd_utils.distill.targets import Spans, Targets
-from kd_utils.distill.term import Term, TermSetup, register
+from kd_utils.distill.teacher_terms import Term, TermSetup, register
 from kd_utils.models.output_head import OutputHead
 from kd_utils.models.signals import Signals
 from kd_utils.tokens.vocabulary import same_pieces
@@ -63,7 +62,7 @@ class KD(Term):
             f"{len(self.shared.student_rest):,} of the student"
         )
 
-    def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> Tensor:
+    def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> torch.Tensor:
         student, teacher = signals.hidden.flatten(0, 1), targets.signals
         keep = slice(None) if self.logit_loss == "uld" or targets.single is None else targets.single
         places, count = targets.places[keep], self.count(targets.whole)
@@ -94,7 +93,7 @@ class KD(Term):
             total = total + self._span_kl(student, head, targets.spans)
         return total / count
 
-    def _span_kl(self, student: Tensor, head: OutputHead, spans: Spans) -> Tensor:
+    def _span_kl(self, student: torch.Tensor, head: OutputHead, spans: Spans) -> torch.Tensor:
         places, *groups = spans.student
         student_log = logit_losses.span_log_probs(
             student[places], head, *groups, spans.count, self.temperature
@@ -114,12 +113,11 @@ class KD(Term):
 
         Elsewhere the KLs are added. The gradient is the same, the values differ by a constant.
         """
-        alike = all(
+        # Places are unequal in the whole batch where another micro-batch has other tokens.
+        return len({target.whole["places"] for target in targets}) == 1 and all(
             term.head and term.shared is None and term.logit_loss == "kl" and target.direct
             for term, target in zip(terms, targets)
         )
-        # In the whole batch: unequal where another micro-batch has other tokens.
-        return alike and len({target.whole["places"] for target in targets}) == 1
 
     @classmethod
     def mixed(
@@ -129,7 +127,7 @@ class KD(Term):
         signals: Signals,
         head: OutputHead,
         targets: Sequence[Targets],
-    ) -> Tensor:
+    ) -> torch.Tensor:
         """L_KD against sum_m w_m p_m, the teachers' mixed probabilities."""
         return logit_losses.kd_loss(
             signals.hidden.flatten(0, 1)[targets[0].places],
