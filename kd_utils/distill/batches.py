@@ -43,32 +43,28 @@ def collate(
     distill_tokens: str = "all",
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Examples as tensors.
+    """Examples, with the student's tokens, as tensors on `device`.
 
     Args:
-        examples: with the student's tokens.
         teachers: for each teacher, the rows of its cache for the same examples, in the same order.
             None: `examples` themselves hold the signals, if any, of a teacher with their tokens.
         distill_tokens: compare "all" real tokens, or those that predict the "answer".
-        device: where the tensors go.
     """
     input_ids, lengths = right_padded(examples)
+    width, answers = input_ids.shape[1], zip(examples, lengths)
     predicting = np.concatenate(
-        [
-            np.arange(row.answer_start - 1, n - 1) + b * input_ids.shape[1]
-            for b, (row, n) in enumerate(zip(examples, lengths))
-        ]
+        [np.arange(row.answer_start - 1, n - 1) + b * width for b, (row, n) in enumerate(answers)]
     )
     if teachers is None:
         teachers = [examples] if examples[0].signals else []
-    ids, places, answers = (
-        tensor_of(array, device)
-        for array in (input_ids, predicting, input_ids.reshape(-1)[predicting + 1])
+    return Batch(
+        tensor_of(input_ids, device),
+        lengths,
+        tensor_of(predicting, device),
+        tensor_of(input_ids.reshape(-1)[predicting + 1], device),
+        [targets_of(examples, rows, width, distill_tokens, device) for rows in teachers],
+        Counter(answers=len(predicting)),
     )
-    targets = [
-        targets_of(examples, rows, input_ids.shape[1], distill_tokens, device) for rows in teachers
-    ]
-    return Batch(ids, lengths, places, answers, targets, Counter(answers=len(predicting)))
 
 
 def split_batch(
@@ -130,13 +126,11 @@ class TrialData:
     teacher: rows start in the order of their length in the student's tokens.
 
     Args:
-        prepared: the prepared data.
         encoded: split -> its examples with the student's tokens.
         caches: one verified cache per teacher.
-        config: the trial's.
-        device: where batches go.
 
     Attributes:
+        config: the trial's.
         table: the validation rows.
     """
 
@@ -170,8 +164,8 @@ class TrialData:
         size, ids = self.config.batch_size, self.validation_ids
         task_of = dict(zip(self.table["example_id"], self.table["task"], strict=True))
         plan = [ids[i : i + size] for i in range(0, len(ids), size)]
-        whole = prefetched(lambda batch: self._parts(batch, size)[0], plan)
-        return zip(whole, ([task_of[i] for i in batch] for batch in plan), strict=True)
+        tasks = ([task_of[i] for i in batch] for batch in plan)
+        return zip(prefetched(lambda batch: self._parts(batch, size)[0], plan), tasks, strict=True)
 
     def _plan(self, epoch: int) -> list[list[str]]:
         lengths = [len(self.students[i].tokens) for i in self.train_ids]

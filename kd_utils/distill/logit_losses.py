@@ -33,11 +33,10 @@ class Shared(NamedTuple):
         device: torch.device | str = "cpu",
     ) -> Self:
         """From the shared ids and the numbers of output rows, some of which no id may use."""
-        rests = [
-            np.setdiff1d(np.arange(size), ids)
-            for ids, size in ((teacher, teacher_size), (student, student_size))
-        ]
-        return cls(*(torch.as_tensor(ids, device=device) for ids in (teacher, student, *rests)))
+        teacher_rest = np.setdiff1d(np.arange(teacher_size), teacher)
+        student_rest = np.setdiff1d(np.arange(student_size), student)
+        ids = (teacher, student, teacher_rest, student_rest)
+        return cls(*(torch.as_tensor(side, device=device) for side in ids))
 
 
 def shared_output_rows(
@@ -64,19 +63,18 @@ def kd_loss(
     mixture: list[float] | None = None,
     chunk_tokens: int = 512,
 ) -> torch.Tensor:
-    """L_KD = sum over tokens of T^2 KL(p || q) / normaliser, p = softmax(z_t / T), q = softmax(z_s
-    / T).
+    """L_KD = sum over tokens of T^2 KL(softmax(z_t / T) || softmax(z_s / T)) / normaliser.
 
-    Hinton et al. 2015, section 2: T^2 keeps the size of the gradient independent of T. The
-    teacher's entropy is included, so the value is 0 where the two agree, at every T.
+    T^2 keeps the size of the gradient independent of T (Hinton et al. 2015, section 2). The
+    teacher's entropy is included: the value is 0 where the two agree.
 
     The KL runs over the whole vocabulary; with `shared`, over the pieces that both vocabularies
     have and one bucket for all others, whose mass is exact. That is KL(p' || q) as well, where p'
     spreads the teacher's rest over the student's other pieces as the student does. If the student
     has no other piece, p' is the teacher's distribution over the shared pieces.
 
-    Logits exist for `chunk_tokens` tokens at a time. The gradient is computed beside the value, in
-    the forward pass (as in Liger Kernel, Hsu et al. 2024): no (N, V) tensor is kept or recomputed.
+    Logits exist for `chunk_tokens` tokens at a time. The gradient is computed in the forward pass
+    (as in Liger Kernel, Hsu et al. 2024): no (N, V) tensor is kept or recomputed.
 
     Args:
         student_hidden: (N, d_s).
@@ -92,16 +90,10 @@ def kd_loss(
         Scalar, nats per token times T^2.
     """
     heads = list(map(_as_head, _listed(teacher_head)))
-    total = _SummedKL.apply(
-        student_hidden,
-        _as_head(student_head).weight,
-        _as_head(student_head),
-        list(zip(_listed(teacher_hidden), heads, mixture or [1.0], strict=True)),
-        temperature,
-        shared,
-        max(16, min(chunk_tokens, 2**25 // max(len(head.weight) for head in heads))),
-        torch.is_grad_enabled(),
-    )
+    teachers = list(zip(_listed(teacher_hidden), heads, mixture or [1.0], strict=True))
+    head, limit = _as_head(student_head), 2**25 // max(len(teacher.weight) for teacher in heads)
+    options = temperature, shared, max(16, min(chunk_tokens, limit)), torch.is_grad_enabled()
+    total = _SummedKL.apply(student_hidden, head.weight, head, teachers, *options)
     return total / (normaliser or max(len(student_hidden), 1))
 
 
@@ -165,8 +157,8 @@ def _log_probs(
     hidden: torch.Tensor, head: OutputHead, temperature: float, weight: float
 ) -> torch.Tensor:
     """log(weight softmax(z / T)), (n, V)."""
-    logits = head.logits(hidden.to(head.weight.dtype)).float()
-    log_probs = logits.div_(temperature).log_softmax(-1)
+    hidden = hidden.to(head.weight.dtype)
+    log_probs = head.logits(hidden).float().div_(temperature).log_softmax(-1)
     return log_probs if weight == 1.0 else log_probs + torch.tensor(weight).log()
 
 
@@ -216,16 +208,13 @@ def forward_kl_top_k(
 ) -> torch.Tensor:
     """T^2 KL per token over the teacher's top k tokens and one bucket for the rest.
 
-    The mass of the rest is exact: `log_mass` is the log-sum-exp of all the teacher's logits / T.
     Merging tokens can only lower a KL (data processing inequality), so this is a lower bound of
     `kd_loss`; it is equal where the student is proportional to the teacher within the rest.
 
     Args:
         student_logits: (N, V).
-        top_logits: (N, k) the teacher's largest logits (not divided by T).
-        top_ids: (N, k) their token ids, int64.
+        top_logits: (N, k) the teacher's largest logits z; top_ids: (N, k) their ids, int64.
         log_mass: (N,) log sum_v exp(z_v / T) over the whole vocabulary, for this T.
-        temperature: T > 0.
 
     Returns:
         (N,) nats, times T^2.
@@ -243,14 +232,14 @@ def span_log_probs(
     spans: int,
     temperature: float,
 ) -> torch.Tensor:
-    """(M,) log-probability of each group: the sum over its tokens of log softmax(z / T).
+    """Log-probability of each group of tokens: the sum over its tokens of log softmax(z / T).
 
     Args:
-        hidden: (P, d) at the positions that predict a token.
-        targets: (P,) those tokens.
-        span: (P,) the number of the group that each token belongs to.
-        spans: M.
-        temperature: T.
+        hidden: (P, d) at the positions that predict a token; targets: (P,) those tokens.
+        span: (P,) the number of the group that each token belongs to, below `spans`.
+
+    Returns:
+        (spans,) nats.
     """
     head, total = _as_head(head), torch.zeros(spans, device=hidden.device)
 
@@ -290,11 +279,9 @@ def uld_loss(
             head.logits(side.to(head.weight.dtype)).float() / temperature
             for head, side in zip(heads, hidden)
         ]
+        ordered = [side.softmax(-1).sort(-1, descending=True)[0] for side in logits]
         student, teacher = (
-            torch.nn.functional.pad(
-                side.softmax(-1).sort(-1, descending=True)[0], (0, wide - side.shape[-1])
-            )
-            for side in logits
+            torch.nn.functional.pad(side, (0, wide - side.shape[-1])) for side in ordered
         )
         return (student - teacher.detach()).abs().sum()
 

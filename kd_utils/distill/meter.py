@@ -101,11 +101,7 @@ class Meter:
         self._tokens += sum(batch.lengths)
 
     def step(self, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
-        """Count one optimiser step.
-
-        Args:
-            gradient_norm: before clipping.
-            terms: of the step's last micro-batch.
+        """Count one optimiser step, by its norm before clipping and its last micro-batch's terms.
 
         Raises:
             FloatingPointError: the step before this one was not finite.
@@ -134,11 +130,7 @@ class Meter:
             )
 
     def end_epoch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
-        """Add the epoch's row, and return it.
-
-        Args:
-            measured: what `training.validate` gave.
-        """
+        """Add the epoch's row, with what `training.validate` measured, and return it."""
         now = time.perf_counter()
         self._evaluating += now - self._trained
         self.rows.append(

@@ -67,8 +67,8 @@ class Spans:
         count: how many groups.
     """
 
-    student: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-    teacher: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    student: tuple[torch.Tensor, ...]
+    teacher: tuple[torch.Tensor, ...]
     count: int
 
 
@@ -107,8 +107,7 @@ def targets_of(
     """Line up one teacher's rows with the student's, and take the signals that are compared.
 
     Args:
-        examples: with the student's tokens.
-        rows: the same examples with the teacher's tokens and signals.
+        examples: with the student's tokens; rows: the same with the teacher's, and its signals.
         width: T of the batch.
         distill_tokens, device: as in `batches.collate`.
     """
@@ -130,15 +129,17 @@ def targets_of(
         for name in rows[0].signals
         if name not in map_names
     }
+    teacher_rows, student_rows = (
+        [(int(at[0]), int(at[-1]) + 1) for at in side] for side in (teacher_places, student_places)
+    )
+    merges = [
+        None
+        if equal or not map_names
+        else (_merge(lined.teacher, teacher, device), _merge(lined.student, student, device))
+        for lined, teacher, student, equal in zip(groups, teacher_places, student_places, same)
+    ]
     maps = {
-        name: _maps(
-            [row.signals[name] for row in rows],
-            groups,
-            teacher_places,
-            student_places,
-            same,
-            device,
-        )
+        name: Maps(_packed(name, rows, teacher_rows, device), teacher_rows, student_rows, merges)
         for name in map_names
     }
     single, spans = (
@@ -177,30 +178,14 @@ def _before_answer(groups: alignment.Groups, example: Example) -> tuple[int, int
     return first, max(len(groups) - 1, first + 1)
 
 
-def _maps(
-    packed: list[np.ndarray],
-    groups: list[alignment.Groups],
-    teacher_places: list[np.ndarray],
-    student_places: list[np.ndarray],
-    same: list[bool],
-    device: torch.device | str,
-) -> Maps:
-    teacher_rows, student_rows = (
-        [(int(places[0]), int(places[-1]) + 1) for places in side]
-        for side in (teacher_places, student_places)
-    )
-    parts = [whole[:, slice(*causal_slice(*rows))] for whole, rows in zip(packed, teacher_rows)]
-    # One transfer to the device for all examples.
+def _packed(
+    name: str, rows: list[Example], queries: list[tuple[int, int]], device: torch.device | str
+) -> list[torch.Tensor]:
+    """The query rows of each example's map, after one transfer to the device for all examples."""
+    parts = [row.signals[name][:, slice(*causal_slice(*at))] for row, at in zip(rows, queries)]
     joined = tensor_of(np.concatenate([part.reshape(-1) for part in parts]), device)
     pieces = joined.split([part.size for part in parts])
-    merges = [
-        None
-        if equal
-        else (_merge(lined.teacher, teacher, device), _merge(lined.student, student, device))
-        for lined, teacher, student, equal in zip(groups, teacher_places, student_places, same)
-    ]
-    views = [piece.view(part.shape) for piece, part in zip(pieces, parts)]
-    return Maps(views, teacher_rows, student_rows, merges)
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts)]
 
 
 def _merge(last: np.ndarray, places: np.ndarray, device: torch.device | str) -> Merge:
@@ -222,7 +207,7 @@ def _followed(
         np.append(lined.single, True)[first + 1 : last + 1]
         for lined, (first, last) in zip(groups, wanted)
     ]
-    longer = [  # the examples and groups that a longer group follows
+    longer = [  # (example, group) of each group before a longer one
         (b, g)
         for b, (short, (first, _)) in enumerate(zip(alone, wanted))
         for g in np.flatnonzero(~short) + first
@@ -233,11 +218,8 @@ def _followed(
     if "hidden" not in rows[0].signals:
         return single, None
 
-    def side(
-        rows: list[Example],
-        last: list[np.ndarray],
-        predicts: Callable[[int, np.ndarray], np.ndarray],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def side(name: str, rows: list[Example], predicts: Callable) -> tuple[torch.Tensor, ...]:
+        last = [getattr(lined, name) for lined in groups]
         places = [(b, np.arange(last[b][g], last[b][g + 1])) for b, g in longer]
         return (
             tensor([predicts(b, at) for b, at in places]),
@@ -245,13 +227,9 @@ def _followed(
             tensor([np.full(len(at), k) for k, (_, at) in enumerate(places)]),
         )
 
-    return single, Spans(
-        side(examples, [lined.student for lined in groups], lambda b, at: at + b * width),
-        side(
-            rows, [lined.teacher for lined in groups], lambda b, at: rows[b].signals["hidden"][at]
-        ),
-        len(longer),
-    )
+    student = side("student", examples, lambda b, at: at + b * width)
+    teacher = side("teacher", rows, lambda b, at: rows[b].signals["hidden"][at])
+    return single, Spans(student, teacher, len(longer))
 
 
 def tensor_of(array: np.ndarray, device: torch.device | str) -> torch.Tensor:

@@ -38,8 +38,7 @@ def loss_terms(
     they can be mixed (`Term.mixes`).
 
     Args:
-        signals: the student's, for `batch.input_ids`, with the layers that the terms compare.
-        head: the student's.
+        signals, head: the student's, for `batch.input_ids`, with the layers that are compared.
         batch: with the teachers' signals.
         terms: names, such as "task" and "kd".
         teachers: in the order in which `batch.teachers` has them.
@@ -58,8 +57,7 @@ def loss_terms(
     for teacher, targets in zip([LABELS, *teachers], [batch, *batch.teachers]):
         for name, term in teacher.items():
             if name in terms and name not in mixed:
-                value = teacher.weight * term(signals, head, targets)
-                values[name] = values.get(name, 0.0) + value
+                values[name] = values.get(name, 0.0) + teacher.weight * term(signals, head, targets)
     for name in mixed:
         members, weights = zip(*((teacher[name], teacher.weight) for teacher in teachers))
         values[name] = members[0].mixed(members, weights, signals, head, batch.teachers)
@@ -102,9 +100,8 @@ def validation_losses(
     """Unweighted loss terms over the validation rows, and token accuracy under teacher forcing.
 
     Args:
-        student: in eval mode.
+        student: in eval mode; signals_of: its signals for input ids.
         batches: (batch, task of each example).
-        signals_of: the student's signals for input ids.
         terms_of: `loss_terms` with everything but signals, head and batch filled in.
         teachers: those of `terms_of`.
 
@@ -121,8 +118,7 @@ def validation_losses(
             for teacher, targets in zip([LABELS, *teachers[:1]], [batch, *batch.teachers])
             for name, term in teacher.items()
         }
-        terms = terms_of(signals, head, batch=batch)
-        for name, value in terms.items():
+        for name, value in terms_of(signals, head, batch=batch).items():
             losses.add({name: value * counts[name]}, counts[name])
         guesses = head.logits(signals.hidden.flatten(0, 1)[batch.predicting]).argmax(-1)
         rows = batch.predicting // batch.input_ids.shape[1]
@@ -146,10 +142,7 @@ def validate(
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """What a trial measures after each epoch; wrap the call in autocast for mixed precision.
 
-    Args:
-        model: the student; left in eval mode.
-        tokenizer: the student's.
-        data, signals_of, terms_of, teachers: the trial's.
+    The student, `model`, is left in eval mode.
 
     Returns:
         `grad_share/TERM` on a fixed batch, `validation_losses`, `accuracies` and
@@ -160,12 +153,7 @@ def validate(
     terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
     measured = gradient_shares(terms, config.weights, model)
     measured |= validation_losses(model, data.validation(), signals_of, terms_of, teachers)
-    predictions = scoring.evaluate(
-        model,
-        tokenizer,
-        data.table,
-        batch_size=config.eval_batch_size,
-        max_new_tokens=config.max_new_tokens,
-    )
+    sizes = {"batch_size": config.eval_batch_size, "max_new_tokens": config.max_new_tokens}
+    predictions = scoring.evaluate(model, tokenizer, data.table, **sizes)
     measured |= scoring.accuracies(predictions) | calibration.calibration_errors(predictions)
     return measured, predictions

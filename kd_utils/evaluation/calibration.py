@@ -8,11 +8,10 @@ EDGES = np.linspace(0, 1, 16)
 
 
 def confidences(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The model's confidence in each choice that it made.
+    """The model's confidence in each choice that it made: a probability among those offered.
 
     It is the largest value of the softmax over the choices' log-likelihoods, as in Jiang et al.
-    2021 ("How can we know when language models know?"): a probability among the choices offered,
-    not among all continuations.
+    2021 ("How can we know when language models know?").
 
     Args:
         predictions: `task`, `loglikelihoods` (nats, one per choice; None for generated answers),
@@ -22,8 +21,10 @@ def confidences(predictions: pd.DataFrame) -> pd.DataFrame:
         The rows that have choices, without `loglikelihoods`, with `confidence` in [1 / choices, 1].
     """
     chosen = predictions[predictions["loglikelihoods"].notna()]
-    scores = [np.asarray(values, dtype=float) for values in chosen["loglikelihoods"]]
-    confidence = [float(1 / np.exp(values - values.max()).sum()) for values in scores]
+    confidence = [
+        float(1 / np.exp(np.subtract(values, max(values))).sum())
+        for values in chosen["loglikelihoods"]
+    ]
     return chosen.drop(columns="loglikelihoods").assign(
         confidence=confidence, correct=chosen["correct"].astype(bool)
     )

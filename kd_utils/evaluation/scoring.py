@@ -32,8 +32,7 @@ def evaluate(
     with the shape). Wrap the call in autocast for mixed precision.
 
     Args:
-        model: any causal `transformers` model, on any device; it is left in its mode (train or
-            eval).
+        model: any causal `transformers` model, on any device, left in its mode (train or eval).
         tokenizer: its tokenizer; special tokens are those that it adds itself.
         table: rows of `load_task` or of prepared data.
         batch_size: sequences per forward pass.
@@ -91,13 +90,7 @@ def evaluate(
     # Object columns: a missing value is None, and a bool stays a bool beside it.
     columns = {
         column: pd.Series([row.get(column) for row in said], dtype=object)
-        for column in (
-            "prediction",
-            "correct",
-            "loglikelihoods",
-            "generated",
-            "correct_flexible",
-        )
+        for column in ("prediction", "correct", "loglikelihoods", "generated", "correct_flexible")
     }
     examples = table[["example_id", "task", "prompt", "gold"]].reset_index(drop=True)
     return examples.assign(**columns).astype({"correct": bool})
@@ -128,8 +121,7 @@ def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
 def choice_loglikelihoods(
     model: Any, tokenizer: Any, table: pd.DataFrame, *, batch_size: int, progress: bool = False
 ) -> list[list[float]]:
-    """Sum of natural-log probabilities of each choice's tokens after its prompt: a list per
-    example.
+    """Sums of the natural-log probabilities of each choice's tokens, a list per example.
 
     Choices that share all their tokens but the last (" A" to " D") share one forward pass. A
     sequence longer than the model's context loses tokens on the left, as in the harness, with a
@@ -151,9 +143,8 @@ def choice_loglikelihoods(
         )
     scores = [[0.0] * len(choices) for choices in table["choices"]]
     for batch in batches(requests, len, batch_size, "scoring", progress):
-        longest_choice = [max(len(ids) for *_, ids in requests[key]) for key in batch]
-        rows = _continuation_log_probs(model, batch, longest_choice)
-        for key, log_probs in zip(batch, rows, strict=True):
+        longest = [max(len(ids) for *_, ids in requests[key]) for key in batch]
+        for key, log_probs in zip(batch, _continuation_log_probs(model, batch, longest)):
             for place, number, ids in requests[key]:
                 tokens = torch.tensor(ids, device=log_probs.device)[:, None]
                 scores[place][number] = float(log_probs[-len(ids) :].gather(1, tokens).sum())
@@ -168,30 +159,19 @@ def choice_loglikelihoods(
 def _continuation_log_probs(
     model: Any, batch: list[tuple[int, ...]], counts: list[int]
 ) -> list[torch.Tensor]:
-    """Log-probabilities (float32, natural) at the last `counts[i]` positions of row i: a tensor
-    (count, V) per row.
-    """
+    """(counts[i], V) float32 natural-log probabilities at row i's last positions."""
     width = max(map(len, batch))
     # Right padding needs no mask in a causal model: no real position can see it.
     input_ids = torch.tensor(
         [[*ids, *[0] * (width - len(ids))] for ids in batch], device=model.device
     )
     # Only these positions go through the head: (B, kept, V) in place of (B, T, V).
-    kept = sorted(
-        {
-            len(ids) - back
-            for ids, count in zip(batch, counts, strict=True)
-            for back in range(1, count + 1)
-        }
-    )
-    column = {position: place for place, position in enumerate(kept)}
+    wanted = [range(len(ids) - n, len(ids)) for ids, n in zip(batch, counts, strict=True)]
+    kept = sorted(set().union(*wanted))
     logits = model(
         input_ids=input_ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=model.device)
     ).logits
-    columns = [
-        [column[position] for position in range(len(ids) - count, len(ids))]
-        for ids, count in zip(batch, counts, strict=True)
-    ]
+    columns = [[kept.index(position) for position in positions] for positions in wanted]
     return [logits[b, places].float().log_softmax(-1) for b, places in enumerate(columns)]
 
 

@@ -18,8 +18,7 @@ class AttentionMaps(LayerTerm):
     Args:
         pairs, teacher_layers: as in `LayerTerm`.
         heads: how many heads the teacher has.
-        mix: (H_student, H_teacher) rows that sum to 1: with which of the teacher's heads each of
-            the student's is compared; None: head by head.
+        mix: as `head_mix` gives it; None: head by head.
         learned: `mix` is where training starts; rows stay positive and sum to 1.
         normaliser: what squared errors are divided by: the maps' "entries" (a mean over all), or
             their "queries" (summed over a row's keys, averaged over rows and heads).
@@ -56,7 +55,7 @@ class AttentionMaps(LayerTerm):
 
     @property
     def mix(self) -> torch.Tensor | None:
-        """(H_student, H_teacher) rows that sum to 1; None: head by head."""
+        """As `head_mix` gives it, or as it was trained."""
         return self.fixed_mix if self.mixing is None else self.mixing.softmax(-1)
 
     def count(self, whole: Counter[str]) -> int:
@@ -92,9 +91,7 @@ def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> torch.Tens
                 "averaged in groups) or 'learned' (a trained mix of them)"
             )
         return None
-    return torch.nn.functional.adaptive_avg_pool1d(
-        torch.eye(teacher_heads), student_heads
-    ).T.contiguous()
+    return torch.nn.AdaptiveAvgPool1d(student_heads)(torch.eye(teacher_heads)).T.contiguous()
 
 
 def attention_mse(

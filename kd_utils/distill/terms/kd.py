@@ -80,15 +80,8 @@ class KD(Term):
                 self.temperature,
             )
             return losses.sum() / count
-        total = logit_losses.kd_loss(
-            student[places],
-            head,
-            teacher["hidden"][keep],
-            self.head,
-            self.temperature,
-            1,
-            shared=self.shared,
-        )
+        sides = student[places], head, teacher["hidden"][keep], self.head
+        total = logit_losses.kd_loss(*sides, self.temperature, 1, shared=self.shared)
         if targets.spans:
             total = total + self._span_kl(student, head, targets.spans)
         return total / count
@@ -151,11 +144,7 @@ def _shared(setup: TermSetup) -> logit_losses.Shared | None:
 
 
 def _require_top_k(setup: TermSetup) -> None:
-    """Check that a cache of top-k logits can be compared with this student.
-
-    Raises:
-        ValueError: what is missing, and the remedy.
-    """
+    """Check that a cache of top-k logits can be compared with this student."""
     setup.require(TOP_K)
     config, temperatures = setup.config, setup.cache.manifest["temperatures"]
     if config.temperature not in temperatures:
