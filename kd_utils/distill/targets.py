@@ -218,8 +218,9 @@ def _followed(
     if "hidden" not in rows[0].signals:
         return single, None
 
-    def side(name: str, rows: list[Example], predicts: Callable) -> tuple[torch.Tensor, ...]:
-        last = [getattr(lined, name) for lined in groups]
+    def side(
+        rows: list[Example], last: list[np.ndarray], predicts: Callable
+    ) -> tuple[torch.Tensor, ...]:
         places = [(b, np.arange(last[b][g], last[b][g + 1])) for b, g in longer]
         return (
             tensor([predicts(b, at) for b, at in places]),
@@ -227,8 +228,9 @@ def _followed(
             tensor([np.full(len(at), k) for k, (_, at) in enumerate(places)]),
         )
 
-    student = side("student", examples, lambda b, at: at + b * width)
-    teacher = side("teacher", rows, lambda b, at: rows[b].signals["hidden"][at])
+    hidden = [row.signals["hidden"] for row in rows]
+    student = side(examples, [lined.student for lined in groups], lambda b, at: at + b * width)
+    teacher = side(rows, [lined.teacher for lined in groups], lambda b, at: hidden[b][at])
     return single, Spans(student, teacher, len(longer))
 
 

@@ -25,8 +25,7 @@ class TermSetup(NamedTuple):
     Attributes:
         config: the trial's.
         cache: the teacher's signals.
-        student: the configuration of the student's text model.
-        vocabulary: the student's.
+        student: the configuration of the student's text model; vocabulary: the student's.
         device: where the loss is computed.
         teacher_index: the number of this teacher among several.
     """
@@ -216,10 +215,6 @@ def layers_needed(teachers: Iterable[TeacherTerms]) -> dict[str, set[int]]:
 def open_caches(config: TrialConfig, data_hash: str) -> list[teacher_cache.TeacherCache]:
     """The verified caches of the trial's teachers, the trial's own experiment first.
 
-    Args:
-        config: the trial's.
-        data_hash: of the prepared data.
-
     Raises:
         CacheError: a cache is missing, not verified, or made from something else; and the remedy.
     """
@@ -240,12 +235,11 @@ def all_teacher_terms(
     config: TrialConfig,
     device: torch.device,
 ) -> torch.nn.ModuleList:
-    """`teacher_terms_of` each of the trial's teachers, from verified caches.
+    """`teacher_terms_of` each of the trial's teachers.
 
     Args:
         caches: as `open_caches` gives them.
-        model: the student; vocabulary: the student's.
-        config: the trial's.
+        model, vocabulary: the student's.
         device: where the loss is computed.
     """
     student, weights = model.config.get_text_config(), config.teachers.values()

@@ -87,18 +87,17 @@ class KD(Term):
         return total / count
 
     def _span_kl(self, student: torch.Tensor, head: OutputHead, spans: Spans) -> torch.Tensor:
-        places, *groups = spans.student
+        places, tokens, group = spans.student
         student_log = logit_losses.span_log_probs(
-            student[places], head, *groups, spans.count, self.temperature
+            student[places], head, tokens, group, spans.count, self.temperature
         )
         with torch.no_grad():
-            hidden, *groups = spans.teacher
+            hidden, tokens, group = spans.teacher
             teacher_log = logit_losses.span_log_probs(
-                hidden, self.head, *groups, spans.count, self.temperature
+                hidden, self.head, tokens, group, spans.count, self.temperature
             )
-        return logit_losses.outcome_kl(
-            student_log[:, None], teacher_log[:, None], self.temperature
-        ).sum()
+        sides = student_log[:, None], teacher_log[:, None]
+        return logit_losses.outcome_kl(*sides, self.temperature).sum()
 
     @classmethod
     def mixes(cls, terms: Sequence[Self], targets: Sequence[Targets]) -> bool:
@@ -144,7 +143,6 @@ def _shared(setup: TermSetup) -> logit_losses.Shared | None:
 
 
 def _require_top_k(setup: TermSetup) -> None:
-    """Check that a cache of top-k logits can be compared with this student."""
     setup.require(TOP_K)
     config, temperatures = setup.config, setup.cache.manifest["temperatures"]
     if config.temperature not in temperatures:
