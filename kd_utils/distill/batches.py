@@ -89,17 +89,15 @@ def split_batch(
     return parts
 
 
-def epoch_batches(
-    lengths: list[int], batch_size: int, seed: int, epoch: int, *, pool: int = 16
-) -> list[list[int]]:
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Indices in batches of similar length, shuffled; the same for every method at one seed.
 
-    Rows are shuffled, cut into pools of `pool` batches, and sorted by length within a pool; then
+    Rows are shuffled, cut into pools of 16 batches, and sorted by length within a pool; then
     the batches are shuffled. This leaves little padding, and different rows meet in each epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    pools = [order[i : i + pool * batch_size] for i in range(0, len(order), pool * batch_size)]
+    pools = [order[i : i + 16 * batch_size] for i in range(0, len(order), 16 * batch_size)]
     by_length = np.concatenate(
         [p[np.argsort(np.asarray(lengths)[p], kind="stable")] for p in pools]
     )

@@ -64,8 +64,9 @@ class AttentionMaps(LayerTerm):
     def compare(
         self, k: int, signals: Signals, layer: int, targets: Targets, column: str
     ) -> torch.Tensor:
-        student, maps = signals.attentions[layer], targets.maps[column]
-        return attention_mse(student, maps, self.count(targets.whole), self.mix)
+        return attention_mse(
+            signals.attentions[layer], targets.maps[column], self.count(targets.whole), self.mix
+        )
 
     def about(self) -> str:
         mix = self.mix

@@ -50,8 +50,14 @@ class KD(Term):
         if weight is None:
             _require_top_k(setup)
             return cls(None, config.temperature, temperatures=manifest["temperatures"])
+        teacher, shared = setup.cache.vocabulary(), None
+        sizes = setup.shape["vocab_size"], setup.student.vocab_size
+        # Models of one tokenizer may have output rows that no id uses, and not equally many.
+        if sizes[0] != sizes[1] or not same_pieces(teacher, setup.vocabulary):
+            pieces = logit_losses.shared_output_rows(teacher, setup.vocabulary, *sizes)
+            shared = logit_losses.Shared.of(pieces.teacher, pieces.student, *sizes, setup.device)
         head = OutputHead(weight.float().to(setup.device), **manifest["head"])
-        return cls(head, config.temperature, shared=_shared(setup), logit_loss=config.logit_loss)
+        return cls(head, config.temperature, shared=shared, logit_loss=config.logit_loss)
 
     def about(self) -> str:
         if self.shared is None:
@@ -64,12 +70,12 @@ class KD(Term):
 
     def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> torch.Tensor:
         student, teacher = signals.hidden.flatten(0, 1), targets.signals
-        keep = slice(None) if self.logit_loss == "uld" or targets.single is None else targets.single
-        places, count = targets.places[keep], self.count(targets.whole)
+        count = self.count(targets.whole)
         if self.logit_loss == "uld":
-            return logit_losses.uld_loss(
-                student[places], head, teacher["hidden"], self.head, self.temperature, count
-            )
+            sides = student[targets.places], head, teacher["hidden"], self.head
+            return logit_losses.uld_loss(*sides, self.temperature, count)
+        keep = slice(None) if targets.single is None else targets.single
+        places = targets.places[keep]
         if self.head is None:
             # Whether a longer group's tokens are among the largest logits is not known.
             losses = logit_losses.forward_kl_top_k(
@@ -130,16 +136,6 @@ class KD(Term):
             terms[0].count(targets[0].whole),
             mixture=list(weights),
         )
-
-
-def _shared(setup: TermSetup) -> logit_losses.Shared | None:
-    """The pieces that both sides have; None where each id means the same to both."""
-    teacher, sizes = setup.cache.vocabulary(), (setup.shape["vocab_size"], setup.student.vocab_size)
-    # Models of one tokenizer may have output rows that no id uses, and not equally many.
-    if same_pieces(teacher, setup.vocabulary) and sizes[0] == sizes[1]:
-        return None
-    pieces = logit_losses.shared_output_rows(teacher, setup.vocabulary, *sizes)
-    return logit_losses.Shared.of(pieces.teacher, pieces.student, *sizes, setup.device)
 
 
 def _require_top_k(setup: TermSetup) -> None:
