@@ -236,7 +236,7 @@ def kd_utils_row(
 ) -> dict[str, Any]:
     """Compute this project's numbers for one row, group by group, and compare the gradients."""
     from kd_utils.distill.batches import collate
-    from kd_utils.distill.logit_losses import kd_loss, span_kl, span_log_probs, uld_loss
+    from kd_utils.distill.logit_losses import kd_loss, outcome_kl, span_log_probs, uld_loss
     from kd_utils.distill.terms.kd import KD
     from kd_utils.models.output_head import OutputHead
     from kd_utils.models.signals import Signals
@@ -305,7 +305,8 @@ def kd_utils_row(
             name: {"joint": chain(name, None).exp(), "mass": chain(name, -1).exp()}
             for name in SIDES
         }
-        out["span"] = span_kl(chain("student", None), chain("teacher", None), 1.0)
+        chains = (chain(name, None)[:, None] for name in SIDES)
+        out["span"] = outcome_kl(*chains, 1.0)
     single, slopes = torch.tensor(before["student"])[out["single"]], {}
     for loss in ("uld", "kl"):
         term = KD(head["teacher"], 1.0, shared=shared, logit_loss=loss)

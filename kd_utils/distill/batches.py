@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.trial import TrialConfig
@@ -26,16 +25,14 @@ class Batch:
         predicting: (A,) flat positions b T + t that predict an answer token.
         targets: (A,) those tokens.
         teachers: each teacher's signals.
-        sizes: the number of "answers" (answer tokens).
-        whole: the same of the whole batch, when this is a part of it.
+        whole: the number of "answers" (answer tokens), in the whole batch when this is a part.
     """
 
-    input_ids: Tensor
+    input_ids: torch.Tensor
     lengths: list[int]
-    predicting: Tensor
-    targets: Tensor
+    predicting: torch.Tensor
+    targets: torch.Tensor
     teachers: list[Targets]
-    sizes: Counter[str]
     whole: Counter[str]
 
 
@@ -46,37 +43,27 @@ def collate(
     distill_tokens: str = "all",
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Examples as tensors.
+    """Examples, with the student's tokens, as tensors on `device`.
 
     Args:
-        examples: with the student's tokens.
         teachers: for each teacher, the rows of its cache for the same examples, in the same order.
             None: `examples` themselves hold the signals, if any, of a teacher with their tokens.
         distill_tokens: compare "all" real tokens, or those that predict the "answer".
-        device: where the tensors go.
     """
-    device = torch.device(device)
     input_ids, lengths = right_padded(examples)
+    width, answers = input_ids.shape[1], zip(examples, lengths)
     predicting = np.concatenate(
-        [
-            np.arange(row.answer_start - 1, n - 1) + b * input_ids.shape[1]
-            for b, (row, n) in enumerate(zip(examples, lengths))
-        ]
+        [np.arange(row.answer_start - 1, n - 1) + b * width for b, (row, n) in enumerate(answers)]
     )
     if teachers is None:
         teachers = [examples] if examples[0].signals else []
-    targets = [
-        targets_of(examples, rows, input_ids.shape[1], distill_tokens, device) for rows in teachers
-    ]
-    sizes = Counter(answers=len(predicting))
     return Batch(
         tensor_of(input_ids, device),
         lengths,
         tensor_of(predicting, device),
         tensor_of(input_ids.reshape(-1)[predicting + 1], device),
-        targets,
-        sizes,
-        sizes,
+        [targets_of(examples, rows, width, distill_tokens, device) for rows in teachers],
+        Counter(answers=len(predicting)),
     )
 
 
@@ -95,25 +82,22 @@ def split_batch(
         collate(examples[part], teachers and [rows[part] for rows in teachers], **options)
         for part in slices
     ]
-    of_teachers = zip(*(part.teachers for part in parts), strict=True)
-    for group in (parts, *of_teachers):
-        whole = sum((part.sizes for part in group), Counter())
+    for group in (parts, *zip(*(part.teachers for part in parts), strict=True)):
+        whole = sum((part.whole for part in group), Counter())
         for part in group:
             part.whole = whole
     return parts
 
 
-def epoch_batches(
-    lengths: list[int], batch_size: int, seed: int, epoch: int, *, pool: int = 16
-) -> list[list[int]]:
+def epoch_batches(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
     """Indices in batches of similar length, shuffled; the same for every method at one seed.
 
-    Rows are shuffled, cut into pools of `pool` batches, and sorted by length within a pool; then
+    Rows are shuffled, cut into pools of 16 batches, and sorted by length within a pool; then
     the batches are shuffled. This leaves little padding, and different rows meet in each epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(lengths))
-    pools = [order[i : i + pool * batch_size] for i in range(0, len(order), pool * batch_size)]
+    pools = [order[i : i + 16 * batch_size] for i in range(0, len(order), 16 * batch_size)]
     by_length = np.concatenate(
         [p[np.argsort(np.asarray(lengths)[p], kind="stable")] for p in pools]
     )
@@ -140,11 +124,12 @@ class TrialData:
     teacher: rows start in the order of their length in the student's tokens.
 
     Args:
-        prepared: the prepared data.
         encoded: split -> its examples with the student's tokens.
         caches: one verified cache per teacher.
+
+    Attributes:
         config: the trial's.
-        device: where batches go.
+        table: the validation rows.
     """
 
     def __init__(
@@ -155,40 +140,42 @@ class TrialData:
         config: TrialConfig,
         device: torch.device,
     ) -> None:
-        students = {row.example_id: row for rows in encoded.values() for row in rows}
-        self.config, self.students = config, students
+        self.config, self.device = config, device
         self.caches = caches if config.distils else []
+        self.students = {row.example_id: row for rows in encoded.values() for row in rows}
         self.train_ids, self.validation_ids = (
-            sorted(caches[0].splits[split], key=lambda i: (len(students[i].tokens), i))
+            sorted(caches[0].splits[split], key=lambda i: (len(self.students[i].tokens), i))
             for split in ("train", "validation")
         )
-        self.lengths = [len(students[i].tokens) for i in self.train_ids]
-        table = prepared.validation
-        self.task_of = dict(zip(table["example_id"], table["task"], strict=True))
-        self.options = {"distill_tokens": config.distill_tokens, "device": device}
+        self.table = prepared.validation
 
     def steps(self, epoch: int) -> Iterator[list[Batch]]:
         """The micro-batches of each optimiser step of an epoch; none in epoch 0."""
-        return prefetched(self._step, self._plan(epoch) if epoch else [])
+        return prefetched(self._parts, self._plan(epoch) if epoch else [])
 
     def probe(self) -> Batch:
         """A fixed batch: the first of the first epoch, on which gradient shares are measured."""
-        return self._step(self._plan(1)[0])[0]
+        return self._parts(self._plan(1)[0])[0]
 
     def validation(self) -> Iterator[tuple[Batch, list[str]]]:
         """Each validation batch with the task of each of its examples."""
         size, ids = self.config.batch_size, self.validation_ids
-        return prefetched(self._validation, [ids[i : i + size] for i in range(0, len(ids), size)])
+        task_of = dict(zip(self.table["example_id"], self.table["task"], strict=True))
+        plan = [ids[i : i + size] for i in range(0, len(ids), size)]
+        tasks = ([task_of[i] for i in batch] for batch in plan)
+        return zip(prefetched(lambda batch: self._parts(batch, size)[0], plan), tasks, strict=True)
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        return epoch_batches(self.lengths, self.config.batch_size, self.config.seed, epoch)
+    def _plan(self, epoch: int) -> list[list[str]]:
+        lengths = [len(self.students[i].tokens) for i in self.train_ids]
+        plan = epoch_batches(lengths, self.config.batch_size, self.config.seed, epoch)
+        return [[self.train_ids[k] for k in batch] for batch in plan]
 
-    def _rows(self, ids: list[str]) -> tuple[list[Example], list[list[Example]]]:
-        return [self.students[i] for i in ids], [[cache[i] for i in ids] for cache in self.caches]
-
-    def _step(self, indices: list[int]) -> list[Batch]:
-        examples, teachers = self._rows([self.train_ids[i] for i in indices])
-        return split_batch(examples, self.config.micro_batch_size, teachers, **self.options)
-
-    def _validation(self, ids: list[str]) -> tuple[Batch, list[str]]:
-        return collate(*self._rows(ids), **self.options), [self.task_of[i] for i in ids]
+    def _parts(self, ids: list[str], size: int | None = None) -> list[Batch]:
+        """These rows in parts of `size`; None: in micro-batches."""
+        return split_batch(
+            [self.students[i] for i in ids],
+            size or self.config.micro_batch_size,
+            [[cache[i] for i in ids] for cache in self.caches],
+            distill_tokens=self.config.distill_tokens,
+            device=self.device,
+        )

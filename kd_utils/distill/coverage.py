@@ -8,17 +8,15 @@ import pandas as pd
 import torch
 
 from kd_utils.cache.teacher_cache import TeacherCache
-from kd_utils.distill.logit_losses import with_output_rows
 from kd_utils.distill.targets import groups_of
 from kd_utils.models.output_head import OutputHead
-from kd_utils.tokens.encoding import Example
-from kd_utils.tokens.vocabulary import SharedPieces, Vocabulary, shared_pieces
+from kd_utils.tokens import encoding, vocabulary
 
 
 def token_agreement(
-    teacher: list[Example],
-    student: list[Example],
-    vocabularies: tuple[Vocabulary, Vocabulary],
+    teacher: list[encoding.Example],
+    student: list[encoding.Example],
+    vocabularies: tuple[vocabulary.Vocabulary, vocabulary.Vocabulary],
     tasks: Iterable[str],
 ) -> pd.DataFrame:
     """Compare two tokenizations of the same rows, task by task.
@@ -34,7 +32,7 @@ def token_agreement(
         teacher's tokens that are pieces of both vocabularies; `hidden states`, the share of the
         student's tokens that end a group, where a hidden state is compared.
     """
-    shared = set(shared_pieces(*vocabularies).teacher.tolist())
+    shared = set(vocabulary.shared_pieces(*vocabularies).teacher.tolist())
     counts = []
     for teacher_row, student_row, task in zip(teacher, student, tasks, strict=True):
         groups, tokens = groups_of(teacher_row, student_row), teacher_row.tokens.tolist()
@@ -43,23 +41,22 @@ def token_agreement(
     columns = ["task", "rows", "teacher tokens", "student tokens", "groups", "single", "shared"]
     total = pd.DataFrame(counts, columns=columns).groupby("task", sort=False).sum()
     lengths = total[["teacher tokens", "student tokens", "groups"]].div(total["rows"], axis=0)
-    shares = {
-        "single groups": total["single"] / total["groups"],
-        "shared pieces": total["shared"] / total["teacher tokens"],
-        "hidden states": total["groups"] / total["student tokens"],
-    }
-    return pd.concat([total["rows"], lengths, pd.DataFrame(shares)], axis=1)
-
-
-def shared_output_rows(cache: TeacherCache, student: Vocabulary) -> SharedPieces:
-    """The pieces of both vocabularies that have a row in the teacher's and the student's head."""
-    shared = shared_pieces(cache.vocabulary(), student)
-    return with_output_rows(shared, cache.manifest["shape"]["vocab_size"], len(student.pieces))
+    return total[["rows"]].assign(
+        **lengths,
+        **{
+            "single groups": total["single"] / total["groups"],
+            "shared pieces": total["shared"] / total["teacher tokens"],
+            "hidden states": total["groups"] / total["student tokens"],
+        },
+    )
 
 
 @torch.no_grad()
 def shared_mass(
-    cache: TeacherCache, example_ids: Iterable[str], pieces: SharedPieces, temperature: float
+    cache: TeacherCache,
+    example_ids: Iterable[str],
+    pieces: vocabulary.SharedPieces,
+    temperature: float,
 ) -> list[float]:
     """The teacher's probability of shared pieces, for each example the mean over its positions.
 
@@ -71,9 +68,8 @@ def shared_mass(
         temperature: T of softmax(z / T).
     """
     head = OutputHead(cache.lm_head().float(), **cache.manifest["head"])
-    masses = []
-    for example_id in example_ids:
-        hidden = torch.from_numpy(cache[example_id].signals["hidden"].astype("float32"))
-        probabilities = (head.logits(hidden) / temperature).softmax(-1)
-        masses.append(float(probabilities[:, pieces.teacher].sum(-1).mean()))
-    return masses
+    states = (torch.from_numpy(cache[i].signals["hidden"].astype("float32")) for i in example_ids)
+    return [
+        float((head.logits(hidden) / temperature).softmax(-1)[:, pieces.teacher].sum(-1).mean())
+        for hidden in states
+    ]

@@ -1,20 +1,16 @@
 """The losses of L_KD: how far two models' next-token distributions are apart."""
 
-from __future__ import annotations
+from typing import NamedTuple, Self
 
-from dataclasses import dataclass
-
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kd_utils.models.output_head import OutputHead
-from kd_utils.tokens.vocabulary import SharedPieces
+from kd_utils.tokens import vocabulary
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(NamedTuple):
     """Ids of the pieces that two vocabularies share, on the device.
 
     Attributes:
@@ -22,66 +18,63 @@ class Shared:
         teacher_rest, student_rest: all other ids of each side.
     """
 
-    teacher: Tensor
-    student: Tensor
-    teacher_rest: Tensor
-    student_rest: Tensor
+    teacher: torch.Tensor
+    student: torch.Tensor
+    teacher_rest: torch.Tensor
+    student_rest: torch.Tensor
 
     @classmethod
     def of(
         cls,
-        teacher: Tensor,
-        student: Tensor,
+        teacher: torch.Tensor | np.ndarray,
+        student: torch.Tensor | np.ndarray,
         teacher_size: int,
         student_size: int,
         device: torch.device | str = "cpu",
-    ) -> Shared:
+    ) -> Self:
         """From the shared ids and the numbers of output rows, some of which no id may use."""
-
-        def rest(ids: Tensor, size: int) -> Tensor:
-            left = torch.ones(size, dtype=torch.bool)
-            left[ids] = False
-            return left.nonzero()[:, 0].to(device)
-
-        return cls(
-            teacher.to(device),
-            student.to(device),
-            rest(teacher, teacher_size),
-            rest(student, student_size),
-        )
+        teacher_rest = np.setdiff1d(np.arange(teacher_size), teacher)
+        student_rest = np.setdiff1d(np.arange(student_size), student)
+        ids = (teacher, student, teacher_rest, student_rest)
+        return cls(*(torch.as_tensor(side, device=device) for side in ids))
 
 
-def with_output_rows(pieces: SharedPieces, teacher_size: int, student_size: int) -> SharedPieces:
-    """The shared pieces that both models have an output row for."""
+def shared_output_rows(
+    teacher: vocabulary.Vocabulary,
+    student: vocabulary.Vocabulary,
+    teacher_size: int,
+    student_size: int,
+) -> vocabulary.SharedPieces:
+    """The pieces of both vocabularies that have a row in both heads, of these sizes."""
+    pieces = vocabulary.shared_pieces(teacher, student)
     kept = (pieces.teacher < teacher_size) & (pieces.student < student_size)
-    return SharedPieces(pieces.teacher[kept], pieces.student[kept])
+    return vocabulary.SharedPieces(pieces.teacher[kept], pieces.student[kept])
 
 
 def kd_loss(
-    student_hidden: Tensor,
-    student_head: OutputHead | Tensor,
-    teacher_hidden: Tensor | list[Tensor],
-    teacher_head: OutputHead | Tensor | list[OutputHead],
+    student_hidden: torch.Tensor,
+    student_head: OutputHead | torch.Tensor,
+    teacher_hidden: torch.Tensor | list[torch.Tensor],
+    teacher_head: OutputHead | torch.Tensor | list[OutputHead],
     temperature: float,
     normaliser: int | None = None,
     *,
     shared: Shared | None = None,
     mixture: list[float] | None = None,
     chunk_tokens: int = 512,
-) -> Tensor:
-    """L_KD = sum over tokens of T^2 KL(p || q) / normaliser, p = softmax(z_t / T), q = softmax(z_s
-    / T).
+) -> torch.Tensor:
+    """L_KD = sum over tokens of T^2 KL(softmax(z_t / T) || softmax(z_s / T)) / normaliser.
 
-    Hinton et al. 2015, section 2: T^2 keeps the size of the gradient independent of T. The
-    teacher's entropy is included, so the value is 0 where the two agree, at every T.
+    T^2 keeps the size of the gradient independent of T (Hinton et al. 2015, section 2). The
+    teacher's entropy is included: the value is 0 where the two agree.
 
     The KL runs over the whole vocabulary; with `shared`, over the pieces that both vocabularies
     have and one bucket for all others, whose mass is exact. That is KL(p' || q) as well, where p'
     spreads the teacher's rest over the student's other pieces as the student does. If the student
     has no other piece, p' is the teacher's distribution over the shared pieces.
 
-    Logits exist for `chunk_tokens` tokens at a time. The gradient is computed beside the value, in
-    the forward pass (as in Liger Kernel, Hsu et al. 2024): no (N, V) tensor is kept or recomputed.
+    Logits exist for `chunk_tokens` tokens at a time. The gradient is computed in the forward pass
+    (as in Liger Kernel, Hsu et al. 2024): no (N, V) tensor is kept or recomputed.
 
     Args:
         student_hidden: (N, d_s).
@@ -98,18 +91,9 @@ def kd_loss(
     """
     heads = list(map(_as_head, _listed(teacher_head)))
     teachers = list(zip(_listed(teacher_hidden), heads, mixture or [1.0], strict=True))
-    head, largest = _as_head(student_head), max(len(teacher.weight) for teacher in heads)
-    chunk_tokens = max(16, min(chunk_tokens, 2**25 // largest))
-    total = _SummedKL.apply(
-        student_hidden,
-        head.weight,
-        head,
-        teachers,
-        temperature,
-        shared,
-        chunk_tokens,
-        torch.is_grad_enabled(),
-    )
+    head, limit = _as_head(student_head), 2**25 // max(len(teacher.weight) for teacher in heads)
+    options = temperature, shared, max(16, min(chunk_tokens, limit)), torch.is_grad_enabled()
+    total = _SummedKL.apply(student_hidden, head.weight, head, teachers, *options)
     return total / (normaliser or max(len(student_hidden), 1))
 
 
@@ -117,7 +101,7 @@ def _listed(value: object) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _as_head(head: OutputHead | Tensor) -> OutputHead:
+def _as_head(head: OutputHead | torch.Tensor) -> OutputHead:
     return head if isinstance(head, OutputHead) else OutputHead(head)
 
 
@@ -125,15 +109,15 @@ class _SummedKL(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        hidden: Tensor,
-        weight: Tensor,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
         head: OutputHead,
-        teachers: list[tuple[Tensor, OutputHead, float]],
+        teachers: list[tuple[torch.Tensor, OutputHead, float]],
         temperature: float,
         shared: Shared | None,
         chunk_tokens: int,
         wants_gradient: bool,
-    ) -> Tensor:
+    ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         gradients = (torch.empty_like(hidden), torch.zeros_like(weight)) if wants_gradient else None
         for start in range(0, len(hidden), chunk_tokens):
@@ -141,7 +125,7 @@ class _SummedKL(torch.autograd.Function):
             logits = head.logits(hidden[rows])
             # Before `div_`, which changes the logits in place where they are float32.
             by_raw_logits = head.slope(logits)
-            student_log = F.log_softmax(logits.float().div_(temperature), dim=-1)
+            student_log = logits.float().div_(temperature).log_softmax(-1)
             parts = [
                 _log_probs(teacher[rows], teacher_head, temperature, mixed)
                 for teacher, teacher_head, mixed in teachers
@@ -150,9 +134,9 @@ class _SummedKL(torch.autograd.Function):
             if shared is not None:
                 teacher_log = _over_student_pieces(teacher_log, student_log, shared)
             teacher_probs = teacher_log.exp()
-            no_mass = None if shared is None else teacher_log == -torch.inf
             gap = teacher_log.sub_(student_log).mul_(teacher_probs)
-            gap = gap if shared is None else gap.masked_fill_(no_mass, 0)  # 0 log 0 = 0
+            if shared is not None:
+                gap.masked_fill_(teacher_probs == 0, 0)  # 0 log 0 = 0
             total += temperature**2 * gap.sum()
             if gradients:  # of T^2 KL with respect to the student's logits: T (q - p)
                 slope = student_log.exp_().sub_(teacher_probs).mul_(temperature)
@@ -164,91 +148,120 @@ class _SummedKL(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, slope: Tensor):
+    def backward(ctx, slope: torch.Tensor):
         hidden, head = ctx.saved_tensors
         return slope * hidden, slope * head, None, None, None, None, None, None
 
 
-def _log_probs(hidden: Tensor, head: OutputHead, temperature: float, weight: float = 1.0) -> Tensor:
+def _log_probs(
+    hidden: torch.Tensor, head: OutputHead, temperature: float, weight: float
+) -> torch.Tensor:
     """log(weight softmax(z / T)), (n, V)."""
-    log_probs = F.log_softmax(
-        head.logits(hidden.to(head.weight.dtype)).float().div_(temperature), dim=-1
-    )
+    hidden = hidden.to(head.weight.dtype)
+    log_probs = head.logits(hidden).float().div_(temperature).log_softmax(-1)
     return log_probs if weight == 1.0 else log_probs + torch.tensor(weight).log()
 
 
-def _over_student_pieces(teacher_log: Tensor, student_log: Tensor, shared: Shared) -> Tensor:
+def _over_student_pieces(
+    teacher_log: torch.Tensor, student_log: torch.Tensor, shared: Shared
+) -> torch.Tensor:
     """(n, V_s) log p' of `kd_loss`: the teacher's distribution over the student's pieces."""
     student_side = torch.full_like(student_log, -torch.inf)
     pieces = teacher_log.index_select(1, shared.teacher)
-    if len(shared.student_rest) == 0:
-        pieces = pieces - pieces.logsumexp(-1, keepdim=True) if len(shared.teacher_rest) else pieces
-    elif len(shared.teacher_rest):
+    if len(shared.teacher_rest) and len(shared.student_rest):
         rest = teacher_log.index_select(1, shared.teacher_rest).logsumexp(-1, keepdim=True)
         others = student_log.index_select(1, shared.student_rest)
         others = others + (rest - others.logsumexp(-1, keepdim=True))
         student_side.index_copy_(1, shared.student_rest, others)
+    elif len(shared.teacher_rest):
+        pieces = pieces - pieces.logsumexp(-1, keepdim=True)
     return student_side.index_copy_(1, shared.student, pieces)
 
 
-def span_kl(student_log: Tensor, teacher_log: Tensor, temperature: float) -> Tensor:
-    """T^2 KL per group of tokens between two outcomes: the group's text, and anything else.
+def outcome_kl(
+    student_log: torch.Tensor, teacher_log: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """T^2 KL per row over k outcomes and one bucket for all others, whose mass is the rest.
 
-    For a group of several tokens, only the probability of its text can be compared: the product
-    over its tokens, each predicted at the position before it.
+    For a group of several tokens only the probability of its text can be compared, and k is 1.
 
     Args:
-        student_log, teacher_log: (M,) log-probability of each group's text.
+        student_log, teacher_log: (N, k) log-probability of each outcome.
 
     Returns:
-        (M,) nats, times T^2; 0 where the two agree.
+        (N,) nats, times T^2; 0 where the two agree.
     """
-    student_rest, teacher_rest = log_rest(student_log[:, None]), log_rest(teacher_log[:, None])
-    text = teacher_log.exp() * (teacher_log - student_log)
-    return temperature**2 * (text + teacher_rest.exp() * (teacher_rest - student_rest))
+    # log(1 - sum of the outcomes), kept finite where float32 leaves the rest no mass.
+    student_rest, teacher_rest = (
+        torch.log1p(-side.exp().sum(-1).clamp(max=1 - 1e-6)) for side in (student_log, teacher_log)
+    )
+    inside = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
+    return temperature**2 * (inside + teacher_rest.exp() * (teacher_rest - student_rest))
+
+
+def forward_kl_top_k(
+    student_logits: torch.Tensor,
+    top_logits: torch.Tensor,
+    top_ids: torch.Tensor,
+    log_mass: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """T^2 KL per token over the teacher's top k tokens and one bucket for the rest.
+
+    Merging tokens can only lower a KL (data processing inequality), so this is a lower bound of
+    `kd_loss`; it is equal where the student is proportional to the teacher within the rest.
+
+    Args:
+        student_logits: (N, V).
+        top_logits: (N, k) the teacher's largest logits z; top_ids: (N, k) their ids, int64.
+        log_mass: (N,) log sum_v exp(z_v / T) over the whole vocabulary, for this T.
+
+    Returns:
+        (N,) nats, times T^2.
+    """
+    student_log = (student_logits.float() / temperature).log_softmax(-1).gather(-1, top_ids)
+    teacher_log = top_logits.float() / temperature - log_mass.float()[:, None]
+    return outcome_kl(student_log, teacher_log, temperature)
 
 
 def span_log_probs(
-    hidden: Tensor,
-    head: OutputHead | Tensor,
-    targets: Tensor,
-    span: Tensor,
+    hidden: torch.Tensor,
+    head: OutputHead | torch.Tensor,
+    targets: torch.Tensor,
+    span: torch.Tensor,
     spans: int,
     temperature: float,
-) -> Tensor:
-    """(M,) log-probability of each group: the sum over its tokens of log softmax(z / T).
+) -> torch.Tensor:
+    """Log-probability of each group of tokens: the sum over its tokens of log softmax(z / T).
 
     Args:
-        hidden: (P, d) at the positions that predict a token.
-        targets: (P,) those tokens.
-        span: (P,) the number of the group that each token belongs to.
-        spans: M.
-        temperature: T.
+        hidden: (P, d) at the positions that predict a token; targets: (P,) those tokens.
+        span: (P,) the number of the group that each token belongs to, below `spans`.
+
+    Returns:
+        (spans,) nats.
     """
     head, total = _as_head(head), torch.zeros(spans, device=hidden.device)
 
-    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+    def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits = head.logits(hidden.to(head.weight.dtype)).float() / temperature
-        return -F.cross_entropy(logits, targets, reduction="none")
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
     for start in range(0, len(hidden), 512):  # recomputed in the backward pass, and not kept
         rows = slice(start, start + 512)
-        total = total.index_add(
-            0, span[rows], checkpoint(part, hidden[rows], targets[rows], use_reentrant=False)
-        )
+        log_probs = checkpoint(part, hidden[rows], targets[rows], use_reentrant=False)
+        total = total.index_add(0, span[rows], log_probs)
     return total
 
 
 def uld_loss(
-    student_hidden: Tensor,
-    student_head: OutputHead | Tensor,
-    teacher_hidden: Tensor,
-    teacher_head: OutputHead | Tensor,
+    student_hidden: torch.Tensor,
+    student_head: OutputHead | torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_head: OutputHead | torch.Tensor,
     temperature: float,
     normaliser: int | None = None,
-    *,
-    chunk_tokens: int = 128,
-) -> Tensor:
+) -> torch.Tensor:
     """Universal logit distillation: sum over tokens of sum_k |p_(k) - q_(k)| / normaliser, both
     sorted by size (Boizard et al. 2024, eq. 3, with the distance in closed form).
 
@@ -258,26 +271,21 @@ def uld_loss(
     Args, returns: as `kd_loss`; between 0 and 2 per token.
     """
     heads = (_as_head(student_head), _as_head(teacher_head))
+    wide = max(len(head.weight) for head in heads)
     total = torch.zeros((), device=student_hidden.device)
 
-    def part(student: Tensor, teacher: Tensor) -> Tensor:
-        probs = [
-            (head.logits(h.to(head.weight.dtype)).float() / temperature)
-            .softmax(-1)
-            .sort(-1, descending=True)[0]
-            for head, h in zip(heads, (student, teacher))
+    def part(*hidden: torch.Tensor) -> torch.Tensor:
+        logits = [
+            head.logits(side.to(head.weight.dtype)).float() / temperature
+            for head, side in zip(heads, hidden)
         ]
-        wide = max(side.shape[-1] for side in probs)
-        student, teacher = (F.pad(side, (0, wide - side.shape[-1])) for side in probs)
+        ordered = [side.softmax(-1).sort(-1, descending=True)[0] for side in logits]
+        student, teacher = (
+            torch.nn.functional.pad(side, (0, wide - side.shape[-1])) for side in ordered
+        )
         return (student - teacher.detach()).abs().sum()
 
-    for start in range(0, len(student_hidden), chunk_tokens):  # sorted again, and not kept
-        chunk = (side[start : start + chunk_tokens] for side in (student_hidden, teacher_hidden))
+    for start in range(0, len(student_hidden), 128):  # sorted again, and not kept
+        chunk = (side[start : start + 128] for side in (student_hidden, teacher_hidden))
         total = total + checkpoint(part, *chunk, use_reentrant=False)
     return total / (normaliser or max(len(student_hidden), 1))
-
-
-def log_rest(log_probs: Tensor) -> Tensor:
-    """log(1 - sum exp(log_probs)), kept finite where float32 leaves the rest no mass."""
-    mass = log_probs.exp().sum(-1).clamp(max=1 - 1e-6)
-    return torch.log1p(-mass)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -16,19 +17,17 @@ class Mean:
     """Running means of named numbers; tensors are read at the end, so that no step waits."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, float] = {}
+        self._sums: dict[str, Any] = defaultdict(float)
+        self._counts: dict[str, float] = defaultdict(float)
 
-    def add(self, values: dict[str, Tensor | float], counts: dict[str, float]) -> None:
-        """Add totals: each value is a sum over `counts` elements."""
+    def add(self, values: dict[str, Tensor | float], count: float) -> None:
+        """Add totals, each a sum over `count` elements.
+
+        One of n micro-batches, with values divided by the whole batch's normaliser, counts 1 / n.
+        """
         for name, value in values.items():
-            value = value.detach().float() if isinstance(value, Tensor) else value
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0.0) + counts[name]
-
-    def add_part(self, values: dict[str, Tensor], parts: int) -> None:
-        """Add one micro-batch of `parts`, with values divided by the whole batch's normaliser."""
-        self.add(values, dict.fromkeys(values, 1 / parts))
+            self._sums[name] += value.detach().float() if isinstance(value, Tensor) else value
+            self._counts[name] += count
 
     def result(self, prefix: str = "") -> dict[str, float]:
         return {
@@ -36,51 +35,11 @@ class Mean:
         }
 
 
-class FiniteSteps:
-    """Stops a trial whose loss or gradient is not finite.
-
-    The numbers of a step are read when the next step is added: by then a GPU has computed them.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[int, Tensor, dict[str, Tensor]] | None = None
-
-    def add(self, global_step: int, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
-        """Add a step: its gradient norm before clipping, and its last micro-batch's terms.
-
-        Raises:
-            FloatingPointError: the step before this one was not finite.
-        """
-        self.check()
-        self._last = (
-            global_step,
-            gradient_norm.detach(),
-            {name: term.detach() for name, term in terms.items()},
-        )
-
-    def check(self) -> None:
-        """Check the last step.
-
-        Raises:
-            FloatingPointError: the step was not finite.
-        """
-        if self._last is None:
-            return
-        global_step, norm, terms = self._last
-        values = {
-            "gradient norm": norm.item(),
-            **{f"{name} loss": term.item() for name, term in terms.items()},
-        }
-        if not all(map(math.isfinite, values.values())):
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            raise FloatingPointError(
-                f"training diverged at step {global_step}: {shown}; lower learning_rate or the "
-                "weight of the term that is not finite, or set precision to 'float32'"
-            )
-
-
 class Meter:
     """Counts a trial's steps, tokens and seconds, and collects one row of metrics per epoch.
+
+    It stops a trial whose loss or gradient is not finite. The numbers of a step are read when the
+    next step is added: by then a GPU has computed them.
 
     Args:
         config: the trial's.
@@ -103,7 +62,7 @@ class Meter:
         self._loading = (datetime.now(UTC) - started).total_seconds()
         self._began = time.perf_counter()
         self.resumed_after = self.rows[-1]["epoch"] if self.rows else None
-        self._finite = FiniteSteps()
+        self._last_step: dict[str, Tensor] = {}
 
     @property
     def remaining(self) -> range:
@@ -113,13 +72,11 @@ class Meter:
     @property
     def seconds(self) -> dict[str, float]:
         """Seconds in all (killed executions included), of loading, training and evaluation."""
-        spent = self._earlier + self._loading + time.perf_counter() - self._began
-        training = sum(row["seconds"] for row in self.rows) - self._evaluating
         return {
             "load": self._loading,
             "evaluation": self._evaluating,
-            "total": spent,
-            "training": training,
+            "total": self._earlier + self._loading + time.perf_counter() - self._began,
+            "training": sum(row["seconds"] for row in self.rows) - self._evaluating,
         }
 
     def state(self) -> dict[str, Any]:
@@ -140,20 +97,18 @@ class Meter:
     def add(self, batch: Batch, loss: Tensor, terms: dict[str, Tensor], parts: int) -> None:
         """Add one micro-batch of the `parts` that make up an optimiser step."""
         named = {f"train_loss/{name}": value for name, value in terms.items()}
-        self._means.add_part({"train_loss": loss, **named}, parts)
+        self._means.add({"train_loss": loss, **named}, 1 / parts)
         self._tokens += sum(batch.lengths)
 
     def step(self, gradient_norm: Tensor, terms: dict[str, Tensor]) -> None:
-        """Count one optimiser step.
-
-        Args:
-            gradient_norm: before clipping.
-            terms: of the step's last micro-batch.
+        """Count one optimiser step, by its norm before clipping and its last micro-batch's terms.
 
         Raises:
             FloatingPointError: the step before this one was not finite.
         """
-        self._finite.add(self.global_step, gradient_norm, terms)
+        self._require_finite()
+        named = {f"{name} loss": value.detach() for name, value in terms.items()}
+        self._last_step = {"gradient norm": gradient_norm.detach(), **named}
         self.global_step += 1
 
     def stop_training(self) -> None:
@@ -162,27 +117,33 @@ class Meter:
         Raises:
             FloatingPointError: the last step was not finite.
         """
-        self._finite.check()
+        self._require_finite()
         self._trained = time.perf_counter()
 
-    def end_epoch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
-        """Add the epoch's row, and return it.
+    def _require_finite(self) -> None:
+        values = {name: value.item() for name, value in self._last_step.items()}
+        if not all(map(math.isfinite, values.values())):
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            raise FloatingPointError(
+                f"training diverged at step {self.global_step - 1}: {shown}; lower learning_rate "
+                "or the weight of the term that is not finite, or set precision to 'float32'"
+            )
 
-        Args:
-            measured: what `training.validate` gave.
-        """
+    def end_epoch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
+        """Add the epoch's row, with what `training.validate` measured, and return it."""
         now = time.perf_counter()
         self._evaluating += now - self._trained
-        row = {
-            "epoch": epoch,
-            **self._means.result(),
-            **{f"weight/{name}": weight for name, weight in self.config.weights.items()},
-            **measured,
-            "tok_per_sec": self._tokens / (self._trained - self._start),
-            "seconds": now - self._start,
-        }
-        self.rows.append(row)
-        return row
+        self.rows.append(
+            {
+                "epoch": epoch,
+                **self._means.result(),
+                **{f"weight/{name}": weight for name, weight in self.config.weights.items()},
+                **measured,
+                "tok_per_sec": self._tokens / (self._trained - self._start),
+                "seconds": now - self._start,
+            }
+        )
+        return self.rows[-1]
 
     def line(self) -> str:
         """The last epoch in one line: loss terms, accuracy, tokens per second, time left."""
@@ -192,14 +153,13 @@ class Meter:
             for name in self.config.weights
             if f"train_loss/{name}" in row
         ]
-        parts = [
-            f"epoch {row['epoch']} of {last}",
-            *([f"loss {', '.join(terms)}"] if terms else []),
-        ]
-        parts += [
-            f"validation loss {row['validation_loss']:.3f}",
-            f"accuracy {100 * row['validation_accuracy']:.1f} %",
-            f"{row['tok_per_sec']:,.0f} tokens/s",
-            f"{(last - row['epoch']) * row['seconds']:.0f} s left",
-        ]
-        return " | ".join(parts)
+        return " | ".join(
+            [
+                f"epoch {row['epoch']} of {last}",
+                *([f"loss {', '.join(terms)}"] if terms else []),
+                f"validation loss {row['validation_loss']:.3f}",
+                f"accuracy {100 * row['validation_accuracy']:.1f} %",
+                f"{row['tok_per_sec']:,.0f} tokens/s",
+                f"{(last - row['epoch']) * row['seconds']:.0f} s left",
+            ]
+        )

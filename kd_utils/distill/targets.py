@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from kd_utils.models.attention_maps import causal_slice
 from kd_utils.models.signal_kinds import kind_of
-from kd_utils.tokens.alignment import Groups, align, identity
+from kd_utils.tokens import alignment
 from kd_utils.tokens.encoding import Example
 
 
@@ -26,17 +25,17 @@ class Merge:
         groups: how many groups the keys have.
     """
 
-    rows: Tensor
-    group_of_key: Tensor
+    rows: torch.Tensor
+    group_of_key: torch.Tensor
     groups: int
 
-    def apply(self, rows: Tensor) -> Tensor:
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """(H, queries, K) -> (H, Q, groups)."""
         chosen = rows.index_select(1, self.rows)
         merged = torch.zeros(*chosen.shape[:2], self.groups, device=rows.device)
         return merged.index_add_(2, self.group_of_key, chosen)
 
-    def spread(self, slope: Tensor, queries: int) -> Tensor:
+    def spread(self, slope: torch.Tensor, queries: int) -> torch.Tensor:
         """The transpose, for gradients: (H, Q, groups) -> (H, queries, K)."""
         spread = torch.zeros(len(slope), queries, len(self.group_of_key), device=slope.device)
         return spread.index_copy_(1, self.rows, slope.index_select(2, self.group_of_key))
@@ -52,7 +51,7 @@ class Maps:
         merges: (teacher's, student's) where their tokens differ; None where they are the same.
     """
 
-    packed: list[Tensor]
+    packed: list[torch.Tensor]
     teacher_rows: list[tuple[int, int]]
     student_rows: list[tuple[int, int]]
     merges: list[tuple[Merge, Merge] | None]
@@ -60,21 +59,16 @@ class Maps:
 
 @dataclass
 class Spans:
-    """Groups of more than one token: the positions that predict their tokens, on each side.
+    """Groups of more than one token, each side as `logit_losses.span_log_probs` takes it.
 
     Attributes:
-        student: (P_s,) flat positions; teacher: (P_t, d) hidden states.
-        student_targets, teacher_targets: (P,) the tokens that follow.
-        student_span, teacher_span: (P,) the number of the group that each token belongs to.
+        student, teacher: what predicts each token, (P_s,) flat positions of the student or (P_t, d)
+            hidden states of the teacher; (P,) the tokens; (P,) the number of each token's group.
         count: how many groups.
     """
 
-    student: Tensor
-    student_targets: Tensor
-    student_span: Tensor
-    teacher: Tensor
-    teacher_targets: Tensor
-    teacher_span: Tensor
+    student: tuple[torch.Tensor, ...]
+    teacher: tuple[torch.Tensor, ...]
     count: int
 
 
@@ -90,17 +84,16 @@ class Targets:
             over the next token can be compared; None: all are.
         spans: what follows the other places; None if there are none.
         direct: every example has the same tokens on both sides.
-        sizes: the number of "places", and of "entries" and "queries" in one head's maps.
-        whole: the same of the whole batch, when this is a part of it.
+        whole: the number of "places", and of "entries" and "queries" in one head's maps, in the
+            whole batch when this is a part.
     """
 
-    places: Tensor
-    signals: dict[str, Tensor]
+    places: torch.Tensor
+    signals: dict[str, torch.Tensor]
     maps: dict[str, Maps]
-    single: Tensor | None
+    single: torch.Tensor | None
     spans: Spans | None
     direct: bool
-    sizes: Counter[str]
     whole: Counter[str]
 
 
@@ -109,51 +102,63 @@ def targets_of(
     rows: list[Example],
     width: int,
     distill_tokens: str,
-    device: torch.device,
+    device: torch.device | str,
 ) -> Targets:
     """Line up one teacher's rows with the student's, and take the signals that are compared.
 
     Args:
-        examples: with the student's tokens.
-        rows: the same examples with the teacher's tokens and signals.
+        examples: with the student's tokens; rows: the same with the teacher's, and its signals.
         width: T of the batch.
         distill_tokens, device: as in `batches.collate`.
     """
+
+    def tensor(arrays: list[np.ndarray]) -> torch.Tensor:
+        return tensor_of(np.concatenate(arrays), device)
+
     groups = [groups_of(row, example) for row, example in zip(rows, examples)]
     same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
     wanted = [
-        slice(None) if distill_tokens == "all" else _before_answer(row_groups, example)
-        for row_groups, example in zip(groups, examples)
+        (0, len(lined)) if distill_tokens == "all" else _before_answer(lined, example)
+        for lined, example in zip(groups, examples)
     ]
-    teacher_places = [lined.teacher[part] for lined, part in zip(groups, wanted)]
-    student_places = [lined.student[part] for lined, part in zip(groups, wanted)]
-
-    def tensor(arrays: list[np.ndarray]) -> Tensor:
-        return tensor_of(np.concatenate(arrays), device)
-
-    signals, maps = {}, {}
-    for name in rows[0].signals:
-        arrays = [row.signals[name] for row in rows]
-        if kind_of(name).aligned == "map":
-            maps[name] = _maps(arrays, groups, teacher_places, student_places, same, device)
-        else:
-            signals[name] = tensor([array[at] for array, at in zip(arrays, teacher_places)])
-    single, spans = None, None
-    if not all(same):
-        single, spans = _followed(rows, examples, groups, wanted, width, tensor)
+    teacher_places = [lined.teacher[slice(*part)] for lined, part in zip(groups, wanted)]
+    student_places = [lined.student[slice(*part)] for lined, part in zip(groups, wanted)]
+    map_names = [name for name in rows[0].signals if kind_of(name).aligned == "map"]
+    signals = {
+        name: tensor([row.signals[name][at] for row, at in zip(rows, teacher_places)])
+        for name in rows[0].signals
+        if name not in map_names
+    }
+    teacher_rows, student_rows = (
+        [(int(at[0]), int(at[-1]) + 1) for at in side] for side in (teacher_places, student_places)
+    )
+    merges = [
+        None
+        if equal or not map_names
+        else (_merge(lined.teacher, teacher, device), _merge(lined.student, student, device))
+        for lined, teacher, student, equal in zip(groups, teacher_places, student_places, same)
+    ]
+    maps = {
+        name: Maps(_packed(name, rows, teacher_rows, device), teacher_rows, student_rows, merges)
+        for name in map_names
+    }
+    single, spans = (
+        (None, None) if all(same) else _followed(rows, examples, groups, wanted, width, tensor)
+    )
     places = tensor([at + b * width for b, at in enumerate(student_places)])
-    sizes = Counter(places=len(places), **_map_sizes(groups, wanted))
-    return Targets(places, signals, maps, single, spans, all(same), sizes, sizes)
+    entries = sum(end - start for start, end in (causal_slice(*part) for part in wanted))
+    whole = Counter(places=len(places), entries=entries, queries=len(places))
+    return Targets(places, signals, maps, single, spans, all(same), whole)
 
 
-def groups_of(teacher: Example, student: Example) -> Groups:
+def groups_of(teacher: Example, student: Example) -> alignment.Groups:
     """How the two tokenizations of an example line up.
 
     Raises:
         ValueError: an example whose tokens do not spell the same text on both sides.
     """
     if np.array_equal(teacher.tokens, student.tokens):
-        return identity(len(student.tokens))
+        return alignment.identity(len(student.tokens))
     for side, row in (("teacher", teacher), ("student", student)):
         if row.ends is None or len(row.ends) != len(row.tokens):
             raise ValueError(
@@ -162,54 +167,28 @@ def groups_of(teacher: Example, student: Example) -> Groups:
                 "them: leave it out"
             )
     try:
-        return align(teacher.ends, student.ends)
+        return alignment.align(teacher.ends, student.ends)
     except ValueError as error:
         raise ValueError(f"row {student.example_id}: {error}: run 01 and 02 again") from None
 
 
-def _before_answer(groups: Groups, example: Example) -> slice:
-    """The groups whose last token predicts a part of the answer."""
+def _before_answer(groups: alignment.Groups, example: Example) -> tuple[int, int]:
+    """First and last + 1 of the groups whose last token predicts a part of the answer."""
     first = int(np.searchsorted(groups.student, example.answer_start - 1))
-    return slice(first, max(len(groups) - 1, first + 1))
+    return first, max(len(groups) - 1, first + 1)
 
 
-def _map_sizes(groups: list[Groups], wanted: list[slice]) -> dict[str, int]:
-    """Causal entries and query rows of all merged maps, for one head."""
-    entries = queries = 0
-    for lined, part in zip(groups, wanted):
-        first, last, _ = part.indices(len(lined))
-        start, end = causal_slice(first, last)
-        entries, queries = entries + end - start, queries + last - first
-    return {"entries": entries, "queries": queries}
-
-
-def _maps(
-    packed: list[np.ndarray],
-    groups: list[Groups],
-    teacher_places: list[np.ndarray],
-    student_places: list[np.ndarray],
-    same: list[bool],
-    device: torch.device,
-) -> Maps:
-    teacher_rows, student_rows = (
-        [(int(places[0]), int(places[-1]) + 1) for places in side]
-        for side in (teacher_places, student_places)
-    )
-    parts = [whole[:, slice(*causal_slice(*rows))] for whole, rows in zip(packed, teacher_rows)]
-    # One transfer to the device for all examples.
+def _packed(
+    name: str, rows: list[Example], queries: list[tuple[int, int]], device: torch.device | str
+) -> list[torch.Tensor]:
+    """The query rows of each example's map, after one transfer to the device for all examples."""
+    parts = [row.signals[name][:, slice(*causal_slice(*at))] for row, at in zip(rows, queries)]
     joined = tensor_of(np.concatenate([part.reshape(-1) for part in parts]), device)
     pieces = joined.split([part.size for part in parts])
-    tensors = [piece.view(part.shape) for piece, part in zip(pieces, parts)]
-    merges = [
-        None
-        if equal
-        else (_merge(lined.teacher, teacher, device), _merge(lined.student, student, device))
-        for lined, teacher, student, equal in zip(groups, teacher_places, student_places, same)
-    ]
-    return Maps(tensors, teacher_rows, student_rows, merges)
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts)]
 
 
-def _merge(last: np.ndarray, places: np.ndarray, device: torch.device) -> Merge:
+def _merge(last: np.ndarray, places: np.ndarray, device: torch.device | str) -> Merge:
     """One side's merge: `last` has each group's last token, `places` those that are compared."""
     keys = np.searchsorted(last, np.arange(places[-1] + 1))
     return Merge(tensor_of(places - places[0], device), tensor_of(keys, device), int(keys[-1]) + 1)
@@ -218,41 +197,49 @@ def _merge(last: np.ndarray, places: np.ndarray, device: torch.device) -> Merge:
 def _followed(
     rows: list[Example],
     examples: list[Example],
-    groups: list[Groups],
-    wanted: list[slice],
+    groups: list[alignment.Groups],
+    wanted: list[tuple[int, int]],
     width: int,
-    tensor: Callable[[list[np.ndarray]], Tensor],
-) -> tuple[Tensor | None, Spans | None]:
+    tensor: Callable[[list[np.ndarray]], torch.Tensor],
+) -> tuple[torch.Tensor | None, Spans | None]:
     """The places that single tokens (or none) follow, and the groups behind the others."""
-    single, student, teacher, seen, count = [], [], [], 0, 0
-    for b, (row, example, lined, part) in enumerate(zip(rows, examples, groups, wanted)):
-        first, last, _ = part.indices(len(lined))
-        alone = np.append(lined.single, True)[first + 1 : last + 1]
-        single.append(np.flatnonzero(alone) + seen)
-        seen += last - first
-        for g in np.flatnonzero(~alone) + first:
-            student.append(_span(lined.student, g, example, count, b * width))
-            teacher.append(_span(lined.teacher, g, row, count, 0, b))
-            count += 1
-    if not count:
+    alone = [
+        np.append(lined.single, True)[first + 1 : last + 1]
+        for lined, (first, last) in zip(groups, wanted)
+    ]
+    longer = [  # (example, group) of each group before a longer one
+        (b, g)
+        for b, (short, (first, _)) in enumerate(zip(alone, wanted))
+        for g in np.flatnonzero(~short) + first
+    ]
+    if not longer:
         return None, None
+    single = tensor([np.flatnonzero(np.concatenate(alone))])
     if "hidden" not in rows[0].signals:
-        return tensor(single), None
-    hidden = tensor([rows[b].signals["hidden"][places] for places, _, _, b in teacher])
-    columns = [tensor([part[k] for part in side]) for side in (student, teacher) for k in range(3)]
-    return tensor(single), Spans(*columns[:3], hidden, *columns[4:], count)
+        return single, None
+
+    def side(
+        rows: list[Example], last: list[np.ndarray], predicts: Callable
+    ) -> tuple[torch.Tensor, ...]:
+        places = [(b, np.arange(last[b][g], last[b][g + 1])) for b, g in longer]
+        return (
+            tensor([predicts(b, at) for b, at in places]),
+            tensor([rows[b].tokens[at + 1].astype(np.int64) for b, at in places]),
+            tensor([np.full(len(at), k) for k, (_, at) in enumerate(places)]),
+        )
+
+    hidden = [row.signals["hidden"] for row in rows]
+    student = side(examples, [lined.student for lined in groups], lambda b, at: at + b * width)
+    teacher = side(rows, [lined.teacher for lined in groups], lambda b, at: hidden[b][at])
+    return single, Spans(student, teacher, len(longer))
 
 
-def _span(
-    last: np.ndarray, group: int, row: Example, count: int, offset: int, b: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The positions that predict the tokens of the next group, those tokens, the group's number."""
-    places = np.arange(last[group], last[group + 1])
-    return places + offset, row.tokens[places + 1].astype(np.int64), np.full(len(places), count), b
-
-
-def tensor_of(array: np.ndarray, device: torch.device) -> Tensor:
+def tensor_of(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """The array on the device; a GPU does not wait for it."""
     # Rows read from Parquet are read-only, and torch wants memory that it may write to.
     host = torch.from_numpy(np.require(array, requirements=("C", "W")))
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return (
+        host
+        if torch.device(device).type == "cpu"
+        else host.pin_memory().to(device, non_blocking=True)
+    )

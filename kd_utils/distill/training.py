@@ -1,26 +1,21 @@
 """What a training step computes and adds up; the loop itself is in notebook 03."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
 
-from kd_utils.config.trial import TrialConfig
 from kd_utils.distill.batches import Batch, TrialData
 from kd_utils.distill.meter import Mean
-from kd_utils.distill.targets import Targets
 from kd_utils.distill.teacher_terms import TeacherTerms
-from kd_utils.distill.terms import TERMS
 from kd_utils.distill.terms.task import Task
-from kd_utils.evaluation.calibration import calibration_errors
-from kd_utils.evaluation.scoring import accuracies, evaluate
+from kd_utils.evaluation import calibration, scoring
 from kd_utils.models.devices import mixed_seed
 from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import Signals
 
-#: The terms that need no teacher.
+#: The terms that need no teacher: a batch's labels take the place of a teacher's targets.
 LABELS = TeacherTerms([Task()])
 
 
@@ -36,15 +31,14 @@ def loss_terms(
     batch: Batch,
     terms: Collection[str],
     teachers: Sequence[TeacherTerms] = (),
-) -> dict[str, Tensor]:
+) -> dict[str, torch.Tensor]:
     """The terms of the loss, each divided by the whole batch's normaliser.
 
     A term of several teachers is the weighted sum over them, or the term of their mixture where
     they can be mixed (`Term.mixes`).
 
     Args:
-        signals: the student's, for `batch.input_ids`, with the layers that the terms compare.
-        head: the student's.
+        signals, head: the student's, for `batch.input_ids`, with the layers that are compared.
         batch: with the teachers' signals.
         terms: names, such as "task" and "kd".
         teachers: in the order in which `batch.teachers` has them.
@@ -57,34 +51,26 @@ def loss_terms(
         for name in terms
         if len(teachers) > 1
         and name in teachers[0]
-        and TERMS[name].mixes([teacher[name] for teacher in teachers], batch.teachers)
+        and teachers[0][name].mixes([teacher[name] for teacher in teachers], batch.teachers)
     ]
-    values: dict[str, Tensor] = {}
-    for teacher, targets in sources(batch, teachers):
+    values: dict[str, torch.Tensor] = {}
+    for teacher, targets in zip([LABELS, *teachers], [batch, *batch.teachers]):
         for name, term in teacher.items():
             if name in terms and name not in mixed:
-                value = teacher.weight * term(signals, head, targets)
-                values[name] = values.get(name, 0.0) + value
+                values[name] = values.get(name, 0.0) + teacher.weight * term(signals, head, targets)
     for name in mixed:
         members, weights = zip(*((teacher[name], teacher.weight) for teacher in teachers))
-        values[name] = TERMS[name].mixed(members, weights, signals, head, batch.teachers)
+        values[name] = members[0].mixed(members, weights, signals, head, batch.teachers)
     return {name: values[name] for name in terms}
 
 
-def sources(
-    batch: Batch, teachers: Sequence[TeacherTerms]
-) -> Iterator[tuple[TeacherTerms, Batch | Targets]]:
-    """What the student learns from, with its terms: the labels first, then each teacher."""
-    return zip([LABELS, *teachers], [batch, *batch.teachers])
-
-
-def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
+def weighted_sum(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
     """L: each term times its weight."""
     return sum(weights[name] * term for name, term in terms.items())
 
 
 def gradient_shares(
-    terms: dict[str, Tensor], weights: dict[str, float], student: nn.Module
+    terms: dict[str, torch.Tensor], weights: dict[str, float], student: torch.nn.Module
 ) -> dict[str, float]:
     """Each weighted term's gradient norm on the student, divided by the sum of these norms.
 
@@ -97,27 +83,25 @@ def gradient_shares(
         gradients = torch.autograd.grad(
             weights[name] * term, parameters, retain_graph=True, allow_unused=True
         )
-        norms[name] = (
-            torch.stack([g.float().norm() for g in gradients if g is not None]).norm().item()
-        )
+        each = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        norms[f"grad_share/{name}"] = torch.stack(each).norm().item()
     total = sum(norms.values()) or 1.0
-    return {f"grad_share/{name}": norm / total for name, norm in norms.items()}
+    return {name: norm / total for name, norm in norms.items()}
 
 
 @torch.no_grad()
 def validation_losses(
-    student: nn.Module,
+    student: torch.nn.Module,
     batches: Iterable[tuple[Batch, list[str]]],
-    signals_of: Callable[[Tensor], Signals],
-    terms_of: Callable[..., dict[str, Tensor]],
+    signals_of: Callable[[torch.Tensor], Signals],
+    terms_of: Callable[..., dict[str, torch.Tensor]],
     teachers: Sequence[TeacherTerms] = (),
 ) -> dict[str, float]:
     """Unweighted loss terms over the validation rows, and token accuracy under teacher forcing.
 
     Args:
-        student: in eval mode.
+        student: in eval mode; signals_of: its signals for input ids.
         batches: (batch, task of each example).
-        signals_of: the student's signals for input ids.
         terms_of: `loss_terms` with everything but signals, head and batch filled in.
         teachers: those of `terms_of`.
 
@@ -129,17 +113,17 @@ def validation_losses(
     losses, hits, head = Mean(), Mean(), output_head(student)
     for batch, tasks in batches:
         signals = signals_of(batch.input_ids)
-        terms = terms_of(signals, head, batch=batch)
-        counts: dict[str, int] = {}
-        for teacher, targets in sources(batch, teachers):
-            counts = {name: term.count(targets.sizes) for name, term in teacher.items()} | counts
-        losses.add({name: value * counts[name] for name, value in terms.items()}, counts)
+        counts = {
+            name: term.count(targets.whole)
+            for teacher, targets in zip([LABELS, *teachers[:1]], [batch, *batch.teachers])
+            for name, term in teacher.items()
+        }
+        for name, value in terms_of(signals, head, batch=batch).items():
+            losses.add({name: value * counts[name]}, counts[name])
         guesses = head.logits(signals.hidden.flatten(0, 1)[batch.predicting]).argmax(-1)
-        right = (guesses == batch.targets).cpu().numpy()
-        rows = (batch.predicting // batch.input_ids.shape[1]).cpu().numpy()
-        for b, task in enumerate(tasks):
-            of_row = right[rows == b]
-            hits.add({task: float(of_row.sum())}, {task: len(of_row)})
+        rows = batch.predicting // batch.input_ids.shape[1]
+        for row, right in zip(rows.tolist(), (guesses == batch.targets).tolist()):
+            hits.add({tasks[row]: float(right)}, 1)
     values = losses.result("validation_loss/")
     return {
         "validation_loss": values["validation_loss/task"],
@@ -149,38 +133,27 @@ def validation_losses(
 
 
 def validate(
-    model: nn.Module,
+    model: torch.nn.Module,
     tokenizer: Any,
-    table: pd.DataFrame,
     data: TrialData,
-    signals_of: Callable[[Tensor], Signals],
-    terms_of: Callable[..., dict[str, Tensor]],
+    signals_of: Callable[[torch.Tensor], Signals],
+    terms_of: Callable[..., dict[str, torch.Tensor]],
     teachers: Sequence[TeacherTerms],
-    config: TrialConfig,
 ) -> tuple[dict[str, float], pd.DataFrame]:
     """What a trial measures after each epoch; wrap the call in autocast for mixed precision.
 
-    Args:
-        model: the student; left in eval mode.
-        tokenizer: the student's.
-        table: the validation rows.
-        data, signals_of, terms_of, teachers, config: the trial's.
+    The student, `model`, is left in eval mode.
 
     Returns:
         `grad_share/TERM` on a fixed batch, `validation_losses`, `accuracies` and
         `calibration_errors`; and one prediction per validation row.
     """
     model.eval()
-    probe = data.probe()
+    probe, config = data.probe(), data.config
     terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
-    shares = gradient_shares(terms, config.weights, model)
-    losses = validation_losses(model, data.validation(), signals_of, terms_of, teachers)
-    predictions = evaluate(
-        model,
-        tokenizer,
-        table,
-        batch_size=config.eval_batch_size,
-        max_new_tokens=config.max_new_tokens,
-    )
-    measured = {**shares, **losses, **accuracies(predictions), **calibration_errors(predictions)}
+    measured = gradient_shares(terms, config.weights, model)
+    measured |= validation_losses(model, data.validation(), signals_of, terms_of, teachers)
+    sizes = {"batch_size": config.eval_batch_size, "max_new_tokens": config.max_new_tokens}
+    predictions = scoring.evaluate(model, tokenizer, data.table, **sizes)
+    measured |= scoring.accuracies(predictions) | calibration.calibration_errors(predictions)
     return measured, predictions

@@ -3,15 +3,15 @@
 import numpy as np
 import pandas as pd
 
-BINS = 15
+#: Of the bins of confidence, 15 of equal width.
+EDGES = np.linspace(0, 1, 16)
 
 
 def confidences(predictions: pd.DataFrame) -> pd.DataFrame:
-    """The model's confidence in each choice that it made.
+    """The model's confidence in each choice that it made: a probability among those offered.
 
     It is the largest value of the softmax over the choices' log-likelihoods, as in Jiang et al.
-    2021 ("How can we know when language models know?"): a probability among the choices offered,
-    not among all continuations.
+    2021 ("How can we know when language models know?").
 
     Args:
         predictions: `task`, `loglikelihoods` (nats, one per choice; None for generated answers),
@@ -21,15 +21,17 @@ def confidences(predictions: pd.DataFrame) -> pd.DataFrame:
         The rows that have choices, without `loglikelihoods`, with `confidence` in [1 / choices, 1].
     """
     chosen = predictions[predictions["loglikelihoods"].notna()]
-    scores = [np.asarray(values, dtype=float) for values in chosen["loglikelihoods"]]
-    confidence = [float(1 / np.exp(values - values.max()).sum()) for values in scores]
+    confidence = [
+        float(1 / np.exp(np.subtract(values, max(values))).sum())
+        for values in chosen["loglikelihoods"]
+    ]
     return chosen.drop(columns="loglikelihoods").assign(
         confidence=confidence, correct=chosen["correct"].astype(bool)
     )
 
 
-def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> pd.DataFrame:
-    """Accuracy and mean confidence in bins of equal width (Guo et al. 2017, section 2).
+def reliability(confidence: np.ndarray, correct: np.ndarray) -> pd.DataFrame:
+    """Accuracy and mean confidence in 15 bins of equal width (Guo et al. 2017, section 2).
 
     A bin includes its upper edge.
 
@@ -46,43 +48,34 @@ def reliability(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -
         )
     if not ((confidence >= 0) & (confidence <= 1)).all():
         raise ValueError("a confidence is a probability: values must lie in [0, 1]")
-    edges = np.linspace(0, 1, bins + 1)
-    binned = pd.DataFrame(
-        {"bin": _places(confidence, bins), "confidence": confidence, "correct": correct}
-    )
     table = (
-        binned.groupby("bin")
+        pd.DataFrame({"bin": _bins(confidence), "confidence": confidence, "correct": correct})
+        .groupby("bin", as_index=False)
         .agg(n=("correct", "size"), confidence=("confidence", "mean"), accuracy=("correct", "mean"))
-        .reset_index()
     )
-    return table.assign(low=edges[table["bin"]], high=edges[table["bin"] + 1])[
-        ["low", "high", "n", "confidence", "accuracy"]
-    ]
+    table = table.assign(low=EDGES[table["bin"]], high=EDGES[table["bin"] + 1])
+    return table[["low", "high", "n", "confidence", "accuracy"]]
 
 
-def _places(confidence: np.ndarray, bins: int) -> np.ndarray:
-    """The bin of each confidence."""
-    edges = np.linspace(0, 1, bins + 1)
-    return np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+def _bins(confidence: np.ndarray) -> np.ndarray:
+    return pd.cut(confidence, EDGES, labels=False, include_lowest=True)
 
 
-def expected_calibration_error(
-    confidence: np.ndarray, correct: np.ndarray, bins: int = BINS
-) -> float:
+def expected_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     """ECE = sum over bins of n_b / n |accuracy_b - confidence_b| (Guo et al. 2017, eq. 3).
 
     It is between 0 (calibrated) and 1. With few examples it is biased upwards: even a calibrated
     model's is above 0.
     """
-    table = reliability(confidence, correct, bins)
+    table = reliability(confidence, correct)
     return float(np.average((table["accuracy"] - table["confidence"]).abs(), weights=table["n"]))
 
 
-def calibrated_error(confidence: np.ndarray, bins: int = BINS, draws: int = 200) -> float:
+def calibrated_error(confidence: np.ndarray, draws: int = 200) -> float:
     """The mean calibration error of a calibrated model with these confidences: the bias of ECE."""
     confidence = np.asarray(confidence, dtype=float)
     right = np.random.default_rng(0).uniform(size=(draws, confidence.size)) < confidence
-    in_bin = _places(confidence, bins)[:, None] == np.arange(bins)
+    in_bin = _bins(confidence)[:, None] == np.arange(len(EDGES) - 1)
     # n_b |accuracy_b - confidence_b| is the absolute sum over the bin of outcome minus confidence.
     return float(np.abs((right - confidence) @ in_bin).sum(axis=1).mean() / confidence.size)
 
@@ -95,7 +88,7 @@ def calibration_errors(predictions: pd.DataFrame) -> dict[str, float]:
     }
 
 
-def reliability_by_method(predictions: pd.DataFrame, bins: int = BINS) -> pd.DataFrame:
+def reliability_by_method(predictions: pd.DataFrame) -> pd.DataFrame:
     """`reliability` of each method on each task with choices, all seeds together, for a figure.
 
     Args:
@@ -110,8 +103,8 @@ def reliability_by_method(predictions: pd.DataFrame, bins: int = BINS) -> pd.Dat
     keys = [key for key in ("task", "setting", "distill_type") if key in predictions]
     parts = []
     for names, rows in confidences(predictions).groupby(keys, sort=False):
-        error = expected_calibration_error(rows["confidence"], rows["correct"], bins)
-        table = reliability(rows["confidence"], rows["correct"], bins)
+        error = expected_calibration_error(rows["confidence"], rows["correct"])
+        table = reliability(rows["confidence"], rows["correct"])
         parts.append(table.assign(**dict(zip(keys, names, strict=True)), error=error))
     columns = [*keys, "low", "high", "n", "confidence", "accuracy", "error"]
     return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)

@@ -1,7 +1,7 @@
 """Greedy generation as lm-evaluation-harness 0.4.13 does it."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -45,17 +45,14 @@ def generate_answers(
         )
     stops = stop_strings + ((tokenizer.eos_token,) if tokenizer.eos_token else ())
     texts = [""] * len(prompts)
-    lengths = list(map(len, encoded))
-    for batch in batches(
-        list(range(len(prompts))), lengths.__getitem__, batch_size, "generating", progress
-    ):
+    places = range(len(prompts))
+    for batch in batches(places, lambda i: len(encoded[i]), batch_size, "generating", progress):
         ids = [encoded[place][-room:] for place in batch]
         new_ids = _generate(model, tokenizer, ids, stops, max_new_tokens)
         for place, row in zip(batch, new_ids, strict=True):
-            text = tokenizer.decode(row, skip_special_tokens=True)
+            texts[place] = tokenizer.decode(row, skip_special_tokens=True)
             for stop in stops:
-                text = text.split(stop, 1)[0]
-            texts[place] = text
+                texts[place] = texts[place].split(stop, 1)[0]
     return texts
 
 
@@ -70,14 +67,13 @@ def _generate(
     from transformers import StoppingCriteria, StoppingCriteriaList
 
     width = max(map(len, prompts))
-    pads = [width - len(ids) for ids in prompts]
-    input_ids = torch.tensor(
-        [[0] * pad + ids for pad, ids in zip(pads, prompts, strict=True)], device=model.device
+    input_ids, mask = (
+        torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+        for rows in (prompts, [[1] * len(ids) for ids in prompts])
     )
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=model.device)
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
-    end_ids = {index for index in (*listed, tokenizer.eos_token_id) if index is not None}
+    end_ids = {*listed, tokenizer.eos_token_id} - {None}
     # As many tokens as the longest stop string has bytes hold it whole, however it is split.
     tail = max(len(text.encode()) for text in stop_strings)
     ends: list[int | None] = [None] * len(prompts)  # the length at which each row stopped
@@ -89,8 +85,7 @@ def _generate(
             self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any
         ) -> torch.Tensor:
             length = input_ids.shape[1]
-            recent = input_ids[:, max(width, length - tail) :].tolist()
-            for row, ids in enumerate(recent):
+            for row, ids in enumerate(input_ids[:, max(width, length - tail) :].tolist()):
                 if ends[row] is None and (
                     ids[-1] in end_ids
                     or any(text in tokenizer.decode(ids) for text in stop_strings)
@@ -114,14 +109,13 @@ def _generate(
 
 def context_length(model: Any, tokenizer: Any) -> int:
     """Most tokens that the model can read, by its config, its tokenizer, or the harness's 2048."""
-    in_config = getattr(model.config, "max_position_embeddings", None)
-    in_tokenizer = tokenizer.model_max_length
     # A tokenizer that knows no limit says 10^30.
-    return int(in_config or (in_tokenizer if in_tokenizer < 10**20 else 2048))
+    known = tokenizer.model_max_length if tokenizer.model_max_length < 10**20 else 2048
+    return int(getattr(model.config, "max_position_embeddings", None) or known)
 
 
 def batches(
-    items: list[Any], length: Callable[[Any], int], size: int, label: str, progress: bool
+    items: Collection[Any], length: Callable[[Any], int], size: int, label: str, progress: bool
 ) -> Iterator[list[Any]]:
     """Batches of items of similar length, with a bar called `label` if `progress`.
 

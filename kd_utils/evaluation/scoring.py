@@ -1,27 +1,18 @@
 """Predictions and accuracies as lm-evaluation-harness 0.4.13 counts them."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from kd_utils.data.task_rows import load_task
-from kd_utils.data.tasks import find_task, task_order
-from kd_utils.data.tasks.base import FLEXIBLE
+from kd_utils.data import task_rows, tasks
 from kd_utils.evaluation.generation import batches, context_length, generate_answers
-from kd_utils.models.devices import autocast
-from kd_utils.models.loading import load_causal_lm, load_tokenizer
+from kd_utils.models import devices, loading
 from kd_utils.store.files import written_aside
 from kd_utils.tokens.encoding import encode_pair
-
-#: Columns of `evaluate`: the example's own, then what the model said.
-EXAMPLE_COLUMNS = ("example_id", "task", "prompt", "gold")
-
-SAID_COLUMNS = ("prediction", "correct", "loglikelihoods", "generated", "correct_flexible")
 
 
 def evaluate(
@@ -41,8 +32,7 @@ def evaluate(
     with the shape). Wrap the call in autocast for mixed precision.
 
     Args:
-        model: any causal `transformers` model, on any device; it is left in its mode (train or
-            eval).
+        model: any causal `transformers` model, on any device, left in its mode (train or eval).
         tokenizer: its tokenizer; special tokens are those that it adds itself.
         table: rows of `load_task` or of prepared data.
         batch_size: sequences per forward pass.
@@ -65,9 +55,11 @@ def evaluate(
             f"batch_size = {batch_size} and max_new_tokens = {max_new_tokens} must be at least 1"
         )
     said: list[dict[str, Any]] = [{} for _ in range(len(table))]
-    golds, tasks = table["gold"].tolist(), table["task"].tolist()
-    with _evaluating(model):
-        chosen = [place for place, choices in enumerate(table["choices"]) if len(choices)]
+    golds, names = table["gold"].tolist(), table["task"].tolist()
+    chosen = [place for place, choices in enumerate(table["choices"]) if len(choices)]
+    training = model.training
+    model.eval()
+    try:
         scores = choice_loglikelihoods(
             model, tokenizer, table.iloc[chosen], batch_size=batch_size, progress=progress
         )
@@ -79,9 +71,9 @@ def evaluate(
                 "loglikelihoods": values,
             }
         free = sorted(set(range(len(table))) - set(chosen))
-        for name in task_order(tasks[place] for place in free):
-            generation = find_task(name).generation
-            asked = [place for place in free if tasks[place] == name]
+        for name in tasks.task_order(names[place] for place in free):
+            generation = tasks.find_task(name).generation
+            asked = [place for place in free if names[place] == name]
             texts = generate_answers(
                 model,
                 tokenizer,
@@ -93,13 +85,15 @@ def evaluate(
             )
             for place, text in zip(asked, texts, strict=True):
                 said[place] = {"generated": text, **generation.score(text, golds[place])}
+    finally:
+        model.train(training)
     # Object columns: a missing value is None, and a bool stays a bool beside it.
     columns = {
         column: pd.Series([row.get(column) for row in said], dtype=object)
-        for column in SAID_COLUMNS
+        for column in ("prediction", "correct", "loglikelihoods", "generated", "correct_flexible")
     }
-    columns["correct"] = columns["correct"].astype(bool)
-    return table[list(EXAMPLE_COLUMNS)].reset_index(drop=True).assign(**columns)
+    examples = table[["example_id", "task", "prompt", "gold"]].reset_index(drop=True)
+    return examples.assign(**columns).astype({"correct": bool})
 
 
 def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
@@ -113,13 +107,12 @@ def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
     if predictions.empty:
         raise ValueError("no predictions: an accuracy needs at least one example")
     per_task = predictions.groupby("task")["correct"].mean()
-    generated = predictions[predictions["correct_flexible"].notna()]
-    flexible = generated.astype({"correct_flexible": float}).groupby("task")["correct_flexible"]
+    flexible = predictions["correct_flexible"].dropna().astype(float).groupby(predictions["task"])
     values = {
         "": predictions["correct"].mean(),
         "/macro": per_task.mean(),
-        **{f"/{task}": per_task[task] for task in task_order(per_task.index)},
-        **{f"/{task}{FLEXIBLE}": share for task, share in flexible.mean().items()},
+        **{f"/{task}": per_task[task] for task in tasks.task_order(per_task.index)},
+        **{f"/{task}{tasks.FLEXIBLE}": share for task, share in flexible.mean().items()},
     }
     return {f"validation_accuracy{name}": float(value) for name, value in values.items()}
 
@@ -128,37 +121,33 @@ def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
 def choice_loglikelihoods(
     model: Any, tokenizer: Any, table: pd.DataFrame, *, batch_size: int, progress: bool = False
 ) -> list[list[float]]:
-    """Sum of natural-log probabilities of each choice's tokens after its prompt: a list per
-    example.
+    """Sums of the natural-log probabilities of each choice's tokens, a list per example.
 
     Choices that share all their tokens but the last (" A" to " D") share one forward pass. A
     sequence longer than the model's context loses tokens on the left, as in the harness, with a
     warning.
     """
     limit = context_length(model, tokenizer)
-    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
+    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = defaultdict(list)
     cut = 0
     for place, (prompt, choices) in enumerate(zip(table["prompt"], table["choices"], strict=True)):
         for number, choice in enumerate(choices):
             prompt_ids, choice_ids = encode_pair(tokenizer, prompt, choice)
             ids = (prompt_ids + choice_ids)[:-1]
             cut += len(ids) > limit
-            requests.setdefault(tuple(ids[-limit:]), []).append((place, number, choice_ids))
+            requests[tuple(ids[-limit:])].append((place, number, choice_ids))
     if cut:
         warnings.warn(
             f"{cut} sequences have more than the model's {limit} tokens and lost their beginning",
             stacklevel=2,
         )
     scores = [[0.0] * len(choices) for choices in table["choices"]]
-    for batch in batches(list(requests), len, batch_size, "scoring", progress):
-        longest_choice = [max(len(ids) for *_, ids in requests[key]) for key in batch]
-        rows = _continuation_log_probs(model, batch, longest_choice)
-        for key, log_probs in zip(batch, rows, strict=True):
+    for batch in batches(requests, len, batch_size, "scoring", progress):
+        longest = [max(len(ids) for *_, ids in requests[key]) for key in batch]
+        for key, log_probs in zip(batch, _continuation_log_probs(model, batch, longest)):
             for place, number, ids in requests[key]:
-                picked = log_probs[-len(ids) :].gather(
-                    1, torch.tensor(ids, device=log_probs.device)[:, None]
-                )
-                scores[place][number] = float(picked.sum())
+                tokens = torch.tensor(ids, device=log_probs.device)[:, None]
+                scores[place][number] = float(log_probs[-len(ids) :].gather(1, tokens).sum())
     if any(value != value for values in scores for value in values):
         raise ValueError(
             "a log-likelihood is not a number: the model's training diverged, or its weights are "
@@ -170,31 +159,20 @@ def choice_loglikelihoods(
 def _continuation_log_probs(
     model: Any, batch: list[tuple[int, ...]], counts: list[int]
 ) -> list[torch.Tensor]:
-    """Log-probabilities (float32, natural) at the last `counts[i]` positions of row i: a tensor
-    (count, V) per row.
-    """
+    """(counts[i], V) float32 natural-log probabilities at row i's last positions."""
     width = max(map(len, batch))
     # Right padding needs no mask in a causal model: no real position can see it.
     input_ids = torch.tensor(
         [[*ids, *[0] * (width - len(ids))] for ids in batch], device=model.device
     )
     # Only these positions go through the head: (B, kept, V) in place of (B, T, V).
-    kept = sorted(
-        {
-            len(ids) - back
-            for ids, count in zip(batch, counts, strict=True)
-            for back in range(1, count + 1)
-        }
-    )
-    column = {position: place for place, position in enumerate(kept)}
+    wanted = [range(len(ids) - n, len(ids)) for ids, n in zip(batch, counts, strict=True)]
+    kept = sorted(set().union(*wanted))
     logits = model(
         input_ids=input_ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=model.device)
     ).logits
-    rows = []
-    for place, (ids, count) in enumerate(zip(batch, counts, strict=True)):
-        columns = [column[position] for position in range(len(ids) - count, len(ids))]
-        rows.append(torch.log_softmax(logits[place, columns].float(), dim=-1))
-    return rows
+    columns = [[kept.index(position) for position in positions] for positions in wanted]
+    return [logits[b, places].float().log_softmax(-1) for b, places in enumerate(columns)]
 
 
 def evaluate_folder(
@@ -236,17 +214,19 @@ def evaluate_folder(
         )
     if out.is_dir() or not out.parent.is_dir():
         raise FileNotFoundError(f"cannot write {out}: it must be a file in a folder that exists")
-    table = load_task(task, split, data_dir=data_dir, num_fewshot=num_fewshot, limit=limit)
+    table = task_rows.load_task(
+        task, split, data_dir=data_dir, num_fewshot=num_fewshot, limit=limit
+    )
+    place = str(model_dir.absolute())
     try:
-        place = str(model_dir.absolute())
-        tokenizer, model = load_tokenizer(place), load_causal_lm(place)
+        tokenizer, model = loading.load_tokenizer(place), loading.load_causal_lm(place)
     except ValueError as error:
         raise ValueError(
             f"{model_dir} is no causal model with its tokenizer: {error}; save both with "
             "save_pretrained"
         ) from None
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    with autocast(model.device, precision):
+    with devices.autocast(model.device, precision):
         predictions = evaluate(
             model,
             tokenizer,
@@ -256,21 +236,12 @@ def evaluate_folder(
             progress=progress,
         )
     result = table[["row"]].join(predictions.drop(columns=["example_id", "task"]))
-    if find_task(task).generation:
+    if tasks.find_task(task).generation:
         result = result.drop(columns="loglikelihoods").astype({"correct_flexible": bool})
     else:
-        result = result.drop(columns=["generated", "correct_flexible"])
-        result = result.astype({"gold": int, "prediction": int})
+        result = result.drop(columns=["generated", "correct_flexible"]).astype(
+            {"gold": int, "prediction": int}
+        )
     with written_aside(out) as aside:
         result.to_parquet(aside, index=False)
     return result
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -137,7 +137,7 @@ def fine_tune(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
-        means[epoch].add_part(terms, parts=1)
+        means[epoch].add(terms, 1)
     model.eval()
     names = {"task": "train_loss", "next_token": "next_token_loss"}
     return [

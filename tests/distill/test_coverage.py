@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kd_utils.distill.coverage import shared_mass, shared_output_rows, token_agreement
+from kd_utils.distill.coverage import shared_mass, token_agreement
+from kd_utils.distill.logit_losses import shared_output_rows
 from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import PIECE, SharedPieces, Vocabulary
 
@@ -31,13 +32,10 @@ def test_agreement_by_hand():
 class StoredTeacher(dict):
     """Rows by id, and a head whose logits are the hidden states."""
 
-    manifest = {"head": {"scale": 1.0, "cap": None}, "shape": {"vocab_size": 2}}
+    manifest = {"head": {"scale": 1.0, "cap": None}}
 
     def lm_head(self):
         return torch.eye(3)
-
-    def vocabulary(self):
-        return Vocabulary([b"a", b"b", b"c"], [PIECE] * 3)
 
 
 def test_mass_is_that_of_the_whole_softmax():
@@ -56,5 +54,9 @@ def test_mass_is_that_of_the_whole_softmax():
 
 
 def test_pieces_without_an_output_row_are_not_shared():
-    pieces = shared_output_rows(StoredTeacher(), Vocabulary([b"c", b"b"], [PIECE] * 2))
+    teacher, student = (
+        Vocabulary([letter.encode() for letter in letters], [PIECE] * len(letters))
+        for letters in ("abc", "cb")
+    )
+    pieces = shared_output_rows(teacher, student, 2, 2)
     assert pieces.teacher.tolist() == [1] and pieces.student.tolist() == [1]  # "c" has no row

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_utils.distill.logit_losses import span_kl, span_log_probs
+from kd_utils.distill.logit_losses import outcome_kl, span_log_probs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import trl_gold  # no package: a script of its own
@@ -47,7 +47,9 @@ def test_golds_distance_is_not_0_where_both_give_the_text_one_probability():
     )
     ours, theirs = merged(student, [0, 0]), merged(teacher, [0])
     assert ours[0] == pytest.approx(theirs[0].item()) and ours.sum() == pytest.approx(0.5)
-    assert span_kl(ours[:1].log(), theirs[:1].log(), 1.0).item() == pytest.approx(0, abs=1e-6)
+    assert outcome_kl(ours[:1, None].log(), theirs[:1, None].log(), 1.0).item() == pytest.approx(
+        0, abs=1e-6
+    )
     assert (ours.sort().values - theirs.sort().values).abs().sum() == pytest.approx(
         0.5
     )  # (0.2, 0.3) and (0.3, 0.7)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_utils.distill.logit_losses import Shared, kd_loss, span_kl, span_log_probs, uld_loss
+from kd_utils.distill.logit_losses import Shared, kd_loss, outcome_kl, span_log_probs, uld_loss
 from kd_utils.models.output_head import OutputHead
 
 
@@ -150,10 +150,11 @@ def test_a_groups_probability_is_the_chain_rules():
 
 
 def test_span_kl_is_that_of_two_outcomes():
-    student, teacher = torch.tensor([0.2, 0.9]).log(), torch.tensor([0.5, 0.9]).log()
+    student, teacher = torch.tensor([[0.2], [0.9]]).log(), torch.tensor([[0.5], [0.9]]).log()
     by_hand = 0.5 * math.log(0.5 / 0.2) + 0.5 * math.log(0.5 / 0.8)
-    assert span_kl(student, teacher, 2.0).tolist() == pytest.approx([4 * by_hand, 0.0], abs=1e-5)
-    sure = span_kl(torch.tensor([0.0, -60.0], requires_grad=True), torch.tensor([-60.0, 0.0]), 1.0)
+    assert outcome_kl(student, teacher, 2.0).tolist() == pytest.approx([4 * by_hand, 0.0], abs=1e-5)
+    ours, theirs = torch.tensor([[0.0], [-60.0]], requires_grad=True), torch.tensor([[-60.0], [0]])
+    sure = outcome_kl(ours, theirs, 1.0)
     assert sure.isfinite().all()
 
 

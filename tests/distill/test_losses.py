@@ -1,18 +1,18 @@
 """Each term against torch's own functions, hand-worked values, and under splitting."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_utils.distill.logit_losses import kd_loss
+from kd_utils.distill.logit_losses import forward_kl_top_k, kd_loss
 from kd_utils.distill.targets import Maps, _merge
 from kd_utils.distill.terms.attention import attention_mse
 from kd_utils.distill.terms.hidden import hidden_mse
-from kd_utils.distill.terms.kd import forward_kl_top_k
-from kd_utils.distill.terms.task import task_cross_entropy
+from kd_utils.distill.terms.task import Task
 from kd_utils.distill.training import weighted_sum
 from kd_utils.models.attention_maps import (
     Attention,
@@ -21,6 +21,8 @@ from kd_utils.models.attention_maps import (
     decode_map,
     encode_map,
 )
+from kd_utils.models.output_head import OutputHead
+from kd_utils.models.signals import Signals
 
 
 def forward_kl(student, teacher, temperature):
@@ -115,6 +117,14 @@ def test_top_k_keeps_the_rest_in_the_gradient():
     top = teacher.topk(2)
     forward_kl_top_k(student, top.values, top.indices, teacher.logsumexp(-1), 1.0).sum().backward()
     assert student.grad.abs().max() > 0.05
+
+
+def task_cross_entropy(student, targets, normaliser=None):
+    """The term with logits given as hidden states: the head is the identity."""
+    places, whole = torch.arange(len(targets)), {"answers": normaliser or max(len(targets), 1)}
+    signals = Signals(student[None], {}, {}, 1)
+    batch = SimpleNamespace(predicting=places, targets=targets, whole=whole)
+    return Task()(signals, OutputHead(torch.eye(student.shape[-1])), batch)
 
 
 def test_task_cross_entropy_equals_torch():

@@ -15,10 +15,15 @@ from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.config.notebook_files import notebook_defaults
 from kd_utils.config.trial import METHODS, TrialConfig
 from kd_utils.distill.batches import collate, split_batch
-from kd_utils.distill.logit_losses import Shared, span_kl
-from kd_utils.distill.teacher_terms import TeacherTerms, layers_needed, teacher_terms_of
+from kd_utils.distill.logit_losses import Shared, forward_kl_top_k, outcome_kl
+from kd_utils.distill.teacher_terms import (
+    TeacherTerms,
+    TermSetup,
+    layers_needed,
+    teacher_terms_of,
+)
 from kd_utils.distill.terms.attention import AttentionMaps, head_mix
-from kd_utils.distill.terms.kd import KD, forward_kl_top_k
+from kd_utils.distill.terms.kd import KD
 from kd_utils.distill.training import loss_terms, weighted_sum
 from kd_utils.models.attention_maps import decode_map
 from kd_utils.models.devices import autocast
@@ -83,7 +88,7 @@ def test_with_equal_tokenizers_the_aligned_way_is_the_direct_way(distill_tokens)
         run = signal_function(model, signals="white_box")
         batch = collate(rows, [list(run(cached))], distill_tokens=distill_tokens)
         terms = all_terms(OutputHead(stored_lm_head(model)), shared=shared)
-        found.append((results(student, batch, terms), batch.teachers[0].sizes))
+        found.append((results(student, batch, terms), batch.teachers[0].whole))
     assert found[0][1] == found[1][1]
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-6, rtol=1e-5)
     assert (
@@ -132,15 +137,16 @@ def test_terms_across_tokenizers_by_hand(distill_tokens, first, count):
             return 4 * (p.exp() * (p - q)).sum()
 
         def chain(log, row, after, last):
-            return sum(log[place, int(row.tokens[place + 1])] for place in range(after, last))[None]
+            places = range(after, last)
+            return sum(log[place, int(row.tokens[place + 1])] for place in places)[None, None]
 
         # behind group 0 comes {b c | bc}, behind 1 {d e | d'e'}, behind 2 the end token, behind 3
         # nothing
         values = [
-            span_kl(
+            outcome_kl(
                 chain(student_log, STUDENT_ROW, 0, 1), chain(teacher_log, TEACHER_ROW, 0, 2), 2.0
             )[0],
-            span_kl(
+            outcome_kl(
                 chain(student_log, STUDENT_ROW, 1, 3), chain(teacher_log, TEACHER_ROW, 2, 4), 2.0
             )[0],
             single(4, 3),
@@ -373,6 +379,11 @@ def config(**changes):
     return TrialConfig(**{**DEFAULTS, "distill_type": "combined", **changes})
 
 
+def terms_of_cache(cache, student, vocabulary, chosen, index=0):
+    text_model = student.config.get_text_config()
+    return teacher_terms_of(TermSetup(chosen, cache, text_model, vocabulary, CPU, index))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -387,7 +398,7 @@ def test_the_chosen_layers_are_compared_and_no_other_is_read(tmp_path, changes):
     teacher, student = tiny_llama(width=48, layers=4), tiny_llama(layers=2, seed=1)
     layers = {"hidden": [1, 2, 4], "attention": [2, 4]}
     cache, chosen = make_cache(tmp_path / "c", teacher, layers=layers), config(**changes)
-    teacher_terms = teacher_terms_of(cache, student, VOCABULARY, chosen, CPU)
+    teacher_terms = terms_of_cache(cache, student, VOCABULARY, chosen)
     hidden, attention = teacher_terms["hidden"], teacher_terms["attention"]
     rows = [cache[i] for i in cache.splits["train"]]
     wanted = {f"hidden_{t}" if t < 4 else "hidden" for t, _ in hidden.pairs} | {"hidden"}
@@ -435,7 +446,7 @@ def test_projectors_are_fixed_by_seed_pair_and_teacher(tmp_path):
 
     def weights(seed, index=0):
         chosen = config(distill_type="hidden_state", hidden_layers="uniform", seed=seed)
-        terms = teacher_terms_of(cache, tiny_llama(), VOCABULARY, chosen, CPU, index=index)
+        terms = terms_of_cache(cache, tiny_llama(), VOCABULARY, chosen, index=index)
         return list(terms.parameters())
 
     first, again, other, second = weights(1), weights(1), weights(2), weights(1, index=1)
@@ -448,21 +459,21 @@ def test_projectors_are_fixed_by_seed_pair_and_teacher(tmp_path):
 def test_what_does_not_agree_is_compared_over_shared_pieces(tmp_path):
     cache = make_cache(tmp_path / "c", tiny_llama(width=48))
     other = Vocabulary([b"%d" % (i + 50) for i in range(96)] + [b"end"], VOCABULARY.kinds)
-    teacher_terms = teacher_terms_of(cache, tiny_llama(seed=1), other, config(), CPU)
+    teacher_terms = terms_of_cache(cache, tiny_llama(seed=1), other, config())
     assert len(teacher_terms["kd"].shared.teacher) == 47
     words = "over 47 shared pieces, beside 50 of the teacher and 50"
     assert words in teacher_terms.about()
     # the same pieces, more output rows
-    larger = teacher_terms_of(cache, tiny_llama(vocab=120), VOCABULARY, config(), CPU)
+    larger = terms_of_cache(cache, tiny_llama(vocab=120), VOCABULARY, config())
     assert len(larger["kd"].shared.student_rest) == 120 - 97
 
 
 def test_a_top_k_teacher_of_the_same_tokenizer_may_have_fewer_output_rows(tmp_path):
     cache = make_cache(tmp_path / "c", tiny_llama(width=48), signals="top_k")
     black_box, student = config(distill_type="black_box"), tiny_llama(vocab=120)
-    assert teacher_terms_of(cache, student, VOCABULARY, black_box, CPU)["kd"].shared is None
+    assert terms_of_cache(cache, student, VOCABULARY, black_box)["kd"].shared is None
     with pytest.raises(ValueError, match="the teacher has another tokenizer"):
-        teacher_terms_of(cache, student, Vocabulary([b"x"], [PIECE]), black_box, CPU)
+        terms_of_cache(cache, student, Vocabulary([b"x"], [PIECE]), black_box)
 
 
 def test_a_term_that_nobody_registered_is_named(tmp_path, monkeypatch):
@@ -470,7 +481,7 @@ def test_a_term_that_nobody_registered_is_named(tmp_path, monkeypatch):
     cache = make_cache(tmp_path / "c", tiny_llama(width=48))
     with pytest.raises(ValueError, match="no term of the loss is called 'relation'.*known: .*kd"):
         chosen = config(distill_type="relations")
-        teacher_terms_of(cache, tiny_llama(), VOCABULARY, chosen, CPU)
+        terms_of_cache(cache, tiny_llama(), VOCABULARY, chosen)
 
 
 @pytest.mark.parametrize(
@@ -522,4 +533,4 @@ def test_what_cannot_be_compared_is_refused(tmp_path, header, changes, message):
     cache = make_cache(tmp_path / "c", tiny_llama(width=48), **header)
     vocabulary = Vocabulary([b"x"], [PIECE]) if "student" in changes else VOCABULARY
     with pytest.raises(ValueError, match=message):
-        teacher_terms_of(cache, tiny_llama(seed=1), vocabulary, config(**changes), CPU)
+        terms_of_cache(cache, tiny_llama(seed=1), vocabulary, config(**changes))

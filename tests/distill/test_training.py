@@ -1,6 +1,7 @@
 """Batches, terms, splitting, pairing: what the loop in notebook 03 relies on."""
 
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from tiny import all_terms, example_rows, tiny_llama
 
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
-from kd_utils.distill.meter import FiniteSteps, Mean
+from kd_utils.distill.meter import Mean, Meter
 from kd_utils.distill.training import (
     gradient_shares,
     loss_terms,
@@ -53,8 +54,8 @@ def test_collate_puts_answers_and_signals_where_they_belong():
     rows = cached([5, 8])
     batch = collate(rows)
     assert batch.input_ids.shape == (2, 8)
-    assert batch.sizes == {"answers": 3}
-    assert batch.teachers[0].sizes == {"places": 13, "entries": 15 + 36, "queries": 13}
+    assert batch.whole == {"answers": 3}
+    assert batch.teachers[0].whole == {"places": 13, "entries": 15 + 36, "queries": 13}
     # row 0: 5 tokens, answer from 4 on; row 1: 8 tokens, answer from 6 on
     assert batch.predicting.tolist() == [3, 8 + 5, 8 + 6]
     assert batch.targets.tolist() == [rows[0].tokens[4], rows[1].tokens[6], rows[1].tokens[7]]
@@ -84,7 +85,7 @@ def test_answer_mode_looks_at_the_same_positions_with_all_signals():
 def test_the_attention_term_is_a_mean_over_entries_or_a_mean_over_rows_of_sums():
     rows, student = cached([5, 8]), tiny_llama()
     values, counts = {}, {}
-    answers = collate(rows, distill_tokens="answer").teachers[0].sizes
+    answers = collate(rows, distill_tokens="answer").teachers[0].whole
     for normaliser in ("entries", "queries"):
         values[normaliser] = terms_for(student, collate(rows), normaliser=normaliser)["attention"]
         counts[normaliser] = terms_of_teacher(normaliser=normaliser)["attention"].count(answers)
@@ -118,8 +119,8 @@ def test_padding_and_neighbours_are_inert():
     together = collate(rows)
     other = collate(rows[1:])
     for batch in (together, other):
-        batch.whole = collate(rows[:1]).sizes
-        batch.teachers[0].whole = collate(rows[:1]).teachers[0].sizes
+        batch.whole = collate(rows[:1]).whole
+        batch.teachers[0].whole = collate(rows[:1]).teachers[0].whole
     both, second = terms_for(student, together, projector), terms_for(student, other, projector)
     for name in ALL:
         torch.testing.assert_close(both[name], alone[name] + second[name], atol=1e-4, rtol=1e-4)
@@ -230,13 +231,13 @@ def test_validation_losses_do_not_depend_on_batches():
 
 def test_mean_weighs_by_counts_and_adds_up_parts():
     mean = Mean()
-    mean.add({"a": 6.0}, {"a": 2})
-    mean.add({"a": torch.tensor(2.0)}, {"a": 2})
+    mean.add({"a": 6.0}, 2)
+    mean.add({"a": torch.tensor(2.0)}, 2)
     assert mean.result("x/") == {"x/a": 2.0}
     steps = Mean()
     for value in (1.0, 2.0):
-        steps.add_part({"loss": torch.tensor(value)}, parts=2)
-    steps.add_part({"loss": torch.tensor(5.0)}, parts=1)
+        steps.add({"loss": torch.tensor(value)}, 1 / 2)
+    steps.add({"loss": torch.tensor(5.0)}, 1)
     assert steps.result()["loss"] == pytest.approx(4.0)
 
 
@@ -329,21 +330,22 @@ NAN, INF, ONE = (torch.tensor(value) for value in (float("nan"), float("inf"), 1
     ],
 )
 def test_a_step_that_is_not_finite_stops_at_the_next_step_or_at_the_epochs_end(norm, terms, shown):
-    for stops in (lambda steps: steps.check(), lambda steps: steps.add(6, ONE, {"task": ONE})):
-        steps = FiniteSteps()
-        steps.add(4, ONE, {"task": ONE})
-        steps.add(5, norm, terms)  # not looked at yet: a GPU is not waited for
+    for stops in (lambda meter: meter.stop_training(), lambda meter: meter.step(ONE, {})):
+        meter = Meter(None, datetime.now(UTC))
+        for _ in range(5):
+            meter.step(ONE, {"task": ONE})
+        meter.step(norm, terms)  # not looked at yet: a GPU is not waited for
         with pytest.raises(
             FloatingPointError, match=f"^training diverged at step 5: {shown}; lower learning_rate"
         ):
-            stops(steps)
+            stops(meter)
 
 
 def test_finite_steps_go_on_and_hold_no_graph():
-    steps = FiniteSteps()
-    steps.check()
+    meter = Meter(None, datetime.now(UTC))
+    meter.stop_training()
     weight = torch.ones(2, requires_grad=True)
-    for step in range(3):
-        steps.add(step, weight.norm(), {"task": weight.sum() * 1e30})
-        steps.check()
-    assert not any(value.requires_grad for value in [steps._last[1], *steps._last[2].values()])
+    for _ in range(3):
+        meter.step(weight.norm(), {"task": weight.sum() * 1e30})
+        meter.stop_training()
+    assert not any(value.requires_grad for value in meter._last_step.values())

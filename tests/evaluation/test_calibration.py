@@ -14,12 +14,12 @@ from kd_utils.evaluation.calibration import (
 
 
 def test_the_error_by_hand():
-    # Two bins of ten: (0.5, 0.6] holds 0.55 and 0.6, one right; (0.9, 1] holds 1.0, right.
+    # Two bins of 15: (8/15, 9/15] holds 0.55 and 0.6, one right; (14/15, 1] holds 1.0, right.
     confidence, correct = np.array([0.55, 0.6, 1.0]), np.array([True, False, True])
-    table = reliability(confidence, correct, bins=10)
+    table = reliability(confidence, correct)
     assert table[["n", "accuracy"]].values.tolist() == [[2, 0.5], [1, 1.0]]
-    assert table[["low", "high"]].to_numpy() == pytest.approx(np.array([[0.5, 0.6], [0.9, 1.0]]))
-    assert expected_calibration_error(confidence, correct, bins=10) == pytest.approx(2 / 3 * 0.075)
+    assert table[["low", "high"]].to_numpy() == pytest.approx(np.array([[8, 9], [14, 15]]) / 15)
+    assert expected_calibration_error(confidence, correct) == pytest.approx(2 / 3 * 0.075)
 
 
 def test_sure_and_right_is_0_and_sure_and_wrong_is_1():

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from kd_utils.config.fields import Weight
 from kd_utils.config.trial import METHODS, TrialConfig
-from kd_utils.distill.term import LayerTerm, register
+from kd_utils.distill.teacher_terms import LayerTerm, register
 from kd_utils.models.students import make_projector
 
 METHODS["cosine"] = {"task": "alpha", "kd": "beta", "cosine": "gamma_cosine"}

@@ -3,9 +3,5 @@
 from importlib import import_module
 from pathlib import Path
 
-from kd_utils.distill.term import TERMS
-
 for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
     import_module(f"{__name__}.{file.stem}")
-
-__all__ = ["TERMS"]

@@ -4,10 +4,9 @@ from collections import Counter
 from typing import Self
 
 import torch
-from torch import Tensor, nn
 
 from kd_utils.distill.targets import Maps, Targets
-from kd_utils.distill.term import LayerTerm, TermSetup, register
+from kd_utils.distill.teacher_terms import LayerTerm, TermSetup, register
 from kd_utils.models.attention_maps import Attention, decode_map
 from kd_utils.models.signals import Signals
 
@@ -19,8 +18,7 @@ class AttentionMaps(LayerTerm):
     Args:
         pairs, teacher_layers: as in `LayerTerm`.
         heads: how many heads the teacher has.
-        mix: (H_student, H_teacher) rows that sum to 1: with which of the teacher's heads each of
-            the student's is compared; None: head by head.
+        mix: as `head_mix` gives it; None: head by head.
         learned: `mix` is where training starts; rows stay positive and sum to 1.
         normaliser: what squared errors are divided by: the maps' "entries" (a mean over all), or
             their "queries" (summed over a row's keys, averaged over rows and heads).
@@ -33,43 +31,42 @@ class AttentionMaps(LayerTerm):
         pairs: list[tuple[int, int]],
         teacher_layers: int,
         heads: int,
-        mix: Tensor | None = None,
+        mix: torch.Tensor | None = None,
         *,
         learned: bool = False,
         normaliser: str = "entries",
     ) -> None:
         super().__init__(pairs, teacher_layers)
         self.heads, self.normaliser = heads, normaliser
-        self.mixing = nn.Parameter(torch.log(mix + 0.01)) if learned else None
+        self.mixing = torch.nn.Parameter(torch.log(mix + 0.01)) if learned else None
         self.register_buffer("fixed_mix", None if learned else mix, persistent=False)
 
     @classmethod
     def of(cls, setup: TermSetup) -> Self:
         config, heads = setup.config, setup.shape["num_attention_heads"]
-        pairs = setup.pairs("attention", config.attention_layers)
-        mix = head_mix(config.head_mapping, setup.student.num_attention_heads, heads)
         return cls(
-            pairs,
+            setup.pairs("attention", config.attention_layers),
             setup.shape["num_hidden_layers"],
             heads,
-            mix,
+            head_mix(config.head_mapping, setup.student.num_attention_heads, heads),
             learned=config.head_mapping == "learned",
             normaliser=config.attention_normaliser,
         )
 
     @property
-    def mix(self) -> Tensor | None:
-        """(H_student, H_teacher) rows that sum to 1; None: head by head."""
+    def mix(self) -> torch.Tensor | None:
+        """As `head_mix` gives it, or as it was trained."""
         return self.fixed_mix if self.mixing is None else self.mixing.softmax(-1)
 
-    def count(self, sizes: Counter[str]) -> int:
-        return self.heads * sizes[self.normaliser]
+    def count(self, whole: Counter[str]) -> int:
+        return self.heads * whole[self.normaliser]
 
     def compare(
         self, k: int, signals: Signals, layer: int, targets: Targets, column: str
-    ) -> Tensor:
-        total = self.count(targets.whole)
-        return attention_mse(signals.attentions[layer], targets.maps[column], total, self.mix)
+    ) -> torch.Tensor:
+        return attention_mse(
+            signals.attentions[layer], targets.maps[column], self.count(targets.whole), self.mix
+        )
 
     def about(self) -> str:
         mix = self.mix
@@ -77,7 +74,7 @@ class AttentionMaps(LayerTerm):
         return f"{super().about()}, {heads}"
 
 
-def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | None:
+def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> torch.Tensor | None:
     """(H_student, H_teacher) rows that sum to 1: the mix of teacher heads for each student head.
 
     "mean_groups" averages neighbouring heads of the teacher in as many groups as the student has
@@ -95,14 +92,12 @@ def head_mix(mapping: str, student_heads: int, teacher_heads: int) -> Tensor | N
                 "averaged in groups) or 'learned' (a trained mix of them)"
             )
         return None
-    return torch.nn.functional.adaptive_avg_pool1d(
-        torch.eye(teacher_heads), student_heads
-    ).T.contiguous()
+    return torch.nn.AdaptiveAvgPool1d(student_heads)(torch.eye(teacher_heads)).T.contiguous()
 
 
 def attention_mse(
-    student: Attention, maps: Maps, normaliser: int | None = None, mix: Tensor | None = None
-) -> Tensor:
+    student: Attention, maps: Maps, normaliser: int | None = None, mix: torch.Tensor | None = None
+) -> torch.Tensor:
     """L_attention: mean squared error between causal maps (after TinyBERT, Jiao et al. 2020).
 
     TinyBERT compares scores; these are probabilities. Padding and the upper triangle do not count.
@@ -132,7 +127,8 @@ def attention_mse(
     total = _SummedMapError.apply(
         student.query, student.key, mix, student, maps, torch.is_grad_enabled()
     )
-    total = total * (heads / student.query.shape[1]) if mix is not None else total
+    if mix is not None:
+        total = total * (heads / student.query.shape[1])
     return total / (normaliser or max(sum(teacher.numel() for teacher in maps.packed), 1))
 
 
@@ -140,17 +136,16 @@ class _SummedMapError(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
-        query: Tensor,
-        key: Tensor,
-        mix: Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mix: torch.Tensor | None,
         student: Attention,
         maps: Maps,
         wants_gradient: bool,
-    ) -> Tensor:
+    ) -> torch.Tensor:
         total = torch.zeros((), device=query.device)
-        slopes = [torch.zeros_like(query), torch.zeros_like(key)] if wants_gradient else []
-        if slopes and mix is not None:
-            slopes.append(torch.zeros_like(mix))
+        leaves = (query, key) if mix is None else (query, key, mix)
+        slopes = [torch.zeros_like(leaf) for leaf in leaves] if wants_gradient else []
         for b, (packed, teacher_rows, (first, last), merge) in enumerate(
             zip(maps.packed, maps.teacher_rows, maps.student_rows, maps.merges, strict=True)
         ):
@@ -180,20 +175,14 @@ class _SummedMapError(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, slope: Tensor):
+    def backward(ctx, slope: torch.Tensor):
         query, key, *mix = ctx.saved_tensors
         slope = -2 * slope  # d error^2 = 2 error; error here is teacher minus student
-        return (
-            slope * ctx.scaling * query,
-            slope * ctx.scaling * key,
-            slope * mix[0] if mix else None,
-            None,
-            None,
-            None,
-        )
+        for_mix = slope * mix[0] if mix else None
+        return slope * ctx.scaling * query, slope * ctx.scaling * key, for_mix, None, None, None
 
 
-def _in_float32(equation: str, left: Tensor, right: Tensor) -> Tensor:
+def _in_float32(equation: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """`einsum` of maps, which autocast would round to 8 bits."""
     with torch.autocast(left.device.type, enabled=False):
         return torch.einsum(equation, left, right)

@@ -2,11 +2,10 @@
 
 from typing import Self
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_utils.distill.targets import Targets
-from kd_utils.distill.term import LayerTerm, TermSetup, register
+from kd_utils.distill.teacher_terms import LayerTerm, TermSetup, register
 from kd_utils.models.signals import Signals
 from kd_utils.models.students import make_projector
 
@@ -43,9 +42,8 @@ class Hidden(LayerTerm):
     def compare(
         self, k: int, signals: Signals, layer: int, targets: Targets, column: str
     ) -> Tensor:
-        student = signals.layers[layer].flatten(0, 1)[targets.places]
-        teacher = targets.signals[column]
-        return hidden_mse(self.projectors[k](student), teacher, self.count(targets.whole))
+        projected = self.projectors[k](signals.layers[layer].flatten(0, 1)[targets.places])
+        return hidden_mse(projected, targets.signals[column], self.count(targets.whole))
 
 
 def hidden_mse(
@@ -63,5 +61,7 @@ def hidden_mse(
     Returns:
         Scalar, mean over tokens and width.
     """
-    total = F.mse_loss(projected_student.float(), teacher_hidden.float(), reduction="sum")
+    total = nn.functional.mse_loss(
+        projected_student.float(), teacher_hidden.float(), reduction="sum"
+    )
     return total / ((normaliser or max(len(teacher_hidden), 1)) * teacher_hidden.shape[-1])
