@@ -12,8 +12,7 @@ import numpy as np
 import pandas as pd
 import scipy
 
-from kd_utils.analysis import stats
-from kd_utils.analysis.tables import planned_trials, setting_items
+from kd_utils.analysis import stats, tables
 from kd_utils.data.tasks import task_order
 
 DRAWS = 2000
@@ -54,7 +53,7 @@ class Answers:
     """
 
     def __init__(self, results: pd.DataFrame, predictions: pd.DataFrame) -> None:
-        self.trials = planned_trials(results)
+        self.trials = tables.planned_trials(results)
         correct = predictions.pivot(index="trial", columns="example_id", values="correct")
         missing = correct.isna().sum(axis=1)
         if missing.any():
@@ -96,10 +95,10 @@ def matches(
         side by side, by seed (the baseline's columns end in `_baseline`).
     """
     settings = sorted(trials["setting"].unique(), key=len, reverse=True)
-    order = dict.fromkeys(key for setting in settings for key in setting_items(setting))
+    order = dict.fromkeys(key for setting in settings for key in tables.setting_items(setting))
     arms = list(trials.groupby(["distill_type", "setting"], sort=False))
     for names, (arm, rows), (baseline_arm, baseline_rows) in product(compared, arms, arms):
-        items, baseline_items = setting_items(arm[1]), setting_items(baseline_arm[1])
+        items, baseline_items = tables.setting_items(arm[1]), tables.setting_items(baseline_arm[1])
         either = items | baseline_items
         if names == (arm[0], baseline_arm[0]) and either == baseline_items | items:
             # In the grid's order of keys, because settings are compared as text.

@@ -9,8 +9,7 @@ import textwrap
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis import formatting, stats, tables
-from kd_utils.analysis.comparisons import BASELINE, PRIMARY, WHITE_BOX
+from kd_utils.analysis import comparisons, formatting, stats, tables
 from kd_utils.analysis.formatting import Row
 
 QUESTION_TEXTS = {
@@ -65,7 +64,7 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
         question (key of `QUESTION_TEXTS`), setting, answer (a few words), evidence (sentences with
         the numbers).
     """
-    primary = table[table["metric"] == PRIMARY]
+    primary = table[table["metric"] == comparisons.PRIMARY]
     by_task = table[table["metric"].isin([*SIMILAR_ON, *BETTER_ON])]
     asked = [
         (question, primary[primary["question"] == question], _by_outcome)
@@ -129,7 +128,7 @@ def _answer_white_box(family: list[Row], within: str) -> str:
     also_worse = f" Worse: {', '.join(worse)}." if worse else ""
     if better:
         return f"Yes: {', '.join(better)}." + also_worse.replace("Worse", "But worse")
-    if {*worse, *equal} != set(WHITE_BOX):
+    if {*worse, *equal} != set(comparisons.WHITE_BOX):
         return _not_shown(family) + also_worse
     if not worse:
         return f"No additional benefit ({within})."
@@ -202,7 +201,7 @@ def _by_hypothesis(by_task: list[Row], margin: float) -> tuple[str, list[str]]:
         else:
             answers.append(f"{method}: {_supports_hypothesis(rows, margin)}")
             tasks = "; ".join(formatting.task_sentence(row) for row in rows.values())
-            lines.append(f"{method} minus {BASELINE}: {tasks}.")
+            lines.append(f"{method} minus {comparisons.BASELINE}: {tasks}.")
     return "; ".join(answers) + ".", lines
 
 

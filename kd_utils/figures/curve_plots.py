@@ -3,9 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from kd_utils.analysis import tables
-from kd_utils.analysis.comparisons import BASELINE
-from kd_utils.analysis.tables import KEYS, beside_each_setting
+from kd_utils.analysis import comparisons, tables
 from kd_utils.figures import panels, plots
 
 SMALLEST_SHARE = 1e-4
@@ -33,10 +31,12 @@ def learning_curves(curves: pd.DataFrame, metric: str) -> alt.Chart:
     if curves.empty:
         return plots.sentence(NO_CURVES)
     scale, title = (100, "accuracy (%)") if tables.is_accuracy(metric) else (1, "nats per token")
-    lines = curves.rename(columns={metric: "value"})[[*KEYS, "seed", "epoch", "value"]]
-    lines = beside_each_setting(lines.dropna().assign(value=scale * lines["value"]))
+    lines = curves.rename(columns={metric: "value"})[[*tables.KEYS, "seed", "epoch", "value"]]
+    lines = tables.beside_each_setting(lines.dropna().assign(value=scale * lines["value"]))
     spread = tables.curve_spread(lines, "value")
-    baseline = spread[spread["distill_type"] == BASELINE].set_index(["setting", "epoch"])["mean"]
+    baseline = spread[spread["distill_type"] == comparisons.BASELINE].set_index(
+        ["setting", "epoch"]
+    )["mean"]
     spread = spread.join(baseline.rename("baseline"), on=["setting", "epoch"])
     # A facet has one table: it holds the rows of seeds and of means, and each layer draws its own.
     data = pd.concat([lines.assign(row="seed"), spread.assign(row="mean")], ignore_index=True)
@@ -52,15 +52,15 @@ def learning_curves(curves: pd.DataFrame, metric: str) -> alt.Chart:
             y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False, padding=6)), detail="seed:N"
         ),
         of_mean.mark_line(strokeDash=[4, 3], strokeWidth=1.5).encode(
-            y="baseline:Q", color=alt.value(plots.COLOURS[BASELINE])
+            y="baseline:Q", color=alt.value(plots.COLOURS[comparisons.BASELINE])
         ),
         of_mean.mark_line(strokeWidth=2.5, point={"size": 40}).encode(y="mean:Q"),
         width=150,
         height=panels.panel_height(data, 220),
     )
     legend = ["the scale does not start at 0"]
-    if len(methods) > 1 and BASELINE in methods:
-        legend.insert(0, f"dashed: mean of {BASELINE}")
+    if len(methods) > 1 and comparisons.BASELINE in methods:
+        legend.insert(0, f"dashed: mean of {comparisons.BASELINE}")
     if spread["n"].max() > 1:
         legend.insert(0, "line: mean over seeds; band: one standard deviation; faint: each seed")
     return plots.finish(
@@ -85,9 +85,9 @@ def loss_terms(table: pd.DataFrame) -> alt.Chart:
         return plots.sentence(NO_CURVES)
     drawn = 100 * table["value"].clip(lower=SMALLEST_SHARE)
     drawn = drawn.where(table["quantity"] == "gradient share", table["value"])
-    data = beside_each_setting(table.assign(value=drawn)[drawn > 0])
+    data = tables.beside_each_setting(table.assign(value=drawn)[drawn > 0])
     if data["setting"].nunique() > 1:
-        data = data[data["epoch"] == data.groupby(KEYS)["epoch"].transform("max")]
+        data = data[data["epoch"] == data.groupby(tables.KEYS)["epoch"].transform("max")]
         data, x, name = panels.setting_axis(data)
         width, heading = max(30 * data["at"].nunique(), 120), "at the last epoch, by setting"
     else:

@@ -12,9 +12,7 @@ import pandas as pd
 
 from kd_utils.analysis import stats, tables
 from kd_utils.analysis.comparisons import BASELINE
-from kd_utils.analysis.tables import KEYS, beside_each_setting, method_order
-from kd_utils.figures import panels
-from kd_utils.figures.plots import COLOURS, finish, method_colour, sentence
+from kd_utils.figures import panels, plots
 
 SETTLED = ("better", "worse", "equivalent")
 
@@ -40,17 +38,17 @@ def accuracy_by_task(table: pd.DataFrame, teacher: Mapping[str, float] | None = 
         teacher: metric -> fraction, as in a trial's record; "validation_accuracy/TASK" is the
             dotted rule.
     """
-    data = beside_each_setting(_with_interval(table))
+    data = tables.beside_each_setting(_with_interval(table))
     means = data[data["distill_type"] == BASELINE].groupby(["setting", "task"])["mean"].first()
     data = data.join(means.rename("baseline"), on=["setting", "task"])
     top = {key.removeprefix(f"{tables.ACCURACY}/"): 100 * v for key, v in (teacher or {}).items()}
     data["teacher"] = data["task"].map(top).astype(float)
 
-    methods = method_order(data["distill_type"])
+    methods = tables.method_order(data["distill_type"])
     scale = alt.Scale(domain=methods, paddingInner=0.25, paddingOuter=0.15)
     base = alt.Chart().encode(
         x=alt.X("distill_type:N", title=None, axis=alt.Axis(labelAngle=-35), scale=scale),
-        color=method_colour(methods),
+        color=plots.method_colour(methods),
     )
     layers = [base.mark_bar(size=32, opacity=0.22).encode(y="mean(low):Q", y2="mean(high):Q")]
     legend = ["tick: mean; bar: its 95 % t interval over seeds"]
@@ -62,7 +60,7 @@ def accuracy_by_task(table: pd.DataFrame, teacher: Mapping[str, float] | None = 
             layers.append(
                 alt.Chart()
                 .transform_filter(f"isValid(datum.{column})")
-                .mark_rule(strokeDash=dash, color=COLOURS[BASELINE], strokeWidth=width)
+                .mark_rule(strokeDash=dash, color=plots.COLOURS[BASELINE], strokeWidth=width)
                 .encode(y=f"mean({column}):Q")
             )
             legend.append(meaning)
@@ -71,7 +69,7 @@ def accuracy_by_task(table: pd.DataFrame, teacher: Mapping[str, float] | None = 
         base.mark_circle(size=28, opacity=0.9).encode(y=ACCURACY_AXIS, xOffset=SLOT),
     ]
     chart = alt.layer(*layers, width=46 * len(methods) + 10, height=panels.panel_height(data, 240))
-    return finish(
+    return plots.finish(
         panels.facet(chart, data, "task").resolve_scale(y="independent"),
         "Accuracy by task and method, one point per seed",
         f"{'; '.join(legend)}. Scales differ and do not start at 0.",
@@ -91,8 +89,8 @@ def differences_from_baseline(
         margin: differences within +- margin count as equal, a fraction: the light band.
     """
     if differences.empty:
-        return sentence("No pair of trials: no differences to draw")
-    keys, numbers = ["metric", *KEYS], ["mean", "low", "high"]
+        return plots.sentence("No pair of trials: no differences to draw")
+    keys, numbers = ["metric", *tables.KEYS], ["mean", "low", "high"]
     compared = comparisons[comparisons["question"] == "white_box"].rename(
         columns={"method": "distill_type", "difference": "mean"}
     )
@@ -109,19 +107,21 @@ def differences_from_baseline(
         margin_low=-100 * margin,
         margin_high=100 * margin,
     )
-    data = beside_each_setting(data)
+    data = tables.beside_each_setting(data)
 
-    methods = method_order(differences["distill_type"])
+    methods = tables.method_order(differences["distill_type"])
     scale = alt.Scale(domain=methods, paddingInner=0.45, paddingOuter=0.35)
     base = alt.Chart().encode(
-        y=alt.Y("distill_type:N", title=None, scale=scale), color=method_colour(methods)
+        y=alt.Y("distill_type:N", title=None, scale=scale), color=plots.method_colour(methods)
     )
     chart = alt.layer(
         alt.Chart()
         .mark_rect(color="#7f7f7f", opacity=0.15)
         .encode(x="mean(margin_low):Q", x2="mean(margin_high):Q"),
         base.mark_bar(size=20, opacity=0.22).encode(x="mean(low):Q", x2="mean(high):Q"),
-        alt.Chart().mark_rule(strokeDash=[4, 3], color=COLOURS[BASELINE]).encode(x="mean(zero):Q"),
+        alt.Chart()
+        .mark_rule(strokeDash=[4, 3], color=plots.COLOURS[BASELINE])
+        .encode(x="mean(zero):Q"),
         base.mark_tick(size=20, thickness=2.5).encode(x="mean(mean):Q"),
         base.mark_circle(size=26, opacity=0.9).encode(
             x=alt.X("points:Q", title=f"minus {BASELINE} (points)", scale=alt.Scale(padding=6)),
@@ -133,7 +133,7 @@ def differences_from_baseline(
         width=150,
         height=40 * len(methods),
     )
-    return finish(
+    return plots.finish(
         panels.facet(chart, data, "metric"),
         f"Difference from {BASELINE} within each seed",
         [
@@ -156,21 +156,25 @@ def swept(table: pd.DataFrame) -> alt.Chart:
         table: of `tables.per_task`, of a run whose grid swept another key; a panel per task.
     """
     if not table["setting"].any():
-        return sentence("The grid swept only methods and seeds: there is nothing else to draw")
+        return plots.sentence(
+            "The grid swept only methods and seeds: there is nothing else to draw"
+        )
     data, x, name = panels.setting_axis(_with_interval(table))
     data["reference"] = data["mean"].where(data["setting"] == "")
     # Methods at the same place on the axis are side by side, each with its seeds about its centre.
-    beside = data.groupby("at")["distill_type"].agg(method_order)
+    beside = data.groupby("at")["distill_type"].agg(tables.method_order)
     crowd = int(beside.map(len).max())
     data["centre"] = [
         (beside[at].index(method) + 0.5) / len(beside[at])
         for at, method in zip(data["at"], data["distill_type"])
     ]
     data["slot"] = data["centre"] + (data["slot"] - 0.5) * (0.8 / crowd)
-    methods, step = method_order(data["distill_type"]), 32 + 12 * (crowd - 1)
+    methods, step = tables.method_order(data["distill_type"]), 32 + 12 * (crowd - 1)
     mark = 0.8 * (0.85 * step) / crowd  # 0.85: what the axis' padding leaves of a step
 
-    colour = method_colour(methods, alt.Legend(title="method", values=methods, symbolOpacity=1))
+    colour = plots.method_colour(
+        methods, alt.Legend(title="method", values=methods, symbolOpacity=1)
+    )
     base = alt.Chart().encode(x=x.title(name), color=colour)
     centred = base.encode(xOffset=alt.XOffset("centre:Q", scale=UNIT))
     layers = [
@@ -193,7 +197,7 @@ def swept(table: pd.DataFrame) -> alt.Chart:
     grid = {"column": alt.Column(**task)} if name else {"facet": alt.Facet(**task), "columns": 2}
     chart = alt.layer(*layers, width=step * data["at"].nunique(), height=220)
     chart = chart.facet(data=data, **grid)
-    return finish(
+    return plots.finish(
         chart.resolve_scale(y="independent"),
         f"Accuracy by {name or 'setting'}",
         "point: one seed; tick: mean; bar: its 95 % t interval over seeds; "
@@ -213,8 +217,8 @@ def reliability_diagram(table: pd.DataFrame) -> alt.Chart:
         table: of `calibration.reliability_by_method`, with a column `setting` where there are some.
     """
     if table.empty:
-        return sentence("No task with choices: only choices have a confidence")
-    data = beside_each_setting(table if "setting" in table else table.assign(setting=""))
+        return plots.sentence("No task with choices: only choices have a confidence")
+    data = tables.beside_each_setting(table if "setting" in table else table.assign(setting=""))
     tasks = list(dict.fromkeys(data["task"]))
     data = data.sort_values("task", key=lambda column: column.map(tasks.index), kind="stable")
     several = data["setting"].nunique() > 1
@@ -222,7 +226,7 @@ def reliability_diagram(table: pd.DataFrame) -> alt.Chart:
     data[["confidence", "accuracy"]] *= 100
     is_first = ~data.duplicated(["row", "distill_type"])
     data["error"] = data["error"].map("error {:.3f}".format).where(is_first)
-    methods, most = method_order(data["distill_type"]), int(data["n"].max())
+    methods, most = tables.method_order(data["distill_type"]), int(data["n"].max())
     axis = {
         "scale": alt.Scale(domain=[0, 100], nice=False),
         "axis": alt.Axis(values=[0, 25, 50, 75, 100]),
@@ -230,7 +234,7 @@ def reliability_diagram(table: pd.DataFrame) -> alt.Chart:
     base = alt.Chart().encode(
         x=alt.X("confidence:Q", title="confidence (%)", **axis),
         y=alt.Y("accuracy:Q", title="accuracy (%)", **axis),
-        color=method_colour(methods),
+        color=plots.method_colour(methods),
     )
     sizes = [*(10**power for power in range(7) if 2 * 10**power <= most), most]
     size = alt.Size(
@@ -252,7 +256,7 @@ def reliability_diagram(table: pd.DataFrame) -> alt.Chart:
         width=125,
         height=125,
     )
-    return finish(
+    return plots.finish(
         panels.facet(chart, data, "distill_type", methods, row="row"),
         "Accuracy by confidence in the choice made",
         "all seeds' answers together, in bins of equal width; under the diagonal: too sure; "
@@ -266,7 +270,7 @@ def _with_interval(table: pd.DataFrame) -> pd.DataFrame:
     """
     done = table.dropna(subset=["accuracy"]).rename(columns={"accuracy": "percent"})
     done["percent"] *= 100
-    keys = [*KEYS, "task"]
+    keys = [*tables.KEYS, "task"]
     parts = [
         trials.assign(**stats.interval(trials["percent"]))
         for _, trials in done.groupby(keys, sort=False)
