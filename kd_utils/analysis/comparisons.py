@@ -105,10 +105,12 @@ def _by_metric(
 ) -> Iterator[dict[str, Any]]:
     weights = answers.weights(answers.metrics)
     errors = hierarchical_errors(pairs.difference, answers.tasks, weights)
+    n = len(pairs.seeds)
     for metric, weight, error in zip(answers.metrics, weights.T, errors):
         accuracy, baseline_accuracy = pairs.correct @ weight, pairs.baseline_correct @ weight
         values = np.round(accuracy - baseline_accuracy, 12)
-        n, centre, sd, *_ = stats.interval(values).values()
+        over_seeds = stats.interval(values)
+        centre, sd = over_seeds["mean"], over_seeds["sd"]
         (low, high), (low_90, high_90) = (
             hierarchical_interval(centre, error, pairs.difference, answers.tasks, weight, level)
             for level in (0.95, 0.9)
