@@ -1,19 +1,19 @@
-"""Which trials are compared with which, and what the statistics of each pair say: tidy tables from
-results.
+"""Which trials are compared with which, and what the statistics say: tidy tables from results.
 
 Each question has a family of comparisons, fixed before any result is seen. Holm's correction is
 within one question and one metric, over its comparisons and all swept settings. Accuracies and
 differences are fractions.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import scipy
 
-from kd_utils.analysis import stats
+from kd_utils.analysis import stats, tables
 from kd_utils.analysis.pairs import (
     Answers,
     Pairs,
@@ -24,7 +24,7 @@ from kd_utils.analysis.pairs import (
     interaction_p_rows,
     matches,
 )
-from kd_utils.analysis.tables import trial_values
+from kd_utils.data.tasks import TASKS
 
 BASELINE = "black_box"
 
@@ -52,32 +52,22 @@ COLUMNS = """question metric setting method baseline planned pairs family differ
     smallest_p detectable equal outcome""".split()
 
 
-def _family(trials: pd.DataFrame, question: str) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    for pair in QUESTIONS[question]:
-        yield from matches(trials, *pair)
-
-
-def _all_pairs(answers: Answers, question: str) -> list[Pairs]:
-    return [found for pair in QUESTIONS[question] for found in answers.pairs(*pair)]
-
-
 def reach(trials: pd.DataFrame) -> pd.DataFrame:
-    """What a plan could show at best: the size of each question's family, its pairs and the
-    smallest corrected p.
-
-    Args:
-        trials: columns distill_type, setting, seed of `tables.planned_trials`.
-
-    Returns:
-        question, comparisons, pairs (the fewest of the family), smallest_p (after Holm).
+    """What a plan of `tables.planned_trials` could show at best: question, comparisons (the size of
+    its family), pairs (the fewest of the family), smallest_p (after Holm).
     """
-    rows = []
-    for question in QUESTIONS:
-        counts = [row["planned"] for row, _ in _family(trials, question)]
-        if counts:
-            numbers = len(counts), min(counts), stats.smallest_p(min(counts), len(counts))
-            rows.append((question, *numbers))
-    return pd.DataFrame(rows, columns=["question", "comparisons", "pairs", "smallest_p"])
+    planned = {
+        question: [row["planned"] for row, _ in matches(trials, compared)]
+        for question, compared in QUESTIONS.items()
+    }
+    return pd.DataFrame(
+        [
+            (question, len(pairs), min(pairs), stats.smallest_p(min(pairs), len(pairs)))
+            for question, pairs in planned.items()
+            if pairs
+        ],
+        columns=["question", "comparisons", "pairs", "smallest_p"],
+    )
 
 
 def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
@@ -96,12 +86,13 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
         outcome are `judge`'s. NaN where pairs are too few.
     """
     rows = []
-    for question in QUESTIONS:
-        all_pairs = _all_pairs(answers, question)
-        for pairs in all_pairs:
-            named = {"question": question, "family": len(all_pairs)} | pairs.row
-            numbers = _compare_pairs(pairs, answers, margin, len(all_pairs))
-            rows += [named | row for row in numbers]
+    for question, compared in QUESTIONS.items():
+        family = list(answers.pairs(compared))
+        for pairs in family:
+            rows += [
+                {"question": question, "family": len(family)} | pairs.row | numbers
+                for numbers in _by_metric(pairs, answers, margin, len(family))
+            ]
     table = _with_holm(
         pd.DataFrame(rows, columns=COLUMNS), "p", "p_rows", "p_equivalence", "p_spread"
     )
@@ -109,7 +100,7 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
     return table.assign(equal=[equal for equal, _ in judged], outcome=[word for _, word in judged])
 
 
-def _compare_pairs(
+def _by_metric(
     pairs: Pairs, answers: Answers, margin: float, family: int
 ) -> Iterator[dict[str, Any]]:
     weights = answers.weights(answers.metrics)
@@ -118,12 +109,12 @@ def _compare_pairs(
     for metric, weight, error in zip(answers.metrics, weights.T, errors):
         accuracy, baseline_accuracy = pairs.correct @ weight, pairs.baseline_correct @ weight
         values = np.round(accuracy - baseline_accuracy, 12)
-        centre = float(values.mean()) if n else np.nan
-        sd = float(values.std(ddof=1)) if n > 1 else np.nan
-        interval = partial(
-            hierarchical_interval, centre, error, pairs.difference, answers.tasks, weight
+        over_seeds = stats.interval(values)
+        centre, sd = over_seeds["mean"], over_seeds["sd"]
+        (low, high), (low_90, high_90) = (
+            hierarchical_interval(centre, error, pairs.difference, answers.tasks, weight, level)
+            for level in (0.95, 0.9)
         )
-        (low, high), (low_90, high_90) = interval(0.95), interval(0.9)
         yield {
             "metric": metric,
             "difference": centre,
@@ -145,16 +136,12 @@ def _compare_pairs(
 def _with_holm(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The table with X_holm: each p corrected within its question and metric."""
     families = table.groupby(["question", "metric"], sort=False)
-    corrected = {
-        f"{column}_holm": families[column].transform(lambda p: stats.holm(p.to_numpy()))
-        for column in columns
-    }
+    corrected = {f"{column}_holm": families[column].transform(stats.holm) for column in columns}
     return table.assign(**corrected)
 
 
 def judge(row: dict[str, Any], margin: float) -> tuple[bool, str]:
-    """The rule of the outcomes: whether a comparison shows the two equal, and its outcome in a
-    word.
+    """The rule of the outcomes: does a comparison show the two equal, and its outcome in a word.
 
     equal: Holm's p of TOST is under 0.05, and the 90 % interval over seeds and examples is within
     the margin.
@@ -175,8 +162,7 @@ def judge(row: dict[str, Any], margin: float) -> tuple[bool, str]:
 
 
 def interactions(answers: Answers) -> pd.DataFrame:
-    """Does a method's difference from black box depend on the task? One row per white-box method
-    and setting.
+    """Does a method's difference from black box depend on the task? A row per method and setting.
 
     Returns:
         setting, method, baseline, planned, pairs; a column of mean differences per task; p
@@ -185,14 +171,11 @@ def interactions(answers: Answers) -> pd.DataFrame:
     """
     tasks = answers.metrics[2:]
     weights, rows = answers.weights(tasks), []
-    for pairs in _all_pairs(answers, "white_box"):
+    for pairs in answers.pairs(QUESTIONS["white_box"]):
         by_task = pairs.difference @ weights
         means = by_task.mean(axis=0) if len(by_task) else np.full(len(tasks), np.nan)
         errors = hierarchical_errors(pairs.difference, answers.tasks, weights)
-        p = {
-            "p": stats.interaction_p(by_task),
-            "p_rows": interaction_p_rows(by_task, errors),
-        }
+        p = {"p": stats.interaction_p(by_task), "p_rows": interaction_p_rows(by_task, errors)}
         rows.append(pairs.row | dict(zip(tasks, means)) | p)
     table = pd.DataFrame(rows, columns=[*PAIR_COLUMNS, *tasks, "p", "p_rows"])
     return table.assign(
@@ -219,30 +202,71 @@ def compare_metrics(
         metric's unit.
     """
     rows = []
-    for metric in metrics:
-        values = trial_values(results, metric)
-        for question in questions:
-            for row, both in _family(values, question):
-                difference = (both["value"] - both["value_baseline"]).dropna().to_numpy()
-                found = stats.interval(difference)
-                found |= {"pairs": found["n"], "difference": found["mean"]}
-                found["p"] = stats.sign_flip_p(difference)
-                rows.append({"question": question, "metric": metric} | row | found)
+    for metric, question in product(metrics, questions):
+        for row, both in matches(tables.trial_values(results, metric), QUESTIONS[question]):
+            difference = both["value"] - both["value_baseline"]
+            found = stats.interval(difference)
+            rows.append(
+                {
+                    "question": question,
+                    "metric": metric,
+                    **row,
+                    **found,
+                    "pairs": found["n"],
+                    "difference": found["mean"],
+                    "p": stats.sign_flip_p(difference),
+                }
+            )
     columns = "question metric setting method baseline pairs difference low high p".split()
     return _with_holm(pd.DataFrame(rows, columns=columns), "p")
 
 
-def differences(answers: Answers, question: str = "white_box") -> pd.DataFrame:
-    """The differences within each seed, for a figure.
+def differences(answers: Answers) -> pd.DataFrame:
+    """The white-box methods' differences from black box within each seed, for a figure.
 
     Returns:
         metric, setting, distill_type (the method), baseline, seed, difference (fraction).
     """
     rows = [
         (metric, pairs.row["setting"], pairs.row["method"], pairs.row["baseline"], seed, value)
-        for pairs in _all_pairs(answers, question)
+        for pairs in answers.pairs(QUESTIONS["white_box"])
         for metric in answers.metrics
         for seed, value in zip(pairs.seeds, pairs.difference @ answers.weights([metric])[:, 0])
     ]
-    columns = ["metric", "setting", "distill_type", "baseline", "seed", "difference"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(
+        rows, columns=["metric", "setting", "distill_type", "baseline", "seed", "difference"]
+    )
+
+
+def retention(
+    results: pd.DataFrame, teacher: Mapping[str, float], rows: Mapping[str, int]
+) -> pd.DataFrame:
+    """How much of the teacher's skill a student has: (student - chance) / (teacher - chance).
+
+    Args:
+        results: as in `tables.planned_trials`.
+        teacher: metric -> fraction.
+        rows: task -> validation rows, to see whether the teacher itself is above chance.
+
+    Returns:
+        task, setting, distill_type, chance, teacher, n, retention (mean over seeds, a fraction),
+        low, high (95 % t interval over seeds). `chance` is NaN for a task that is not in
+        `data/tasks`, `teacher` where its accuracy is not recorded. Retention is NaN for both, and
+        where a one-sided binomial test does not put the teacher above chance (p < 0.05).
+    """
+    parts = []
+    for name in tables.tasks_of(results):
+        metric = f"{tables.ACCURACY}/{name}"
+        task, top = TASKS.get(name), float(teacher.get(metric, np.nan))
+        chance, scale = task.chance if task else np.nan, np.nan
+        if task and metric in teacher:
+            guessed = max(chance, task.guessed)
+            right = round(top * rows[name])
+            test = scipy.stats.binomtest(right, rows[name], guessed, alternative="greater")
+            scale = top - chance if test.pvalue < 0.05 else np.nan
+        table = tables.summary_table(results, metric).rename(columns={"mean": "retention"})
+        numbers = ["retention", "low", "high"]
+        table[numbers] = table[numbers].sub(chance).div(scale)
+        parts.append(table.assign(task=name, chance=chance, teacher=top))
+    columns = ["task", *tables.KEYS, "chance", "teacher", "n", "retention", "low", "high"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)

@@ -1,7 +1,5 @@
-"""Tables and sentences for a reader: accuracies in per cent, differences in points, a dash for no
-value.
-
-Each function takes a tidy table of `tables` or `comparisons`, or a row of one.
+"""Tables and sentences for a reader, from tidy tables of `tables` and `comparisons` or rows of one:
+accuracies in per cent, differences in points, a dash for no value.
 """
 
 from collections.abc import Mapping
@@ -10,21 +8,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis import stats
+from kd_utils.analysis import stats, tables
 from kd_utils.analysis.comparisons import PRIMARY, interaction_tasks
-from kd_utils.analysis.tables import ACCURACY, is_accuracy, method_order, summary_table, tasks_of
 
 Row = dict[str, Any]
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """`tables.summary_table`'s rows: accuracies in per cent, losses in nats per token, n of
-    planned.
-    """
+    """`tables.summary_table`'s rows: accuracies in per cent, losses in nats per token."""
     rows = []
     for row in table.to_dict("records"):
-        scale, form = (100, "{:.1f}") if is_accuracy(row["metric"]) else (1, "{:.3f}")
-        low_high = (scale * row["low"], scale * row["high"])
+        scale, form = (100, "{:.1f}") if tables.is_accuracy(row["metric"]) else (1, "{:.3f}")
         rows.append(
             {
                 "metric": row["metric"],
@@ -33,42 +27,37 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
                 "n": f"{row['n']} of {row['planned']}",
                 "mean": _text(form, scale * row["mean"]),
                 "sd": _text(form, scale * row["sd"]),
-                "95 % interval": _text(f"[{form}, {form}]", *low_high),
+                "95 % interval": _text(
+                    f"[{form}, {form}]", scale * row["low"], scale * row["high"]
+                ),
             }
         )
     return _indexed(rows, "metric", "setting", "method")
 
 
 def means(results: pd.DataFrame, metrics: Mapping[str, str]) -> pd.DataFrame:
-    """Mean +- sd over seeds of several metrics side by side: a row per method, a column per name.
-
-    Args:
-        results: as in `tables.planned_trials`.
-        metrics: column name -> metric; a metric that the results do not have is left out.
+    """Mean +- sd over seeds: a row per method, a column per name of `metrics` (column name ->
+    metric), where a metric that the results do not have is left out.
     """
     columns = {}
     for name, metric in metrics.items():
         if metric in results:
-            table = summary(summary_table(results, metric)).droplevel("metric")
+            table = summary(tables.summary_table(results, metric)).droplevel("metric")
             columns.setdefault("n", table["n"])
-            spread = table["sd"].map(lambda sd: "" if sd == "–" else f" ± {sd}")
-            columns[name] = table["mean"] + spread
+            columns[name] = table["mean"] + (" ± " + table["sd"]).replace(" ± –", "")
     return pd.DataFrame(columns)
 
 
 def glance(results: pd.DataFrame, teacher: Mapping[str, float]) -> pd.DataFrame:
-    """Accuracies in per cent: every method's mean +- sd over seeds, and the teacher's.
+    """Accuracies in per cent, every method's mean +- sd over seeds and the teacher's: n, mean of
+    tasks, all examples, a column per task.
 
     Args:
         results: as in `tables.planned_trials`.
         teacher: metric -> fraction, as in a trial's record.
-
-    Returns:
-        Index method (and setting if the grid swept more); n, mean of tasks, all examples, a column
-        per task.
     """
-    metrics = {"mean of tasks": f"{ACCURACY}/macro", "all examples": ACCURACY}
-    metrics |= {task: f"{ACCURACY}/{task}" for task in tasks_of(results)}
+    metrics = {"mean of tasks": f"{tables.ACCURACY}/macro", "all examples": tables.ACCURACY}
+    metrics |= {task: f"{tables.ACCURACY}/{task}" for task in tables.tasks_of(results)}
     shown = means(results, metrics)
     of_teacher = {
         name: _text("{:.1f}", 100 * teacher.get(metric, np.nan)) for name, metric in metrics.items()
@@ -76,6 +65,26 @@ def glance(results: pd.DataFrame, teacher: Mapping[str, float]) -> pd.DataFrame:
     label = "teacher" if shown.index.nlevels == 1 else ("", "teacher")
     shown.loc[label, :] = pd.Series({"n": "1"} | of_teacher)
     return shown
+
+
+def retention(table: pd.DataFrame) -> pd.DataFrame:
+    """`comparisons.retention`'s rows: per cent with interval, a row per method and a column per
+    task, whose name says the teacher's accuracy and that of chance.
+    """
+    shown, heads = [], {}
+    for row in table.to_dict("records"):
+        chance, top = 100 * row["chance"], 100 * row["teacher"]
+        unknown = "not known" if np.isnan([chance, top]).any() else "–"
+        kept = _text("{:.0f}", 100 * row["retention"], unknown=unknown)
+        interval = _text(" [{:.0f}, {:.0f}]", 100 * row["low"], 100 * row["high"], unknown="")
+        shown.append(kept + interval)
+        of_teacher = _text("teacher {:.1f}", top, unknown="teacher not known")
+        of_chance = _text("chance {:.0f}", chance, unknown="chance not known")
+        heads[row["task"]] = f"{row['task']} ({of_teacher}, {of_chance})"
+    wide = table.assign(shown=shown).pivot(index=tables.KEYS[::-1], columns="task", values="shown")
+    order = list(dict.fromkeys(zip(table["distill_type"], table["setting"], strict=True)))
+    wide = wide.loc[order, list(heads)].rename(columns=heads)
+    return wide if table["setting"].any() else wide.droplevel("setting")
 
 
 def comparisons(table: pd.DataFrame) -> pd.DataFrame:
@@ -105,12 +114,12 @@ def comparisons(table: pd.DataFrame) -> pd.DataFrame:
 
 def interactions(table: pd.DataFrame) -> pd.DataFrame:
     """`comparisons.interactions`'s rows: differences per task in points, and the tests' p."""
-    points = {task: 100 * table[task] for task in interaction_tasks(table)}
+    points = 100 * table[interaction_tasks(table)]
     return table.assign(**points).round(3)
 
 
 def spreads(table: pd.DataFrame) -> pd.DataFrame:
-    """Standard deviations over seeds (points) of the methods and of black box, their ratio and its
+    """Standard deviations over seeds (points) of the methods and of black box, and their ratio's
     test, from `comparisons.compare`'s rows.
     """
     rows = table[(table["question"] == "white_box") & (table["metric"] == PRIMARY)]
@@ -120,31 +129,24 @@ def spreads(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gradient_shares(terms: pd.DataFrame) -> pd.DataFrame:
-    """The share (per cent) of each loss term in the gradient norm at the last epoch, from
-    `tables.loss_terms`.
-    """
+    """The share (per cent) of each of `tables.loss_terms` in the gradient norm, last epoch."""
     last = (terms["quantity"] == "gradient share") & (terms["epoch"] == terms["epoch"].max())
-    keys = ["distill_type", "setting"]
-    wide = terms[last].pivot_table(index=keys, columns="term", values="value", sort=False)
+    wide = terms[last].pivot_table("value", ["distill_type", "setting"], "term", sort=False)
     return wide.mul(100).round(3)
 
 
 def by_task(values: pd.Series) -> pd.DataFrame:
-    """Means over trials in per cent: a row per method, a column per task.
-
-    Args:
-        values: fractions, with the index levels distill_type and task.
+    """Means over trials in per cent: a row per method, a column per task. The values are fractions
+    with the index levels distill_type and task.
     """
     if values.empty:
         return pd.DataFrame()
     wide = values.groupby(["distill_type", "task"]).mean().mul(100).round(1).unstack("task")
-    return wide.loc[method_order(wide.index)]
+    return wide.loc[tables.method_order(wide.index)]
 
 
 def sentence(row: Row, margin: float) -> str:
-    """One comparison in words: what was found, on how many pairs, and what could have been
-    found.
-    """
+    """A comparison in words: what was found, on how many pairs, and what could have been found."""
     if row["outcome"] == "not tested":
         return f"{_what(row)}: not tested, {_pairs(row)} are done and a test needs two."
     size = "" if np.isnan(row["g"]) else f", g = {row['g']:.2f}"
@@ -153,21 +155,18 @@ def sentence(row: Row, margin: float) -> str:
         f"[{_points(row['low'])}, {_points(row['high'])}], {_p(row['p'])}, "
         f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}{size}, {_pairs(row)}"
     )
+    within = f"equal within {margin_text(margin)}"
     if row["outcome"] == "equivalent":
-        return (
-            f"{numbers}: equal within {margin_text(margin)} (TOST {_p(row['p_equivalence_holm'])})."
-        )
+        return f"{numbers}: {within} (TOST {_p(row['p_equivalence_holm'])})."
     if row["outcome"] == "undecided":
         return f"{numbers}: neither a difference nor equality is shown; {_could_have(row)}."
-    within = f" (and equal within {margin_text(margin)})" if row["equal"] else ""
-    elsewhere = "; other validation rows might not show it" * only_on_these_rows(row)
-    return f"{numbers}: {row['outcome']}{within}{elsewhere}."
+    also = f" (and {within})" if row["equal"] else ""
+    elsewhere = "; other validation rows might not show it" * row["outcome"].endswith("these rows")
+    return f"{numbers}: {row['outcome']}{also}{elsewhere}."
 
 
 def _could_have(row: Row) -> str:
-    """For a null result: the difference found with power 0.8, or how many pairs a finding would
-    need.
-    """
+    """For a null result: the difference found with power 0.8, or the pairs that a finding needs."""
     if stats.smallest_p(row["pairs"]) * row["family"] > stats.ALPHA:
         needed = next(n for n in range(2, 99) if stats.smallest_p(n) * row["family"] <= stats.ALPHA)
         return (
@@ -197,8 +196,7 @@ def interaction_sentence(row: Row) -> str:
 def spread_sentence(row: Row) -> str:
     """The spreads of a comparison in words."""
     if np.isnan(row["p_spread"]):
-        few = row["pairs"] < stats.FEWEST
-        why = ", and a spread needs five." if few else " and no spread."
+        why = ", and a spread needs five." if row["pairs"] < stats.FEWEST else " and no spread."
         return f"{row['method']}: not tested, {_pairs(row)}{why}"
     ratio = stats.detectable_ratio(row["pairs"], stats.ALPHA / row["family"])
     return (
@@ -218,10 +216,6 @@ def task_sentence(row: Row) -> str:
         f"[{_points(row['low'])}, {_points(row['high'])}], Holm {_p(row['p_holm'])}, "
         f"TOST {_p(row['p_equivalence_holm'])}, {row['outcome']}{could}"
     )
-
-
-def only_on_these_rows(row: Row) -> bool:
-    return row["outcome"].endswith("on these rows")
 
 
 def _what(row: Row) -> str:
@@ -248,8 +242,8 @@ def _p(value: float) -> str:
     return f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
 
-def _text(form: str, *values: float) -> str:
-    return "–" if np.isnan(values).any() else form.format(*values)
+def _text(form: str, *values: float, unknown: str = "–") -> str:
+    return unknown if np.isnan(values).any() else form.format(*values)
 
 
 def _indexed(rows: list[dict[str, Any]], *names: str) -> pd.DataFrame:

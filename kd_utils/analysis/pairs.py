@@ -4,15 +4,15 @@ The tests of `stats` are over seeds, on the validation examples of this run. The
 bootstrap here says whether a difference would also hold on other examples of the same tasks.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import scipy
 
-from kd_utils.analysis import stats
-from kd_utils.analysis.tables import planned_trials, setting_items
+from kd_utils.analysis import stats, tables
 from kd_utils.data.tasks import task_order
 
 DRAWS = 2000
@@ -26,17 +26,14 @@ class Pairs(NamedTuple):
             seeds for which both trials were planned and are done.
         seeds: (S,) seeds for which both trials are done.
         correct, baseline_correct: (S, N) whether each example was answered correctly, 0 or 1.
+        difference: (S, N) correct minus baseline_correct: -1, 0 or 1.
     """
 
     row: dict[str, Any]
     seeds: list[int]
     correct: np.ndarray
     baseline_correct: np.ndarray
-
-    @property
-    def difference(self) -> np.ndarray:
-        """(S, N) of -1, 0, 1."""
-        return self.correct - self.baseline_correct
+    difference: np.ndarray
 
 
 class Answers:
@@ -52,12 +49,11 @@ class Answers:
         metrics: "macro", "micro" and the tasks, in the project's order.
 
     Raises:
-        ValueError: the trials did not answer the same examples, so they cannot be compared by
-            example.
+        ValueError: the trials did not answer the same examples.
     """
 
     def __init__(self, results: pd.DataFrame, predictions: pd.DataFrame) -> None:
-        self.trials = planned_trials(results)
+        self.trials = tables.planned_trials(results)
         correct = predictions.pivot(index="trial", columns="example_id", values="correct")
         missing = correct.isna().sum(axis=1)
         if missing.any():
@@ -69,71 +65,60 @@ class Answers:
         self._correct = correct.astype(float)
         task_of = predictions.drop_duplicates("example_id").set_index("example_id")["task"]
         self.tasks = task_of.loc[correct.columns].to_numpy()
-        self.metrics = ["macro", "micro", *task_order(self.tasks)]
+        self._weights = example_weights(self.tasks)
+        self.metrics = list(self._weights)
 
-    def weights(self, metrics: list[str]) -> np.ndarray:
+    def weights(self, metrics: Iterable[str]) -> np.ndarray:
         """(N, K): the examples' weights in each metric."""
-        return np.stack([example_weights(self.tasks, m) for m in metrics], axis=1)
+        return np.stack([self._weights[metric] for metric in metrics], axis=1)
 
-    def pairs(self, method: str, baseline: str) -> Iterator[Pairs]:
-        """The pairs of two methods in every setting."""
-        for row, both in matches(self.trials, method, baseline):
+    def pairs(self, compared: Iterable[tuple[str, str]]) -> Iterator[Pairs]:
+        """The pairs of each method and its baseline, in every setting."""
+        for row, both in matches(self.trials, compared):
             done = both[both["done"] & both["done_baseline"]]
-            correct = [
+            seeds = done["seed"].tolist()
+            correct, baseline = (
                 np.ascontiguousarray(self._correct.loc[done[column]])
                 for column in ("trial", "trial_baseline")
-            ]
-            yield Pairs(row | {"pairs": len(done)}, done["seed"].tolist(), *correct)
+            )
+            yield Pairs(row | {"pairs": len(seeds)}, seeds, correct, baseline, correct - baseline)
 
 
 def matches(
-    trials: pd.DataFrame, method: str, baseline: str
+    trials: pd.DataFrame, compared: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame]]:
-    """Every setting in which both methods have trials: settings match if they agree in the keys
-    that both methods use.
+    """Every setting in which a method and its baseline have trials: settings match if they agree in
+    the keys that both use.
 
     Yields:
         setting, method, baseline and planned (number of seeds); the planned trials of both methods
         side by side, by seed (the baseline's columns end in `_baseline`).
     """
     settings = sorted(trials["setting"].unique(), key=len, reverse=True)
-    order = dict.fromkeys(key for setting in settings for key in setting_items(setting))
-    by_setting, baseline_by_setting = (
-        trials[trials["distill_type"] == name].groupby("setting", sort=False)
-        for name in (method, baseline)
-    )
-    for setting, rows in by_setting:
-        for baseline_setting, baseline_rows in baseline_by_setting:
-            items, baseline_items = setting_items(setting), setting_items(baseline_setting)
-            shared = items.keys() & baseline_items.keys()
-            if all(items[key] == baseline_items[key] for key in shared):
-                # In the grid's order of keys, because settings are compared as text.
-                either = items | baseline_items
-                text = ", ".join(f"{key}={either[key]}" for key in order if key in either)
-                both = rows.merge(baseline_rows, on="seed", suffixes=("", "_baseline"))
-                row = {"setting": text, "method": method, "baseline": baseline}
-                yield row | {"planned": len(both)}, both
+    order = dict.fromkeys(key for setting in settings for key in tables.setting_items(setting))
+    arms = list(trials.groupby(["distill_type", "setting"], sort=False))
+    for names, (arm, rows), (baseline_arm, baseline_rows) in product(compared, arms, arms):
+        items, baseline_items = tables.setting_items(arm[1]), tables.setting_items(baseline_arm[1])
+        either = items | baseline_items
+        if names == (arm[0], baseline_arm[0]) and either == baseline_items | items:
+            # In the grid's order of keys, because settings are compared as text.
+            setting = ", ".join(f"{key}={either[key]}" for key in order if key in either)
+            both = rows.merge(baseline_rows, on="seed", suffixes=("", "_baseline"))
+            found = (setting, *names, len(both))
+            yield dict(zip(("setting", "method", "baseline", "planned"), found)), both
 
 
-def example_weights(tasks: Sequence[str], metric: str) -> np.ndarray:
-    """The weight of each example in a metric: accuracy is the sum of weight times correct.
-
-    Args:
-        tasks: task of each example.
-        metric: "micro" (over examples), "macro" (mean over tasks) or a task.
+def example_weights(tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """The weight (N,) of each example in the metrics "macro" (mean over tasks), "micro" (over
+    examples) and every task: accuracy is the sum of weight times correct.
     """
     tasks = pd.Series(tasks)
     counts = tasks.map(tasks.value_counts())
-    if metric == "micro":
-        return np.full(len(tasks), 1 / len(tasks))
-    if metric == "macro":
-        return (1 / (tasks.nunique() * counts)).to_numpy()
-    if not (tasks == metric).any():
-        raise ValueError(
-            f"no example of task {metric!r}: choose micro, macro or one of "
-            f"{', '.join(sorted(tasks.unique()))}"
-        )
-    return np.where(tasks == metric, 1 / counts, 0.0)
+    return {
+        "macro": (1 / (tasks.nunique() * counts)).to_numpy(),
+        "micro": np.full(len(tasks), 1 / len(tasks)),
+        **{task: np.where(tasks == task, 1 / counts, 0.0) for task in task_order(tasks)},
+    }
 
 
 def hierarchical_errors(
@@ -144,8 +129,7 @@ def hierarchical_errors(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> np.ndarray:
-    """Standard errors of mean paired differences over seeds and examples, by a hierarchical
-    bootstrap.
+    """Standard errors of mean differences over seeds and examples, by a hierarchical bootstrap.
 
     A draw takes S seeds with replacement and, within each task, as many examples as the task has;
     the same examples for all seeds, since all trials answer the same ones (the pigeonhole bootstrap
@@ -155,12 +139,10 @@ def hierarchical_errors(
     alone, and it equals that error where examples do not differ.
 
     Args:
-        difference: (S, N) correct minus the baseline's correct, of -1, 0, 1; a row per seed, a
-            column per example.
+        difference: (S, N) as in `Pairs`.
         tasks: (N,) task of each example.
-        weights: (N, K) of `example_weights`, a column per metric.
-        draws: number of resamples.
-        seed: seed of the resampling.
+        weights: (N, K) of `Answers.weights`, a column per metric.
+        draws, seed: of the resampling.
 
     Returns:
         (K,) in the unit of `difference`; NaN with fewer than two seeds.
@@ -194,67 +176,48 @@ def hierarchical_interval(
     difference: np.ndarray,
     tasks: np.ndarray,
     weights: np.ndarray,
-    level: float = 0.95,
+    level: float,
 ) -> tuple[float, float]:
-    """Interval of a mean paired difference: centre +- (t(S - 1) error + `unseen_discordance`).
+    """Interval of a mean paired difference: centre +- (t(S - 1) error + the unseen part).
 
     With 7 seeds the bootstrap draws' own percentiles cover 87 %; Student's t with the draws' error
-    covers 95 %.
+    covers 95 %. Resampling finds no variance in a task where none of N examples was answered
+    differently. Yet the share of such examples may be 1 - (1 - level)^(1 / N), the exact form of
+    the rule of three: the unseen part, which is 0 for tasks with a difference.
 
     Args:
         centre: the mean difference.
-        error: of `hierarchical_errors`.
-        difference, tasks: as in `hierarchical_errors`.
+        error: of `hierarchical_errors`, whose arguments are `difference` and `tasks`.
         weights: (N,) of the metric.
         level: of confidence.
+
+    Returns:
+        low, high; NaN with fewer than two seeds.
     """
-    seeds = len(difference)
-    if seeds < 2:
-        return np.nan, np.nan
-    half = scipy.stats.t.ppf((1 + level) / 2, seeds - 1) * error
-    half += unseen_discordance(difference, tasks, weights, level)
+    half = scipy.stats.t.ppf((1 + level) / 2, len(difference) - 1) * error
+    half += sum(
+        weights[chosen].sum() * (1 - (1 - level) ** (1 / chosen.sum()))
+        for chosen in (tasks == task for task in sorted(set(tasks)))
+        if not difference[:, chosen].any()
+    )
     return float(centre - half), float(centre + half)
 
 
 def hierarchical_p(centre: float, error: float, seeds: int) -> float:
-    """Two-sided p of no difference over seeds and examples, by the same t; 1 where nothing differs
-    at all.
-    """
-    if seeds < 2:
-        return np.nan
-    if error > stats.ROUNDING:
-        return float(2 * scipy.stats.t.sf(abs(centre) / error, seeds - 1))
-    return float(abs(centre) < stats.ROUNDING)
-
-
-def unseen_discordance(
-    difference: np.ndarray, tasks: np.ndarray, weights: np.ndarray, level: float
-) -> float:
-    """How far two methods may differ on tasks where no example was answered differently.
-
-    If none of N examples was answered differently, the share of such examples may still be 1 - (1 -
-    level)^(1 / N) (the exact form of the rule of three), although resampling finds no variance.
-    Tasks with a difference contribute 0.
-    """
-    share = 0.0
-    for task in sorted(set(tasks)):
-        chosen = tasks == task
-        if not np.any(difference[:, chosen]):
-            share += weights[chosen].sum() * (1 - (1 - level) ** (1 / chosen.sum()))
-    return float(share)
+    """Two-sided p of no difference, by the same t; 1 where nothing differs at all."""
+    if error <= stats.ROUNDING:
+        return float(abs(centre) < stats.ROUNDING)
+    return float(2 * scipy.stats.t.sf(abs(centre) / error, seeds - 1))
 
 
 def interaction_p_rows(differences: np.ndarray, errors: np.ndarray) -> float:
     """p of no method x task interaction over seeds and examples: Hotelling's T^2 with the examples'
-    variance added.
+    variance added, from F with K - 1 and S - K + 1 degrees of freedom; NaN with too few seeds.
 
     Args:
-        differences: (S, K) as in `interaction_p`.
+        differences: (S, K) as in `stats.interaction_p`.
         errors: (K,) of `hierarchical_errors`, per task. Where an error exceeds the one over seeds,
             the rest is due to the examples, and examples of different tasks are independent.
-
-    Returns:
-        p, from F with K - 1 and S - K + 1 degrees of freedom; NaN with too few seeds for that.
     """
     seeds, tasks = differences.shape
     if tasks < 2 or seeds < tasks + 1:
@@ -267,17 +230,14 @@ def interaction_p_rows(differences: np.ndarray, errors: np.ndarray) -> float:
         return 1.0
     inverse = np.linalg.pinv(contrast @ covariance @ contrast.T, rcond=1e-9, hermitian=True)
     squared, free = centre @ inverse @ centre, tasks - 1
-    return float(
-        scipy.stats.f.sf(squared * (seeds - free) / ((seeds - 1) * free), free, seeds - free)
-    )
+    ratio = squared * (seeds - free) / ((seeds - 1) * free)
+    return float(scipy.stats.f.sf(ratio, free, seeds - free))
 
 
 def detectable(sd: float, error: float, n: int, family: int) -> float:
     """The difference that both tests find with power 0.8 at Holm's first step: the larger of what
-    each needs.
+    each needs; NaN with fewer than two pairs.
     """
-    if n < 2:
-        return np.nan
-    t, norm = scipy.stats.t, scipy.stats.norm
-    over_rows = error * (t.ppf(1 - stats.ALPHA / family / 2, n - 1) + norm.ppf(stats.POWER))
-    return max(stats.smallest_detectable(sd, n, stats.ALPHA / family), float(over_rows))
+    alpha = stats.ALPHA / family
+    errors = scipy.stats.t.ppf(1 - alpha / 2, n - 1) + scipy.stats.norm.ppf(stats.POWER)
+    return float(np.maximum(stats.smallest_detectable(sd, n, alpha), error * errors))

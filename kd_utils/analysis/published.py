@@ -1,5 +1,4 @@
-"""The published claim, re-read: what its own means, standard deviations and number of seeds
-support.
+"""The published claim, re-read: what its own means, standard deviations and seeds support.
 
 Source: "Attention Alignment Outperforms Logit Distillation for LLM Compression" (2025),
 doi:10.5281/zenodo.18043310: Llama-2-7B to TinyLlama-1.1B, table 1, and the differences per task
@@ -34,10 +33,10 @@ TASK_DIFFERENCES = {"sst2": 2.40, "mmlu": 0.79, "gsm8k": 0.09}
 TASK_EXAMPLES = {"sst2": 5000, "mmlu": 1000, "gsm8k": 1000}
 
 
-def means(table: pd.DataFrame = TABLE, seeds: int = SEEDS) -> pd.DataFrame:
+def means(table: pd.DataFrame = TABLE) -> pd.DataFrame:
     """The table with the 95 % t interval of each mean: method, mean, sd, n, low, high."""
-    half = scipy.stats.t.ppf(0.975, seeds - 1) * table["sd"] / np.sqrt(seeds)
-    return table.assign(n=seeds, low=table["mean"] - half, high=table["mean"] + half)
+    half = scipy.stats.t.ppf(0.975, SEEDS - 1) * table["sd"] / np.sqrt(SEEDS)
+    return table.assign(n=SEEDS, low=table["mean"] - half, high=table["mean"] + half)
 
 
 def welch(mean: float, sd: float, mean_0: float, sd_0: float, n: int) -> dict[str, float]:
@@ -61,33 +60,25 @@ def welch(mean: float, sd: float, mean_0: float, sd_0: float, n: int) -> dict[st
     }
 
 
-def reread(table: pd.DataFrame = TABLE, seeds: int = SEEDS) -> pd.DataFrame:
+def reread(table: pd.DataFrame = TABLE) -> pd.DataFrame:
     """Welch's tests against black box with Holm's correction, and the ratio of spreads with an F
-    test.
-
-    Brown and Forsythe's test needs the trials themselves; summaries allow only F.
-
-    Args:
-        table: method, mean, sd (n - 1).
-        seeds: trials behind each row.
+    test (Brown and Forsythe's needs the trials themselves).
 
     Returns:
         method, difference, t, df, p, low, high (95 %), g (Hedges), sd_ratio, sd_ratio_low,
         sd_ratio_high, p_spread (two-sided F), p_holm, p_spread_holm; in the table's unit.
     """
-    is_baseline = table["method"] == "black_box"
-    [baseline] = table[is_baseline].to_dict("records")
-    mean_0, sd_0, rows = baseline["mean"], baseline["sd"], []
-    for row in table[~is_baseline].to_dict("records"):
-        mean, sd = row["mean"], row["sd"]
-        tail = scipy.stats.f.cdf((sd / sd_0) ** 2, seeds - 1, seeds - 1)
+    mean_0, sd_0 = table.set_index("method").loc["black_box"]
+    rows = []
+    for method, mean, sd in table[table["method"] != "black_box"].itertuples(index=False):
+        tail = scipy.stats.f.cdf((sd / sd_0) ** 2, SEEDS - 1, SEEDS - 1)
         rows.append(
             {
-                "method": row["method"],
-                **welch(mean, sd, mean_0, sd_0, seeds),
-                "g": stats.hedges_g_from_summary(mean, sd, seeds, mean_0, sd_0, seeds),
-                **stats.ratio_interval(sd, sd_0, seeds),
-                "p_spread": float(2 * min(tail, 1 - tail)),
+                "method": method,
+                **welch(mean, sd, mean_0, sd_0, SEEDS),
+                "g": stats.hedges_g_from_summary(mean, sd, mean_0, sd_0, SEEDS),
+                **stats.ratio_interval(sd, sd_0, SEEDS),
+                "p_spread": 2 * min(tail, 1 - tail),
             }
         )
     found = pd.DataFrame(rows)
@@ -97,10 +88,10 @@ def reread(table: pd.DataFrame = TABLE, seeds: int = SEEDS) -> pd.DataFrame:
 def identical_rows(table: pd.DataFrame = TABLE) -> list[list[str]]:
     """Groups of methods whose mean and standard deviation agree to the last digit given."""
     groups = table.groupby(["mean", "sd"], sort=False)["method"].agg(list)
-    return [methods for methods in groups if len(methods) > 1]
+    return groups[groups.map(len) > 1].tolist()
 
 
-def smallest_detectable(table: pd.DataFrame = TABLE, seeds: int = SEEDS) -> float:
+def smallest_detectable(table: pd.DataFrame = TABLE) -> float:
     """The difference of attention from black box that two independent sets of so many seeds find
     with power 0.8 at 5 %, in the table's unit.
     """
@@ -108,52 +99,40 @@ def smallest_detectable(table: pd.DataFrame = TABLE, seeds: int = SEEDS) -> floa
 
     sd = table.set_index("method")["sd"]
     pooled = np.sqrt((sd["attention"] ** 2 + sd["black_box"] ** 2) / 2)
-    effect = TTestIndPower().solve_power(nobs1=seeds, alpha=stats.ALPHA, power=stats.POWER)
+    effect = TTestIndPower().solve_power(nobs1=SEEDS, alpha=stats.ALPHA, power=stats.POWER)
     return float(pooled * effect)
 
 
-def paired(table: pd.DataFrame = TABLE, seeds: int = SEEDS) -> pd.DataFrame:
-    """The most that a paired test against black box can give with these means and spreads, which is
-    at a correlation of 1.
-
-    The standard deviation of the differences is at least |sd - black box's sd|.
+def paired(table: pd.DataFrame = TABLE) -> pd.DataFrame:
+    """The most that a paired test against black box can give: at a correlation of 1, where the
+    standard deviation of the differences is |sd - black box's sd|.
 
     Returns:
-        method, difference, t (the largest), p (two-sided, the smallest), low, high (the narrowest
-        95 % interval).
+        method, difference, t (the largest), p (two-sided, the smallest), low, high (95 %, the
+        narrowest interval).
     """
-    baseline = table.set_index("method").loc["black_box"]
+    mean_0, sd_0 = table.set_index("method").loc["black_box"]
     rest = table[table["method"] != "black_box"]
-    difference = rest["mean"] - baseline["mean"]
-    error = (rest["sd"] - baseline["sd"]).abs() / np.sqrt(seeds)
-    half = scipy.stats.t.ppf(0.975, seeds - 1) * error
+    difference, error = rest["mean"] - mean_0, (rest["sd"] - sd_0).abs() / np.sqrt(SEEDS)
+    half = scipy.stats.t.ppf(0.975, SEEDS - 1) * error
     return pd.DataFrame(
         {
             "method": rest["method"],
             "difference": difference,
             "t": difference / error,
-            "p": 2 * scipy.stats.t.sf((difference / error).abs(), seeds - 1),
+            "p": 2 * scipy.stats.t.sf((difference / error).abs(), SEEDS - 1),
             "low": difference - half,
             "high": difference + half,
         }
     )
 
 
-def chance_of_equal_means(
-    sd: float, seeds: int = SEEDS, step: float = 0.01, correlation: float = 0.0
-) -> float:
-    """Chance that the means of two sets of trials with the same true mean and spread are less than
-    one last digit apart.
-
-    Args:
-        sd: of the trials, normal values.
-        seeds: trials in each set.
-        step: one last digit.
-        correlation: of the two trials of a seed.
+def chance_of_equal_means(sd: float, correlation: float = 0.0) -> float:
+    """Chance that the means of two sets of normal trials with the same true mean and `sd` are less
+    than one last digit (0.01) apart; `correlation` is that of the two trials of a seed.
     """
-    scale = sd * np.sqrt(2 * (1 - correlation) / seeds)
-    norm = scipy.stats.norm(scale=scale)
-    return float(norm.cdf(step) - norm.cdf(-step))
+    norm = scipy.stats.norm(scale=sd * np.sqrt(2 * (1 - correlation) / SEEDS))
+    return float(norm.cdf(0.01) - norm.cdf(-0.01))
 
 
 def readings() -> list[str]:

@@ -34,26 +34,21 @@ def sign_flip_p(differences: Sequence[float] | np.ndarray) -> float:
     """Two-sided p of a mean paired difference, by Fisher's sign-flip test.
 
     Exact for up to 14 pairs. The only assumption is that without an effect a difference is as
-    likely as its negative. The smallest p that n pairs can give is 2 / 2^n.
-
-    Args:
-        differences: one per pair; NaN where there is none.
-
-    Returns:
-        p in (0, 1]; NaN for fewer than two pairs.
+    likely as its negative. NaN for fewer than two pairs; differences that are NaN are left out.
     """
-    values = _finite(differences)
+    values = pd.Series(differences, dtype=float).dropna().to_numpy()
     return float(_sign_flip_p(values[None])[0]) if len(values) > 1 else np.nan
 
 
 def _sign_flip_p(rows: np.ndarray) -> np.ndarray:
     """`sign_flip_p` of each row of (m, n)."""
-
-    def mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
+    return _flipped_p(
+        rows,
         # Rounded, because rounding errors would break ties between assignments.
-        return np.round(np.mean(values, axis=axis), 12)
-
-    return _flipped_p(rows, mean, axis=1, batch=max(2**22 // rows.size, 1))
+        lambda values, axis: np.round(np.mean(values, axis=axis), 12),
+        axis=1,
+        batch=max(2**22 // rows.size, 1),
+    )
 
 
 def _flipped_p(data: np.ndarray, statistic: Callable[..., np.ndarray], **options: Any) -> Any:
@@ -72,63 +67,51 @@ def smallest_p(n: int, family: int = 1) -> float:
     """The smallest two-sided p that the sign-flip test can give with n pairs: 2 / 2^n, or what
     random flips can give; times the size of the family, as in Holm's first step.
     """
-    smallest = 2.0 ** (1 - n)
-    if 2**n > SIGN_FLIPS:
-        smallest = max(smallest, 2 / (SIGN_FLIPS + 1))
-    return min(min(smallest, 1.0) * family, 1.0)
+    return min(max(2.0 ** (1 - n), 2 / (SIGN_FLIPS + 1)) * family, 1.0)
 
 
 def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
-    """p adjusted for the comparisons of a family (Holm 1979); NaNs stay NaN but count in the
-    family's size.
+    """p adjusted for the comparisons of a family (Holm 1979).
 
-    A planned comparison that could not be made does not make the other comparisons easier.
+    NaNs stay NaN but count in the family's size: a planned comparison that could not be made does
+    not make the others easier.
     """
     # statsmodels' multipletests gives the same (a test checks it), but collects garbage at each
     # call: 50 ms, 60 times an analysis.
     p = np.asarray(p, dtype=float)
-    order = np.argsort(np.where(np.isnan(p), 1.0, p))
-    steps = np.maximum.accumulate(np.where(np.isnan(p), 1.0, p)[order] * np.arange(len(p), 0, -1))
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.minimum(steps, 1.0)
-    return np.where(np.isnan(p), np.nan, adjusted)
+    known = np.nan_to_num(p, nan=1.0)
+    order = np.argsort(known)
+    steps = np.maximum.accumulate(known[order] * np.arange(len(known), 0, -1))
+    return np.where(np.isnan(p), np.nan, np.minimum(steps, 1.0)[np.argsort(order)])
 
 
 def hedges_g(values: Sequence[float], baseline: Sequence[float]) -> float:
-    """(mean - baseline's mean) / pooled standard deviation over seeds, corrected for few seeds
-    (Hedges 1981).
+    """(mean - baseline's mean) / pooled standard deviation, corrected for few seeds (Hedges 1981).
 
     The standard deviation is that of the trials, not of the differences, so that it compares with
     the published table. NaN for fewer than two pairs or no spread.
     """
-    n = len(values)
-    if n < 2:
+    if len(values) < 2:
         return np.nan
-    means, sds = np.mean([values, baseline], axis=1), np.std([values, baseline], axis=1, ddof=1)
-    return hedges_g_from_summary(means[0], sds[0], n, means[1], sds[1], n)
+    summaries = [(np.mean(trials), np.std(trials, ddof=1)) for trials in (values, baseline)]
+    return hedges_g_from_summary(*summaries[0], *summaries[1], len(values))
 
 
-def hedges_g_from_summary(
-    mean: float, sd: float, n: int, mean_0: float, sd_0: float, n_0: int
-) -> float:
-    """`hedges_g` from means, standard deviations (n - 1) and counts."""
+def hedges_g_from_summary(mean: float, sd: float, mean_0: float, sd_0: float, n: int) -> float:
+    """`hedges_g` from means and standard deviations (n - 1) of n values each."""
     from statsmodels.stats.meta_analysis import effectsize_smd
 
     if max(sd, sd_0) <= ROUNDING:
         return np.nan
-    return float(effectsize_smd(mean, sd, n, mean_0, sd_0, n_0)[0])
+    return float(effectsize_smd(mean, sd, n, mean_0, sd_0, n)[0])
 
 
-def equivalence_p(values: Sequence[float], baseline: Sequence[float], margin: float) -> float:
+def equivalence_p(values: np.ndarray, baseline: np.ndarray, margin: float) -> float:
     """p of two one-sided paired t tests (TOST): a small p shows that the mean difference lies
-    within +- margin.
-
-    A large p of a difference test does not show that. NaN for fewer than five pairs: two or three
-    that happen to agree would be called equal.
+    within +- margin. NaN for fewer than five pairs: two that happen to agree would be called equal.
     """
     from statsmodels.stats.weightstats import ttost_paired
 
-    values, baseline = np.asarray(values, dtype=float), np.asarray(baseline, dtype=float)
     if len(values) < FEWEST:
         return np.nan
     if np.ptp(values - baseline) < ROUNDING:  # all differences are equal: t is not defined
@@ -137,8 +120,7 @@ def equivalence_p(values: Sequence[float], baseline: Sequence[float], margin: fl
 
 
 def spread_comparison(values: Sequence[float], baseline: Sequence[float]) -> dict[str, float]:
-    """Does the spread over seeds differ? Brown-Forsythe (Levene's test about medians), and the
-    interval of the ratio.
+    """Does the spread over seeds differ? Brown-Forsythe (Levene's test about medians).
 
     Returns:
         sd, baseline_sd, sd_ratio (sd / baseline_sd), sd_ratio_low, sd_ratio_high (95 %, from F,
@@ -148,8 +130,8 @@ def spread_comparison(values: Sequence[float], baseline: Sequence[float]) -> dic
     both = np.array([values, baseline], dtype=float)
     n = len(values)
     if n < FEWEST or np.ptp(both, axis=1).min() < ROUNDING:
-        names = ("sd", "baseline_sd", "sd_ratio", "sd_ratio_low", "sd_ratio_high", "p_spread")
-        return dict.fromkeys(names, np.nan)
+        keys = "sd baseline_sd sd_ratio sd_ratio_low sd_ratio_high p_spread".split()
+        return dict.fromkeys(keys, np.nan)
     sd, baseline_sd = both.std(axis=1, ddof=1).tolist()
     return {
         "sd": sd,
@@ -160,8 +142,8 @@ def spread_comparison(values: Sequence[float], baseline: Sequence[float]) -> dic
 
 
 def ratio_interval(sd: float, baseline_sd: float, n: int) -> dict[str, float]:
-    """The ratio of two standard deviations of n values each, with its 95 % interval from the F
-    distribution of the ratio of variances: sd_ratio, sd_ratio_low, sd_ratio_high.
+    """The ratio of two standard deviations of n values each: sd_ratio, sd_ratio_low, sd_ratio_high
+    (95 %, from the F distribution of the ratio of variances).
     """
     ratio, quantiles = sd / baseline_sd, np.array([1 + 0.95, 1 - 0.95]) / 2
     low, high = (ratio / np.sqrt(scipy.stats.f.ppf(quantiles, n - 1, n - 1))).tolist()
@@ -169,13 +151,10 @@ def ratio_interval(sd: float, baseline_sd: float, n: int) -> dict[str, float]:
 
 
 def smallest_detectable(sd: float, n: int, alpha: float = ALPHA) -> float:
-    """The smallest mean difference that n pairs find with power 0.8, in the unit of `sd`; infinite
-    if they can find none.
+    """The smallest mean difference that n pairs find with power 0.8; infinite if they find none.
 
-    Args:
-        sd: standard deviation (n - 1) of the paired differences.
-        n: pairs.
-        alpha: level of the test; alpha / m, Holm's first step, for one comparison of a family of m.
+    `sd` is the standard deviation (n - 1) of the paired differences. For one comparison of a family
+    of m, alpha is 0.05 / m, Holm's first step.
     """
     effect = _detectable_effect(n, alpha)
     return float(sd * effect) if np.isfinite(effect) else np.inf
@@ -183,9 +162,7 @@ def smallest_detectable(sd: float, n: int, alpha: float = ALPHA) -> float:
 
 @lru_cache
 def _detectable_effect(n: int, alpha: float) -> float:
-    """`smallest_detectable` in standard deviations: by simulation of the sign-flip test; from t for
-    more than 12 pairs.
-    """
+    """In standard deviations: by simulation of the sign-flip test, or from t for many pairs."""
     if n < 2 or smallest_p(n) > alpha:
         return np.inf
     if n > 12:
@@ -202,18 +179,13 @@ def _detectable_effect(n: int, alpha: float) -> float:
 
 
 def detectable_ratio(n: int, alpha: float = ALPHA) -> float:
-    """The ratio of two standard deviations of n normal values each that an F test finds with power
-    0.8.
-    """
-    if n < 2:
-        return np.inf
-    f = scipy.stats.f
-    return float(np.sqrt(f.ppf(1 - alpha / 2, n - 1, n - 1) / f.ppf(1 - POWER, n - 1, n - 1)))
+    """The ratio of two standard deviations of n normal values that F finds with power 0.8."""
+    found, missed = scipy.stats.f.ppf([1 - alpha / 2, 1 - POWER], n - 1, n - 1)
+    return float(np.sqrt(found / missed))
 
 
 def interaction_p(differences: np.ndarray) -> float:
-    """p of no method x task interaction (does the difference depend on the task?), exact over
-    seeds.
+    """p of no method x task interaction (does the difference depend on the task?), over seeds.
 
     A seed's contrasts are the tasks' differences minus their mean. Without an interaction they
     average 0, and the test flips the sign of a seed's whole vector, so tasks may vary and correlate
@@ -221,11 +193,8 @@ def interaction_p(differences: np.ndarray) -> float:
     second moments C, which no flip changes.
 
     Args:
-        differences: (S, K) method minus baseline, a row per seed, a column per task.
-
-    Returns:
-        p in (0, 1]; NaN with fewer than two seeds or tasks. The smallest p that S seeds can give is
-        2 / 2^S.
+        differences: (S, K) method minus baseline, a row per seed, a column per task; with fewer
+            than two of either p is NaN.
     """
     if min(differences.shape) < 2:
         return np.nan
@@ -239,23 +208,16 @@ def interaction_p(differences: np.ndarray) -> float:
     return float(_flipped_p(np.ones(len(contrasts)), hotelling, alternative="greater"))
 
 
-def interval(values: Sequence[float] | pd.Series, level: float = 0.95) -> dict[str, float]:
-    """Mean, standard deviation and Student's t interval of the mean: mean +- t(n - 1) sd / sqrt(n).
+def interval(values: Sequence[float] | pd.Series) -> dict[str, float]:
+    """Mean, standard deviation and 95 % t interval of the mean: mean +- t(n - 1) sd / sqrt(n).
 
-    NaNs are left out, and n says how many values remain. sd has n - 1 in the denominator. With one
-    value sd and the interval are NaN, with none the mean is NaN too.
+    NaNs are left out, and n says how many values remain. With one value sd (n - 1) and the interval
+    are NaN, with none the mean is NaN too.
 
     Returns:
-        n, mean, sd, low, high.
+        n, mean, sd, low, high, in this order.
     """
-    values = _finite(values)
-    n = len(values)
-    mean = float(values.mean()) if n else np.nan
-    sd = float(values.std(ddof=1)) if n > 1 else np.nan
-    half = float(scipy.stats.t.ppf((1 + level) / 2, n - 1)) * sd / np.sqrt(n) if n > 1 else np.nan
+    finite = pd.Series(values, dtype=float).dropna()
+    n, mean, sd = len(finite), finite.mean(), finite.std()
+    half = scipy.stats.t.ppf(0.975, n - 1) * sd / np.sqrt(n)
     return {"n": n, "mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
-
-
-def _finite(values: Sequence[float] | np.ndarray | pd.Series) -> np.ndarray:
-    values = np.asarray(values, dtype=float)
-    return values[~np.isnan(values)]

@@ -32,35 +32,30 @@ def find_run(name: str, run_dir: str = "", runs: Path = ROOT / "runs") -> Path:
     that of the names, because a clone gives every file a new time.
 
     Raises:
-        FileNotFoundError: `run_dir` is no folder, or no run of this name has trials; lists the runs
-            with trials.
+        FileNotFoundError: `run_dir` is no folder, or no run of this name has trials.
     """
     found = sorted({path.parents[2].name for path in runs.glob("*/trials/[!.]*/metrics.json")})
     hint = (
         f"(runs with trials: {', '.join(found) or 'none'}): run the sweep, or set run_dir to a run "
         f"folder"
     )
+    if run_dir and not project_path(run_dir).is_dir():
+        raise FileNotFoundError(f"there is no run folder {run_dir} {hint}")
     if run_dir:
-        if not project_path(run_dir).is_dir():
-            raise FileNotFoundError(f"there is no run folder {run_dir} {hint}")
         return project_path(run_dir)
     dated = re.compile(rf"(\d{{4}}-\d\d-\d\d)-{re.escape(name)}(?:-(\d+))?")
-    records = {
-        (match[1], int(match[2] or 1)): match[0] for match in map(dated.fullmatch, found) if match
-    }
-    if name in found:
-        return runs / name
-    if records:
-        return runs / records[max(records)]
-    if "explore" in found:
-        return runs / "explore"
+    records = [match for match in map(dated.fullmatch, found) if match]
+    latest = max(records, key=lambda match: (match[1], int(match[2] or 1)), default=[name])
+    for folder in (name, latest[0], "explore"):
+        if folder in found:
+            return runs / folder
     raise FileNotFoundError(f"no run of {name!r} under {runs} has trials {hint}")
 
 
 def known_first(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """The distinct names: the known ones in their order, then the others in the order given."""
-    names = dict.fromkeys(names)
-    return [*(name for name in known if name in names), *(n for n in names if n not in set(known))]
+    place = {name: at for at, name in enumerate(known)}
+    return sorted(dict.fromkeys(names), key=lambda name: place.get(name, len(place)))
 
 
 def method_order(methods: Iterable[str]) -> list[str]:
@@ -77,10 +72,12 @@ def tasks_of(results: pd.DataFrame) -> list[str]:
 
 def coverage(results: pd.DataFrame) -> str:
     """One sentence: how many trials are done, and the names of the failed and missing ones."""
-    parts = [f"{(results['status'] == 'done').sum()} of {len(results)} trials are done"]
-    for status, rows in results[results["status"] != "done"].groupby("status"):
-        parts.append(f"{len(rows)} {status}: {', '.join(rows['trial'])}")
-    return "; ".join(parts) + "."
+    done = results["status"] == "done"
+    others = [
+        f"; {len(rows)} {status}: {', '.join(rows['trial'])}"
+        for status, rows in results[~done].groupby("status")
+    ]
+    return f"{done.sum()} of {len(results)} trials are done{''.join(others)}."
 
 
 def planned_trials(results: pd.DataFrame) -> pd.DataFrame:
@@ -119,9 +116,8 @@ def planned_trials(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def trial_values(results: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One metric of every planned trial: trial, setting, distill_type, seed, value.
-
-    The value is NaN where the trial is not done or its value is not finite.
+    """One metric of every planned trial: trial, setting, distill_type, seed, value (NaN where the
+    trial is not done or its value is not finite).
 
     Raises:
         ValueError: there is no such column, or as `planned_trials`.
@@ -135,10 +131,9 @@ def trial_values(results: pd.DataFrame, metric: str) -> pd.DataFrame:
 def _require_columns(results: pd.DataFrame, *columns: str) -> None:
     for column in columns:
         if column not in results:
-            group = column.split("/")[0]
-            near = [name for name in results if name.startswith(group)] or list(results)
+            near = [name for name in results if name.startswith(column.split("/")[0])]
             raise ValueError(
-                f"the results have no column {column!r} (there are: {', '.join(near)}): "
+                f"the results have no column {column!r} (there are: {', '.join(near or results)}): "
                 "collect them again, or choose one of these"
             )
 
@@ -157,11 +152,13 @@ def summary_table(results: pd.DataFrame, *metrics: str) -> pd.DataFrame:
     rows = []
     for metric in metrics:
         values = trial_values(results, metric)
-        for method in method_order(values["distill_type"]):
-            by_setting = values[values["distill_type"] == method].groupby("setting", sort=False)
-            for setting, trials in by_setting:
-                keys = {"metric": metric, "setting": setting, "distill_type": method}
-                rows.append(keys | {"planned": len(trials)} | interval(trials["value"]))
+        order = method_order(values["distill_type"])
+        arms = values.groupby(KEYS, sort=False)["value"]
+        rows += [
+            {"metric": metric, "setting": setting, "distill_type": method, "planned": len(trials)}
+            | interval(trials)
+            for (setting, method), trials in sorted(arms, key=lambda arm: order.index(arm[0][1]))
+        ]
     columns = ["metric", *KEYS, "planned", "n", "mean", "sd", "low", "high"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -177,11 +174,10 @@ def per_task(results: pd.DataFrame, tasks: Sequence[str] = ()) -> pd.DataFrame:
         setting, distill_type, seed, task, accuracy (fraction); a row per trial and task with a
         finite accuracy.
     """
-    tasks = tasks or tasks_of(results)
-    _require_columns(results, *(f"{ACCURACY}/{task}" for task in tasks or ["TASK"]))
+    tasks = tasks or tasks_of(results) or ["TASK"]
     parts = [trial_values(results, f"{ACCURACY}/{task}").assign(task=task) for task in tasks]
-    table = pd.concat(parts).rename(columns={"value": "accuracy"}).dropna(subset=["accuracy"])
-    return table[[*KEYS, "seed", "task", "accuracy"]].reset_index(drop=True)
+    table = pd.concat(parts, ignore_index=True).rename(columns={"value": "accuracy"})
+    return table[[*KEYS, "seed", "task", "accuracy"]].dropna(ignore_index=True)
 
 
 def is_accuracy(metric: str) -> bool:
@@ -190,9 +186,7 @@ def is_accuracy(metric: str) -> bool:
 
 
 def setting_text(swept: Mapping[str, Any]) -> str:
-    """The setting of a trial from its swept keys and values; a key that the method does not use has
-    no value (NaN).
-    """
+    """The setting of a trial from its swept keys and values; NaN: its method has no such key."""
     return ", ".join(
         f"{key}={_short(value)}"
         for key, value in swept.items()
@@ -212,8 +206,8 @@ def setting_items(setting: str) -> dict[str, str]:
 
 
 def beside_each_setting(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of each full setting, with the rows of methods that use only some of its keys (or
-    none) repeated beside it.
+    """The rows of each full setting, and beside it those of methods that use only some of its keys
+    or none, repeated.
     """
     items = {setting: setting_items(setting).items() for setting in dict.fromkeys(table["setting"])}
     full = [key for key in items if not any(items[key] < other for other in items.values())]
@@ -233,8 +227,7 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
         records: of `run_folder.done_records`: `metrics.json` of each trial with `swept`.
 
     Returns:
-        setting, distill_type, seed, epoch, then every metric of the epoch rows (NaN where a method
-        has no such term).
+        setting, distill_type, seed, epoch, then every metric of the rows (NaN where there is none).
     """
     rows = [
         {
@@ -251,26 +244,21 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def curve_spread(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """Mean over seeds of one metric at each epoch, with one standard deviation (n - 1) below and
-    above it.
-
-    Returns:
-        setting, distill_type, epoch, n, mean, low, high; low and high are NaN where n = 1.
+    """One metric at each epoch: setting, distill_type, epoch, n, mean over seeds, and low and high,
+    one standard deviation (n - 1) below and above it; NaN where n = 1.
     """
-    grouped = curves.dropna(subset=[metric]).groupby([*KEYS, "epoch"], sort=False)[metric]
-    table = grouped.agg(n="count", mean="mean", sd="std").reset_index()
+    by_epoch = curves.dropna(subset=[metric]).groupby([*KEYS, "epoch"], sort=False)[metric]
+    table = by_epoch.agg(n="count", mean="mean", sd="std").reset_index()
     sd = table.pop("sd")
     return table.assign(low=table["mean"] - sd, high=table["mean"] + sd)
 
 
 def loss_terms(curves: pd.DataFrame) -> pd.DataFrame:
-    """Each loss term by epoch, mean over seeds: its value, its value times its weight, and its
-    share of the gradient norm.
+    """Each loss term by epoch, mean over seeds.
 
     Returns:
-        setting, distill_type, epoch, term, quantity ("value", "weighted value", "gradient share"),
-        value; only the terms that a method has. Older records have no weights, so no weighted
-        values.
+        setting, distill_type, epoch, term, quantity ("value", "weighted value", "gradient share" of
+        the norm), value; only the terms that a method has. Older records have no weights.
     """
     columns = [*KEYS, "epoch", "term", "quantity"]
     if curves.empty:
@@ -288,7 +276,9 @@ def loss_terms(curves: pd.DataFrame) -> pd.DataFrame:
             "weighted value": value * curves.get(f"weight/{term}", absent),
             "gradient share": curves[f"grad_share/{term}"],
         }
-        for quantity, values in quantities.items():
-            parts.append(curves[columns[:3]].assign(term=term, quantity=quantity, value=values))
+        parts += [
+            curves[columns[:3]].assign(term=term, quantity=quantity, value=values)
+            for quantity, values in quantities.items()
+        ]
     long = pd.concat(parts).dropna(subset=["value"])
     return long.groupby(columns, sort=False)["value"].mean().reset_index()

@@ -1,29 +1,16 @@
-"""The research questions answered in words, by rule: the same numbers always give the same
-sentences.
+"""The research questions answered in words, by rule: the same numbers give the same sentences.
 
 A difference that is not significant is never called equality. Every answer says how many pairs it
 rests on, and each null result says which difference so many pairs could have found.
 """
 
 import textwrap
-from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis import stats
-from kd_utils.analysis.comparisons import BASELINE, PRIMARY, WHITE_BOX
-from kd_utils.analysis.formatting import (
-    Row,
-    interaction_sentence,
-    margin_text,
-    only_on_these_rows,
-    sentence,
-    spread_sentence,
-    task_sentence,
-)
-from kd_utils.analysis.tables import beside_each_setting
+from kd_utils.analysis import comparisons, formatting, stats, tables
+from kd_utils.analysis.formatting import Row
 
 QUESTION_TEXTS = {
     "teacher": "Do the teacher's logits help at all, beside the same training without a teacher?",
@@ -50,6 +37,20 @@ SCOPE = (
 
 NOT_SHOWN, NOT_TESTED = "Not shown.", "Not tested."
 
+#: The answers to the questions that have one comparison, by its outcome.
+SINGLE = {
+    "teacher": {
+        "better": "Yes.",
+        "worse": "No: they make it worse.",
+        "equivalent": "No additional benefit ({within}).",
+    },
+    "which": {
+        "better": "Attention maps.",
+        "worse": "Hidden states.",
+        "equivalent": "Neither: {within}.",
+    },
+}
+
 
 def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.01) -> pd.DataFrame:
     """Every question with its answer.
@@ -63,33 +64,27 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
         question (key of `QUESTION_TEXTS`), setting, answer (a few words), evidence (sentences with
         the numbers).
     """
-    primary = table[table["metric"] == PRIMARY]
-    white_box = table[table["question"] == "white_box"]
-    by_task = white_box[white_box["metric"].isin([*SIMILAR_ON, *BETTER_ON])]
-    asked: list[tuple[str, pd.DataFrame, Callable[..., tuple[str, list[str]]]]] = [
-        (question, primary[primary["question"] == question], partial(_by_outcome, answer))
-        for question, answer in ANSWERS.items()
+    primary = table[table["metric"] == comparisons.PRIMARY]
+    by_task = table[table["metric"].isin([*SIMILAR_ON, *BETTER_ON])]
+    asked = [
+        (question, primary[primary["question"] == question], _by_outcome)
+        for question in ("teacher", "white_box", "which", "combining")
     ]
     asked += [
         ("task", interaction, _by_interaction),
-        ("spread", white_box[white_box["metric"] == PRIMARY], _by_spread),
-        ("hypothesis", by_task, _by_hypothesis),
+        ("spread", primary[primary["question"] == "white_box"], _by_spread),
+        ("hypothesis", by_task[by_task["question"] == "white_box"], _by_hypothesis),
     ]
     rows = [
         (question, setting, *answer(family.to_dict("records"), margin))
         for question, chosen, answer in asked
-        for setting, family in beside_each_setting(chosen).groupby("setting", sort=False)
+        for setting, family in tables.beside_each_setting(chosen).groupby("setting", sort=False)
     ]
     return pd.DataFrame(rows, columns=["question", "setting", "answer", "evidence"])
 
 
 def verdict_text(found: pd.DataFrame, coverage: str) -> str:
-    """The verdicts as lines to print, after the number of trials that they rest on.
-
-    Args:
-        found: of `verdicts`.
-        coverage: the sentence of `tables.coverage`.
-    """
+    """The rows of `verdicts` as lines to print, after the sentence of `tables.coverage`."""
     scope = SCOPE if len(found) else "There is no pair of trials to compare."
     lines = [*_wrapped(coverage), *_wrapped(scope)]
     for question, rows in found.groupby("question", sort=False):
@@ -103,24 +98,28 @@ def verdict_text(found: pd.DataFrame, coverage: str) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    following = indent + "  " * text.startswith("- ")
     return textwrap.wrap(
-        text, 118, initial_indent=indent, subsequent_indent=following, break_on_hyphens=False
+        text,
+        118,
+        initial_indent=indent,
+        subsequent_indent=indent + "  " * text.startswith("- "),
+        break_on_hyphens=False,
     )
 
 
-def _by_outcome(
-    answer: Callable[[list[Row], str], str], family: list[Row], margin: float
-) -> tuple[str, list[str]]:
+def _by_outcome(family: list[Row], margin: float) -> tuple[str, list[str]]:
     """The answer to a question whose comparisons have outcomes, with their sentences."""
-    tested = any(row["outcome"] != "not tested" for row in family)
-    within = f"equal within {margin_text(margin)}"
-    return answer(family, within) if tested else NOT_TESTED, [sentence(r, margin) for r in family]
+    lines = [formatting.sentence(row, margin) for row in family]
+    if all(row["outcome"] == "not tested" for row in family):
+        return NOT_TESTED, lines
+    answer = {"white_box": _answer_white_box, "combining": _answer_combining}.get(
+        family[0]["question"], _answer_single
+    )
+    return answer(family, f"equal within {formatting.margin_text(margin)}"), lines
 
 
-def _answer_single(answers: dict[str, str], family: list[Row], within: str) -> str:
-    """The answer to a question with one comparison, by its outcome."""
-    answer = answers.get(family[0]["outcome"])
+def _answer_single(family: list[Row], within: str) -> str:
+    answer = SINGLE[family[0]["question"]].get(family[0]["outcome"])
     return answer.format(within=within) if answer else _not_shown(family)
 
 
@@ -129,12 +128,11 @@ def _answer_white_box(family: list[Row], within: str) -> str:
     also_worse = f" Worse: {', '.join(worse)}." if worse else ""
     if better:
         return f"Yes: {', '.join(better)}." + also_worse.replace("Worse", "But worse")
-    if {*worse, *equal} != set(WHITE_BOX):
+    if {*worse, *equal} != set(comparisons.WHITE_BOX):
         return _not_shown(family) + also_worse
     if not worse:
         return f"No additional benefit ({within})."
-    also_equal = f"; equal: {', '.join(equal)}" if equal else ""
-    return f"No: worse: {', '.join(worse)}{also_equal}."
+    return f"No: worse: {', '.join(worse)}" + (f"; equal: {', '.join(equal)}." if equal else ".")
 
 
 def _answer_combining(family: list[Row], within: str) -> str:
@@ -151,29 +149,10 @@ def _answer_combining(family: list[Row], within: str) -> str:
 
 
 def _by_word(family: list[Row], key: str) -> list[list[str]]:
-    """The values of a key in the rows that are better, worse and equivalent."""
-    words = ("better", "worse", "equivalent")
-    return [[row[key] for row in family if row["outcome"] == word] for word in words]
-
-
-TEACHER = {
-    "better": "Yes.",
-    "worse": "No: they make it worse.",
-    "equivalent": "No additional benefit ({within}).",
-}
-
-WHICH = {
-    "better": "Attention maps.",
-    "worse": "Hidden states.",
-    "equivalent": "Neither: {within}.",
-}
-
-ANSWERS = {
-    "teacher": partial(_answer_single, TEACHER),
-    "white_box": _answer_white_box,
-    "which": partial(_answer_single, WHICH),
-    "combining": _answer_combining,
-}
+    return [
+        [row[key] for row in family if row["outcome"] == outcome]
+        for outcome in ("better", "worse", "equivalent")
+    ]
 
 
 def _not_shown(family: list[Row]) -> str:
@@ -181,15 +160,14 @@ def _not_shown(family: list[Row]) -> str:
     here = [
         f"{row['method']} {row['outcome'].split()[0]} than {row['baseline']}"
         for row in family
-        if only_on_these_rows(row)
+        if row["outcome"].endswith("on these rows")
     ]
-    if not here:
-        return NOT_SHOWN
-    return f"Not shown beyond these validation rows, where {', '.join(here)}."
+    beyond = f"Not shown beyond these validation rows, where {', '.join(here)}."
+    return beyond if here else NOT_SHOWN
 
 
 def _by_interaction(rows: list[Row], margin: float) -> tuple[str, list[str]]:
-    lines = [interaction_sentence(row) for row in rows]
+    lines = [formatting.interaction_sentence(row) for row in rows]
     here = [row for row in rows if row["p_holm"] < stats.ALPHA]
     found = [row["method"] for row in here if row["p_rows_holm"] < stats.ALPHA]
     if all(np.isnan(row["p"]) for row in rows):
@@ -203,7 +181,7 @@ def _by_interaction(rows: list[Row], margin: float) -> tuple[str, list[str]]:
 
 
 def _by_spread(rows: list[Row], margin: float) -> tuple[str, list[str]]:
-    lines = [spread_sentence(row) for row in rows]
+    lines = [formatting.spread_sentence(row) for row in rows]
     if all(np.isnan(row["p_spread"]) for row in rows):
         return NOT_TESTED, lines
     found = [row for row in rows if row["p_spread_holm"] < stats.ALPHA]
@@ -219,11 +197,11 @@ def _by_hypothesis(by_task: list[Row], margin: float) -> tuple[str, list[str]]:
         rows = {row["metric"]: row for row in by_task if row["method"] == method}
         if all(row["outcome"] == "not tested" for row in rows.values()):
             answers.append(f"{method}: not tested")
-            lines.append(sentence(next(iter(rows.values())), margin))
+            lines.append(formatting.sentence(next(iter(rows.values())), margin))
         else:
             answers.append(f"{method}: {_supports_hypothesis(rows, margin)}")
-            tasks = "; ".join(task_sentence(row) for row in rows.values())
-            lines.append(f"{method} minus {BASELINE}: {tasks}.")
+            tasks = "; ".join(formatting.task_sentence(row) for row in rows.values())
+            lines.append(f"{method} minus {comparisons.BASELINE}: {tasks}.")
     return "; ".join(answers) + ".", lines
 
 
@@ -234,7 +212,7 @@ def _supports_hypothesis(rows: dict[str, Row], margin: float) -> str:
     if similar and all(outcomes.get(task) == "better" for task in BETTER_ON):
         return "supported"
     against = [
-        f"{task} differs by more than {margin_text(margin)}"
+        f"{task} differs by more than {formatting.margin_text(margin)}"
         for task in SIMILAR_ON
         if outcomes.get(task) in ("better", "worse")
         and (rows[task]["low"] > margin or rows[task]["high"] < -margin)

@@ -2,18 +2,12 @@
 and after its tokens are merged to groups.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
+import altair as alt
 import numpy as np
 import pandas as pd
 
-from kd_utils.figures.plots import finish, map_cells, visible
+from kd_utils.figures import plots
 from kd_utils.tokens.alignment import Groups, merge_map
-
-if TYPE_CHECKING:
-    import altair as alt
 
 MOST_BYTES = 90  # of a text, so that its pieces can be read
 
@@ -27,19 +21,18 @@ def token_groups(
         text: what was tokenized; of a longer text the first `MOST_BYTES` bytes are drawn.
         teacher_ends, student_ends: (n,) behind which byte each token ends.
     """
-    import altair as alt
-
     spelled, boxes = text.encode(), []
-    sides = ("teacher", teacher_ends, groups.teacher), ("student", student_ends, groups.student)
-    for side, ends, last in sides:
+    for side, ends, last in (
+        ("teacher", teacher_ends, groups.teacher),
+        ("student", student_ends, groups.student),
+    ):
         colours = np.searchsorted(last, np.arange(len(ends))) % 3
         starts = np.concatenate([[0], ends[:-1]])
         for start, end, colour in zip(starts.tolist(), ends.tolist(), colours, strict=True):
             if start < end <= MOST_BYTES:
-                piece = visible(spelled[start:end].decode(errors="replace"))
+                piece = plots.visible(spelled[start:end].decode(errors="replace"))
                 boxes.append((side, start, end, (start + end) / 2, colour, piece))
-    columns = ["side", "start", "end", "middle", "colour", "piece"]
-    table = pd.DataFrame(boxes, columns=columns)
+    table = pd.DataFrame(boxes, columns=["side", "start", "end", "middle", "colour", "piece"])
     base = alt.Chart(table).encode(y=alt.Y("side:N", sort=["teacher", "student"], title=None))
     palette = alt.Scale(range=["#9ecae1", "#fdd0a2", "#c7e9c0"])
     rectangles = base.mark_rect(stroke="white", strokeWidth=2).encode(
@@ -48,13 +41,11 @@ def token_groups(
         color=alt.Color("colour:N", legend=None, scale=palette),
     )
     words = base.mark_text(fontSize=10, angle=270).encode(x="middle:Q", text="piece:N")
-    cut = (
-        "" if len(spelled) <= MOST_BYTES else f"; the first {MOST_BYTES} of {len(spelled):,} bytes"
-    )
-    return finish(
+    return plots.finish(
         (rectangles + words).properties(width=10 * int(table["end"].max()), height=220),
         "Two tokenizations of one text",
-        f"each group has one colour; it closes where both sides end a token{cut}",
+        "each group has one colour; it closes where both sides end a token"
+        + f"; the first {MOST_BYTES} of {len(spelled):,} bytes" * (len(spelled) > MOST_BYTES),
     )
 
 
@@ -71,22 +62,25 @@ def merged_maps(
         tokens: its n tokens, as text.
         ends: (n,) behind which byte of `text` each token ends.
     """
-    import altair as alt
-
     spelled, last = text.encode(), ends[groups.teacher]
     starts = np.concatenate([[0], last[:-1]])
     names = [
         spelled[start:end].decode(errors="replace") or tokens[place]
         for start, end, place in zip(starts, last, groups.teacher, strict=True)
     ]
-    before = map_cells(rows, tokens).properties(title=f"over the teacher's {len(tokens)} tokens")
-    after = map_cells(merge_map(rows, groups.teacher), names).properties(
-        title=f"over {len(names)} groups"
-    )
-    changes = len(names) < len(tokens)
-    equal = "; every group has one token of the teacher, so merging does not change the map"
-    return finish(
-        alt.hconcat(*((before, after) if changes else (before,))),
-        "A teacher's attention map, before and after merging" if changes else "A teacher's map",
-        "rows sum to 1" + ("" if changes else equal),
+    panels = [
+        plots.map_cells(cells, labels).properties(title=f"over {name}")
+        for cells, labels, name in (
+            (rows, tokens, f"the teacher's {len(tokens)} tokens"),
+            (merge_map(rows, groups.teacher), names, f"{len(names)} groups"),
+        )
+    ]
+    if len(names) < len(tokens):
+        title = "A teacher's attention map, before and after merging"
+        return plots.finish(alt.hconcat(*panels), title, "rows sum to 1")
+    return plots.finish(
+        alt.hconcat(panels[0]),
+        "A teacher's map",
+        "rows sum to 1; every group has one token of the teacher, so merging does not change the "
+        "map",
     )

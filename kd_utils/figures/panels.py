@@ -18,27 +18,26 @@ def facet(
     panels: alt.LayerChart | alt.Chart,
     data: pd.DataFrame,
     column: str,
-    order: Sequence[str],
+    order: Sequence[str] = (),
     row: str = "setting",
 ) -> alt.FacetChart:
-    """A panel per value of `column`, in this order, with a row of panels per value of `row` unless
-    the only row is one setting.
+    """A panel per value of `column`, in this order (else that of the rows), with a row of panels
+    per value of `row` unless the only row is one setting.
     """
     # Panels are numbered and the numbers get names as labels: given an order of names, Vega puts
     # the panels without data first, and all others under wrong names.
-    rows, columns = list(dict.fromkeys(data[row])), list(order)
+    rows, columns = list(dict.fromkeys(data[row])), list(order or dict.fromkeys(data[column]))
     data = data.assign(
         panel_row=data[row].map(rows.index), panel_column=data[column].map(columns.index)
     )
     header = alt.Header(labelExpr=f"{json.dumps(columns)}[datum.value]")
-    across = alt.Column("panel_column:O", title=None, header=header)
-    if row == "setting" and len(rows) < 2:
-        return panels.facet(data=data, column=across)
-    # The name of a row is horizontal, with a line per swept key.
-    names = f"split({json.dumps(rows)}[datum.value], ', ')"
-    header = alt.Header(labelAngle=0, labelAlign="left", labelExpr=names)
-    down = alt.Row("panel_row:O", title=None, header=header)
-    return panels.facet(data=data, column=across, row=down)
+    grid = {"column": alt.Column("panel_column:O", title=None, header=header)}
+    if row != "setting" or len(rows) > 1:
+        # The name of a row is horizontal, with a line per swept key.
+        names = f"split({json.dumps(rows)}[datum.value], ', ')"
+        header = alt.Header(labelAngle=0, labelAlign="left", labelExpr=names)
+        grid["row"] = alt.Row("panel_row:O", title=None, header=header)
+    return panels.facet(data=data, **grid)
 
 
 def panel_height(data: pd.DataFrame, alone: int) -> int:
@@ -70,8 +69,7 @@ def setting_axis(data: pd.DataFrame) -> tuple[pd.DataFrame, alt.X, str | None]:
     # Sorting is stable, so values that are not numbers keep the grid's order.
     numbers = pd.to_numeric(pd.Series(name), errors="coerce").fillna(0)
     order = sorted(settings, key=lambda setting: (setting != "", numbers[setting]))
-    domain = [name[setting] for setting in order]
-    scale = alt.Scale(domain=domain, paddingInner=0.15, paddingOuter=0.075)
+    scale = alt.Scale(domain=[name[s] for s in order], paddingInner=0.15, paddingOuter=0.075)
     return data.assign(at=data["setting"].map(name)), alt.X("at:N", axis=axis, scale=scale), key
 
 
@@ -79,7 +77,6 @@ def seed_slots(table: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """The rows with `slot`, the place (0 to 1) of a seed within its method's bar: the same for all
     methods, in the middle for a single trial.
     """
-    seeds = sorted(table["seed"].unique())
-    place = {seed: (at + 0.5) / len(seeds) for at, seed in enumerate(seeds)}
+    place = (table["seed"].rank(method="dense") - 0.5) / table["seed"].nunique()
     alone = table.groupby(by)["seed"].transform("size") == 1
-    return table.assign(slot=table["seed"].map(place).where(~alone, 0.5))
+    return table.assign(slot=place.where(~alone, 0.5))

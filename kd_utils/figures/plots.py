@@ -1,4 +1,8 @@
-"""The look that all figures share, `show`, and the figures of the data and of the teacher.
+"""The look that all figures share, `show`, and the figures of the data, of the teacher and of one
+trial's training.
+
+Trials draw with this module, so it imports nothing of the analysis: a change there leaves the
+trials as they are.
 
 A figure is a function that takes a tidy table and returns an `alt.Chart`. Every method has one
 colour (Okabe and Ito's, which colour-blind readers can tell apart), and a loss term has the colour
@@ -9,6 +13,7 @@ import json
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import altair as alt
@@ -36,13 +41,21 @@ TERM_COLOURS = {
     "attention": COLOURS["attention"],
 }
 
+BINS = 40  # of the histogram of lengths, of equal width
+
 LONGEST_MAP = 60
+
+#: How a token is written on an axis: marks of a leading space as a dot, line ends as backslash n.
+MARKS = str.maketrans({"Ġ": "·", "▁": "·", "Ċ": "\\n", "\n": "\\n", " ": "·"})
+
+#: Scale for `show` with which the picture of `trial_curves` takes about 10 kB.
+SMALL = 1.0
 
 #: Depth and colour type in a PNG's header; for a palette with what follows them.
 RGBA, PALETTE = bytes([8, 6]), bytes([8, 3, 0, 0, 0])
 
 
-def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Any:
+def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Image:
     """The chart as a PNG image, for the last line of a cell.
 
     A notebook keeps this picture and no JavaScript, so GitHub, nbviewer and nbconvert show what
@@ -51,56 +64,35 @@ def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Any:
     Args:
         chart: any Altair chart.
         scale: pixels per unit of the chart; the picture is shown at the chart's own size.
-
-    Returns:
-        `IPython.display.Image` whose mimebundle has `image/png`.
     """
     png = _packed(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale))
-    width = int.from_bytes(png[16:20], "big")
-    return Image(png, format="png", width=round(width / scale))
+    return Image(png, width=round(int.from_bytes(png[16:20], "big") / scale))
 
 
-def token_lengths(lengths: pd.DataFrame, max_length: int, bins: int = 40) -> alt.Chart:
+def token_lengths(lengths: pd.DataFrame, max_length: int) -> alt.Chart:
     """Histogram of tokens per example (prompt and answer), a panel per task; the rule is the
-    longest kept.
+    longest kept, `max_length` tokens.
 
-    Args:
-        lengths: task, tokens (int), a row per example. It is binned here, so the chart stays small.
-        max_length: tokens.
-        bins: bins of equal width from 0 to the longest example or `max_length`.
+    `lengths` has task and tokens, a row per example. It is binned here, so the chart stays small.
     """
-    edges = np.histogram_bin_edges(
-        [], bins, range=(0, max(max_length, lengths["tokens"].max()) + 1)
-    )
-    parts = []
-    for task, group in lengths.groupby("task", sort=False):
-        counts, _ = np.histogram(group["tokens"], edges)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "task": task,
-                    "low": edges[:-1],
-                    "high": edges[1:],
-                    "examples": counts,
-                    "limit": max_length,
-                }
-            )
+    edges = np.linspace(0, max(max_length, lengths["tokens"].max()) + 1, BINS + 1)
+    parts = [
+        pd.DataFrame({"task": task, "low": edges[:-1], "high": edges[1:]}).assign(
+            examples=np.histogram(tokens, edges)[0], limit=max_length
         )
-    data = pd.concat(parts, ignore_index=True)
-    bars = (
+        for task, tokens in lengths.groupby("task", sort=False)["tokens"]
+    ]
+    x = alt.X("low:Q", bin="binned", title="tokens per example (prompt and answer)")
+    panels = alt.layer(
         alt.Chart()
         .mark_bar(color="#0072b2", binSpacing=1)
-        .encode(
-            x=alt.X("low:Q", bin="binned", title="tokens per example (prompt and answer)"),
-            x2="high:Q",
-            y=alt.Y("examples:Q", title="examples"),
-        )
+        .encode(x=x, x2="high:Q", y=alt.Y("examples:Q", title="examples")),
+        alt.Chart().mark_rule(strokeDash=[4, 3], color="#d55e00").encode(x="mean(limit):Q"),
+        width=560,
+        height=90,
     )
-    rule = alt.Chart().mark_rule(strokeDash=[4, 3], color="#d55e00").encode(x="mean(limit):Q")
-    panels = alt.layer(bars, rule).properties(width=560, height=90)
-    chart = panels.facet(
-        data=data, row=alt.Row("task:N", title=None, sort=list(dict.fromkeys(lengths["task"])))
-    )
+    row = alt.Row("task:N", title=None, sort=list(dict.fromkeys(lengths["task"])))
+    chart = panels.facet(data=pd.concat(parts, ignore_index=True), row=row)
     return finish(
         chart.resolve_scale(y="independent"),
         "Tokens per example by task",
@@ -113,18 +105,12 @@ def attention_heatmap(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
     (square-root scale).
 
     Args:
-        matrix: (T, T) weights, rows sum to 1 over the keys up to the query; the upper triangle is
-            not drawn.
+        matrix: (T, T) weights, rows sum to 1; the upper triangle is not drawn.
         tokens: T token strings. Of a longer text the first 60 are drawn; in a causal map the rest
             does not matter.
     """
-    size = min(len(tokens), LONGEST_MAP)
-    return finish(
-        map_cells(matrix, tokens),
-        "One head's attention map",
-        "rows sum to 1"
-        + (f"; the first {size} of {len(tokens)} tokens" if size < len(tokens) else ""),
-    )
+    first = f"; the first {LONGEST_MAP} of {len(tokens)} tokens" * (len(tokens) > LONGEST_MAP)
+    return finish(map_cells(matrix, tokens), "One head's attention map", "rows sum to 1" + first)
 
 
 def map_cells(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
@@ -140,38 +126,66 @@ def map_cells(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
     data = pd.DataFrame({"query": query, "key": key, "weight": matrix[query, key].round(5)})
     names = f"{json.dumps([visible(token) for token in tokens[:size]])}[datum.value]"
     axis = {"labelExpr": names, "labelOverlap": False, "ticks": False, "domain": False}
-    cells = (
-        alt.Chart(data)
+    scale = alt.Scale(type="sqrt", scheme="viridis", domain=[0, 1])
+    side = size * max(11, min(24, 420 // size))
+    return (
+        alt.Chart(data, width=side, height=side)
         .mark_rect()
         .encode(
             x=alt.X("key:O", title="key (attended to)", axis=alt.Axis(labelAngle=-90, **axis)),
             y=alt.Y("query:O", title="query", axis=alt.Axis(**axis)),
-            color=alt.Color(
-                "weight:Q",
-                title="weight",
-                scale=alt.Scale(type="sqrt", scheme="viridis", domain=[0, 1]),
-            ),
+            color=alt.Color("weight:Q", title="weight", scale=scale),
         )
     )
-    cell = max(11, min(24, 420 // size))
-    return cells.properties(width=cell * size, height=cell * size)
+
+
+def trial_curves(rows: Sequence[Mapping[str, Any]]) -> alt.HConcatChart:
+    """The learning curve of one trial: its loss terms in training and its validation loss by epoch,
+    and the accuracy on each task.
+
+    Args:
+        rows: of `metrics.json`, one per epoch: `epoch`, `train_loss/TERM`, `validation_loss`,
+            `validation_accuracy/TASK`.
+    """
+    table = pd.DataFrame(rows).set_index("epoch")
+    losses = table.filter(regex="^train_loss/").rename(columns=lambda key: key.split("/")[1])
+    losses["task, validation"] = table["validation_loss"]
+    tasks = table.filter(regex="^validation_accuracy/(?!macro|gsm8k_flexible)")
+    tasks = 100 * tasks.rename(columns=lambda key: key.split("/")[1])
+    known = TERM_COLOURS | {"task, validation": "#000000"}
+    log = {"scale": alt.Scale(type="log", nice=False, padding=8), "axis": alt.Axis(format=".2~g")}
+    linear = {"scale": alt.Scale(zero=False, padding=8)}
+    chart = alt.hconcat(
+        _trial_panel(losses[losses > 0], "loss, unweighted (log)", log, known),
+        _trial_panel(tasks, "validation accuracy (%)", linear, {}),
+    )
+    return finish(chart.resolve_scale(color="independent"), "Learning curve", "")
+
+
+def _trial_panel(
+    wide: pd.DataFrame, title: str, axis: dict[str, Any], known: Mapping[str, str]
+) -> alt.Chart:
+    data = wide.reset_index().melt("epoch").dropna()
+    legend = alt.Legend(title=None, values=list(wide))
+    return (
+        alt.Chart(data, width=170, height=130)
+        .mark_line(point={"size": 30}, strokeWidth=1.5)
+        .encode(
+            x=epoch_axis(data["epoch"]),
+            y=alt.Y("value:Q", title=title, **axis),
+            color=colour("variable", wide, known, legend=legend),
+        )
+    )
 
 
 def colour(
     field: str, names: Iterable[str], known: Mapping[str, str] = COLOURS, **options: Any
 ) -> alt.Color:
-    """A colour scale on which the known names always have their own colours.
-
-    Args:
-        field: the column to colour by.
-        names: the values that the figure shows; unknown ones get further colours.
-        known: name -> colour.
-        options: of `alt.Color`, such as `legend`.
+    """A colour scale for a column on which the known names (name -> colour) always have their own
+    colours, and other `names` get further ones. `options` are those of `alt.Color`.
     """
     further = [name for name in dict.fromkeys(names) if name not in known]
-    colours = dict(known)
-    for at, name in enumerate(further):
-        colours[name] = FURTHER_COLOURS[at % len(FURTHER_COLOURS)]
+    colours = {**known, **dict(zip(further, cycle(FURTHER_COLOURS)))}
     scale = alt.Scale(domain=list(colours), range=list(colours.values()))
     return alt.Color(f"{field}:N", scale=scale, **options)
 
@@ -181,34 +195,25 @@ def method_colour(methods: Iterable[str], legend: alt.Legend | None = None) -> a
     return colour("distill_type", methods, legend=legend)
 
 
-def epoch_axis(epochs: pd.Series, title: str | None = "epoch") -> alt.X:
-    """Whole epochs only, at most about ten of them labelled, with room beside the first and the
-    last point.
-    """
+def epoch_axis(epochs: pd.Series) -> alt.X:
+    """Whole epochs only, about ten of them labelled, with room beside the first and last point."""
     values = sorted(int(epoch) for epoch in epochs.unique())
     return alt.X(
         "epoch:Q",
-        title=title,
+        title="epoch",
         scale=alt.Scale(zero=False, nice=False, padding=12),
         axis=alt.Axis(values=values[:: len(values) // 10 + 1], format="d", grid=False),
     )
 
 
 def log_axis(low: float, high: float) -> dict[str, Any]:
-    """Scale and axis from low to high in logs, labelled at each power of 10, and between where
-    there are few.
-    """
+    """Scale and axis in logs, labelled at each power of 10, and between where there are few."""
     steps = (1,) if high / low > 100 else (1, 2, 5) if high / low > 10 else range(1, 10)
     ticks = [float(f"{step}e{power}") for power in range(-12, 7) for step in steps]
     return {
         "scale": alt.Scale(type="log", domain=[low, high], nice=False),
         "axis": alt.Axis(values=[tick for tick in ticks if low <= tick <= high], format="~g"),
     }
-
-
-def words(metric: str) -> str:
-    """A metric's key as words."""
-    return metric.replace("_", " ").replace("/", ", ")
 
 
 def sentence(text: str) -> alt.Chart:
@@ -237,11 +242,8 @@ def finish(chart: Any, title: str, subtitle: str) -> Any:
 
 
 def visible(token: str) -> str:
-    """A token as it can be read on an axis: marks of a leading space as a dot, line ends as
-    backslash n.
-    """
-    for mark, shown in (("Ġ", "·"), ("▁", "·"), ("Ċ", "\\n"), ("\n", "\\n"), (" ", "·")):
-        token = token.replace(mark, shown)
+    """A token as it can be read on an axis, cut to 14 characters."""
+    token = token.translate(MARKS)
     return token if len(token) <= 14 else token[:13] + "…"
 
 

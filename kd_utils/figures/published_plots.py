@@ -30,16 +30,21 @@ def published_claim(means: pd.DataFrame, differences: pd.DataFrame) -> alt.HConc
 def _panel(data: pd.DataFrame, column: str, title: str, methods: list[str]) -> alt.LayerChart:
     """A tick with its interval per method; for differences also a rule at 0, and p."""
     data = data.rename(columns={"method": "distill_type"})
-    y = alt.Y("distill_type:N", title=None, scale=alt.Scale(domain=methods))
-    x = alt.X("low:Q", title=title, scale=alt.Scale(zero=False, padding=12))
-    base = alt.Chart(data).encode(y=y, color=method_colour(methods))
+    base = alt.Chart(data).encode(
+        y=alt.Y("distill_type:N", title=None, scale=alt.Scale(domain=methods)),
+        color=method_colour(methods),
+    )
     layers = [
-        base.mark_bar(size=20, opacity=0.3).encode(x=x, x2="high:Q"),
+        base.mark_bar(size=20, opacity=0.3).encode(
+            x=alt.X("low:Q", title=title, scale=alt.Scale(zero=False, padding=12)), x2="high:Q"
+        ),
         base.mark_tick(size=20, thickness=2.5).encode(x=f"{column}:Q"),
     ]
     if column == "difference":
-        zero = alt.Chart().mark_rule(strokeDash=[4, 3]).encode(x=alt.datum(0))
-        words = base.transform_calculate(words="'p = ' + format(datum.p, '.2g')")
-        words = words.mark_text(dy=19, fontSize=10, align="left", dx=4)
-        layers += [zero, words.encode(x=f"{column}:Q", text="words:N")]
-    return alt.layer(*layers).properties(width=190, height=50 * len(methods))
+        layers += [
+            alt.Chart().mark_rule(strokeDash=[4, 3]).encode(x=alt.datum(0)),
+            base.transform_calculate(words="'p = ' + format(datum.p, '.2g')")
+            .mark_text(dy=19, fontSize=10, align="left", dx=4)
+            .encode(x=f"{column}:Q", text="words:N"),
+        ]
+    return alt.layer(*layers, width=190, height=50 * len(methods))

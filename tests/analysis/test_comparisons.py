@@ -313,10 +313,10 @@ def test_without_effects_whole_experiments_find_nothing_more_often_than_promised
                 seed=seed,
             )
         )
-        weights = example_weights(answers.tasks, comparisons.PRIMARY)
+        weights = example_weights(answers.tasks)[comparisons.PRIMARY]
         p = [
             stats.sign_flip_p(p.difference @ weights)
-            for p in comparisons._all_pairs(answers, "white_box")
+            for p in answers.pairs(comparisons.QUESTIONS["white_box"])
         ]
         wrong += (stats.holm(p) < stats.ALPHA).any()
     assert wrong / experiments <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / experiments)

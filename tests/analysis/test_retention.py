@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis.retention import display, retention
+from kd_utils.analysis import formatting
+from kd_utils.analysis.comparisons import retention
 
 ROWS = {"sst2": 200, "mmlu": 80, "gsm8k": 30}
 
@@ -37,7 +38,7 @@ def test_by_hand_with_its_interval():
     assert table.loc["gsm8k", "retention"] == pytest.approx(0.5) == table.loc["gsm8k", "low"]
     # mean 0.75, half = 12.7062 * 0.0707107 / sqrt(2), over 0.4
     assert table.loc["sst2", "high"] == pytest.approx((0.25 + 12.7062 * 0.05) / 0.4, rel=1e-4)
-    assert display(table.reset_index()).columns.tolist() == [
+    assert formatting.retention(table.reset_index()).columns.tolist() == [
         "sst2 (teacher 90.0, chance 50)",
         "gsm8k (teacher 40.0, chance 0)",
     ]
@@ -52,7 +53,7 @@ def test_a_student_below_chance_retains_less_than_nothing():
 @pytest.mark.parametrize("task, accuracy", [("mmlu", 0.2875), ("sst2", 0.53), ("gsm8k", 1 / 30)])
 def test_a_teacher_at_chance_has_nothing_to_retain(task, accuracy):
     table = retention(results(**{task: [0.9, 0.9]}), teacher(**{task: accuracy}), ROWS)
-    assert np.isnan(table["retention"].item()) and display(table).iloc[0, 0] == "–"
+    assert np.isnan(table["retention"].item()) and formatting.retention(table).iloc[0, 0] == "–"
 
 
 def test_a_task_that_is_not_known_is_shown_and_its_retention_is_not():
@@ -61,11 +62,13 @@ def test_a_task_that_is_not_known_is_shown_and_its_retention_is_not():
     )
     assert table["task"].tolist() == ["sst2", "riddles"]
     assert table[["chance", "retention"]].iloc[1].isna().all() and table["teacher"][1] == 0.6
-    shown = display(table).iloc[0]
+    shown = formatting.retention(table).iloc[0]
     assert shown["riddles (teacher 60.0, chance not known)"] == "not known"
     assert shown["sst2 (teacher 90.0, chance 50)"].startswith("62 [")
 
 
 def test_a_task_that_the_teacher_did_not_answer_has_no_retention():
-    shown = display(retention(results(sst2=[0.7], mmlu=[0.5]), teacher(sst2=0.9), ROWS))
+    shown = formatting.retention(
+        retention(results(sst2=[0.7], mmlu=[0.5]), teacher(sst2=0.9), ROWS)
+    )
     assert shown["mmlu (teacher not known, chance 25)"].tolist() == ["not known"]

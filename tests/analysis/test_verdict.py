@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import verdict
+from kd_utils.analysis import formatting, verdict
 
 WHITE_BOX = [("hidden_state", "black_box"), ("attention", "black_box"), ("combined", "black_box")]
 
@@ -246,11 +246,11 @@ def test_better_by_less_than_the_margin_is_still_similar():
         equal=True,
     )
     assert answers(*rows, small)["hypothesis"] == "attention: supported."
-    assert verdict.sentence(small, 0.01).endswith("better (and equal within 1 point).")
+    assert formatting.sentence(small, 0.01).endswith("better (and equal within 1 point).")
 
 
 def test_a_null_result_says_what_could_have_been_found_and_is_no_equality():
-    null = verdict.sentence(row("white_box", "attention", "black_box", "undecided"), 0.01)
+    null = formatting.sentence(row("white_box", "attention", "black_box", "undecided"), 0.01)
     assert (
         "neither a difference nor equality is shown; 7 pairs find 5.0 points with power 0.8."
         in null
@@ -259,23 +259,23 @@ def test_a_null_result_says_what_could_have_been_found_and_is_no_equality():
     few = row("white_box", "attention", "black_box", "undecided", pairs=4, detectable=np.inf)
     assert (
         "no difference, however large, could be significant with 4 pairs: 7 are needed."
-        in verdict.sentence(few, 0.01)
+        in formatting.sentence(few, 0.01)
     )
     two = row(
         "white_box", "attention", "black_box", "undecided", pairs=2, detectable=np.inf, g=np.nan
     )
-    assert "g = " not in verdict.sentence(two, 0.01)
-    assert "could be significant with 2 pairs: 7 are needed" in verdict.sentence(two, 0.01)
+    assert "g = " not in formatting.sentence(two, 0.01)
+    assert "could be significant with 2 pairs: 7 are needed" in formatting.sentence(two, 0.01)
     none = row("white_box", "attention", "black_box", "not tested", pairs=1)
-    assert verdict.sentence(none, 0.01) == (
+    assert formatting.sentence(none, 0.01) == (
         "attention minus black_box: not tested, 1 of 7 pairs are done and a test needs two."
     )
 
 
 def test_a_finding_says_when_other_examples_might_not_show_it():
-    sure = verdict.sentence(row("white_box", "attention", "black_box", "better"), 0.01)
+    sure = formatting.sentence(row("white_box", "attention", "black_box", "better"), 0.01)
     assert sure.endswith("7 of 7 pairs: better.")
-    unsure = verdict.sentence(
+    unsure = formatting.sentence(
         row("white_box", "attention", "black_box", "better on these rows"), 0.01
     )
     assert unsure.endswith("better on these rows; other validation rows might not show it.")

@@ -122,7 +122,7 @@ def test_top_k_keeps_the_rest_in_the_gradient():
 def task_cross_entropy(student, targets, normaliser=None):
     """The term with logits given as hidden states: the head is the identity."""
     places, whole = torch.arange(len(targets)), {"answers": normaliser or max(len(targets), 1)}
-    signals = Signals(student[None], {}, {}, 1)
+    signals = Signals(student[None], {}, {})
     batch = SimpleNamespace(predicting=places, targets=targets, whole=whole)
     return Task()(signals, OutputHead(torch.eye(student.shape[-1])), batch)
 

@@ -3,7 +3,7 @@
 from test_result_plots import rows_of
 
 from kd_utils.figures import plots
-from kd_utils.figures.training_plots import SMALL, trial_curves
+from kd_utils.figures.plots import SMALL, trial_curves
 from kd_utils.records.provenance import code_of
 
 
@@ -56,5 +56,5 @@ def test_the_picture_for_a_record_is_small():
 
 
 def test_a_trial_that_draws_it_does_not_depend_on_the_analysis():
-    code = code_of("03_train_student", start={"figures.training_plots"})
+    code = code_of("03_train_student", start={"figures.plots"})
     assert not [name for name in code if "/analysis/" in name]
