@@ -46,7 +46,7 @@ config = DataConfig.from_notebook(globals())
 sealed.write_sealed(config.data_path / "manifest.json", {
     "format": data.FORMAT, "name": config.name, "config_fingerprint": config.fingerprint(),
     "tokenizer_fingerprint": "t", "data_hash": str(config.data_seed), "counts": [],
-    "made_from": data._made_from(config)}, "checksums")""",
+    "made_from": data.ingredients(config)}, "checksums")""",
     "02_cache_teacher": """
 from kd_utils.cache import manifest as cache
 from kd_utils.config.stages import CacheConfig

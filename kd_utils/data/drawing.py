@@ -5,17 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from kd_utils.config.project_paths import project_path
-from kd_utils.config.stages import DataConfig
-from kd_utils.data.leakage import few_shot_rows
-from kd_utils.data.prepared_data import SPLITS, PreparedData, _made_from, _require_disjoint
-from kd_utils.data.task_rows import content_keys, load_task
-from kd_utils.data.tasks import find_task, task_order
-from kd_utils.data.tasks.base import Task
+from kd_utils.config import project_paths, stages
+from kd_utils.data import leakage, prepared_data, task_rows, tasks
 from kd_utils.tokens.encoding import encode_example, tokenizer_fingerprint
 
 
-def prepare(config: DataConfig, tokenizer: Any) -> PreparedData:
+def prepare(config: stages.DataConfig, tokenizer: Any) -> prepared_data.PreparedData:
     """Draw the training and validation examples that the config asks for.
 
     Rows are taken in the order of a hash of `data_seed` and content, so an example's place depends
@@ -25,28 +20,24 @@ def prepare(config: DataConfig, tokenizer: Any) -> PreparedData:
     the content of a few-shot row and those with more than `max_length` tokens, which are never cut.
 
     Raises:
-        ValueError: an unknown task, fewer rows than asked for, no row that fits `max_length`, or a
-            content in both splits.
+        ValueError: an unknown task, fewer rows than asked for, or no row that fits `max_length`.
     """
-    tasks = [find_task(name) for name in task_order(config.tasks)]
+    known = [tasks.find_task(name) for name in tasks.task_order(config.tasks)]
     # Taken before anything is read: a file that changes meanwhile must not count as the one read.
-    made_from = _made_from(config)
-    drawn: dict[str, list[pd.DataFrame]] = {split: [] for split in SPLITS}
-    counts = []
-    for task in tasks:
+    made_from = prepared_data.ingredients(config)
+    drawn: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {
+        split: [] for split in prepared_data.SPLITS
+    }
+    for task in known:
         taken: set[str] = set()  # contents that training must not have
         for split in ("validation", "train"):
             if asked := config.rows(split).get(task.name):
                 rows, count = _draw(config, tokenizer, task, split, asked, taken)
-                taken |= set(content_keys(rows))
-                drawn[split].append(rows)
-                counts.append(count)
-    tables = [pd.concat(drawn[split], ignore_index=True) for split in SPLITS]
-    _require_disjoint(*tables, "the drawn rows")
-    listed = sorted(counts, key=lambda count: SPLITS.index(count["split"]))
-    return PreparedData(
-        *tables,
-        pd.DataFrame(listed),
+                taken = set(task_rows.content_keys(rows))
+                drawn[split].append((rows, count))
+    return prepared_data.PreparedData(
+        *(pd.concat([rows for rows, _ in parts], ignore_index=True) for parts in drawn.values()),
+        pd.DataFrame([count for parts in drawn.values() for _, count in parts]),
         config.fingerprint(),
         tokenizer_fingerprint(tokenizer),
         made_from,
@@ -54,22 +45,28 @@ def prepare(config: DataConfig, tokenizer: Any) -> PreparedData:
 
 
 def _draw(
-    config: DataConfig, tokenizer: Any, task: Task, split: str, asked: int, taken: set[str]
+    config: stages.DataConfig,
+    tokenizer: Any,
+    task: tasks.Task,
+    split: str,
+    asked: int,
+    taken: set[str],
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """`asked` rows of a task for one split, and their line of the counts."""
     source = task.splits[split]
-    data_dir = project_path(config.data_dir) if config.data_dir else None
-    table = load_task(task.name, source, data_dir=data_dir)
-    keys = content_keys(table)
+    data_dir = project_paths.project_path(config.data_dir) if config.data_dir else None
+    table = task_rows.load_task(task.name, source, data_dir=data_dir)
+    keys = task_rows.content_keys(table)
     duplicate = keys.duplicated() | keys.isin(taken)
-    shot = keys.isin(set(content_keys(few_shot_rows(config.data_dir, [task.name])))) & ~duplicate
+    few_shot = task_rows.content_keys(leakage.few_shot_rows(config.data_dir, [task.name]))
+    shot = keys.isin(set(few_shot)) & ~duplicate
     # Both splits from one source: rows of validation are no duplicates of themselves.
     shared_source = split == "train" and source == task.splits["validation"]
-    duplicates = int((keys.duplicated() if shared_source else duplicate).sum())
     order = keys[~duplicate & ~shot].map(
         lambda key: hashlib.sha256(f"{config.data_seed}:{key}".encode()).hexdigest()
     )
-    chosen, lengths, long = [], [], []
+    chosen: dict[Any, tuple[int, int]] = {}  # row -> tokens of the whole, and of the answer
+    long = []
     for index in order.sort_values(ascending=not shared_source).index:
         if len(chosen) == asked:
             break
@@ -79,8 +76,7 @@ def _draw(
         if length > config.max_length:
             long.append(length)
         else:
-            chosen.append(index)
-            lengths.append((length, len(answer_ids)))
+            chosen[index] = length, len(answer_ids)
     if long and not chosen:
         raise ValueError(
             f"{task.name}: none of its {len(long)} {split} rows fits max_length = "
@@ -94,13 +90,13 @@ def _draw(
             f"{int(shot.sum())} are few-shot rows and {len(long)} longer than max_length): lower "
             f"{task.name} in {split}_rows"
         )
-    tokens = pd.DataFrame(lengths, columns=["tokens", "answer"])
+    tokens = pd.DataFrame(chosen.values(), columns=["tokens", "answer"])
     count = {
         "task": task.name,
         "split": split,
         "source": source,
         "available": len(table),
-        "duplicates": duplicates,
+        "duplicates": int((keys.duplicated() if shared_source else duplicate).sum()),
         "shots": int(shot.sum()),
         "too_long": len(long),
         "taken": len(chosen),
@@ -108,4 +104,4 @@ def _draw(
         "max_tokens": int(tokens["tokens"].max()),
         "mean_answer_tokens": round(float(tokens["answer"].mean()), 1),
     }
-    return table.loc[chosen].drop(columns="row").reset_index(drop=True), count
+    return table.loc[list(chosen)].drop(columns="row").reset_index(drop=True), count

@@ -6,6 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub import constants, errors, utils
+
 #: What is fetched from the hub to load a tokenizer, and a model: no pickle, no code.
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 
@@ -37,23 +40,22 @@ def hub_folder(
     Raises:
         ConnectionError: what is wrong (gate, name, revision, network, the hub), with the remedy.
     """
-    from huggingface_hub import snapshot_download
-
+    revision = revision or "main"
     fetch = partial(
-        snapshot_download,
+        huggingface_hub.snapshot_download,
         name,
         repo_type=kind,
-        revision=revision or "main",
+        revision=revision,
         allow_patterns=list(files),
         ignore_patterns=["*/*", "consolidated*"] if kind == "model" else None,
     )
     try:
-        _ask_hub(name, revision or "main", kind)
+        _ask_hub(name, revision, kind)
         return Path(fetch())
     except Exception as error:  # the hub's, httpx's, JSON's and the disk's own
         with suppress(Exception):
             return Path(fetch(local_files_only=True))
-        problem = _hub_problem(error, name, revision or "main", kind)
+        problem = _hub_problem(error, name, revision, kind)
         raise ConnectionError(
             f"cannot get the {kind} {name} from the hub: {problem}, or {otherwise}"
         ) from None
@@ -61,17 +63,14 @@ def hub_folder(
 
 def _ask_hub(name: str, revision: str, kind: str) -> None:
     """One request: does the hub answer, let us in, and have this revision?"""
-    from huggingface_hub import constants, errors, get_hf_file_metadata, get_session, hf_hub_url
-
-    hooks = get_session().event_hooks
+    hooks = utils.get_session().event_hooks
     if _limit_wait not in hooks["request"]:
         hooks["request"].append(_limit_wait)
         hooks["response"].append(_refuse_to_wait)
-    url = hf_hub_url(
-        name, "config.json" if kind == "model" else "README.md", repo_type=kind, revision=revision
-    )
+    file = "config.json" if kind == "model" else "README.md"
     with suppress(errors.EntryNotFoundError):  # an answer too
-        if get_hf_file_metadata(url).commit_hash is None:
+        url = huggingface_hub.hf_hub_url(name, file, repo_type=kind, revision=revision)
+        if huggingface_hub.get_hf_file_metadata(url).commit_hash is None:
             raise errors.FileMetadataError(
                 f"{constants.ENDPOINT} is not the hub: a login page, a wrong HF_ENDPOINT?"
             )
@@ -79,21 +78,17 @@ def _ask_hub(name: str, revision: str, kind: str) -> None:
 
 def _limit_wait(request: Any) -> None:
     """Give every request a time limit: huggingface_hub has none where it lists files."""
-    from huggingface_hub import constants
-
     limit = max(constants.HF_HUB_ETAG_TIMEOUT, constants.HF_HUB_DOWNLOAD_TIMEOUT)
-    given = request.extensions["timeout"]
     request.extensions["timeout"] = {
-        part: min(seconds or limit, limit) for part, seconds in given.items()
+        part: min(seconds or limit, limit)
+        for part, seconds in request.extensions["timeout"].items()
     }
 
 
 def _refuse_to_wait(response: Any) -> None:
     """Raise where huggingface_hub sleeps as long as it is told, or restarts a download forever."""
-    from huggingface_hub.utils import hf_raise_for_status
-
     if response.status_code == 429:
-        hf_raise_for_status(response)
+        utils.hf_raise_for_status(response)
     resumed = response.request.headers.get("Range", "bytes=0-") != "bytes=0-"
     if response.status_code == 200 and resumed:
         raise ConnectionError(
@@ -103,8 +98,6 @@ def _refuse_to_wait(response: Any) -> None:
 
 def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> str:
     """What went wrong and the remedy, by the class of the error or of its causes."""
-    from huggingface_hub import errors
-
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -132,15 +125,8 @@ def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> s
             f"the hub refuses the token (HTTP {status}): log in anew with `hf auth login`, or set "
             f"HF_TOKEN to one that may read {page}",
         ),
-        (
-            status == 429,
-            "the hub limits requests (HTTP 429): try again in some minutes, log in with "
-            "`hf auth login`",
-        ),
-        (
-            status >= 500,
-            f"the hub has a fault of its own (HTTP {status}): try again later",
-        ),
+        (status == 429, f"the hub limits requests (HTTP 429): try again in some minutes, {login}"),
+        (status >= 500, f"the hub has a fault of its own (HTTP {status}): try again later"),
         (
             errors.OfflineModeIsEnabled in kinds,
             "HF_HUB_OFFLINE is set and the cache does not hold it: unset it",

@@ -1,6 +1,7 @@
 """Prepared data: one table for training and one for validation, with no content in both.
 
-They are kept in a folder with a manifest (a `SealedFolder`).
+They are kept in a folder with a manifest (a `SealedFolder`). When they are read, every row is
+looked at, so that nothing later meets a surprise.
 """
 
 import hashlib
@@ -10,27 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 
-from kd_utils.config.project_paths import project_path, short_path
-from kd_utils.config.stages import DataConfig
-from kd_utils.data.prepared_table import PREPARED, read_table, require_own_ids
-from kd_utils.data.task_rows import content_keys
-from kd_utils.data.tasks import find_task
-from kd_utils.records.provenance import Ingredients, code_of
-from kd_utils.store.files import sha256_file
-from kd_utils.store.sealed import RecordError, SealedFolder
-from kd_utils.tokens.encoding import tokenizer_files, tokenizer_fingerprint
+from kd_utils.config import fields, project_paths, stages
+from kd_utils.data import task_rows, tasks
+from kd_utils.records import provenance
+from kd_utils.store import files, sealed
+from kd_utils.tokens import encoding
 
 FORMAT = 3
 
 SPLITS = ("train", "validation")
 
-FILES = ("train.parquet", "validation.parquet")
-
 KEYS = {"name", "config_fingerprint", "tokenizer_fingerprint", "data_hash", "counts", "made_from"}
 
+#: Columns of a prepared table, in order, and what they hold.
+PREPARED = tuple(column for column in task_rows.COLUMNS if column != "row")
+
 #: The modules that build the embedded models and tables, whose code decides the rows too.
-BUILDERS = {"toy": "demos.toy_models", "smol": "demos.smol", "smol-cross": "demos.smol"}
+BUILDERS = {"toy": ["demos.toy_models"], "smol": ["demos.smol"], "smol-cross": ["demos.smol"]}
 
 
 @dataclass(frozen=True)
@@ -52,16 +51,16 @@ class PreparedData:
     counts: pd.DataFrame
     config_fingerprint: str
     tokenizer_fingerprint: str
-    made_from: Ingredients
+    made_from: provenance.Ingredients
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """Each split's table."""
-        return {split: getattr(self, split) for split in SPLITS}
+        return {"train": self.train, "validation": self.validation}
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Raise a ValueError if the lengths of the rows were counted with another tokenizer."""
-        if tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
+        if encoding.tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
             raise ValueError(
                 "the data was prepared with another tokenizer: run 01_prepare_data again with this "
                 "one"
@@ -71,8 +70,7 @@ class PreparedData:
     def data_hash(self) -> str:
         """SHA-256 of the content of both tables, row by row, however parquet stores them."""
         digest = hashlib.sha256()
-        for split in SPLITS:
-            table = getattr(self, split)
+        for split, table in self.tables.items():
             for values in zip(*(table[column] for column in PREPARED), strict=True):
                 row = [value if isinstance(value, str) else list(value) for value in values]
                 digest.update(json.dumps([split, *row]).encode() + b"\n")
@@ -92,8 +90,8 @@ def save_prepared(prepared: PreparedData, folder: str | Path) -> Path:
         "made_from": prepared.made_from,
     }
     with _sealed(folder).replaced(manifest) as aside:
-        for split, file in zip(SPLITS, FILES, strict=True):
-            getattr(prepared, split).to_parquet(aside / file, index=False)
+        for split, table in prepared.tables.items():
+            table.to_parquet(aside / f"{split}.parquet", index=False)
     return folder
 
 
@@ -104,22 +102,74 @@ def load_prepared(folder: str | Path) -> PreparedData:
         RecordError: a file that is missing, was changed or is another folder's, a column, type or
             value that a prepared table cannot have, or a content or example_id in both splits.
     """
-    folder = Path(folder)
-    where, manifest = short_path(folder), read_manifest(folder)
-    _sealed(folder).check(*FILES)
-    tables = {file: read_table(folder / file) for file in FILES}
-    require_own_ids(tables, where)
-    _require_disjoint(*tables.values(), where)
+    home, manifest = _sealed(folder), read_manifest(folder)
+    home.check(*(f"{split}.parquet" for split in SPLITS))
+    seen: dict[str, str] = {}
+    train, validation = (_read_table(home, f"{split}.parquet", seen) for split in SPLITS)
+    if both := {*task_rows.content_keys(train)} & {*task_rows.content_keys(validation)}:
+        raise home.problem(
+            f"train.parquet: {len(both)} contents are in validation.parquet too, expected none"
+        )
     prepared = PreparedData(
-        *tables.values(),
+        train,
+        validation,
         pd.DataFrame(manifest["counts"]),
         manifest["config_fingerprint"],
         manifest["tokenizer_fingerprint"],
-        Ingredients(manifest["made_from"]),
+        provenance.Ingredients(manifest["made_from"]),
     )
     if prepared.data_hash != manifest["data_hash"]:
-        raise _sealed(folder).problem("manifest.json has another data_hash than the tables")
+        raise home.problem("manifest.json has another data_hash than the tables")
     return prepared
+
+
+def _read_table(home: sealed.SealedFolder, file: str, seen: dict[str, str]) -> pd.DataFrame:
+    """A prepared table whose rows were all looked at.
+
+    Args:
+        seen: example_id -> the file and row that has it; the rows of this table are added.
+    """
+    try:
+        rows = pq.ParquetFile(home.path / file).read(columns=list(PREPARED)).to_pylist()
+    except Exception as error:  # a file that somebody else made may be wrong in every way
+        raise home.problem(
+            f"{file} is no whole parquet file of Unicode text ({fields.shown(str(error))})"
+        ) from None
+    if not rows:
+        raise home.problem(f"{file} has no rows")
+    if missing := [column for column in PREPARED if column not in rows[0]]:
+        raise home.problem(
+            f"{file} has no column {', '.join(missing)} (it has {', '.join(rows[0])})"
+        )
+    for number, row in enumerate(rows):
+        place = f"{file}, row {number}"
+        if problem := _row_problem(row):
+            raise home.problem(f"{place}: {problem}")
+        if (first := seen.setdefault(row["example_id"], place)) != place:
+            raise home.problem(
+                f"{place}: example_id {fields.shown(row['example_id'])} is that of {first} too, "
+                "expected one of its own"
+            )
+    return pd.DataFrame(rows, columns=list(PREPARED))
+
+
+def _row_problem(row: dict[str, Any]) -> str:
+    """What is wrong with a row, and what is expected; "" for nothing."""
+    choices = row["choices"]
+    if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
+        return f"choices = {fields.shown(choices)}, expected a list of texts"
+    for column in PREPARED:
+        if column != "choices" and not isinstance(row[column], str):
+            return f"{column} = {fields.shown(row[column])}, expected text"
+    if not row["example_id"]:
+        return "example_id is empty, expected the example's own"
+    if not row["prompt"].strip():
+        return "prompt is empty, expected a question: a model needs a token to start from"
+    if row["task"] not in tasks.TASKS:
+        known = ", ".join(tasks.TASKS)
+        return f"task = {fields.shown(row['task'])}, expected one of {known}"
+    task = tasks.TASKS[row["task"]]
+    return task.prepared_problem(choices, row["answer"], row["gold"])
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -128,66 +178,56 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         RecordError: it is missing, damaged, of another format, or another folder's.
     """
-    sealed = _sealed(Path(folder))
-    manifest = sealed.read()
+    home = _sealed(folder)
+    manifest = home.read()
     if manifest.get("format") != FORMAT:
-        raise sealed.problem(f"manifest.json is not a manifest of format {FORMAT}")
+        raise home.problem(f"manifest.json is not a manifest of format {FORMAT}")
     if missing := KEYS - manifest.keys():
-        raise sealed.problem(f"manifest.json lacks {', '.join(sorted(missing))}")
-    if manifest["name"] != Path(folder).name:
-        raise sealed.problem(f"manifest.json was copied here from the data {manifest['name']!r}")
+        raise home.problem(f"manifest.json lacks {', '.join(sorted(missing))}")
+    if manifest["name"] != home.path.name:
+        raise home.problem(f"manifest.json was copied here from the data {manifest['name']!r}")
     return manifest
 
 
-def why_stale(folder: str | Path, config: DataConfig) -> str:
+def why_stale(folder: str | Path, config: stages.DataConfig) -> str:
     """Why the prepared data is not what `01_prepare_data` would make now; "" if it is.
 
     It compares config, code, and the local files of rows and tokenizer, and reads no table.
     """
     try:
-        then = Ingredients(read_manifest(folder)["made_from"])
-        return then.why_stale(_made_from(config))
-    except (RecordError, FileNotFoundError) as error:
+        made_from = provenance.Ingredients(read_manifest(folder)["made_from"])
+        return made_from.why_stale(ingredients(config))
+    except (sealed.RecordError, FileNotFoundError) as error:
         return str(error)
 
 
-def _sealed(folder: Path) -> SealedFolder:
-    return SealedFolder(
-        folder, "manifest.json", label=short_path(folder), remedy="run 01_prepare_data again"
+def _sealed(folder: str | Path) -> sealed.SealedFolder:
+    return sealed.SealedFolder(
+        Path(folder),
+        "manifest.json",
+        label=project_paths.short_path(folder),
+        remedy="run 01_prepare_data again",
     )
 
 
-def _made_from(config: DataConfig) -> Ingredients:
-    """What decides the rows: the config, local files of rows and tokenizer, and the code."""
-    start = {"data.prepared_data", "data.drawing", *filter(None, [BUILDERS.get(config.build)])}
-    return Ingredients(
+def ingredients(config: stages.DataConfig) -> provenance.Ingredients:
+    """What decides the rows: the config, the code, and the local files of rows, few-shot rows and
+    tokenizer; the hub is not asked.
+    """
+    names = {
+        f"{task}/{tasks.find_task(task).splits[use]}.parquet"
+        for split in SPLITS
+        for task in config.rows(split)
+        for use in (split, "shots")
+    }
+    folder = project_paths.project_path(config.data_dir) if config.data_dir else None
+    paths = {name: folder / name for name in sorted(names)} if folder else {}
+    source = {name: files.sha256_file(path) for name, path in paths.items() if path.is_file()}
+    tokenizer = project_paths.project_path(config.tokenizer)
+    of_tokenizer = encoding.tokenizer_files(tokenizer) if tokenizer.is_dir() else {}
+    start = {"data.prepared_data", "data.drawing", *BUILDERS.get(config.build, [])}
+    return provenance.Ingredients(
         config=config.model_dump(exclude={"name", "artifacts_dir"}),
-        source=_source_files(config),
-        code=code_of("01_prepare_data", start),
+        source=source | {f"tokenizer/{name}": digest for name, digest in of_tokenizer.items()},
+        code=provenance.code_of("01_prepare_data", start),
     )
-
-
-def _source_files(config: DataConfig) -> dict[str, str]:
-    """Digests of the local files of rows, few-shot rows and tokenizer; the hub is not asked."""
-    digests = {}
-    if config.data_dir:
-        names = {
-            f"{task}/{source}.parquet"
-            for split in SPLITS
-            for task in config.rows(split)
-            for source in (find_task(task).splits[split], find_task(task).splits["shots"])
-        }
-        files = {name: project_path(config.data_dir) / name for name in sorted(names)}
-        digests = {name: sha256_file(path) for name, path in files.items() if path.is_file()}
-    tokenizer = project_path(config.tokenizer)
-    of_tokenizer = tokenizer_files(tokenizer) if tokenizer.is_dir() else {}
-    return digests | {f"tokenizer/{name}": digest for name, digest in of_tokenizer.items()}
-
-
-def _require_disjoint(train: pd.DataFrame, validation: pd.DataFrame, where: str) -> None:
-    both = {*content_keys(train)} & {*content_keys(validation)}
-    if both:
-        raise ValueError(
-            f"{where}: {len(both)} contents are in train and in validation, expected none: run "
-            "01_prepare_data again"
-        )

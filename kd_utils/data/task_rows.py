@@ -7,13 +7,14 @@ here shots are the first rows of the few-shot split, in order, for every task.
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from kd_utils.data.hub import hub_folder, one_line
-from kd_utils.data.tasks import find_task
+from kd_utils.config.fields import shown
+from kd_utils.data import tasks
 from kd_utils.data.tasks.base import Row, Task
 
 #: Columns of a task's table; see `load_task`.
@@ -51,26 +52,40 @@ def load_task(
         ValueError: an unknown task, a missing column, an empty split, a value out of range, or too
             few rows for the shots.
     """
-    task = find_task(name)
+    task = tasks.find_task(name)
     if num_fewshot < 0 or (limit is not None and limit < 1):
         raise ValueError(
             f"num_fewshot = {num_fewshot} must be at least 0 and limit = {limit} at least 1"
         )
-    rows = _read(task, split, data_dir)
-    shots = _shots(task, split, rows, data_dir, num_fewshot)
+    rows, source = _read(task, split, data_dir), task.splits["shots"]
+    by_subject: defaultdict[str, list[Row]] = defaultdict(list)
+    if num_fewshot:
+        for row in rows if split == source else _read(task, source, data_dir):
+            by_subject[task.subject(row)].append(row)
     kept: list[Row] = []
     seen: Counter[str] = Counter()
     for number, row in enumerate(rows):
-        seen[task.subject(row)] += 1
-        if limit is None or seen[task.subject(row)] <= limit:
-            kept.append(_example(task, split, number, row, shots(row)))
+        subject = task.subject(row)
+        seen[subject] += 1
+        if limit is not None and seen[subject] > limit:
+            continue
+        # One more than asked for, so that the row itself can be left out.
+        first = by_subject[subject][: num_fewshot + 1]
+        shots = [shot for shot in first if split != source or shot != row][:num_fewshot]
+        if len(shots) < num_fewshot:
+            of_subject = f" of subject {subject!r}" if subject else ""
+            raise ValueError(
+                f"{name}: num_fewshot = {num_fewshot}, but {source} has {len(shots)} other rows"
+                f"{of_subject}: lower num_fewshot"
+            )
+        kept.append(_example(task, split, number, row, shots))
     return pd.DataFrame(kept, columns=list(COLUMNS))
 
 
 def content_keys(table: pd.DataFrame) -> pd.Series:
     """`Task.content_key` of each row of a table with the columns `task` and `prompt`."""
     pairs = zip(table["task"], table["prompt"], strict=True)
-    keys = [find_task(task).content_key(prompt) for task, prompt in pairs]
+    keys = [tasks.find_task(task).content_key(prompt) for task, prompt in pairs]
     return pd.Series(keys, index=table.index, dtype=object)
 
 
@@ -90,53 +105,20 @@ def _example(task: Task, split: str, number: int, row: Row, shots: list[Row]) ->
     }
 
 
-def _shots(
-    task: Task, split: str, rows: list[Row], data_dir: str | Path | None, count: int
-) -> Callable[[Row], list[Row]]:
-    """A function from a row to the worked examples that come before it."""
-    if not count:
-        return lambda row: []
-    source = task.splits["shots"]
-    by_subject: defaultdict[str, list[Row]] = defaultdict(list)
-    for row in rows if split == source else _read(task, source, data_dir):
-        # One more than asked for, so that a row of the same split can be left out of its prompt.
-        if len(group := by_subject[task.subject(row)]) <= count:
-            group.append(row)
-
-    def shots(row: Row) -> list[Row]:
-        subject = task.subject(row)
-        found = [shot for shot in by_subject[subject] if split != source or shot != row][:count]
-        if len(found) < count:
-            of_subject = f" of subject {subject!r}" if subject else ""
-            raise ValueError(
-                f"{task.name}: num_fewshot = {count}, but {source} has {len(found)} other rows"
-                f"{of_subject}: lower num_fewshot"
-            )
-        return found
-
-    return shots
-
-
 def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Row]:
     """Checked rows of one split, with the task's columns only and plain Python values."""
-    import pyarrow.parquet
-
-    if data_dir is None:
-        paths, where = _hub_files(task, split), f"{task.hub[0]} {split}"
-    else:
-        paths = [_folder_file(task, split, Path(data_dir))]
-        where = str(paths[0])
-    tables = []
+    paths = _files(task, split, data_dir)
+    where = f"{task.hub[0]} {split}" if data_dir is None else str(paths[0])
+    parts = []
     for path in paths:
         try:
-            tables.append(pyarrow.parquet.read_table(path))
-        except (pyarrow.ArrowException, ValueError, OSError) as error:
+            parts.append(pq.read_table(path))
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise ValueError(
-                f"{path} is no whole parquet file ({one_line(error)}): copy it again"
+                f"{path} is no whole parquet file ({shown(str(error))}): copy it again"
             ) from None
-    table = pyarrow.concat_tables(tables)
-    missing = [column for column in task.columns if column not in table.column_names]
-    if missing:
+    table = pa.concat_tables(parts)
+    if missing := [column for column in task.columns if column not in table.column_names]:
         raise ValueError(
             f"{where} has no column {', '.join(missing)} (it has {', '.join(table.column_names)}): "
             f"{task.name} needs {', '.join(task.columns)}"
@@ -150,34 +132,31 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Row]:
     return rows
 
 
-def _folder_file(task: Task, split: str, data_dir: Path) -> Path:
-    """The split's file in a folder with the hub's schema."""
-    path = data_dir / task.name / f"{split}.parquet"
-    if not data_dir.is_dir():
-        raise FileNotFoundError(
-            f"no data folder {data_dir}: give the one that holds {task.name}/{split}.parquet"
-        )
-    if not path.is_file():
-        present = ", ".join(sorted(file.name for file in path.parent.glob("*.parquet"))) or "none"
-        raise FileNotFoundError(
-            f"no file {path} (parquet files there: {present}): {task.name} needs its {split} "
-            "split. Set data_dir to a folder with the hub's schema, or to '' for the hub"
-        )
-    return path
-
-
-def _hub_files(task: Task, split: str) -> list[Path]:
-    """The split's files from the hub, in its local cache.
+def _files(task: Task, split: str, data_dir: str | Path | None) -> list[Path]:
+    """The split's files in a folder with the hub's schema, or in the hub's local cache.
 
     `datasets` would wait for minutes for a hub that does not answer, and does not say which file is
     damaged.
     """
-    dataset, config = task.hub
-    files = f"{config}/{split}-*.parquet"
-    remedy = f"set data_dir to a folder with {task.name}/{split}.parquet"
-    folder = hub_folder(dataset, [files], kind="dataset", otherwise=remedy)
-    if paths := sorted(folder.glob(files)):
-        return paths
-    raise FileNotFoundError(
-        f"the hub's {dataset} has no {files}: choose another split than {split}, or {remedy}"
-    )
+    file = f"{task.name}/{split}.parquet"
+    if data_dir is None:
+        from kd_utils.data.hub import hub_folder  # its library takes half a second to import
+
+        dataset, config = task.hub
+        pattern, remedy = f"{config}/{split}-*.parquet", f"set data_dir to a folder with {file}"
+        folder = hub_folder(dataset, [pattern], kind="dataset", otherwise=remedy)
+        if paths := sorted(folder.glob(pattern)):
+            return paths
+        raise FileNotFoundError(
+            f"the hub's {dataset} has no {pattern}: choose another split than {split}, or {remedy}"
+        )
+    path = Path(data_dir, file)
+    if not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"no data folder {data_dir}: give the one that holds {file}")
+    if not path.is_file():
+        present = ", ".join(sorted(other.name for other in path.parent.glob("*.parquet"))) or "none"
+        raise FileNotFoundError(
+            f"no file {path} (parquet files there: {present}): {task.name} needs its {split} "
+            "split. Set data_dir to a folder with the hub's schema, or to '' for the hub"
+        )
+    return [path]

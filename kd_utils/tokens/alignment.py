@@ -47,10 +47,10 @@ def align(teacher_ends: np.ndarray, student_ends: np.ndarray) -> Groups:
         ValueError: the two do not end together, so they are not from one text.
     """
     teacher, student = teacher_ends.tolist(), student_ends.tolist()
-    if (teacher[-1:] or [0]) != (student[-1:] or [0]) or bool(teacher) != bool(student):
+    if teacher[-1:] != student[-1:]:
         raise ValueError(
-            f"the teacher's {len(teacher)} tokens spell {teacher[-1] if teacher else 0} bytes and "
-            f"the student's {len(student)} spell {student[-1] if student else 0}: not one text"
+            f"the teacher's {len(teacher)} tokens spell {max(teacher, default=0)} bytes and "
+            f"the student's {len(student)} spell {max(student, default=0)}: not one text"
         )
     places, i, j = [], 0, 0
     while i < len(teacher) and j < len(student):

@@ -128,13 +128,13 @@ def encode_table(
     for example_id, prompt, answer in table[["example_id", "prompt", "answer"]].to_numpy():
         try:
             prompt_ids, answer_ids = encode_example(tokenizer, prompt, answer)
+            if not prompt_ids:
+                raise ValueError(
+                    f"this tokenizer has no token for its prompt {prompt[:40]!r}: leave the row "
+                    "out, or choose another tokenizer"
+                )
         except ValueError as error:
             raise ValueError(f"{where}, row {example_id}: {error}") from None
-        if not prompt_ids:
-            raise ValueError(
-                f"{where}, row {example_id}: this tokenizer has no token for its prompt "
-                f"{prompt[:40]!r}: leave the row out, or choose another tokenizer"
-            )
         ids, ends = prompt_ids + answer_ids, None
         if vocabulary is not None:
             try:

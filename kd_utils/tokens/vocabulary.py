@@ -1,15 +1,12 @@
 """What ids spell: where each token ends in a text, and which pieces two vocabularies share."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import zip_longest
-from typing import Any
+from itertools import chain, zip_longest
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -35,13 +32,15 @@ class Vocabulary:
     kinds: list[str]
 
     @classmethod
-    def of(cls, tokenizer: Any) -> Vocabulary:
+    def of(cls, tokenizer: Any) -> Self:
         """The vocabulary of a `transformers` tokenizer.
 
         Raises:
             ValueError: it is not one of the `tokenizers` library, whose decoder says what the
                 pieces spell.
         """
+        from transformers.convert_slow_tokenizer import bytes_to_unicode
+
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(
@@ -49,30 +48,30 @@ class Vocabulary:
                 "tokenizer.json (a fast tokenizer)"
             )
         decoder = str(backend.decoder)
-        sentencepiece = "ByteLevel(" not in decoder and "▁" in decoder
-        spelled = _from_sentencepiece if sentencepiece else str.encode
-        if "ByteLevel(" in decoder:
-            spelled = _from_byte_level
+        byte_level = "ByteLevel(" in decoder
+        sentencepiece = "▁" in decoder and not byte_level
+        # The byte that each character of GPT-2's byte-level BPE stands for.
+        alphabet = {character: byte for byte, character in bytes_to_unicode().items()}
         # One token may have both roles: then it is the end.
         roles = {tokenizer.bos_token_id: "begin", tokenizer.eos_token_id: "end"}
         added = tokenizer.added_tokens_decoder  # made anew at each look
         special = {index for index, token in added.items() if token.special}
         special.update(tokenizer.all_special_ids)
-        ids = {index: piece for piece, index in tokenizer.get_vocab().items()}
-        rows = []
-        for index in range(max(ids, default=-1) + 1):
-            piece = ids.get(index)
-            if piece is None:
-                rows.append((b"", NONE))
-            elif index in special:
-                rows.append((roles.get(index, piece).encode(), SPECIAL))
-            elif index in added:
-                # It is in texts as it is, but for the mark of a space: Gemma has runs of them.
-                text = piece.replace("▁", " ") if sentencepiece else piece
-                rows.append((text.encode(), PIECE))
+        ids = tokenizer.get_vocab()
+        rows = [(b"", NONE)] * (max(ids.values(), default=-1) + 1)
+        for piece, index in ids.items():
+            text = (piece.replace("▁", " ") if sentencepiece else piece).encode()
+            byte = FALLBACK.fullmatch(piece)
+            if index in special:
+                rows[index] = roles.get(index, piece).encode(), SPECIAL
+            elif index in added:  # in texts as it is, but for the mark of a space: Gemma has runs
+                rows[index] = text, PIECE
+            elif byte and sentencepiece:
+                rows[index] = bytes.fromhex(byte[1]), BYTE if "ByteFallback" in decoder else PIECE
+            elif byte_level and alphabet.keys() >= set(piece):
+                rows[index] = bytes(alphabet[character] for character in piece), PIECE
             else:
-                fallback = "ByteFallback" in decoder and FALLBACK.fullmatch(piece)
-                rows.append((spelled(piece), BYTE if fallback else PIECE))
+                rows[index] = text, PIECE
         return cls([piece for piece, _ in rows], [kind for _, kind in rows])
 
     def table(self) -> pa.Table:
@@ -80,7 +79,7 @@ class Vocabulary:
         return pa.table({"piece": pa.array(self.pieces, pa.binary()), "kind": self.kinds})
 
     @classmethod
-    def from_table(cls, table: pa.Table) -> Vocabulary:
+    def from_table(cls, table: pa.Table) -> Self:
         return cls(table["piece"].to_pylist(), table["kind"].to_pylist())
 
     def spell(self, ids: Sequence[int]) -> list[bytes]:
@@ -119,22 +118,20 @@ def _ends_by_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> np.ndarra
         raise ValueError(
             f"its tokens do not spell {text[-40:]!r}: prompt and answer are joined into one token"
         )
-    bytes_before = np.cumsum([0, *(len(character.encode()) for character in text)])
     starts = [len(text)]  # of what follows each token, from the last one back
     for first, last in reversed(offsets[1:]):
         starts.append(first if first < last else starts[-1])
-    characters = np.full(len(ids), len(text), np.int64)
-    before = 0
-    for k, ((first, last), following) in enumerate(zip(offsets, reversed(starts), strict=False)):
-        # The next token may have a part of this one's last character, which then counts there.
-        cut = first < last and following < last
+    ends = []  # in characters
+    for (first, last), following in zip(offsets, reversed(starts), strict=False):
         # A normaliser may have composed characters that follow with the last one.
         while first < last < following and unicodedata.combining(text[last]):
             last += 1
-        before = characters[k] = before if cut else max(before, last)
-    if len(own):
-        characters[len(own) - 1] = len(text)  # white space at the end that a normaliser dropped
-    return bytes_before[characters].astype(np.int32)
+        # The next token may have a part of this one's last character, which then counts there.
+        ends.append(0 if first < last and following < last else last)
+    # The last token may stand before white space that a normaliser dropped.
+    ends[-1:] = [len(text)] * (len(ids) - len(ends[:-1]))
+    bytes_before = np.cumsum([0, *(len(character.encode()) for character in text)])
+    return bytes_before[np.maximum.accumulate(np.array(ends, np.int64))].astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -154,11 +151,9 @@ def shared_pieces(teacher: Vocabulary, student: Vocabulary) -> SharedPieces:
 
     A byte that a vocabulary has twice, as a piece and as a fallback, is matched as a piece first.
     """
-    found: list[tuple[int, int]] = []
     student_ids = _by_bytes(student)
-    for key, teacher_ids in _by_bytes(teacher).items():
-        found += zip(teacher_ids, student_ids.get(key, ()), strict=False)
-    pairs = np.array(sorted(found), np.int64).reshape(-1, 2)
+    found = (zip(ids, student_ids[key], strict=False) for key, ids in _by_bytes(teacher).items())
+    pairs = np.array(sorted(chain.from_iterable(found)), np.int64).reshape(-1, 2)
     return SharedPieces(pairs[:, 0].copy(), pairs[:, 1].copy())
 
 
@@ -179,14 +174,13 @@ def compared(teacher: Vocabulary, student: Vocabulary) -> str:
     """How far two vocabularies agree, in one sentence."""
     if same_pieces(teacher, student):
         return "teacher and student have the same tokenizer"
-    shared = len(shared_pieces(teacher, student).teacher)
-    sizes = f"{len(teacher.pieces):,} and {len(student.pieces):,}"
     return (
-        f"teacher and student share {shared:,} pieces of {sizes}: notebook 06 shows the alignment"
+        f"teacher and student share {len(shared_pieces(teacher, student).teacher):,} pieces of "
+        f"{len(teacher.pieces):,} and {len(student.pieces):,}: notebook 06 shows the alignment"
     )
 
 
-def _by_bytes(vocabulary: Vocabulary) -> dict[tuple[bool, bytes], list[int]]:
+def _by_bytes(vocabulary: Vocabulary) -> defaultdict[tuple[bool, bytes], list[int]]:
     """Ids by (is it a special token, what it spells); fallback bytes come behind pieces."""
     ids: defaultdict[tuple[bool, bytes], list[int]] = defaultdict(list)
     kinds = vocabulary.kinds
@@ -194,29 +188,3 @@ def _by_bytes(vocabulary: Vocabulary) -> dict[tuple[bool, bytes], list[int]]:
         if kinds[index] != NONE:
             ids[kinds[index] == SPECIAL, vocabulary.pieces[index]].append(index)
     return ids
-
-
-def _from_sentencepiece(piece: str) -> bytes:
-    if byte := FALLBACK.fullmatch(piece):
-        return bytes.fromhex(byte[1])
-    return piece.replace("▁", " ").encode()
-
-
-def _from_byte_level(piece: str) -> bytes:
-    alphabet = _byte_level_alphabet()
-    if not alphabet.keys() >= set(piece):
-        return piece.encode()
-    return bytes(alphabet[character] for character in piece)
-
-
-@lru_cache(maxsize=1)
-def _byte_level_alphabet() -> dict[str, int]:
-    """The character that GPT-2's byte-level BPE writes for each byte: printable ones unchanged,
-    others from U+0100.
-    """
-    ranges = (("!", "~"), ("¡", "¬"), ("®", "ÿ"))
-    kept = [byte for first, last in ranges for byte in range(ord(first), ord(last) + 1)]
-    others = [byte for byte in range(256) if byte not in kept]
-    return {chr(byte): byte for byte in kept} | {
-        chr(256 + k): byte for k, byte in enumerate(others)
-    }

@@ -39,8 +39,8 @@ def table(task, *contents, gold="0"):
     return pd.DataFrame(rows, columns=["example_id", "task", "prompt", "choices", "gold"])
 
 
-def shares(task, train, validation, **options):
-    return near_overlap(table(task, *train), table(task, *validation), **options)["shared"].tolist()
+def shares(task, train, validation):
+    return near_overlap(table(task, *train), table(task, *validation))["shared"].tolist()
 
 
 def summary(train, validation):
@@ -109,7 +109,7 @@ def test_a_copy_is_found_whatever_its_case_and_punctuation():
     assert found.loc[0, ["words", "shared", "nearest"]].tolist() == [18, 1.0, "gsm8k:1"]
 
 
-def test_the_share_by_hand():
+def test_the_share_by_hand(monkeypatch):
     words = [f"w{i}" for i in range(20)]
     # 20 words have 8 runs of 13. Training has words 0 to 14, so 3 runs, two of them once more, and
     # words 6 to 18 elsewhere, one run more. That is half, and half is leaked.
@@ -123,14 +123,16 @@ def test_the_share_by_hand():
     assert summary(table("gsm8k", *train), table("gsm8k", " ".join(words)))["leaked"].tolist() == [
         1
     ]
-    assert shares("gsm8k", train, [" ".join(words)], n=16) == [0]
+    monkeypatch.setattr(leakage, "NGRAM", 16)
+    assert shares("gsm8k", train, [" ".join(words)]) == [0]
+    monkeypatch.undo()
     # 12 equal words are one too few.
     assert shares(
         "gsm8k", [" ".join([*words[:12], "else", *words[13:]])], [" ".join(words[:19])]
     ) == [0]
 
 
-def test_shares_are_those_of_a_plain_search():
+def test_shares_are_those_of_a_plain_search(monkeypatch):
     """Against the definition, with strings: random texts of few different words, so that runs meet
     by chance.
     """
@@ -148,7 +150,8 @@ def test_shares_are_those_of_a_plain_search():
             if (run in train if size < 8 else any(f" {run} " in f" {t} " for t in train))
         ]
         expected.append(len(seen) / len(runs))
-    assert shares("sst2", train, validation, n=9) == expected
+    monkeypatch.setattr(leakage, "NGRAM", 9)
+    assert shares("sst2", train, validation) == expected
     assert len(set(expected)) > 5
 
 
@@ -196,11 +199,6 @@ def test_empty_tables():
     leakage.require_no_leak(summary(none, none).reset_index())
 
 
-def test_too_short_ngrams_are_refused():
-    with pytest.raises(ValueError, match="n = 7 words: give at least 8"):
-        near_overlap(table("sst2"), table("sst2"), n=7)
-
-
 # --- by task, and the gate ---
 
 
@@ -229,9 +227,6 @@ def test_the_nearest_pairs_are_shown_side_by_side():
     assert pairs["task"].tolist() == ["gsm8k"] and pairs["shared"].tolist() == [1]
     assert pairs.loc[0, "validation"] == f"Question: {STORY}\nAnswer:"
     assert pairs.loc[0, "training"] == f"Question: {STORY} and then some\nAnswer:"
-    assert (
-        len(leakage.nearest_pairs(train, validation, near_overlap(train, validation), rows=5)) == 2
-    )
 
 
 def test_a_planted_leak_stops():
@@ -258,9 +253,10 @@ def test_a_planted_leak_stops():
 # --- few-shot rows ---
 
 
-def test_shots_are_the_first_rows_and_of_mmlu_those_of_each_subject(tmp_path):
+def test_shots_are_the_first_rows_and_of_mmlu_those_of_each_subject(tmp_path, monkeypatch):
     folder = write_task_files(tmp_path)
-    shots = leakage.few_shot_rows(str(folder), TASKS, count=2)
+    monkeypatch.setattr(leakage, "SHOTS", 2)
+    shots = leakage.few_shot_rows(str(folder), TASKS)
     assert shots["task"].value_counts().to_dict() == {"mmlu": 4, "sst2": 2, "gsm8k": 2}
     for task, split in (("sst2", "validation"), ("mmlu", "test"), ("gsm8k", "test")):
         asked = load_task(task, split, data_dir=folder, num_fewshot=2)["prompt"][0]

@@ -9,7 +9,6 @@ import pytest
 from tiny import tiny_tokenizer, write_task_files
 
 from kd_utils.config.stages import DataConfig
-from kd_utils.data import prepared_data
 from kd_utils.data.drawing import prepare
 from kd_utils.data.leakage import SHOTS, few_shot_overlap, few_shot_rows, require_unseen_shots
 from kd_utils.data.prepared_data import load_prepared, read_manifest, save_prepared, why_stale
@@ -252,24 +251,27 @@ def test_what_a_seal_does_not_find_is_found_in_the_rows(folder, tmp_path):
     for change, message in [
         (
             lambda table: table.drop(columns="gold"),
-            "train.parquet has no column gold .it has 'example_id, task",
+            "train.parquet has no column gold .it has example_id, task",
         ),
         (lambda table: table.iloc[:0], "train.parquet has no rows"),
         (
             lambda table: table.assign(gold=1),
-            "train.parquet: column gold holds 'int64', expected text",
+            "train.parquet, row 0: gold = 1, expected text",
         ),
         (
             lambda table: table.assign(choices="A"),
-            "column choices holds '.*string', expected a list of texts",
+            "row 0: choices = 'A', expected a list of texts",
         ),
-        (cell("prompt", None), "train.parquet, row 0: prompt is null, expected text"),
+        (cell("prompt", None), "train.parquet, row 0: prompt = None, expected text"),
         (cell("prompt", " \n"), "train.parquet, row 0: prompt is empty, expected a question"),
         (
             cell("task", "qa"),
             "train.parquet, row 0: task = 'qa', expected one of sst2, mmlu, gsm8k",
         ),
-        (cell("choices", [" no", None]), "train.parquet, row 0: choices is null"),
+        (
+            cell("choices", [" no", None]),
+            "train.parquet, row 0: choices = .*None., expected a list of texts",
+        ),
         (
             cell("choices", [" no"]),
             r"train.parquet, row 0: choices = \[' no'\], expected \[' negative', ' positive'\]",
@@ -292,7 +294,7 @@ def test_what_a_seal_does_not_find_is_found_in_the_rows(folder, tmp_path):
             lambda table: pd.concat(
                 [table, prepared.validation.assign(example_id=list("abcdefg"))]
             ),
-            "prepared: 7 contents are in train and in validation, expected none",
+            "prepared/train.parquet: 7 contents are in validation.parquet too, expected none",
         ),
     ]:
         place = save_prepared(prepared, tmp_path / "prepared")
@@ -413,7 +415,7 @@ def test_other_code_makes_prepared_data_stale_and_so_does_its_builder(
         **provenance.code_of("01_prepare_data", {"data.prepared_data", "data.drawing"}),
         "kd_utils/data/tasks/mmlu.py": "other",
     }
-    monkeypatch.setattr(prepared_data, "code_of", lambda stem, start: changed)
+    monkeypatch.setattr(provenance, "code_of", lambda stem, start: changed)
     assert why_stale(place, config(folder)) == "code changed (kd_utils/data/tasks/mmlu.py)"
     monkeypatch.undo()
     toy = config(folder, build="toy")

@@ -188,7 +188,7 @@ def test_the_hubs_files_are_read_as_a_folders(folder, tmp_path, monkeypatch):
         asked.append((name, files, about["kind"]))
         return tmp_path / "snapshot"
 
-    monkeypatch.setattr("kd_utils.data.task_rows.hub_folder", served)
+    monkeypatch.setattr("kd_utils.data.hub.hub_folder", served)
     (tmp_path / "snapshot/main").mkdir(parents=True)
     whole = pd.read_parquet(folder / "gsm8k/train.parquet")
     for number, part in enumerate((whole[:2], whole[2:])):  # in the order of the shards

@@ -38,7 +38,7 @@ config = {0}.from_notebook(globals())"""
 SOURCES = {
     "01_prepare_data": FIRST.format("DataConfig")
     + """
-made_from = data._made_from(config)
+made_from = data.ingredients(config)
 sealed.write_sealed(config.data_path / "manifest.json", {
     "format": data.FORMAT, "name": config.name, "config_fingerprint": config.fingerprint(), "counts": [],
     "made_from": made_from,

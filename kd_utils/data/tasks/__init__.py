@@ -51,6 +51,6 @@ def task_order(names: Iterable[str]) -> list[str]:
     return [name for name in TASKS if name in given] + sorted(given - TASKS.keys())
 
 
-_found = sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
-for _name in sorted(_found, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST)):
+_found = {module.name for module in pkgutil.iter_modules(__path__)} - {"base"}
+for _name in (*FIRST, *sorted(_found.difference(FIRST))):
     register(importlib.import_module(f"{__name__}.{_name}").TASK)
