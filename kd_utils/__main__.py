@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -66,11 +66,13 @@ def sweep(
         print(*planned.dry_run(), sep="\n")
         return 0
 
-    from kd_utils.sweep import ray_executor  # brings Ray along
+    def executor() -> Any:
+        from kd_utils.sweep.ray_executor import ray_executor  # brings Ray, so only where it is used
 
-    device = parameter_files.notebook_config(stages.TRAIN, values).device
-    asked = (address, cpus_per_trial, gpus_per_trial, device)
-    results = planned.run(lambda: ray_executor.ray_executor(*asked))
+        device = parameter_files.notebook_config(stages.TRAIN, values).device
+        return ray_executor(address, cpus_per_trial, gpus_per_trial, device)
+
+    results = planned.run(executor)
     print(*planned.outcome(results), sep="\n")
     trials = run_folder.trials_with_status(planned.run_dir)
     for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say

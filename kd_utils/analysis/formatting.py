@@ -39,7 +39,7 @@ def means(results: pd.DataFrame, metrics: Mapping[str, str]) -> pd.DataFrame:
     """Mean +- sd over seeds: a row per method, a column per name of `metrics` (column name ->
     metric), where a metric that the results do not have is left out.
     """
-    columns = {}
+    columns: dict[str, pd.Series] = {}
     for name, metric in metrics.items():
         if metric in results:
             table = summary(tables.summary_table(results, metric)).droplevel("metric")

@@ -112,12 +112,12 @@ def example_weights(tasks: Sequence[str]) -> dict[str, np.ndarray]:
     """The weight (N,) of each example in the metrics "macro" (mean over tasks), "micro" (over
     examples) and every task: accuracy is the sum of weight times correct.
     """
-    tasks = pd.Series(tasks)
-    counts = tasks.map(tasks.value_counts())
+    column = pd.Series(tasks)
+    counts = column.map(column.value_counts())
     return {
-        "macro": (1 / (tasks.nunique() * counts)).to_numpy(),
+        "macro": (1 / (column.nunique() * counts)).to_numpy(),
         "micro": np.full(len(tasks), 1 / len(tasks)),
-        **{task: np.where(tasks == task, 1 / counts, 0.0) for task in task_order(tasks)},
+        **{task: np.where(column == task, 1 / counts, 0.0) for task in task_order(tasks)},
     }
 
 

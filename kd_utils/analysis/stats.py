@@ -93,7 +93,9 @@ def hedges_g(values: Sequence[float], baseline: Sequence[float]) -> float:
     """
     if len(values) < 2:
         return np.nan
-    summaries = [(np.mean(trials), np.std(trials, ddof=1)) for trials in (values, baseline)]
+    summaries = [
+        (float(np.mean(trials)), float(np.std(trials, ddof=1))) for trials in (values, baseline)
+    ]
     return hedges_g_from_summary(*summaries[0], *summaries[1], len(values))
 
 

@@ -5,6 +5,7 @@ rests on, and each null result says which difference so many pairs could have fo
 """
 
 import textwrap
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -66,7 +67,7 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
     """
     primary = table[table["metric"] == comparisons.PRIMARY]
     by_task = table[table["metric"].isin([*SIMILAR_ON, *BETTER_ON])]
-    asked = [
+    asked: list[tuple[str, pd.DataFrame, Callable]] = [
         (question, primary[primary["question"] == question], _by_outcome)
         for question in ("teacher", "white_box", "which", "combining")
     ]

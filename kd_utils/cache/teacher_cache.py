@@ -3,12 +3,12 @@
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
-from torch import Tensor
 
 from kd_utils.cache.manifest import CacheError, check_files, sealed_cache
 from kd_utils.models.signal_kinds import kind_of
@@ -84,12 +84,8 @@ class TeacherCache:
             )
         file, group = self._place[example_id]
         table = file.read_row_group(group, self._columns)
-        row = Example(
-            example_id,
-            table["tokens"].chunk(0).values.to_numpy(),
-            table["answer_start"][0].as_py(),
-            table["ends"].chunk(0).values.to_numpy(),
-        )
+        tokens, ends = (table[name].chunk(0).values.to_numpy() for name in ("tokens", "ends"))
+        row = Example(example_id, tokens, table["answer_start"][0].as_py(), ends)
         for column, dtype in self._dtypes.items():
             planes = [
                 np.frombuffer(table[f"{column}.{j}"].chunk(0)[0].as_buffer(), np.uint8)
@@ -97,7 +93,7 @@ class TeacherCache:
             ]
             rows, _ = kind_of(column).shape(len(row.tokens), self.manifest)
             row.signals[column] = np.stack(planes, axis=1).view(dtype).reshape(rows, -1)
-        size = sum(value.nbytes for value in (row.tokens, row.ends, *row.signals.values()))
+        size = sum(value.nbytes for value in (tokens, ends, *row.signals.values()))
         if size <= self._room:
             self._room -= size
             self._kept[example_id] = row
@@ -120,7 +116,7 @@ class TeacherCache:
         file = sealed_cache(self.folder).file("vocabulary.parquet", self.manifest)
         return Vocabulary.from_table(pq.read_table(file))
 
-    def lm_head(self) -> Tensor | None:
+    def lm_head(self) -> Any:
         """(V, d) the teacher's output layer; None in a top-k cache. The file is checked again."""
         if "lm_head.safetensors" not in self.manifest["checksums"]:
             return None

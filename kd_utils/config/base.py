@@ -97,5 +97,5 @@ class Config(BaseModel):
 
     def fingerprint(self) -> str:
         """Sixteen hex digits over all parameters except those that cannot change a result."""
-        values = self.model_dump(exclude=NEVER_IN_A_RESULT | self.without_effect)
+        values = self.model_dump(exclude={*NEVER_IN_A_RESULT, *self.without_effect})
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -73,7 +73,8 @@ Layers = Annotated[str, AfterValidator(check_layers)]
 PlaceOrBlank = Annotated[str, AfterValidator(lambda text: text.strip() and _place(text))]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # more overflows in one library or another
-Count = Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
+Seed = Count
 Weight = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 

@@ -23,7 +23,7 @@ def notebook_defaults(stem: str) -> dict[str, Any]:
     cells = json.loads(notebook_path(stem).read_text())["cells"]
     [cell] = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     return {
-        node.targets[0].id: ast.literal_eval(node.value)
+        ast.unparse(node.targets[0]): ast.literal_eval(node.value)
         for node in ast.parse("".join(cell["source"])).body
         if isinstance(node, ast.Assign)
     }

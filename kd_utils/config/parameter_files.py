@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from kd_utils.config import notebook_files
-from kd_utils.config.base import NEVER_IN_A_RESULT, Config
+from kd_utils.config.base import NEVER_IN_A_RESULT
 from kd_utils.config.fields import shown
 from kd_utils.config.project_paths import CODE_ROOT
 from kd_utils.config.stages import NOTEBOOKS, TRAIN, TrialConfig
@@ -19,8 +19,8 @@ from kd_utils.config.stages import NOTEBOOKS, TRAIN, TrialConfig
 MOST_BYTES, MOST_TRIALS = 1_000_000, 10_000
 
 
-def notebook_config(stem: str, parameters: dict[str, Any]) -> Config:
-    """The config of notebook `stem`: its defaults, and those of `parameters` that it declares."""
+def notebook_config(stem: str, parameters: dict[str, Any]) -> Any:
+    """The `NOTEBOOKS[stem]` of its own defaults and of those `parameters` that it declares."""
     config = NOTEBOOKS[stem]
     known = {key: value for key, value in parameters.items() if key in config.model_fields}
     return config(**{**notebook_files.notebook_defaults(stem), **known})

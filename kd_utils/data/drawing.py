@@ -35,8 +35,13 @@ def prepare(config: stages.DataConfig, tokenizer: Any) -> prepared_data.Prepared
                 rows, count = _draw(config, tokenizer, task, split, asked, taken)
                 taken = set(task_rows.content_keys(rows))
                 drawn[split].append((rows, count))
+    tables = {
+        split: pd.concat([rows for rows, _ in parts], ignore_index=True)
+        for split, parts in drawn.items()
+    }
     return prepared_data.PreparedData(
-        *(pd.concat([rows for rows, _ in parts], ignore_index=True) for parts in drawn.values()),
+        tables["train"],
+        tables["validation"],
         pd.DataFrame([count for parts in drawn.values() for _, count in parts]),
         config.fingerprint(),
         tokenizer_fingerprint(tokenizer),

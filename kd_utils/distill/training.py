@@ -113,9 +113,10 @@ def validation_losses(
     losses, hits, head = Mean(), Mean(), output_head(student)
     for batch, tasks in batches:
         signals = signals_of(batch.input_ids)
+        sides: list[Any] = [batch, *batch.teachers]
         counts = {
             name: term.count(targets.whole)
-            for teacher, targets in zip([LABELS, *teachers[:1]], [batch, *batch.teachers])
+            for teacher, targets in zip([LABELS, *teachers[:1]], sides)
             for name, term in teacher.items()
         }
         for name, value in terms_of(signals, head, batch=batch).items():
@@ -153,7 +154,10 @@ def validate(
     terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
     measured = gradient_shares(terms, config.weights, model)
     measured |= validation_losses(model, data.validation(), signals_of, terms_of, teachers)
-    sizes = {"batch_size": config.eval_batch_size, "max_new_tokens": config.max_new_tokens}
+    sizes: dict[str, Any] = {
+        "batch_size": config.eval_batch_size,
+        "max_new_tokens": config.max_new_tokens,
+    }
     predictions = scoring.evaluate(model, tokenizer, data.table, **sizes)
     measured |= scoring.accuracies(predictions) | calibration.calibration_errors(predictions)
     return measured, predictions

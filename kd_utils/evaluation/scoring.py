@@ -73,6 +73,7 @@ def evaluate(
         free = sorted(set(range(len(table))) - set(chosen))
         for name in tasks.task_order(names[place] for place in free):
             generation = tasks.find_task(name).generation
+            assert generation, f"{name} has neither choices nor a way to read answers"
             asked = [place for place in free if names[place] == name]
             texts = generate_answers(
                 model,

@@ -26,7 +26,7 @@ def token_groups(
         ("teacher", teacher_ends, groups.teacher),
         ("student", student_ends, groups.student),
     ):
-        colours = np.searchsorted(last, np.arange(len(ends))) % 3
+        colours = np.asarray(np.searchsorted(last, np.arange(len(ends)))) % 3
         starts = np.concatenate([[0], ends[:-1]])
         for start, end, colour in zip(starts.tolist(), ends.tolist(), colours, strict=True):
             if start < end <= MOST_BYTES:

@@ -221,7 +221,7 @@ def sentence(text: str) -> alt.Chart:
     return finish(alt.Chart().mark_text().properties(width=400, height=1), text, "")
 
 
-def finish(chart: Any, title: str, subtitle: str) -> Any:
+def finish(chart: Any, title: str, subtitle: str | list[str]) -> Any:
     """Title, one font and quiet grid: the same for all figures."""
     return (
         chart.properties(

@@ -66,6 +66,7 @@ class Attention:
 
     def cap_slope(self) -> torch.Tensor:
         """(B, H, Q, K) derivative of the capped scores by the scaled ones, 1 - tanh^2."""
+        assert self.softcap is not None
         return 1 - torch.tanh(self._scores() * (self.scaling / self.softcap)) ** 2
 
 

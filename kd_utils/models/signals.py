@@ -135,7 +135,7 @@ def forward_signals(
             raise ValueError(
                 f"layer {number}: {type(model).__name__} has {len(layers)} layers, numbered from 1"
             )
-    attending = {number: attention_module(layers[number - 1]) for number in map_layers}
+    attending: dict[int, Any] = {n: attention_module(layers[n - 1]) for n in map_layers}
     if lacking := [number for number, module in attending.items() if module is None]:
         raise ValueError(
             f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map"

@@ -139,7 +139,7 @@ def _check_trial(run_dir: Path, planned: dict[str, Any]) -> Iterator[str]:
 
 def _check_stages(run_dir: Path) -> Iterator[str]:
     """Whether the stages' notebooks are whole and from this run, and so are their files."""
-    cache = run_folder.read_plan(run_dir)["cache"]
+    cache = (run_folder.read_plan(run_dir) or {}).get("cache")
     made = {"data": set(), "teacher cache": {cache["content_hash"]} if cache else set()}
     for stage in STAGES:
         try:

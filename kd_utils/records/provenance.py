@@ -139,7 +139,7 @@ def _import_names(source: str) -> frozenset[tuple[str, str]]:
             names |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level:
             raise ModuleNotFoundError(f"import kd_utils by whole names: {ast.unparse(node)}")
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {(node.module, alias.name) for alias in node.names}
     return frozenset(pair for pair in names if f"{pair[0]}.".startswith("kd_utils."))
 

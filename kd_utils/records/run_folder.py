@@ -95,11 +95,11 @@ def _why_stale(
         known = parameters.keys() & config.keys() - NEVER_IN_A_RESULT
         changed = [key for key in known if config[key] != parameters[key]]
         # A parameter that was reset to its notebook's default is not in `parameters`.
-        then = {key: config[key] for key in changed} or {"hash": metrics["config_hash"]}
-        now = {key: parameters[key] for key in changed} or {"hash": config_hash}
-        return Ingredients(config=then).why_stale(Ingredients(config=now))
+        was = {key: config[key] for key in changed} or {"hash": metrics["config_hash"]}
+        asked = {key: parameters[key] for key in changed} or {"hash": config_hash}
+        return Ingredients(config=was).why_stale(Ingredients(config=asked))
     weights = f"initial weights of {student}"
-    then = {
+    then: dict[str, Any] = {
         "teacher cache": {
             "this experiment's": metrics["cache"]["content_hash"],
             **metrics.get("more_caches", {}),
@@ -119,8 +119,8 @@ def _why_stale(
         kind: {name: asked.get(name) or value for name, value in names.items()}
         for kind, names in then.items()
     }
-    code = metrics.get("code")
-    return Ingredients(then, code=code).why_stale(Ingredients(now, code=made.get("code") or code))
+    then["code"] = metrics.get("code")
+    return Ingredients(then).why_stale(Ingredients(now, code=made.get("code") or then["code"]))
 
 
 def read_notebook(path: str | Path) -> dict[str, Any]:

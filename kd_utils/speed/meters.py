@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class Laps:
     """Seconds between calls of `lap`, summed by part in `seconds`; a GPU is waited for."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
         self._device = torch.device(device)
         self._last = time.perf_counter()
 
@@ -122,7 +122,8 @@ def peak_mb(work: Callable[[], object], *, device: torch.device | str = "cpu") -
 
 
 def _resident_kb(field: str) -> int:
-    return int(re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])
+    [line] = re.findall(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line)
 
 
 def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str, float]:
@@ -152,7 +153,7 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
     )
     grid.write_text(f"distill_type: [{', '.join(trial.DISTILLATIONS)}]\nseed: {list(seeds)}\n")
     sweep = ["-m", "kd_utils", "sweep", parameters, "--grid", grid, "--run-dir", folder / "sweep"]
-    sweep += ["--cpus-per-trial", os.cpu_count() / 2]
+    sweep += ["--cpus-per-trial", (os.cpu_count() or 2) / 2]
     _seconds(*sweep, "--only", "distill_type=black_box,seed=0")
     wall = _seconds(*sweep)
     names = [trial.trial_name(method, seed) for method in trial.DISTILLATIONS for seed in seeds]

@@ -146,7 +146,8 @@ class StepBench:
             self.restart(terms)
             self.epoch(terms)
 
-        self.student = self.parameters = self.optimizer = None
+        self.student = self.optimizer = None
+        self.parameters = []
         return meters.peak_mb(fresh_epoch, device=self.device)
 
 

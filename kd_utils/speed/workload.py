@@ -94,7 +94,7 @@ def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
     task_rows = [rows for rows, _, _ in LENGTH_MIX.values()]
     ends = np.cumsum([0, *task_rows]) * count // sum(task_rows)
-    examples = []
+    examples: list[Example] = []
     for task, first, last in zip(LENGTH_MIX, ends, ends[1:], strict=False):
         quantiles = [np.array(numbers.split(), int) for numbers in LENGTH_MIX[task][1:]]
         for place in (np.arange(last - first) + 0.5) / max(last - first, 1) * 20:
@@ -217,7 +217,9 @@ def cache_gigabytes(folder: Path, examples: int, naive_length: int) -> dict[str,
 
 def entropy_bits(arrays: Iterable[np.ndarray]) -> float:
     """Sum of the byte planes' order-0 entropies: the fewest bits per value if bytes are coded."""
-    planes = (array.reshape(-1).view(np.uint8).reshape(array.size, -1).T for array in arrays)
+    planes: Iterable[np.ndarray] = (
+        array.reshape(-1).view(np.uint8).reshape(array.size, -1).T for array in arrays
+    )
     counts = sum(np.stack([np.bincount(p, minlength=256) for p in group]) for group in planes)
     shares = counts / counts.sum(1, keepdims=True)
     return float(-np.where(shares > 0, shares * np.log2(np.maximum(shares, 1e-300)), 0).sum())

@@ -117,7 +117,7 @@ def kernel_settings(folder: str) -> dict[str, Any]:
     that start side by side two may choose the same port, and the later one dies. Ports remain where
     there can be no socket: the path is too long, or the file system has none.
     """
-    settings = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
+    settings: dict[str, Any] = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
     connection = os.path.join(folder, "kernel.json")
     with suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX) as probe:
         probe.bind(f"{connection}-probe")  # a longer name than any of the kernel's sockets
@@ -162,7 +162,8 @@ def in_thread(work: Callable[[], None]) -> Iterator[None]:
 
     def run() -> None:
         try:
-            result.set_result(work())
+            work()
+            result.set_result(None)
         except BaseException as error:
             result.set_exception(error)
 
@@ -195,7 +196,7 @@ def _finish(aside: Path, target: Path, stem: str, about: dict[str, Any]) -> None
     write_sealed(target, notebook, "metadata.kd_utils")
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: Any) -> str:
     """An error in one line; the traceback in papermill's own text is kept in the notebook."""
     text = f"{type(error).__name__}: {error}"
     if hasattr(error, "ename"):  # raised in a cell

@@ -92,7 +92,8 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
     Args:
         progress: told of every start, epoch, end and failure.
     """
-    unfinished, losses = {job.name: job for job in jobs}, Counter()
+    unfinished = {job.name: job for job in jobs}
+    losses: Counter[str] = Counter()
     try:
         for job in unfinished.values():
             executor.submit(job)

@@ -120,7 +120,7 @@ def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = N
 
 def _words(text: str) -> list[str]:
     """`0-2+5` -> ["0", "1", "2", "5"]."""
-    words = []
+    words: list[str] = []
     for piece in text.split("+"):
         span = re.fullmatch(r"(\d{1,6})-(\d{1,6})", piece)
         numbers = range(int(span[1]), int(span[2]) + 1) if span else ()

@@ -26,7 +26,12 @@ def made_of(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> d
     """
     now = artifact_of(stages.CACHE, parameters)
     if now is None:
-        unknown = {"cache": None, "more_caches": {}, "tokenizer": "", "students": {}}
+        unknown: dict[str, Any] = {
+            "cache": None,
+            "more_caches": {},
+            "tokenizer": "",
+            "students": {},
+        }
         earlier = earlier_plan(run_dir)
         return {key: earlier.get(key, unknown[key]) for key in unknown} | {
             "code": provenance.code_of(stages.TRAIN)

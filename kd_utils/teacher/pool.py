@@ -44,7 +44,7 @@ def shard_writer(
         progress: wraps the list of shards, e.g. `tqdm`.
     """
     device = devices.choose_device(config.device)
-    options = {"batch_tokens": config.batch_tokens, "progress": progress}
+    options: dict[str, Any] = {"batch_tokens": config.batch_tokens, "progress": progress}
 
     def write(shards: list[Shard]) -> None:
         workers = min(pool_size(config.workers, device), len(shards))

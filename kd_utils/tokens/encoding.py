@@ -158,7 +158,7 @@ def encode_splits(
 def right_padded(examples: list[Example]) -> tuple[np.ndarray, list[int]]:
     """(B, T) int64 token ids, padded with 0, and the real lengths."""
     lengths = [len(row.tokens) for row in examples]
-    input_ids = np.zeros((len(examples), max(lengths)), np.int64)
+    input_ids: np.ndarray = np.zeros((len(examples), max(lengths)), np.int64)
     for b, row in enumerate(examples):
         input_ids[b, : lengths[b]] = row.tokens
     return input_ids, lengths

@@ -38,7 +38,9 @@ class AttentionMaps(LayerTerm):
     ) -> None:
         super().__init__(pairs, teacher_layers)
         self.heads, self.normaliser = heads, normaliser
-        self.mixing = torch.nn.Parameter(torch.log(mix + 0.01)) if learned else None
+        self.mixing = (
+            torch.nn.Parameter(torch.log(mix + 0.01)) if learned and mix is not None else None
+        )
         self.register_buffer("fixed_mix", None if learned else mix, persistent=False)
 
     @classmethod
