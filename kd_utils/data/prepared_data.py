@@ -25,7 +25,7 @@ SPLITS = ("train", "validation")
 
 KEYS = {"name", "config_fingerprint", "tokenizer_fingerprint", "data_hash", "counts", "made_from"}
 
-#: Columns of a prepared table, in order, and what they hold.
+#: Columns of a prepared table, in order.
 PREPARED = tuple(column for column in task_rows.COLUMNS if column != "row")
 
 #: The modules that build the embedded models and tables, whose code decides the rows too.
