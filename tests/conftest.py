@@ -33,7 +33,7 @@ PLACES = {
 }
 #: Markers by the fixtures that a test asks for.
 FIXTURES = {"harness": "peer", "compared": "peer", "real": "long"}
-#: Markers by the test's name, with or without its case. `long`: more than 5 seconds of CPU time,
+#: Markers by the test's name, with or without its case. `long`: more than 2 seconds of CPU time,
 #: all cases together. `slow`: a long tour; the comment names what stays in `make test` instead.
 NAMES = {
     "long": {

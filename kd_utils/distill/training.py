@@ -83,8 +83,8 @@ def gradient_shares(
         gradients = torch.autograd.grad(
             weights[name] * term, parameters, retain_graph=True, allow_unused=True
         )
-        each = [gradient.float().norm() for gradient in gradients if gradient is not None]
-        norms[f"grad_share/{name}"] = torch.stack(each).norm().item()
+        parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        norms[f"grad_share/{name}"] = torch.stack(parts).norm().item()
     total = sum(norms.values()) or 1.0
     return {name: norm / total for name, norm in norms.items()}
 

@@ -39,7 +39,7 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
         (["swep", "p.yaml"], "No such command 'swep'. Did you mean 'sweep'?"),
         ([], "Missing command"),
         (["check", "nowhere"], "no run folder nowhere"),
-        (["verify", "nowhere"], "'nowhere' does not exist"),
+        (["verify", "nowhere"], "no cache folder nowhere"),
         (
             ["evaluate", "nowhere", "--task", "sst2", "--split", "s", "--out", "o.parquet"],
             "nowhere",
