@@ -51,9 +51,12 @@ def collate(
         distill_tokens: compare "all" real tokens, or those that predict the "answer".
     """
     input_ids, lengths = right_padded(examples)
-    width, answers = input_ids.shape[1], zip(examples, lengths)
+    width = input_ids.shape[1]
     predicting = np.concatenate(
-        [np.arange(row.answer_start - 1, n - 1) + b * width for b, (row, n) in enumerate(answers)]
+        [
+            np.arange(row.answer_start - 1, n - 1) + b * width
+            for b, (row, n) in enumerate(zip(examples, lengths))
+        ]
     )
     if teachers is None:
         teachers = [examples] if examples[0].signals else []

@@ -172,8 +172,11 @@ def _continuation_log_probs(
     logits = model(
         input_ids=input_ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=model.device)
     ).logits
-    columns = [[kept.index(position) for position in positions] for positions in wanted]
-    return [logits[b, places].float().log_softmax(-1) for b, places in enumerate(columns)]
+    column = {position: place for place, position in enumerate(kept)}
+    return [
+        logits[b, [column[position] for position in positions]].float().log_softmax(-1)
+        for b, positions in enumerate(wanted)
+    ]
 
 
 def evaluate_folder(
