@@ -48,14 +48,14 @@ LONGEST_MAP = 60
 #: How a token is written on an axis: marks of a leading space as a dot, line ends as backslash n.
 MARKS = str.maketrans({"Ġ": "·", "▁": "·", "Ċ": "\\n", "\n": "\\n", " ": "·"})
 
-#: Scale for `show` with which the picture of `trial_curves` takes about 10 kB.
-SMALL = 1.0
+#: Arguments of `show` with which the picture of `trial_curves` takes 10 kB of a notebook.
+SMALL: dict[str, Any] = {"scale": 1.0, "colours": 32}
 
 #: Depth and colour type in a PNG's header; for a palette with what follows them.
 RGBA, PALETTE = bytes([8, 6]), bytes([8, 3, 0, 0, 0])
 
 
-def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Image:
+def show(chart: alt.TopLevelMixin, scale: float = 1.5, colours: int = 256) -> Image:
     """The chart as a PNG image, for the last line of a cell.
 
     A notebook keeps this picture and no JavaScript, so GitHub, nbviewer and nbconvert show what
@@ -64,8 +64,9 @@ def show(chart: alt.TopLevelMixin, scale: float = 1.5) -> Image:
     Args:
         chart: any Altair chart.
         scale: pixels per unit of the chart; the picture is shown at the chart's own size.
+        colours: of the picture's palette, at most 256; a heat map needs them all.
     """
-    png = _packed(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale))
+    png = _packed(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale), colours)
     return Image(png, width=round(int.from_bytes(png[16:20], "big") / scale))
 
 
@@ -247,8 +248,8 @@ def visible(token: str) -> str:
     return token if len(token) <= 14 else token[:13] + "…"
 
 
-def _packed(png: bytes) -> bytes:
-    """The picture with a palette of its 256 most frequent colours, in about a sixth of the bytes.
+def _packed(png: bytes, most: int) -> bytes:
+    """The picture with a palette of its most frequent colours, in about a sixth of the bytes.
 
     Rarer colours, which the smoothing of edges makes, become the nearest in the palette.
     """
@@ -267,7 +268,7 @@ def _packed(png: bytes) -> bytes:
         pixels.view(np.uint32).ravel(), return_inverse=True, return_counts=True
     )
     colours = codes.view(np.uint8).reshape(-1, 4)[:, :3].astype(int)
-    palette = colours[np.argsort(-counts, kind="stable")[:256]]
+    palette = colours[np.argsort(-counts, kind="stable")[:most]]
     nearest = ((colours[:, None] - palette) ** 2).sum(axis=2).argmin(axis=1).astype(np.uint8)
     indices = np.pad(nearest[places].reshape(height, width), ((0, 0), (1, 0)))
     chunks = {

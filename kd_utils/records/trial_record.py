@@ -87,7 +87,12 @@ def write_record(folder: str | Path, metrics: dict[str, Any], predictions: pd.Da
     with SealedFolder(folder, "metrics.json").replaced(document) as aside:
         # The prompts are in the prepared data, the same for every trial; `example_id` finds them.
         predictions.drop(columns="prompt", errors="ignore").to_parquet(
-            aside / PREDICTIONS, index=False, compression="zstd", compression_level=19
+            aside / PREDICTIONS,
+            index=False,
+            compression="zstd",
+            compression_level=19,
+            store_schema=False,  # pandas' own notes on the types are enough to read them back
+            write_statistics=False,
         )
 
 

@@ -36,7 +36,7 @@ def test_show_gives_an_image_and_no_javascript():
 
 def test_packing_keeps_the_picture_and_a_valid_file():
     whole = vl_convert.vegalite_to_png(plots.token_lengths(lengths(), 512).to_dict())
-    packed = plots._packed(whole)
+    packed = plots._packed(whole, 256)
     assert len(packed) < 0.3 * len(whole)
     chunks = {name: (body, crc) for name, body, crc in png_chunks(packed)}
     assert list(chunks)[0] == b"IHDR" and list(chunks)[-1] == b"IEND"
@@ -54,7 +54,7 @@ def test_packing_keeps_the_picture_and_a_valid_file():
 def test_packing_leaves_a_png_of_another_kind_as_it_is():
     whole = vl_convert.vegalite_to_png(plots.token_lengths(lengths(), 512).to_dict())
     grey = whole[:24] + bytes([8, 0]) + whole[26:]
-    assert plots._packed(grey) == grey
+    assert plots._packed(grey, 256) == grey
 
 
 def png_chunks(png: bytes):

@@ -51,7 +51,7 @@ def test_an_untrained_student_has_one_point_per_line():
 
 def test_the_picture_for_a_record_is_small():
     rows = [epoch(n, task=1.0, kd=2.0, hidden=0.5, attention=0.02) for n in range(1, 21)]
-    image = plots.show(trial_curves(rows), SMALL)
+    image = plots.show(trial_curves(rows), **SMALL)
     assert image.data.startswith(b"\x89PNG") and len(image.data) < 12_000
 
 
