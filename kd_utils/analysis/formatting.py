@@ -129,9 +129,13 @@ def spreads(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gradient_shares(terms: pd.DataFrame) -> pd.DataFrame:
-    """The share (per cent) of each of `tables.loss_terms` in the gradient norm, last epoch."""
-    last = (terms["quantity"] == "gradient share") & (terms["epoch"] == terms["epoch"].max())
-    wide = terms[last].pivot_table("value", ["distill_type", "setting"], "term", sort=False)
+    """The share (per cent) of each of `tables.loss_terms` in the gradient norm, in each method's
+    and setting's last epoch.
+    """
+    arms = ["distill_type", "setting"]
+    last = terms["epoch"] == terms.groupby(arms)["epoch"].transform("max")
+    shares = terms[last & (terms["quantity"] == "gradient share")]
+    wide = shares.pivot_table("value", arms, "term", sort=False)
     return wide.mul(100).round(3)
 
 

@@ -45,10 +45,9 @@ class TeacherCache:
     """
 
     def __init__(self, folder: Path, *, memory_bytes: int = 2**30) -> None:
-        self.folder, self.manifest = folder, check_files(folder)
+        self.folder, self.manifest, self._memory = folder, check_files(folder), memory_bytes
         self.read_only(self.manifest["dtypes"])
         self._place: dict[str, tuple[pq.ParquetFile, int]] = {}
-        self._room = memory_bytes
         self.lengths: dict[str, int] = {}
         self.splits: dict[str, list[str]] = {}
         for shard in self.manifest["shards"]:
@@ -69,6 +68,7 @@ class TeacherCache:
         ]
         self._columns = ["tokens", "answer_start", "ends", *planes]
         self._kept: dict[str, Example] = {}
+        self._room = self._memory
 
     def __len__(self) -> int:
         return len(self._place)

@@ -109,14 +109,18 @@ def _why_stale(
             weights: metrics.get("student", {}).get("fingerprint"),
         },
     }
-    asked = {
-        "this experiment's": (made.get("cache") or {}).get("content_hash"),
-        **made.get("more_caches", {}),
-        "tokenizer": made.get("tokenizer"),
-        weights: made.get("students", {}).get(student),
+    expected = {
+        "teacher cache": {
+            "this experiment's": (made.get("cache") or {}).get("content_hash"),
+            **made.get("more_caches", {}),
+        },
+        "student": {
+            "tokenizer": made.get("tokenizer"),
+            weights: made.get("students", {}).get(student),
+        },
     }
     now = {
-        kind: {name: asked.get(name) or value for name, value in names.items()}
+        kind: {name: expected[kind].get(name) or value for name, value in names.items()}
         for kind, names in then.items()
     }
     then["code"] = metrics.get("code")

@@ -185,6 +185,16 @@ def test_loss_terms_have_value_weighted_value_and_share():
         tables.loss_terms(tables.learning_curves([record("black_box", 0, [1.0])]))
 
 
+def test_gradient_shares_are_those_of_each_settings_last_epoch():
+    records = [
+        record("black_box", 0, [1.0], {"epochs": 1}, task=0.25, kd=0.75),
+        record("black_box", 0, [1.0, 0.5], {"epochs": 2}, task=0.5, kd=0.5),
+    ]
+    records[1]["epochs"][0]["grad_share/kd"] = 0.0  # of an earlier epoch
+    shown = formatting.gradient_shares(tables.loss_terms(tables.learning_curves(records)))
+    assert shown["kd"].to_dict() == {("black_box", "epochs=1"): 75, ("black_box", "epochs=2"): 50}
+
+
 def test_a_method_that_does_not_use_a_swept_key_has_no_setting():
     table = pd.concat(
         [

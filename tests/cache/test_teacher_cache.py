@@ -374,6 +374,18 @@ def test_only_what_is_wanted_is_read(cache):
     np.testing.assert_array_equal(row.signals["hidden"], cache[0]["row3"].signals["hidden"])
 
 
+def test_rows_that_are_let_go_make_room_for_others(cache):
+    hidden = cache[0]["row3"].signals["hidden"].nbytes
+    opened = TeacherCache(cache[0].folder, memory_bytes=sum(_sizes(cache[0]["row3"])))
+    assert opened["row3"] is opened["row3"]
+    opened.read_only({"hidden"})
+    assert opened["row3"] is opened["row3"] and opened["row3"].signals["hidden"].nbytes == hidden
+
+
+def _sizes(row):
+    return [value.nbytes for value in (row.tokens, row.ends, *row.signals.values())]
+
+
 def test_stored_bytes_add_up_to_the_shards(cache):
     cache, _ = cache
     stored = cache.stored_bytes()

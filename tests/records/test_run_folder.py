@@ -102,6 +102,17 @@ def test_a_trial_of_another_cache_student_or_code_is_stale(run_dir, made, why):
     assert run_folder.done_records(run_dir) == []
 
 
+def test_an_experiment_called_as_an_ingredient_is_not_taken_for_it(run_dir):
+    metrics = metrics_of("attention", 0) | {"more_caches": {"tokenizer": "m" * 64}}
+    trial_record.write_record(run_dir / "trials" / "attention_seed0", metrics, PREDICTIONS)
+    sha256 = trial_record.read_record(run_dir / "trials" / "attention_seed0")["checksums"]["sha256"]
+    write_notebook(
+        run_dir / "trials" / "attention_seed0.ipynb", {"config_hash": HASH, "record": sha256}
+    )
+    made = MADE | {"more_caches": {"tokenizer": "m" * 64}}
+    assert run_folder.trial_status(run_dir, "attention_seed0", HASH, made) == ("done", "")
+
+
 def test_what_a_plan_does_not_ask_for_does_not_count(run_dir):
     assert (
         run_folder.trial_status(
