@@ -81,6 +81,16 @@ def load_causal_lm(
             f"cannot load {name}: its weights lack {lacking[0]} and {len(lacking) - 1} more: give "
             "what `save_pretrained` writes"
         )
+    return with_soft_capping(model)
+
+
+def with_soft_capping(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, with eager attention where it soft-caps its scores (Gemma 2).
+
+    SDPA has no soft-capping, and with transformers 5.17 such a model loses it without a word.
+    """
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
     return model
 
 

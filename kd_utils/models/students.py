@@ -52,7 +52,7 @@ def build_student(name: str, init: str, layers: int, revision: str = "") -> torc
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return model.eval()  # without dropout, as a model with weights is loaded
+        return loading.with_soft_capping(model).eval()  # no dropout, as a model that was loaded
     model = loading.load_causal_lm(name, revision)
     if init == "pretrained":
         return model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kd_utils.models.loading import load_causal_lm, with_soft_capping
 from kd_utils.models.output_head import output_head, require_known_head
 from kd_utils.models.signals import IMPLEMENTATION, decoder_layers, forward_signals
 from kd_utils.models.students import keep_layers
@@ -88,6 +89,7 @@ def tiny(family, **config):
     )
     values.update(FAMILIES[family], **config)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
+    model = with_soft_capping(model)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -162,6 +164,14 @@ def test_gemmas_cap_is_in_every_map():
         assert attention.softcap == attention.example(0, 2, 9).softcap == 2.0
         uncapped = dataclasses.replace(attention, softcap=None).map()
         assert (attention.map() - uncapped).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_model_that_soft_caps_keeps_its_cap_when_it_is_loaded(tmp_path):
+    model, ids = tiny("gemma2"), tokens()
+    model.save_pretrained(tmp_path)
+    loaded = load_causal_lm(str(tmp_path))
+    assert torch.equal(loaded(input_ids=ids).logits, eager(model)(input_ids=ids).logits)
 
 
 @every_family
@@ -321,9 +331,8 @@ def test_a_student_of_some_layers(family, tmp_path):
         made.layers[1], inputs[2]
     )  # its first layer no longer stands behind another
     student.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        tmp_path
-    )  # built anew from the configuration, layer by layer
+    # Built anew from the configuration, layer by layer.
+    loaded = with_soft_capping(AutoModelForCausalLM.from_pretrained(tmp_path))
     torch.testing.assert_close(
         loaded(input_ids=ids).logits, output_head(student).logits(made.hidden), atol=2e-5, rtol=1e-5
     )
