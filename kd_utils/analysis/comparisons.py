@@ -24,11 +24,13 @@ from kd_utils.analysis.pairs import (
     interaction_p_rows,
     matches,
 )
+from kd_utils.config.trial import METHODS
 from kd_utils.data.tasks import TASKS
 
 BASELINE = "black_box"
 
-WHITE_BOX = ("hidden_state", "attention", "combined")
+#: The methods with the terms of black box and more.
+WHITE_BOX = tuple(name for name in METHODS if METHODS[name].keys() > METHODS[BASELINE].keys())
 
 #: Question -> its family: pairs of a method and its baseline.
 QUESTIONS = {

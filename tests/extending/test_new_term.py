@@ -53,3 +53,16 @@ def test_a_new_term_trains_and_is_in_the_record(project):
     assert {"train_loss/cosine", "validation_loss/cosine", "grad_share/cosine"} <= set(last)
     assert 0.05 < last["grad_share/cosine"] < 1, "the term moves the student"
     assert last["validation_loss/cosine"] < first["validation_loss/cosine"] < 2
+
+
+def test_the_new_method_is_compared_with_black_box():
+    code = """
+import cosine_term
+from kd_utils.analysis import comparisons
+print(*(method for method, _ in comparisons.QUESTIONS["white_box"]))
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert done.stdout.split() == ["hidden_state", "attention", "combined", "cosine"]
