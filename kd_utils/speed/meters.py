@@ -18,8 +18,8 @@ import torch
 from kd_utils.config import project_paths, trial
 from kd_utils.records.trial_record import read_record
 
-#: A measurement must be at most ("<=") or at least (">=") its floor.
-FLOORS = {
+#: A measurement must be at most ("<=") or at least (">=") its goal.
+GOALS = {
     "cache_bytes_vs_naive": ("<=", 0.018),
     "cache_bytes_vs_naive/compact": ("<=", 0.013),
     "cache_grad_cosine": (">=", 0.999),
@@ -33,20 +33,20 @@ FLOORS = {
 }
 
 
-def against_floors(measured: dict[str, float], limits: dict[str, float]) -> pd.DataFrame:
-    """Compare measurements with their floors; those without a floor are left out.
+def against_goals(measured: dict[str, float], limits: dict[str, float]) -> pd.DataFrame:
+    """Compare measurements with their goals; those without a goal are left out.
 
     Args:
-        limits: the best that is possible, for every key that has a floor.
+        limits: the best that is possible, for every key that has a goal.
 
     Returns:
-        A row per measurement: `key`, `measured`, the sense of the comparison, `floor`, `limit`,
-        `met`, and `margin`: how many times better than its floor the measurement is.
+        A row per measurement: `key`, `measured`, the sense of the comparison, `goal`, `limit`,
+        `met`, and `margin`: how many times better than its goal the measurement is.
     """
-    rows = [(key, measured[key], *FLOORS[key], limits[key]) for key in FLOORS if key in measured]
-    table = pd.DataFrame(rows, columns=["key", "measured", "", "floor", "limit"])
-    below = table["floor"] / table["measured"].clip(lower=1e-9)
-    margin = below.where(table[""] == "<=", table["measured"] / table["floor"])
+    rows = [(key, measured[key], *GOALS[key], limits[key]) for key in GOALS if key in measured]
+    table = pd.DataFrame(rows, columns=["key", "measured", "", "goal", "limit"])
+    below = table["goal"] / table["measured"].clip(lower=1e-9)
+    margin = below.where(table[""] == "<=", table["measured"] / table["goal"])
     return table.assign(met=margin >= 1, margin=margin)
 
 

@@ -1,4 +1,4 @@
-"""Clocks, peak memory, floors. No time is tested beyond the sleeps that are in it."""
+"""Clocks, peak memory, goals. No time is tested beyond the sleeps that are in it."""
 
 import time
 
@@ -39,7 +39,7 @@ def test_peak_memory_sees_what_was_freed_again():
 
 
 def test_floors_say_what_is_missed():
-    table = meters.against_floors(
+    table = meters.against_goals(
         {"data_wait_share": 0.06, "speedup_vs_naive": 16.0, "other": 1.0},
         {"data_wait_share": 0.0, "speedup_vs_naive": 40.0},
     )
