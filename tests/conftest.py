@@ -7,10 +7,13 @@ by its name where it was measured to be long. pyproject.toml says what each of t
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from stubs import run_dir, stub_notebooks  # noqa: F401 (fixtures of many tests)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -93,3 +96,37 @@ def shared() -> Path:
         )
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     return folder
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """`once(name, make)`: a folder that `make` fills, once for all test processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def folder(name: str, make: Callable[[Path], None]) -> Path:
+        made, done = base / name, base / f"{name}.done"
+        with FileLock(f"{made}.lock"):
+            if not done.exists():
+                made.mkdir(exist_ok=True)
+                make(made)
+                done.touch()
+        return made
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def with_toy(once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[Path], None]:
+    """`with_toy(home)` puts the embedded toy, as 01 builds it, into a project root."""
+
+    def build(folder: Path) -> None:
+        from kd_utils.demos import toy_models
+
+        toy_models.build(folder / "toy")
+
+    def put(home: Path) -> None:
+        embedded = once("embedded", build)
+        shutil.copytree(embedded, home / "artifacts" / "embedded", dirs_exist_ok=True)
+
+    return put

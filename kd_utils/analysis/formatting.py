@@ -178,9 +178,10 @@ def _could_have(row: Row) -> str:
             f"{needed} are needed"
         )
     if not row["detectable"] > 0:
-        return "no pair differs"
+        return "the accuracies are equal in every pair"
     return (
-        f"{row['pairs']} pairs find {100 * row['detectable']:.1f} points with power {stats.POWER}"
+        f"{row['pairs']} pairs detect a difference of {100 * row['detectable']:.1f} points with "
+        f"power {stats.POWER}"
     )
 
 
@@ -188,9 +189,12 @@ def interaction_sentence(row: Row) -> str:
     """A row of `comparisons.interactions` in words."""
     tasks = interaction_tasks(row)
     if np.isnan(row["p"]):
-        return f"{_what(row)}: not tested, {len(tasks)} tasks and {_pairs(row)}."
+        done = f"{_pairs(row)} on {len(tasks)} tasks"
+        return f"{_what(row)}: not tested, {done}; a test needs two of each."
     differences = ", ".join(f"{task} {_points(row[task])}" for task in tasks)
-    few = "; so few pairs could show none" * (row["smallest_p"] > stats.ALPHA)
+    few = "; with so few pairs no interaction could be significant" * (
+        row["smallest_p"] > stats.ALPHA
+    )
     return (
         f"{_what(row)}: {differences} points; interaction {_p(row['p'])}, "
         f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}, {_pairs(row)}{few}."
@@ -200,15 +204,17 @@ def interaction_sentence(row: Row) -> str:
 def spread_sentence(row: Row) -> str:
     """The spreads of a comparison in words."""
     if np.isnan(row["p_spread"]):
-        why = ", and a spread needs five." if row["pairs"] < stats.FEWEST else " and no spread."
-        return f"{row['method']}: not tested, {_pairs(row)}{why}"
+        few = row["pairs"] < stats.FEWEST
+        why = "a test of the spread needs five" if few else "the accuracies do not vary"
+        return f"{row['method']}: not tested, {_pairs(row)}; {why}."
     ratio = stats.detectable_ratio(row["pairs"], stats.ALPHA / row["family"])
     return (
-        f"{row['method']}: sd {100 * row['sd']:.1f} against {100 * row['baseline_sd']:.1f} points, "
+        f"{row['method']}: sd {100 * row['sd']:.1f} points, {row['baseline']} "
+        f"{100 * row['baseline_sd']:.1f}, "
         f"ratio {row['sd_ratio']:.2f} [{row['sd_ratio_low']:.2f}, {row['sd_ratio_high']:.2f}], "
         f"Brown-Forsythe {_p(row['p_spread'])}, Holm {_p(row['p_spread_holm'])}; {row['pairs']} "
-        f"seeds find a ratio of {ratio:.1f} or 1/{ratio:.1f} with power {stats.POWER} (normal "
-        f"values)."
+        f"seeds detect a ratio of {ratio:.1f} or 1/{ratio:.1f} with power {stats.POWER} if the "
+        f"values are normal."
     )
 
 

@@ -145,16 +145,17 @@ def readings() -> list[str]:
     [same] = identical_rows()
     sd = TABLE.set_index("method").loc[same[0], "sd"]
     return [
-        f'"Attention is significantly better" (t = {CLAIMED_T}, p < {CLAIMED_P}): its means, '
-        f"spreads and {SEEDS} seeds give Welch's t = {attention['t']:.2f}, p = "
+        f'"Attention is significantly better" (t = {CLAIMED_T}, p < {CLAIMED_P}): the published '
+        f"means, spreads and {SEEDS} seeds give Welch's t = {attention['t']:.2f}, p = "
         f"{attention['p']:.2f} (Holm over three methods {attention['p_holm']:.2f}), "
         f"{attention['difference']:+.2f} points "
         f"[{attention['low']:+.2f}, {attention['high']:+.2f}]: not supported.",
         f"Pairing the seeds does not support it either: with these spreads a paired t is "
         f"{best['t']:.2f} at most, whatever the correlation (p = {best['p']:.3f}). No test of "
         f"these numbers gives t = {CLAIMED_T}.",
-        f"With these spreads {SEEDS} seeds find a difference of {smallest_detectable():.1f} points "
-        f"with power {stats.POWER}; the claimed one is {attention['difference']:.2f}.",
+        f"With these spreads {SEEDS} seeds detect a difference of {smallest_detectable():.1f} "
+        f"points with power {stats.POWER}; the claimed difference is "
+        f"{attention['difference']:.2f}.",
         f'"Lower variance": the ratio of standard deviations is {attention["sd_ratio"]:.2f} '
         f"[{attention['sd_ratio_low']:.2f}, {attention['sd_ratio_high']:.2f}], F test p = "
         f"{attention['p_spread']:.2f} (Holm {attention['p_spread_holm']:.2f}) for attention; for "
@@ -164,13 +165,13 @@ def readings() -> list[str]:
         f'"Combining adds nothing": the rows of {" and ".join(same)} agree to the last digit in '
         f"mean and spread. Two independent sets of {SEEDS} trials would have means this close with "
         f"a chance of {chance_of_equal_means(sd):.3f} "
-        f"({chance_of_equal_means(sd, correlation=0.99):.2f} if seeds correlate by 0.99), and "
-        f"equal spreads besides. Both rows may hold the same trials, so nothing follows about "
+        f"({chance_of_equal_means(sd, correlation=0.99):.2f} if seeds correlate by 0.99); "
+        f"the spreads agree too. Both rows may hold the same trials, so nothing follows about "
         f"combining.",
         f'"It helps language, not mathematics" ({by_task}): no spread is given, so neither a '
         f"difference nor an interaction can be tested; even with the overall spread "
-        f"{max(values):.2f} points is less than what {SEEDS} seeds find. The three average "
-        f"{np.mean(values):.2f}, weighted by the data's "
+        f"{max(values):.2f} points is less than what {SEEDS} seeds detect. The three "
+        f"differences average {np.mean(values):.2f}, or weighted by the data's "
         f"{' + '.join(f'{n:,}' for n in examples)} examples "
         f"{np.average(values, weights=examples):.2f}; the table's overall difference is "
         f"{attention['difference']:.2f}.",

@@ -14,10 +14,11 @@ from kd_utils.analysis import comparisons, formatting, stats, tables
 from kd_utils.analysis.formatting import Row
 
 QUESTION_TEXTS = {
-    "teacher": "Do the teacher's logits help at all, beside the same training without a teacher?",
+    "teacher": "Do the teacher's logits help at all, compared with the same training without a "
+    "teacher?",
     "white_box": "Do white-box signals help beyond logits?",
     "which": "Which helps more, attention maps or hidden states?",
-    "combining": "Does combining help, beyond the better of the two?",
+    "combining": "Is combining both signals better than each signal alone?",
     "task": "Does the gain over logits, in points of accuracy, depend on the task (an "
     "interaction)?",
     "spread": "Do white-box signals lower the spread over seeds?",
@@ -29,11 +30,11 @@ SIMILAR_ON, BETTER_ON = ("sst2",), ("mmlu", "gsm8k")
 
 #: What the numbers are over, and what they do not cover.
 SCOPE = (
-    "A seed varies the order of the data, the projector's initial weights, and dropout where a "
-    "model has any. p flips the signs of the seeds' differences, on these validation rows; better "
-    "and worse must also hold over other rows (rows p); both are corrected by Holm, the 95 % "
-    "intervals, over seeds and rows, are not. All trials share one teacher and the student's "
-    "initial weights, so another teacher or student is not spoken of."
+    "A seed varies the order of the data, the projector's initial weights and, where a model has "
+    "it, dropout. p tests the seeds' differences on these validation rows by sign flips; rows p "
+    "also covers other validation rows, and better or worse needs both. Both are corrected by "
+    "Holm; the 95 % intervals, over seeds and rows, are not. All trials share one teacher and one "
+    "initial student, so the intervals do not cover other teachers or students."
 )
 
 NOT_SHOWN, NOT_TESTED = "Not shown.", "Not tested."
@@ -42,7 +43,7 @@ NOT_SHOWN, NOT_TESTED = "Not shown.", "Not tested."
 SINGLE = {
     "teacher": {
         "better": "Yes.",
-        "worse": "No: they make it worse.",
+        "worse": "No: the logits lower the accuracy.",
         "equivalent": "No additional benefit ({within}).",
     },
     "which": {
@@ -133,7 +134,7 @@ def _answer_white_box(family: list[Row], within: str) -> str:
         return _not_shown(family) + also_worse
     if not worse:
         return f"No additional benefit ({within})."
-    return f"No: worse: {', '.join(worse)}" + (f"; equal: {', '.join(equal)}." if equal else ".")
+    return f"No. Worse: {', '.join(worse)}" + (f"; equal: {', '.join(equal)}." if equal else ".")
 
 
 def _answer_combining(family: list[Row], within: str) -> str:
@@ -145,7 +146,7 @@ def _answer_combining(family: list[Row], within: str) -> str:
     if len(equal) == 2:
         return f"No additional benefit ({within})."
     if better:
-        return f"Not shown: better than {better[0]}, but not than both."
+        return f"Not shown: better than {better[0]} only."
     return _not_shown(family)
 
 
@@ -158,26 +159,26 @@ def _by_word(family: list[Row], key: str) -> list[list[str]]:
 
 def _not_shown(family: list[Row]) -> str:
     """Nothing was shown that would hold on other rows; what these rows show is named."""
-    here = [
-        f"{row['method']} {row['outcome'].split()[0]} than {row['baseline']}"
+    on_these_rows = [
+        f"{row['method']} is {row['outcome'].split()[0]} than {row['baseline']}"
         for row in family
         if row["outcome"].endswith("on these rows")
     ]
-    beyond = f"Not shown beyond these validation rows, where {', '.join(here)}."
-    return beyond if here else NOT_SHOWN
+    beyond = f"Not shown beyond these validation rows, where {', '.join(on_these_rows)}."
+    return beyond if on_these_rows else NOT_SHOWN
 
 
 def _by_interaction(rows: list[Row], margin: float) -> tuple[str, list[str]]:
     lines = [formatting.interaction_sentence(row) for row in rows]
-    here = [row for row in rows if row["p_holm"] < stats.ALPHA]
-    found = [row["method"] for row in here if row["p_rows_holm"] < stats.ALPHA]
+    on_these_rows = [row for row in rows if row["p_holm"] < stats.ALPHA]
+    found = [row["method"] for row in on_these_rows if row["p_rows_holm"] < stats.ALPHA]
     if all(np.isnan(row["p"]) for row in rows):
         return NOT_TESTED, lines
     if found:
         return f"Yes: {', '.join(found)}.", lines
-    if here:
-        methods = ", ".join(row["method"] for row in here)
-        return f"Not shown, beyond these validation rows: {methods}.", lines
+    if on_these_rows:
+        methods = ", ".join(row["method"] for row in on_these_rows)
+        return f"Not shown beyond these validation rows, where it does for {methods}.", lines
     return "Not shown, which is not the same as independence.", lines
 
 

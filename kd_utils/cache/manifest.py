@@ -35,7 +35,7 @@ def key_digest(key: dict[str, Any]) -> str:
 
 
 def finished_caches(artifacts: Path, name: str) -> list[Path]:
-    """Folders of experiment `name`'s finished caches, the one that 02 was last asked for last."""
+    """Finished caches of experiment `name`; the last is the one that 02 most recently used."""
     manifests = [
         path
         for path in (artifacts / "cache").glob("*/manifest.json")
@@ -62,7 +62,7 @@ def find_cache(artifacts: Path, name: str) -> Path:
 def sealed_cache(folder: Path, document: str = "manifest.json") -> SealedFolder:
     """The folder of a cache, whose files are listed in its manifest."""
     return SealedFolder(
-        folder, document, remedy="run 02 again, it keeps the files that are whole", error=CacheError
+        folder, document, remedy="run 02 again (whole files are kept)", error=CacheError
     )
 
 
@@ -82,8 +82,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         name, key = manifest["name"], key_digest(manifest["key"])
         if (parts["name"], parts["key"]) != (name, key):
             raise sealed.problem(
-                f"manifest.json is from the cache {name}-DATE-{key}: it was copied here, or the "
-                "folder was renamed"
+                f"manifest.json belongs to the cache {name}-DATE-{key} (copied here, or the folder "
+                "was renamed)"
             )
     return {**manifest, "content_hash": manifest["checksums"]["sha256"]}
 

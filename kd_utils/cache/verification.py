@@ -84,11 +84,14 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
         array, kind = row.signals[column], signal_kinds.kind_of(column)
         if array.shape != (shape := kind.shape(n, manifest)):
             raise CacheError(
-                f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}"
+                f"row {row.example_id}: {column} has shape {array.shape}, expected {shape}: "
+                "delete the cache's folder and run 02 again"
             )
         if not np.isfinite(array).all():
             remedy = (
-                f"{kind.name}_layers to others" if column != kind.name else "signals to 'top_k'"
+                f"{kind.name}_layers to other layers"
+                if column != kind.name
+                else "signals to 'top_k'"
             )
             raise CacheError(
                 f"row {row.example_id}: {column} has values that are not finite: the teacher "
@@ -98,15 +101,19 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
             try:
                 kept[kind.promise] = max(kind.check(array, n), kept.get(kind.promise, 0.0))
             except ValueError as error:
-                raise CacheError(f"row {row.example_id}: {error}") from None
+                raise CacheError(
+                    f"row {row.example_id}: {error}: delete the cache's folder and run 02 again"
+                ) from None
     if not 0 < row.answer_start < n:
         raise CacheError(
-            f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens"
+            f"row {row.example_id}: its answer starts at {row.answer_start} of {n} tokens: "
+            "delete the cache's folder and run 02 again"
         )
     ends = row.ends
     if ends is not None and len(ends) and (len(ends) != n or (np.diff(ends, prepend=0) < 0).any()):
         raise CacheError(
-            f"row {row.example_id}: the byte positions where its {n} tokens end are not in order"
+            f"row {row.example_id}: the byte positions where its {n} tokens end are not in order: "
+            "delete the cache's folder and run 02 again"
         )
     return kept
 
@@ -125,7 +132,7 @@ def _check_recomputed(cache: TeacherCache, recompute: Callable) -> str:
     if not worst <= 0.05:  # of the norm; bfloat16 in other batches gives up to 0.02
         raise CacheError(
             f"{cache.folder.name}: recomputed rows differ from the stored ones by {worst:.1%}: "
-            "the teacher is not the one that was cached; run 02 again"
+            "the teacher changed after it was cached; run 02 again"
         )
     return f"{len(chosen)} rows, equal within {worst:.1e}"
 
@@ -138,7 +145,7 @@ def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> Teach
     """
     cache = TeacherCache(folder)
     if not (folder / "verified.json").is_file():
-        raise CacheError(f"{folder.name} has not been verified: run 02 again, it verifies caches")
+        raise CacheError(f"{folder.name} has not been verified: run 02 again to verify it")
     _require_verified(cache)
     if reasons := why_stale(cache.manifest, data_hash=data_hash, teacher=teacher):
         raise CacheError(f"{folder.name} is stale: {reasons}: run 02 again")
@@ -181,10 +188,10 @@ def what_changed(artifacts: Path, header: dict[str, Any]) -> str:
         return ""
     try:
         then = manifests.read_manifest(earlier[-1])
-    except CacheError as error:
-        return str(error)
+    except CacheError:
+        return f"{earlier[-1].name} cannot be used; a new cache is made"
     made, now = (
         Ingredients(inputs={**about.get("key", {}), "code": ""}, code=about.get("code", {}))
         for about in (then, header)
     )
-    return f"{earlier[-1].name} is stale: {made.why_stale(now)}"
+    return f"{earlier[-1].name} is stale: {made.why_stale(now)}; a new cache is made"

@@ -114,8 +114,10 @@ def assemble_cache(
             document = manifest.read_manifest(folder)
         # `find_cache` takes the newest, and clocks may have been wrong before. A second, since some
         # file systems keep whole seconds only.
-        others = {*folder.parent.glob("*/manifest.json")} - {folder / "manifest.json"}
-        newest = max([time.time_ns(), *(other.stat().st_mtime_ns + 10**9 for other in others)])
+        other_manifests = {*folder.parent.glob("*/manifest.json")} - {folder / "manifest.json"}
+        newest = max(
+            [time.time_ns(), *(other.stat().st_mtime_ns + 10**9 for other in other_manifests)]
+        )
         os.utime(folder / "manifest.json", ns=(newest, newest))
         shutil.rmtree(_notes(folder), ignore_errors=True)
     return document
@@ -159,8 +161,8 @@ def _write_missing(
     names = [shard.file for shard in shards]
     if lost := [name for name in names if name not in known or not (folder / name).is_file()]:
         raise manifest.CacheError(
-            f"{folder.name}: {len(lost)} shards were written and are not there ({lost[0]}): do all "
-            "machines of the Ray cluster see this folder? Mount it on all, or set workers to 1"
+            f"{folder.name}: {len(lost)} shards were written but are missing ({lost[0]}): mount "
+            "this folder on every machine of the Ray cluster, or set workers to 1"
         )
     return {name: known[name] for name in names}
 

@@ -9,8 +9,8 @@ from kd_utils.store.files import sha256_file
 
 
 def problem_with_files(files: dict[str, str]) -> str:
-    """The first file (path under the project's root -> its SHA-256 as the sweep saw it) that this
-    machine does not see so, in one line; "" if none.
+    """The first of these files (path -> SHA-256) that is missing or different on this machine, in
+    one line; "" if none.
     """
     for path, checksum in files.items():
         place = project_paths.project_path(path)
@@ -48,8 +48,7 @@ def fitting_gpus(
     if device.startswith("cuda") and gpus <= int(device.partition(":")[2] or 0):
         raise ValueError(
             f"device = {device!r}, but a trial gets {gpus:g} GPUs (the machines have: {machines}): "
-            "set device to 'auto' or 'cpu', or ask for more with --gpus-per-trial where there are "
-            "more"
+            "set device to 'auto' or 'cpu', or raise --gpus-per-trial if a machine has more GPUs"
         )
     if not able(nodes, cpus, gpus):
         raise ValueError(

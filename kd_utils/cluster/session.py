@@ -137,8 +137,8 @@ def _start_ray(address: str | None, sockets: str) -> None:
                 "there; if it asks for a token, set RAY_AUTH_MODE=token"
             ) from None
         token = (
-            "; it keeps a token in ~/.ray: where HOME is not writable, name a file that holds one "
-            "in RAY_AUTH_TOKEN_PATH"
+            "; Ray keeps a token in ~/.ray: if HOME is not writable, set RAY_AUTH_TOKEN_PATH to a "
+            "file with a token"
         )
         is_file_error = type(error) in (OSError, PermissionError, FileNotFoundError)
         raise ValueError(
@@ -177,6 +177,6 @@ def in_words(error: Exception) -> str:
             "--cpus-per-trial, so that fewer trials run side by side"
         )
     if was_lost(error):
-        return "killed, or out of memory"
+        return "the process was killed or ran out of memory"
     cause = getattr(error, "cause", None) or error
     return " ".join(f"{type(cause).__name__}: {cause}".split())[:500]

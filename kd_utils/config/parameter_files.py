@@ -150,4 +150,4 @@ def _source(loader: yaml.SafeLoader, node: yaml.Node) -> str:
     """The text of a node in the file, and the type that YAML gives it."""
     text = loader.buffer[node.start_mark.index : node.end_mark.index].strip()
     kind = shown(node.tag.removeprefix("tag:yaml.org,2002:"))[1:-1]  # a tag may hold any character
-    return f"{shown(text)} (to YAML {kind})"
+    return f"{shown(text)} (YAML reads {kind})"

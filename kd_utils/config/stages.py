@@ -1,6 +1,6 @@
 """Typed parameters: one frozen config per notebook, checked before anything is loaded.
 
-The defaults stand in the notebooks' cells tagged `parameters` and nowhere else; the classes here
+The defaults are in the notebooks' cells tagged `parameters` and nowhere else; the classes here
 say which keys exist, of what type and in which range. A file in `papermill_params/` holds what
 differs from the defaults.
 """
@@ -119,7 +119,7 @@ class AlignmentConfig(Config):
     temperature: fields.PositiveFloat
 
     @property
-    def others(self) -> dict[str, str]:
+    def other_teachers(self) -> dict[str, str]:
         """Folders of other teachers' tokenizers, by the names that tables show."""
         return dict(part.split("=", 1) for part in self.teacher_tokenizers.split())
 

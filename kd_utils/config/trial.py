@@ -96,7 +96,7 @@ class TrialConfig(Config):
         if self.name in fields.teacher_weights(self.more_teachers):
             raise ValueError(
                 f"more_teachers names {self.name}, the trial's own experiment, whose teacher has "
-                "the rest of the weight: name others"
+                "the rest of the weight: name other experiments"
             )
         return self
 

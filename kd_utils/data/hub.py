@@ -72,7 +72,8 @@ def _ask_hub(name: str, revision: str, kind: str) -> None:
         url = huggingface_hub.hf_hub_url(name, file, repo_type=kind, revision=revision)
         if huggingface_hub.get_hf_file_metadata(url).commit_hash is None:
             raise errors.FileMetadataError(
-                f"{constants.ENDPOINT} is not the hub: a login page, a wrong HF_ENDPOINT?"
+                f"{constants.ENDPOINT} does not answer like the hub: check for a network login "
+                "page, and HF_ENDPOINT"
             )
 
 
@@ -91,9 +92,7 @@ def _refuse_to_wait(response: Any) -> None:
         utils.hf_raise_for_status(response)
     resumed = response.request.headers.get("Range", "bytes=0-") != "bytes=0-"
     if response.status_code == 200 and resumed:
-        raise ConnectionError(
-            "the download was cut off, and the server begins anew instead of going on"
-        )
+        raise ConnectionError("the download was interrupted, and the server cannot resume it")
 
 
 def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> str:
@@ -114,7 +113,7 @@ def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> s
         ),
         (
             errors.RepositoryNotFoundError in kinds,
-            f"there is none of that name, or it is private: check the name, {login}",
+            f"the hub has no {kind} of that name, or it is private: check the name, {login}",
         ),
         (
             errors.RevisionNotFoundError in kinds,
@@ -123,20 +122,20 @@ def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> s
         (
             status in (401, 403),
             f"the hub refuses the token (HTTP {status}): log in anew with `hf auth login`, or set "
-            f"HF_TOKEN to one that may read {page}",
+            f"HF_TOKEN to a token that may read {page}",
         ),
         (status == 429, f"the hub limits requests (HTTP 429): try again in some minutes, {login}"),
         (status >= 500, f"the hub has a fault of its own (HTTP {status}): try again later"),
         (
             errors.OfflineModeIsEnabled in kinds,
-            "HF_HUB_OFFLINE is set and the cache does not hold it: unset it",
+            "HF_HUB_OFFLINE is set and the local cache has no copy: unset HF_HUB_OFFLINE",
         ),
         (
             getattr(error, "errno", None) is not None,
             f"the cache cannot be written ({one_line(error)}): make room, or set HF_HOME to "
             "another folder",
         ),
-        (True, f"no whole answer ({one_line(chain[-1])}): check the network, try again later"),
+        (True, f"no complete answer ({one_line(chain[-1])}): check the network, try again later"),
     ]
     return next(problem for holds, problem in problems if holds)
 

@@ -63,7 +63,7 @@ class PreparedData:
         if encoding.tokenizer_fingerprint(tokenizer) != self.tokenizer_fingerprint:
             raise ValueError(
                 "the data was prepared with another tokenizer: run 01_prepare_data again with this "
-                "one"
+                "tokenizer"
             )
 
     @property
@@ -133,7 +133,7 @@ def _read_table(home: sealed.SealedFolder, file: str, seen: dict[str, str]) -> p
         rows = pq.ParquetFile(home.path / file).read(columns=list(PREPARED)).to_pylist()
     except Exception as error:  # a file that somebody else made may be wrong in every way
         raise home.problem(
-            f"{file} is no whole parquet file of Unicode text ({fields.shown(str(error))})"
+            f"{file} is not a complete parquet file of Unicode text ({fields.shown(str(error))})"
         ) from None
     if not rows:
         raise home.problem(f"{file} has no rows")
@@ -147,8 +147,7 @@ def _read_table(home: sealed.SealedFolder, file: str, seen: dict[str, str]) -> p
             raise home.problem(f"{place}: {problem}")
         if (first := seen.setdefault(row["example_id"], place)) != place:
             raise home.problem(
-                f"{place}: example_id {fields.shown(row['example_id'])} is that of {first} too, "
-                "expected one of its own"
+                f"{place}: example_id {fields.shown(row['example_id'])} is already used by {first}"
             )
     return pd.DataFrame(rows, columns=list(PREPARED))
 

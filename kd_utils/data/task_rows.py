@@ -115,7 +115,7 @@ def _read(task: Task, split: str, data_dir: str | Path | None) -> list[Row]:
             parts.append(pq.read_table(path))
         except (pa.ArrowException, ValueError, OSError) as error:
             raise ValueError(
-                f"{path} is no whole parquet file ({shown(str(error))}): copy it again"
+                f"{path} is not a complete parquet file ({shown(str(error))}): copy it again"
             ) from None
     table = pa.concat_tables(parts)
     if missing := [column for column in task.columns if column not in table.column_names]:
@@ -152,7 +152,7 @@ def _files(task: Task, split: str, data_dir: str | Path | None) -> list[Path]:
         )
     path = Path(data_dir, file)
     if not Path(data_dir).is_dir():
-        raise FileNotFoundError(f"no data folder {data_dir}: give the one that holds {file}")
+        raise FileNotFoundError(f"no data folder {data_dir}: give the folder that holds {file}")
     if not path.is_file():
         present = ", ".join(sorted(other.name for other in path.parent.glob("*.parquet"))) or "none"
         raise FileNotFoundError(

@@ -185,7 +185,7 @@ def build(folder: Path, seed: int = 1) -> None:
         return
     if folder.exists() and any(folder.iterdir()) and not (folder / target.document).is_file():
         raise FileExistsError(
-            f"{folder} holds files that no toy build wrote: move them, or name another folder"
+            f"{folder} holds files that no toy build wrote: move them, or set another artifacts_dir"
         )
     try:
         with target.replaced({"made_from": made_from}) as aside:

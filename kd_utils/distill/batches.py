@@ -145,9 +145,9 @@ class TrialData:
     ) -> None:
         self.config, self.device = config, device
         self.caches = caches if config.distils else []
-        self.students = {row.example_id: row for rows in encoded.values() for row in rows}
+        self.student_examples = {row.example_id: row for rows in encoded.values() for row in rows}
         self.train_ids, self.validation_ids = (
-            sorted(caches[0].splits[split], key=lambda i: (len(self.students[i].tokens), i))
+            sorted(caches[0].splits[split], key=lambda i: (len(self.student_examples[i].tokens), i))
             for split in ("train", "validation")
         )
         self.table = prepared.validation
@@ -169,14 +169,14 @@ class TrialData:
         return zip(prefetched(lambda batch: self._parts(batch, size)[0], plan), tasks, strict=True)
 
     def _plan(self, epoch: int) -> list[list[str]]:
-        lengths = [len(self.students[i].tokens) for i in self.train_ids]
+        lengths = [len(self.student_examples[i].tokens) for i in self.train_ids]
         plan = epoch_batches(lengths, self.config.batch_size, self.config.seed, epoch)
         return [[self.train_ids[k] for k in batch] for batch in plan]
 
     def _parts(self, ids: list[str], size: int | None = None) -> list[Batch]:
         """These rows in parts of `size`; None: in micro-batches."""
         return split_batch(
-            [self.students[i] for i in ids],
+            [self.student_examples[i] for i in ids],
             size or self.config.micro_batch_size,
             [[cache[i] for i in ids] for cache in self.caches],
             distill_tokens=self.config.distill_tokens,

@@ -170,9 +170,9 @@ def _over_student_pieces(
     pieces = teacher_log.index_select(1, shared.teacher)
     if len(shared.teacher_rest) and len(shared.student_rest):
         rest = teacher_log.index_select(1, shared.teacher_rest).logsumexp(-1, keepdim=True)
-        others = student_log.index_select(1, shared.student_rest)
-        others = others + (rest - others.logsumexp(-1, keepdim=True))
-        student_side.index_copy_(1, shared.student_rest, others)
+        student_rest_log = student_log.index_select(1, shared.student_rest)
+        student_rest_log = student_rest_log + (rest - student_rest_log.logsumexp(-1, keepdim=True))
+        student_side.index_copy_(1, shared.student_rest, student_rest_log)
     elif len(shared.teacher_rest):
         pieces = pieces - pieces.logsumexp(-1, keepdim=True)
     return student_side.index_copy_(1, shared.student, pieces)

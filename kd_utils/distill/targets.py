@@ -163,9 +163,9 @@ def groups_of(teacher: Example, student: Example) -> alignment.Groups:
     for side, row in (("teacher", teacher), ("student", student)):
         if row.ends is None or len(row.ends) != len(row.tokens):
             raise ValueError(
-                f"row {row.example_id}: the {side}'s tokens do not spell its text (prompt and "
-                "answer are joined into one token), so the other side's cannot be lined up with "
-                "them: leave it out"
+                f"row {row.example_id}: the {side}'s tokens do not spell the row's text (prompt "
+                "and answer share a token), so teacher and student cannot be aligned: leave the "
+                "row out"
             )
         ends.append(row.ends)
     try:

@@ -72,12 +72,12 @@ class TermSetup(NamedTuple):
             cached = ", ".join(map(str, header["layers"].get(kind, [])))
             if not cached:
                 raise ValueError(
-                    f"the cache holds {header['signals']!r} and no {kind}: name it in `signals` "
-                    "('white_box' has hidden states and attention maps) and run 02 again, or use "
-                    "distill_type 'black_box'"
+                    f"the cache holds {header['signals']!r} without {kind!r}: add {kind} to "
+                    "`signals` ('white_box' has hidden states and attention maps) and run 02 "
+                    "again, or use distill_type 'black_box'"
                 )
             raise ValueError(
-                f"the cache holds the teacher's {kind} of layers {cached}, not of "
+                f"the cache holds {kind!r} of the teacher's layers {cached}, not of "
                 f"{name.removeprefix(kind)[1:] or self.shape['num_hidden_layers']}: set "
                 f"{kind}_layers in the parameter file, which 02 reads too, and run 02 again"
             )
@@ -138,8 +138,8 @@ class LayerTerm(Term):
         super().__init__()
         self.pairs = pairs
         self.columns = [signal_kinds.column(self.kind, layer, teacher_layers) for layer, _ in pairs]
-        students = [(signal_kinds.kind_of(self.kind), layer) for _, layer in pairs]
-        self.hidden_layers, self.map_layers = signal_kinds.captured_layers(students).values()
+        student_layers = [(signal_kinds.kind_of(self.kind), layer) for _, layer in pairs]
+        self.hidden_layers, self.map_layers = signal_kinds.captured_layers(student_layers).values()
 
     def forward(
         self, signals: Signals, head: output_head.OutputHead, targets: Targets

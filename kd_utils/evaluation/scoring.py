@@ -54,7 +54,7 @@ def evaluate(
         raise ValueError(
             f"batch_size = {batch_size} and max_new_tokens = {max_new_tokens} must be at least 1"
         )
-    said: list[dict[str, Any]] = [{} for _ in range(len(table))]
+    answers: list[dict[str, Any]] = [{} for _ in range(len(table))]
     golds, names = table["gold"].tolist(), table["task"].tolist()
     chosen = [place for place, choices in enumerate(table["choices"]) if len(choices)]
     training = model.training
@@ -65,32 +65,32 @@ def evaluate(
         )
         for place, values in zip(chosen, scores, strict=True):
             prediction = str(values.index(max(values)))
-            said[place] = {
+            answers[place] = {
                 "prediction": prediction,
                 "correct": prediction == golds[place],
                 "loglikelihoods": values,
             }
-        free = sorted(set(range(len(table))) - set(chosen))
-        for name in tasks.task_order(names[place] for place in free):
+        generated_places = sorted(set(range(len(table))) - set(chosen))
+        for name in tasks.task_order(names[place] for place in generated_places):
             generation = tasks.find_task(name).generation
             assert generation, f"{name} has neither choices nor a way to read answers"
-            asked = [place for place in free if names[place] == name]
+            task_places = [place for place in generated_places if names[place] == name]
             texts = generate_answers(
                 model,
                 tokenizer,
-                table["prompt"].iloc[asked].tolist(),
+                table["prompt"].iloc[task_places].tolist(),
                 stop_strings=generation.stop_strings,
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 progress=progress,
             )
-            for place, text in zip(asked, texts, strict=True):
-                said[place] = {"generated": text, **generation.score(text, golds[place])}
+            for place, text in zip(task_places, texts, strict=True):
+                answers[place] = {"generated": text, **generation.score(text, golds[place])}
     finally:
         model.train(training)
     # Object columns: a missing value is None, and a bool stays a bool beside it.
     columns = {
-        column: pd.Series([row.get(column) for row in said], dtype=object)
+        column: pd.Series([row.get(column) for row in answers], dtype=object)
         for column in ("prediction", "correct", "loglikelihoods", "generated", "correct_flexible")
     }
     examples = table[["example_id", "task", "prompt", "gold"]].reset_index(drop=True)

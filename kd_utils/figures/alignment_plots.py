@@ -80,7 +80,7 @@ def merged_maps(
         return plots.finish(alt.hconcat(*panels), title, "rows sum to 1")
     return plots.finish(
         alt.hconcat(panels[0]),
-        "A teacher's map",
+        "A teacher's attention map",
         "rows sum to 1; every group has one token of the teacher, so merging does not change the "
         "map",
     )

@@ -124,7 +124,9 @@ def differences_from_baseline(
         .encode(x="mean(zero):Q"),
         base.mark_tick(size=20, thickness=2.5).encode(x="mean(mean):Q"),
         base.mark_circle(size=26, opacity=0.9).encode(
-            x=alt.X("points:Q", title=f"minus {BASELINE} (points)", scale=alt.Scale(padding=6)),
+            x=alt.X(
+                "points:Q", title=f"difference from {BASELINE} (points)", scale=alt.Scale(padding=6)
+            ),
             yOffset=alt.YOffset("slot:Q", scale=UNIT),
         ),
         base.transform_filter("isValid(datum.word)")
@@ -137,7 +139,7 @@ def differences_from_baseline(
         panels.facet(chart, data, "metric"),
         f"Difference from {BASELINE} within each seed",
         [
-            "point: one seed; tick: mean; bar: its 95 % interval over seeds and examples "
+            "point: one seed; tick: mean; bar: its 95 % interval over seeds and rows "
             "(hierarchical bootstrap), not corrected for the number of comparisons;",
             f"grey: 0 ± {100 * margin:g} points, which counts as equal; a word: the outcome after "
             "correction",
@@ -201,7 +203,7 @@ def swept(table: pd.DataFrame) -> alt.Chart:
         chart.resolve_scale(y="independent"),
         f"Accuracy by {name or 'setting'}",
         "point: one seed; tick: mean; bar: its 95 % t interval over seeds; "
-        f"{panels.NOT_USED} and dashed: methods that do not use it. "
+        f"{panels.NOT_USED} and dashed: methods that do not use {name or 'the swept keys'}. "
         "Scales differ and do not start at 0.",
     )
 
@@ -259,7 +261,7 @@ def reliability_diagram(table: pd.DataFrame) -> alt.Chart:
     return plots.finish(
         panels.facet(chart, data, "distill_type", methods, row="row"),
         "Accuracy by confidence in the choice made",
-        "all seeds' answers together, in bins of equal width; under the diagonal: too sure; "
+        "all seeds' answers together, in bins of equal width; under the diagonal: overconfident; "
         "error: expected calibration error, 0 to 1",
     )
 

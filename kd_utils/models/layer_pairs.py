@@ -24,12 +24,13 @@ def layer_pairs(
     if choice == "last":
         return [(teacher_layers, student_layers)]
     if choice in NAMED:
-        teachers, students = spaced(count, teacher_layers), spaced(count, student_layers)
+        teacher_spaced = spaced(count, teacher_layers)
+        student_spaced = spaced(count, student_layers)
         if choice == "reversed":
-            teachers.reverse()
+            teacher_spaced.reverse()
         if choice == "random":
-            random.Random(f"{seed}/layers").shuffle(teachers)
-        pairs = list(zip(teachers, students))
+            random.Random(f"{seed}/layers").shuffle(teacher_spaced)
+        pairs = list(zip(teacher_spaced, student_spaced))
     else:
         written = (pair.split(":") for pair in choice.split())
         pairs = [(int(teacher), int(student)) for teacher, student in written]
@@ -37,7 +38,7 @@ def layer_pairs(
         if teacher > teacher_layers or student > student_layers:
             raise ValueError(
                 f"layers {teacher}:{student}: the teacher has {teacher_layers} layers, the student "
-                f"{student_layers}"
+                f"{student_layers}: lower the numbers in hidden_layers or attention_layers"
             )
     return pairs
 

@@ -46,13 +46,13 @@ def load_pretrained(
     try:
         if "*.safetensors" in files and not _holds_safetensors(folder):
             raise ValueError(
-                "weights are not in *.safetensors alone; other files are not read, as a pickle can "
-                "run code"
+                "the weights are not all in *.safetensors; other files are not read, because a "
+                "pickle can run code"
             )
         return loader.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except Exception as error:  # a folder that somebody else made may be wrong in every way
         raise ValueError(
-            f"cannot load {name}: {hub.one_line(error)}: give what `save_pretrained` writes"
+            f"cannot load {name}: {hub.one_line(error)}: give a folder that save_pretrained wrote"
         ) from None
 
 
@@ -77,9 +77,10 @@ def load_causal_lm(
         "AutoModelForCausalLM", name, hub.MODEL_FILES, revision, **options
     )
     if lacking := sorted(report["missing_keys"]):  # transformers would leave them random
+        more = f" and {len(lacking) - 1} more" * (len(lacking) > 1)
         raise ValueError(
-            f"cannot load {name}: its weights lack {lacking[0]} and {len(lacking) - 1} more: give "
-            "what `save_pretrained` writes"
+            f"cannot load {name}: its weights lack {lacking[0]}{more}: give a folder that "
+            "save_pretrained wrote"
         )
     return with_soft_capping(model)
 

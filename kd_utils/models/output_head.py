@@ -51,7 +51,10 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     """
     layer, config = model.get_output_embeddings(), model.config
     if getattr(layer, "bias", None) is not None:
-        raise ValueError(f"{type(model).__name__}'s lm_head has a bias: set signals to 'top_k'")
+        raise ValueError(
+            f"{type(model).__name__}'s lm_head has a bias: as a teacher, set signals to 'top_k' "
+            "and teacher_epochs to 0; it cannot be a student"
+        )
     scale = (getattr(config, "logit_scale", None) or 1.0) / (
         getattr(config, "logits_scaling", None) or 1.0
     )
@@ -78,9 +81,8 @@ def require_known_head(model: torch.nn.Module, input_ids: torch.Tensor) -> float
     difference = float((logits - rebuilt).norm() / logits.norm())
     if not difference <= 1e-5:
         raise ValueError(
-            f"{type(model).__name__}: logits rebuilt from its hidden state differ from its own by "
-            f"{difference:.2%}: its head does more than a matrix product, scaling and "
-            "soft-capping. As a teacher it can be cached with signals set to 'top_k' and "
-            "teacher_epochs to 0; it cannot be fine-tuned or be a student here"
+            f"{type(model).__name__}: the output head does more than a matrix product, scaling and "
+            f"soft-capping (rebuilt logits differ by {difference:.2%}): as a teacher, set signals "
+            "to 'top_k' and teacher_epochs to 0; it cannot be a student"
         )
     return difference

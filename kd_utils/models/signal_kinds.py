@@ -100,7 +100,7 @@ def map_rows_sum_to_1(packed: np.ndarray, n: int) -> float:
     allowed = np.sqrt(keys) / 255 + keys / 510**2 + 1e-3 if compact else np.full(n, 5e-3)
     worst = float(off.max())
     if (off > allowed).any():
-        raise ValueError(f"an attention row sums to {1 - worst:.4f} or {1 + worst:.4f}, not 1")
+        raise ValueError(f"an attention row's sum differs from 1 by {worst:.4f}")
     return worst
 
 

@@ -138,7 +138,8 @@ def forward_signals(
     attending: dict[int, Any] = {n: attention_module(layers[n - 1]) for n in map_layers}
     if lacking := [number for number, module in attending.items() if module is None]:
         raise ValueError(
-            f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map"
+            f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map: "
+            "choose other attention_layers"
         )
     states: dict[int, Tensor] = {}
     attentions: dict[int, Attention] = {}

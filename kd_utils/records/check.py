@@ -1,4 +1,4 @@
-"""`python -m kd_utils check RUN_DIR`: whether the folder of a run, of anybody, is whole."""
+"""`python -m kd_utils check RUN_DIR`: whether a run folder is whole, also one from others."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def check_run(run_dir: str | Path) -> list[str]:
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"no run folder {run_dir}")
+        raise FileNotFoundError(f"no run folder {run_dir}: give a folder such as runs/NAME")
     try:
         problems = _links(run_dir) or list(_problems(run_dir))
     except OSError as error:
@@ -67,7 +67,7 @@ def check_run(run_dir: str | Path) -> list[str]:
 
 def _problems(run_dir: Path) -> Iterator[str]:
     if not (run_dir / PLAN).exists():
-        yield f"{PLAN} is missing: no sweep wrote this folder, so its planned trials are not known"
+        yield f"{PLAN} is missing, so the planned trials are not known: give a folder of a sweep"
         return
     trials = trials_with_status(run_dir)
     for planned, state in trials:
@@ -79,7 +79,7 @@ def _problems(run_dir: Path) -> Iterator[str]:
     yield from differences(run_dir, trials)
     summary = run_dir / SUMMARY
     if not summary.is_file():
-        yield f"{SUMMARY} is missing"
+        yield f"{SUMMARY} is missing: run the sweep again"
     elif summary.read_bytes() != run_folder.collect(run_dir).to_csv(index=False).encode():
         yield f"{SUMMARY} does not agree with the records: run the sweep again to write it anew"
 
@@ -101,7 +101,7 @@ def _links(run_dir: Path) -> list[str]:
         for name in sorted(folders + files)
     ]
     return [
-        f"{path.relative_to(run_dir)} is a link or a device: remove it, nothing is read before"
+        f"{path.relative_to(run_dir)} is a link or a device, so the folder is not read: remove it"
         for path in paths
         if path.is_symlink() or not (path.is_file() or path.is_dir())
     ]
@@ -149,7 +149,8 @@ def _check_stages(run_dir: Path) -> Iterator[str]:
             yield str(error)
             continue
         if about.papermill and about.papermill.input_path != f"notebooks/{stage}.ipynb":
-            yield f"{stage}.ipynb is an execution of {about.papermill.input_path}"
+            other = about.papermill.input_path
+            yield f"{stage}.ipynb is an execution of {other}: run the sweep again"
         if artifact := about.kd_utils.artifact:
             made["data"].add(artifact.data)
             made["teacher cache"] |= {artifact.cache.content_hash} if artifact.cache else set()
@@ -171,9 +172,9 @@ def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> 
     yield from (f"{name} is planned {count} times" for name, count in names.items() if count > 1)
     for path in sorted((run_dir / "trials").glob("*")):
         if path.name.startswith("."):
-            yield f"trials/{path.name} is left over from an execution that was stopped"
+            yield f"trials/{path.name} is left over from an execution that was stopped: remove it"
         elif path.name.removesuffix(".ipynb").removesuffix(".failed") not in names:
-            yield f"trials/{path.name} belongs to no planned trial"
+            yield f"trials/{path.name} belongs to no planned trial: move it out of trials/"
 
 
 def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> list[str]:
@@ -189,7 +190,8 @@ def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> l
             del metrics["git_commit"]
         for key in ALIKE:
             # Students that are swept differ by intention.
-            kind = f"{key} {metrics['config'].get('student')}" if key == "student" else key
+            initial = f"initial weights of {metrics['config'].get('student')}"
+            kind = initial if key == "student" else key
             value = json.dumps(metrics.get(key), sort_keys=True)
             kinds.setdefault(kind, {}).setdefault(value, []).append(planned["trial"])
     return [

@@ -95,13 +95,13 @@ def _why_stale(
         known = parameters.keys() & config.keys() - NEVER_IN_A_RESULT
         changed = [key for key in known if config[key] != parameters[key]]
         # A parameter that was reset to its notebook's default is not in `parameters`.
-        was = {key: config[key] for key in changed} or {"hash": metrics["config_hash"]}
-        asked = {key: parameters[key] for key in changed} or {"hash": config_hash}
+        was = {key: config[key] for key in changed} or {"config_hash": metrics["config_hash"]}
+        asked = {key: parameters[key] for key in changed} or {"config_hash": config_hash}
         return Ingredients(config=was).why_stale(Ingredients(config=asked))
-    weights = f"initial weights of {student}"
+    weights, experiment = f"initial weights of {student}", str(config.get("name", "experiment"))
     then: dict[str, Any] = {
         "teacher cache": {
-            "this experiment's": metrics["cache"]["content_hash"],
+            experiment: metrics["cache"]["content_hash"],
             **metrics.get("more_caches", {}),
         },
         "student": {
@@ -111,7 +111,7 @@ def _why_stale(
     }
     expected = {
         "teacher cache": {
-            "this experiment's": (made.get("cache") or {}).get("content_hash"),
+            experiment: (made.get("cache") or {}).get("content_hash"),
             **made.get("more_caches", {}),
         },
         "student": {
@@ -173,7 +173,9 @@ def read_plan(run_dir: str | Path) -> dict[str, Any] | None:
         return None
     plan = read_sealed(path, "checksums")
     if plan.get("format") != trial_record.FORMAT:
-        raise RecordError(f"{PLAN} is not a plan of format {trial_record.FORMAT}")
+        raise RecordError(
+            f"{PLAN} is not a plan of format {trial_record.FORMAT}: run the sweep again"
+        )
     trial_record.require_shape(Plan, plan, PLAN)
     return plan
 

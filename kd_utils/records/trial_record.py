@@ -163,7 +163,7 @@ def metrics_document(
         name: {"name": cache.folder.name, "content_hash": cache.manifest["content_hash"]}
         for name, cache in zip(config.teachers, caches, strict=True)
     }
-    own = caches[0].manifest
+    manifest = caches[0].manifest
     return {
         "config": config.model_dump(),
         "config_hash": made["config"],
@@ -173,7 +173,7 @@ def metrics_document(
         "tokenizer": tokenizer,
         "code": made["code"],
         "precision": made["precision"],
-        "teacher": {"name": own["teacher"], "accuracy": own["teacher_accuracy"]},
+        "teacher": {"name": manifest["teacher"], "accuracy": manifest["teacher_accuracy"]},
         **environment(),
         "started": meter.started.isoformat(timespec="seconds"),
         "seconds": meter.seconds,

@@ -1,4 +1,4 @@
-"""One writer for a folder: a lock that a second process is refused at once."""
+"""One writer per folder: a second process gets an error at once."""
 
 import errno
 import os
@@ -36,7 +36,7 @@ def locked(
     lock = FileLock(path, blocking=False, fallback_to_soft=False)
     with full_disk_named(folder):
         _acquire(lock, folder, remedy)
-    own = path.stat()
+    lock_stat = path.stat()
     try:
         holder = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%H:%M:%S}"
         with full_disk_named(folder):
@@ -45,7 +45,7 @@ def locked(
     finally:
         with suppress(FileNotFoundError):
             # The folder may have been removed and created again by another process.
-            if os.path.samestat(own, path.stat()):
+            if os.path.samestat(lock_stat, path.stat()):
                 path.unlink()
         lock.release()
         with suppress(OSError):

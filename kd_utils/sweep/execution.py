@@ -202,7 +202,10 @@ def _cause(error: Any) -> str:
     if hasattr(error, "ename"):  # raised in a cell
         text = f"{error.ename}: {error.evalue}"
         if re.search(r"OutOfMemory|MemoryError: |can't allocate memory", text):
-            text = f"out of memory, lower micro_batch_size and eval_batch_size ({text})"
+            text = (
+                "out of memory: lower the batch sizes (03: micro_batch_size, eval_batch_size; 02: "
+                f"teacher_batch_size, batch_tokens) ({text})"
+            )
     elif text.startswith("DeadKernelError") or str(error).startswith("Kernel died"):
-        text = "the kernel died: killed, or out of memory"
+        text = "the kernel was killed or ran out of memory"
     return " ".join(text.split())[:500]

@@ -168,12 +168,13 @@ def _about(job: Job) -> dict[str, Any]:
     metrics = trial_record.read_record(job.notebook.with_suffix(""))
     if metrics["config_hash"] != job.trial.config_hash:
         raise ValueError(
-            f"the record has config {metrics['config_hash']}, the plan {job.trial.config_hash}"
+            f"the record was made with config {metrics['config_hash']}, but the plan asks for "
+            f"{job.trial.config_hash}: run the same command again"
         )
     # It may have run one version of the code and recorded another.
     ran = provenance.Ingredients(code=metrics.get("code", {}))
     if why := ran.why_stale(provenance.Ingredients(code=job.code)):
-        raise ValueError(f"the {why} while it ran: run the same command again")
+        raise ValueError(f"the {why} while the trial ran: run the same command again")
     record = metrics["checksums"]["sha256"]
     return {"trial": job.name, "config_hash": job.trial.config_hash, "record": record}
 

@@ -56,13 +56,17 @@ def plan(
         name = trial_name(**swept)
         if len(name) > 200:  # it becomes the name of files
             raise ValueError(
-                f"a trial would be called {fields.shown(name)}: at most 200 characters"
+                f"the trial name {fields.shown(name)} is longer than 200 characters: sweep fewer "
+                "parameters, or shorter values"
             )
         same = known.get(config.fingerprint()) or known.get(name)
         if same and unused and used.items() <= same.swept.items():
             continue
         if same:
-            raise ValueError(f"the grid has the same trial twice: {same.trial} and {name}")
+            raise ValueError(
+                f"the grid has the same trial twice: {same.trial} and {name}: remove one of "
+                "the two values"
+            )
         place = {"run_dir": project_paths.short_path(run_dir), "trial": name}
         inject = injected(stages.TRAIN, {**parameters, **combination}) | swept | place
         trial = Trial(name, swept, config.fingerprint(), len(config.epoch_numbers), inject, unused)

@@ -60,8 +60,8 @@ class RayExecutor:
         look = ray.remote(num_cpus=0, max_retries=0)(machines.problem_with_files)
         asked = {}
         for node in machines.able(ray.nodes(), self.cpus, self.gpus):
-            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[look.options(scheduling_strategy=there).remote(files)] = node
+            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked[look.options(scheduling_strategy=on_node).remote(files)] = node
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS)
         present = [node["NodeID"] for node in machines.able(ray.nodes(), self.cpus, self.gpus)]
         problems = []
@@ -75,9 +75,9 @@ class RayExecutor:
         if problems:
             more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
             raise ValueError(
-                f"{'; '.join(problems[:4])}{more}. All nodes must see one folder: run from a "
-                "checkout on it, or set KD_ROOT to it (on a node that sees it elsewhere, before "
-                "`ray start` there)"
+                f"{'; '.join(problems[:4])}{more}. All nodes must see one shared folder: run from "
+                "a checkout in that folder, or set KD_ROOT to it (where a node has another path, "
+                "before `ray start` on that node)"
             )
 
     def submit(self, job: Job) -> None:
@@ -95,8 +95,8 @@ class RayExecutor:
                 report = ray.get(next(stream))
             except ray.exceptions.LocalRayletDiedError:
                 raise OSError(
-                    "Ray's process on this machine ended: killed, or out of memory; what is done "
-                    "is kept: run the same command again"
+                    "Ray's process on this machine was killed or ran out of memory; finished "
+                    "trials are kept: run the same command again"
                 ) from None
             except ray.exceptions.RayError as error:
                 lost, cause = session.was_lost(error), session.in_words(error)

@@ -118,12 +118,11 @@ def stage_key(stem: str, parameters: dict[str, Any]) -> provenance.Ingredients:
     Raises:
         RecordError: what the stage makes is missing.
     """
-    artifact = artifact_of(stem, parameters)
+    artifact, settings = artifact_of(stem, parameters), notebook_config(stem, parameters)
     if artifact is None:
-        raise RecordError("its result under artifacts_dir is missing or damaged")
-    settings = notebook_config(stem, parameters).model_dump()
+        raise RecordError(f"what {stem} writes to {settings.artifacts_dir} is missing or damaged")
     return provenance.Ingredients(
-        code=provenance.code_of(stem), parameters=settings, artifact=artifact
+        code=provenance.code_of(stem), parameters=settings.model_dump(), artifact=artifact
     )
 
 

@@ -59,8 +59,8 @@ class Sweep:
         earlier = staleness.earlier_plan(self.run_dir).get("name", self.name)
         if earlier != self.name:
             raise ValueError(
-                f"{self.place} holds experiment {earlier!r}, and this is {self.name!r}: give "
-                "another --run-dir, or remove that folder"
+                f"{self.place} holds experiment {earlier!r}, but this sweep is of {self.name!r}: "
+                "give another --run-dir, or remove that folder"
             )
 
     def why_to_run(self, stem: str) -> str:
@@ -92,8 +92,8 @@ class Sweep:
         yield f"{done} of {len(states)} trials are done, {to_run} to run; records: {self.place}"
         if done and any(why.values()):
             yield (
-                "If 01 or 02 make other data or another cache, the trials that are done run again "
-                "too"
+                "If 01 or 02 produces different data or a different cache, finished trials run "
+                "again too"
             )
         planned = [
             {"trial": t.trial, "status": "done"}
@@ -103,9 +103,9 @@ class Sweep:
         for row in comparisons.reach(tables.planned_trials(pd.DataFrame(planned))).itertuples():
             can = row.smallest_p < stats.ALPHA
             yield (
-                f"question {row.question}: {row.comparisons} comparisons of {row.pairs} pairs, "
-                f"smallest corrected p {row.smallest_p:.3f}, "
-                + ("can be significant" if can else "CANNOT be significant: give more seeds")
+                f"question {row.question}: {row.comparisons} x {row.pairs} pairs, smallest "
+                f"possible corrected p {row.smallest_p:.3f}: "
+                + ("a large effect can be significant" if can else "NO effect can, add seeds")
             )
 
     def outcome(self, results: pd.DataFrame) -> Iterator[str]:
@@ -172,7 +172,7 @@ class Sweep:
             with progress.shown():
                 for trial in todo:
                     if states[trial.trial].state == "stale":
-                        say(f"{trial.trial}: stale, {states[trial.trial].why}")
+                        say(f"{trial.trial}: stale: {states[trial.trial].why}")
                 jobs = [Job(trial, self.place, code, shared) for trial in todo]
                 run_trials(executor, jobs, progress)
         finally:  # after Ctrl-C too: the table says what is done so far

@@ -143,7 +143,8 @@ def signal_function(
     )
     if "top_logits" in columns and top_k > text.vocab_size:
         raise ValueError(
-            f"top_k is {top_k}, and the teacher has {text.vocab_size} logits: ask for fewer"
+            f"top_k = {top_k}, but the teacher's vocabulary has {text.vocab_size} tokens: set "
+            f"top_k to {text.vocab_size} or less"
         )
     captured = signal_kinds.captured_layers([(kind, layer) for kind, layer, _ in columns.values()])
 

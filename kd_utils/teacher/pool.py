@@ -126,8 +126,8 @@ def write_shards_in_pool(
         resource = "GPU" if on_gpu else "CPU"
         if workers > (available := _available(resource)):
             raise ValueError(
-                f"{workers} workers need a {resource} each, and Ray has {available}: set workers "
-                "to that, or to 1 for no Ray at all"
+                f"{workers} workers need one {resource} each, but Ray has {available}: set workers "
+                f"to {available}, or to 1 to run without Ray"
             )
         worker = ray.remote(
             num_gpus=int(on_gpu),
@@ -144,14 +144,17 @@ def write_shards_in_pool(
         try:
             failures = [failure for _, failure in zip(progress(shards), results, strict=True)]
         except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-            failures = [f"workers died more than {RESTARTS} times, killed or out of memory"]
+            failures = [
+                f"a worker was killed or ran out of memory more than {RESTARTS} times: lower "
+                "batch_tokens"
+            ]
             if getattr(error, "actor_init_failed", False):  # it has no module that `load` needs
                 failures = [f"a worker did not start: {str(error).splitlines()[-1]}"]
         finally:
             for actor in actors:
                 ray.kill(actor)
     if failure := next(filter(None, failures), ""):
-        raise RuntimeError(f"{failure} (complete shards are kept: run 02 again to go on)")
+        raise RuntimeError(f"{failure} (complete shards are kept: run 02 again to resume)")
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def prepare_teacher(
     name = f"{config.artifacts_dir}/teachers/{config.name}-{made_from.digest}"
     folder = sealed.SealedFolder(project_paths.project_path(name), "fine_tuning.json")
     # The lock is beside the folder, which is replaced as a whole.
-    with locks.locked(folder.path.with_name(f".{folder.path.name}.lock"), "a fine-tuning"):
+    with locks.locked(folder.path.with_name(f".{folder.path.name}.lock"), "a fine-tuning run"):
         files.remove_leftovers(folder.path)
         try:
             history = folder.check()["history"]

@@ -47,7 +47,7 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
     if not answer_ids:
         raise ValueError(
             f"answer {answer[:40]!r} has no token of its own after {prompt[-40:]!r}: this "
-            "tokenizer joins them and cannot be used"
+            "tokenizer joins prompt and answer: choose another tokenizer"
         )
     return prompt_ids, answer_ids
 
@@ -56,7 +56,8 @@ def encode_example(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int],
     """Ids of a training sequence: the prompt's, and the answer's followed by the end token."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "the tokenizer has no end token (eos_token): a model trained with it would never stop"
+            "the tokenizer has no end token (eos_token): a model trained with it would never stop; "
+            "choose a tokenizer with an eos_token"
         )
     prompt_ids, answer_ids = encode_pair(tokenizer, prompt, answer)
     return prompt_ids, answer_ids + [tokenizer.eos_token_id]
@@ -130,7 +131,7 @@ def encode_table(
             prompt_ids, answer_ids = encode_example(tokenizer, prompt, answer)
             if not prompt_ids:
                 raise ValueError(
-                    f"this tokenizer has no token for its prompt {prompt[:40]!r}: leave the row "
+                    f"this tokenizer has no token for the prompt {prompt[:40]!r}: leave the row "
                     "out, or choose another tokenizer"
                 )
         except ValueError as error:

@@ -112,9 +112,9 @@ def byte_ends(tokenizer: Any, vocabulary: Vocabulary, text: str, ids: Sequence[i
 
 def _ends_by_offsets(tokenizer: Any, text: str, ids: Sequence[int]) -> np.ndarray:
     encoded = tokenizer(text, return_offsets_mapping=True)
-    own, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    added = set(ids[len(own) :])
-    if list(ids[: len(own)]) != own or not added <= set(tokenizer.all_special_ids):
+    encoded_ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    added = set(ids[len(encoded_ids) :])
+    if list(ids[: len(encoded_ids)]) != encoded_ids or not added <= set(tokenizer.all_special_ids):
         raise ValueError(
             f"its tokens do not spell {text[-40:]!r}: prompt and answer are joined into one token"
         )
@@ -175,8 +175,9 @@ def compared(teacher: Vocabulary, student: Vocabulary) -> str:
     if same_pieces(teacher, student):
         return "teacher and student have the same tokenizer"
     return (
-        f"teacher and student share {len(shared_pieces(teacher, student).teacher):,} pieces of "
-        f"{len(teacher.pieces):,} and {len(student.pieces):,}: notebook 06 shows the alignment"
+        f"teacher and student share {len(shared_pieces(teacher, student).teacher):,} pieces "
+        f"(teacher {len(teacher.pieces):,}, student {len(student.pieces):,}): notebook 06 shows "
+        "the alignment"
     )
 
 

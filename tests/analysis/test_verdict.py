@@ -101,13 +101,12 @@ def answers(*given: dict, interaction: list[float] = (), rows: float = 0.01) -> 
             ("undecided", "worse", "undecided"),
             "Not shown. Worse: attention.",
         ),  # the others may yet help
-        (("worse", "worse", "equivalent"), "No: worse: hidden_state, attention; equal: combined."),
-        (("worse", "worse", "worse"), "No: worse: hidden_state, attention, combined."),
+        (("worse", "worse", "equivalent"), "No. Worse: hidden_state, attention; equal: combined."),
+        (("worse", "worse", "worse"), "No. Worse: hidden_state, attention, combined."),
         (
             ("better on these rows", "undecided", "worse on these rows"),
-            "Not shown beyond these validation rows, where hidden_state better than black_box, "
-            "combined worse than "
-            "black_box.",
+            "Not shown beyond these validation rows, where hidden_state is better than black_box, "
+            "combined is worse than black_box.",
         ),
         (
             ("equivalent", "equivalent", "equivalent"),
@@ -139,7 +138,7 @@ def test_two_of_three_equal_methods_are_no_proof_that_nothing_helps():
         ("not tested", "Not tested."),
         (
             "better on these rows",
-            "Not shown beyond these validation rows, where attention better than hidden_state.",
+            "Not shown beyond these validation rows, where attention is better than hidden_state.",
         ),
     ],
 )
@@ -151,7 +150,7 @@ def test_which_helps_more(outcome, answer):
     "outcomes, answer",
     [
         (("better", "better"), "Yes: better than either alone."),
-        (("better", "undecided"), "Not shown: better than hidden_state, but not than both."),
+        (("better", "undecided"), "Not shown: better than hidden_state only."),
         (("worse", "better"), "No: worse than hidden_state."),
         (("equivalent", "equivalent"), "No additional benefit (equal within 1 point)."),
         (("undecided", "equivalent"), "Not shown."),
@@ -167,7 +166,11 @@ def test_does_combining_help(outcomes, answer):
 
 @pytest.mark.parametrize(
     "outcome, answer",
-    [("better", "Yes."), ("worse", "No: they make it worse."), ("undecided", "Not shown.")],
+    [
+        ("better", "Yes."),
+        ("worse", "No: the logits lower the accuracy."),
+        ("undecided", "Not shown."),
+    ],
 )
 def test_does_the_teacher_help_at_all(outcome, answer):
     assert answers(row("teacher", "black_box", "task_only", outcome))["teacher"] == answer
@@ -181,7 +184,7 @@ def test_does_it_depend_on_the_task():
         == "Not shown, which is not the same as independence."
     )
     assert answers(*rows, interaction=[0.9, 0.047, 0.3], rows=0.2)["task"] == (
-        "Not shown, beyond these validation rows: attention."
+        "Not shown beyond these validation rows, where it does for attention."
     )
     assert answers(*rows, interaction=[np.nan] * 3)["task"] == "Not tested."
 
@@ -252,7 +255,7 @@ def test_better_by_less_than_the_margin_is_still_similar():
 def test_a_null_result_says_what_could_have_been_found_and_is_no_equality():
     null = formatting.sentence(row("white_box", "attention", "black_box", "undecided"), 0.01)
     assert (
-        "neither a difference nor equality is shown; 7 pairs find 5.0 points with power 0.8."
+        "neither a difference nor equality is shown; 7 pairs detect a difference of 5.0 points with power 0.8."
         in null
     )
     assert "7 of 7 pairs" in null and "+0.2 points [-0.8, +1.2]" in null

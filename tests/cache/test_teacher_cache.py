@@ -234,7 +234,7 @@ def test_a_second_run_on_one_cache_is_refused_and_names_the_first(tmp_path):
     [
         (
             lambda f: (f / "manifest.json").unlink(),
-            "manifest.json is missing: run 02 again, it keeps the files that are whole",
+            r"manifest.json is missing: run 02 again \(whole files are kept\)",
         ),
         (
             lambda f: (f / "manifest.json").write_text("{"),
@@ -305,10 +305,10 @@ def test_a_folder_that_was_renamed_or_filled_with_another_cache_is_refused_by_na
         whose = f"{foreign.name[:-20]}-DATE-{foreign.name[-8:]}"
         with pytest.raises(
             CacheError,
-            match=f"{mine.name}/manifest.json is from the cache {whose}: .* run 02 again",
+            match=f"{mine.name}/manifest.json belongs to the cache {whose} .* run 02 again",
         ):
             find_cache(tmp_path, "toy")
-        with pytest.raises(CacheError, match="it was copied here, or the folder was renamed"):
+        with pytest.raises(CacheError, match="copied here, or the folder was renamed"):
             check_files(renamed)
         assert (
             write_named(tmp_path, "toy", {"data": "a"}, model) == mine

@@ -45,7 +45,8 @@ def test_a_trial_gets_one_gpu_where_there_is_one_unless_told(asked, device, give
             1,
             None,
             "cuda",
-            "device = 'cuda', but a trial gets 0 GPUs .*: set device to 'auto' or 'cpu'",
+            "device = 'cuda', but a trial gets 0 GPUs .*: set device to 'auto' or 'cpu', or "
+            "raise --gpus-per-trial if",
         ),
         (1, None, "cuda:1", "device = 'cuda:1'"),
         (-1, None, "auto", "cannot ask for -1 CPUs"),

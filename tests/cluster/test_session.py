@@ -85,7 +85,7 @@ except ValueError as error:
         ).stdout.strip()
 
     assert told().endswith(
-        "where HOME is not writable, name a file that holds one in RAY_AUTH_TOKEN_PATH"
+        "if HOME is not writable, set RAY_AUTH_TOKEN_PATH to a file with a token"
     )
     (tmp_path / "token").write_text("0123456789abcdef" * 4)
     assert told(RAY_AUTH_TOKEN_PATH=str(tmp_path / "token")) == "runs"

@@ -85,7 +85,9 @@ def test_words_are_normalised():
 
 
 def test_what_is_no_prompt_is_refused():
-    with pytest.raises(ValueError, match="no gsm8k prompt: 'How many.'.*run 01_prepare_data again"):
+    with pytest.raises(
+        ValueError, match="not a prompt of gsm8k: 'How many.'.*run 01_prepare_data again"
+    ):
         question_words("gsm8k", "How many?")
     with pytest.raises(ValueError, match="unknown task 'boolq'"):
         question_words("boolq", "Yes?")

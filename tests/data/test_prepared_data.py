@@ -276,19 +276,18 @@ def test_what_a_seal_does_not_find_is_found_in_the_rows(folder, tmp_path):
             cell("choices", [" no"]),
             r"train.parquet, row 0: choices = \[' no'\], expected \[' negative', ' positive'\]",
         ),
-        (cell("gold", "2"), "train.parquet, row 0: gold = '2', expected 0 to 1"),
+        (cell("gold", "2"), "train.parquet, row 0: gold = '2', expected a choice's number, 0 to 1"),
         (
             cell("answer", " yes\nno"),
             r"train.parquet, row 0: answer = ' yes\\nno', expected ' (posi|nega)tive', since",
         ),
         (
             cell("example_id", prepared.train["example_id"][1]),
-            "train.parquet, row 1: example_id '.*' is that of train.parquet, row 0 too, expected "
-            "one of its own",
+            "train.parquet, row 1: example_id '.*' is already used by train.parquet, row 0",
         ),
         (
             cell("example_id", prepared.validation["example_id"][0]),
-            "validation.parquet, row 0: example_id '.*' is that of train.parquet, row 0 too",
+            "validation.parquet, row 0: example_id '.*' is already used by train.parquet, row 0",
         ),
         (
             lambda table: pd.concat(

@@ -114,13 +114,21 @@ def test_content_key_ignores_space_case_and_subject_line():
 @pytest.mark.parametrize(
     "name, columns, message",
     [
-        ("sst2/train", {"label": [0, 1, 2, 1]}, "row 2: gold = '2', expected 0 to 1"),
+        (
+            "sst2/train",
+            {"label": [0, 1, 2, 1]},
+            "row 2: gold = '2', expected a choice's number, 0 to 1",
+        ),
         (
             "sst2/train",
             {"label": [0, -1, 0, 1]},
             "row 1: gold = '-1'.*this split has no labels",
         ),
-        ("sst2/train", {"label": [0.0, 1.0, 0.0, 1.0]}, "row 0: gold = '0.0', expected 0 to 1"),
+        (
+            "sst2/train",
+            {"label": [0.0, 1.0, 0.0, 1.0]},
+            "row 0: gold = '0.0', expected a choice's number, 0 to 1",
+        ),
         (
             "sst2/train",
             {"sentence": ["a", None, "c", "d"]},
@@ -131,11 +139,12 @@ def test_content_key_ignores_space_case_and_subject_line():
             {"choices": [["a", "b", "c"]] * 5},
             r"row 0: choices = .*expected a list of 4 texts",
         ),
-        ("mmlu/test", {"answer": [4] * 5}, "row 0: gold = '4', expected 0 to 3"),
+        ("mmlu/test", {"answer": [4] * 5}, "row 0: gold = '4', expected a choice's number, 0 to 3"),
         (
             "gsm8k/train",
             {"answer": ["#### 5", "twelve", "#### 1"]},
-            "row 1: answer = ' twelve', expected it to end in a final answer",
+            "row 1: answer = ' twelve', expected an answer that ends in a final answer, "
+            "its gold, ''",
         ),
     ],
 )
@@ -170,7 +179,7 @@ def test_missing_folder_file_and_column(folder, tmp_path):
     with pytest.raises(ValueError, match=r"no column label \(it has sentence, labels\)"):
         load_task("sst2", "train", data_dir=folder)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ValueError, match="no whole parquet file"):
+    with pytest.raises(ValueError, match="not a complete parquet file"):
         load_task("sst2", "train", data_dir=folder)
 
 
@@ -205,7 +214,9 @@ def test_the_hubs_files_are_read_as_a_folders(folder, tmp_path, monkeypatch):
     ):
         load_task("gsm8k", "test")
     (tmp_path / "snapshot/main/train-00001-of-00002.parquet").write_text("<html>")
-    with pytest.raises(ValueError, match="train-00001-of-00002.parquet is no whole parquet file"):
+    with pytest.raises(
+        ValueError, match="train-00001-of-00002.parquet is not a complete parquet file"
+    ):
         load_task("gsm8k", "train")
 
 

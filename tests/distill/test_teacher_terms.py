@@ -461,7 +461,7 @@ def test_what_does_not_agree_is_compared_over_shared_pieces(tmp_path):
     other = Vocabulary([b"%d" % (i + 50) for i in range(96)] + [b"end"], VOCABULARY.kinds)
     teacher_terms = terms_of_cache(cache, tiny_llama(seed=1), other, config())
     assert len(teacher_terms["kd"].shared.teacher) == 47
-    words = "over 47 shared pieces, beside 50 of the teacher and 50"
+    words = "over 47 shared pieces (not shared: 50 of the teacher, 50 of the student)"
     assert words in teacher_terms.about()
     # the same pieces, more output rows
     larger = terms_of_cache(cache, tiny_llama(vocab=120), VOCABULARY, config())
@@ -495,14 +495,18 @@ def test_a_term_that_nobody_registered_is_named(tmp_path, monkeypatch):
         (
             {},
             {"hidden_layers": "uniform"},
-            "holds the teacher's hidden of layers 2, not of 1: set hidden_layers in the",
+            "holds 'hidden' of the teacher's layers 2, not of 1: set hidden_layers in the",
         ),
-        ({}, {"attention_layers": "1:1"}, "attention of layers 2, not of 1: set attention_layers"),
+        (
+            {},
+            {"attention_layers": "1:1"},
+            "'attention' of the teacher's layers 2, not of 1: set attention_layers",
+        ),
         ({}, {"paired_layers": 3, "hidden_layers": "random"}, "paired_layers = 3"),
         (
             {"signals": "top_k"},
             {"distill_type": "hidden_state"},
-            "holds 'top_k' and no hidden: name it in `signals` .'white_box' has hidden",
+            "holds 'top_k' without 'hidden': add hidden to `signals` .'white_box' has hidden",
         ),
         (
             {"signals": "top_k"},

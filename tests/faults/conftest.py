@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from sweeps import LONG, SMALL, Command
 
 TALLY: Counter[str] = Counter()
@@ -49,27 +48,26 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project root with one whole sweep of four trials, `runs/toy-2`, and the files that it was
-    started with.
+def undisturbed(
+    once: Callable[[str, Callable[[Path], None]], Path], with_toy: Callable[[Path], None]
+) -> Path:
+    """A project root with one whole sweep, `runs/toy-2`, and the files that it was started with.
+
+    Two trials, one of each method; four under `make faults`.
     """
-    home = tmp_path_factory.getbasetemp() / "undisturbed"
-    if os.environ.get("PYTEST_XDIST_WORKER"):  # one sweep for the test processes together
-        home = home.parents[1] / "undisturbed"
-    with FileLock(f"{home}.lock"):
-        if not (home / "seconds").exists():
-            _sweep(home)
-    return home
 
+    def sweep(home: Path) -> None:
+        with_toy(home)
+        small = "\n".join(f"{key}: {value}" for key, value in SMALL.items())
+        (home / "small.yaml").write_text(small)
+        grid = f"distill_type: [black_box, combined]\nseed: {[0, 1] if LONG else [0]}\n"
+        (home / "grid2.yaml").write_text(grid)
+        command = Command(home, "sweep", home / "small.yaml", "--grid", home / "grid2.yaml")
+        status, output = command.wait()
+        assert status == 0, output[-3000:]
+        (home / "seconds").write_text(str(time.monotonic() - command.began))
 
-def _sweep(home: Path) -> None:
-    home.mkdir(exist_ok=True)
-    (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
-    (home / "grid2.yaml").write_text("distill_type: [black_box, combined]\nseed: [0, 1]\n")
-    command = Command(home, "sweep", home / "small.yaml", "--grid", home / "grid2.yaml")
-    status, output = command.wait()
-    assert status == 0, output[-3000:]
-    (home / "seconds").write_text(str(time.monotonic() - command.began))
+    return once("undisturbed", sweep)
 
 
 @pytest.fixture

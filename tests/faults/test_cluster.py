@@ -143,8 +143,8 @@ def test_one_that_fails_does_not_stop_27_others_and_tells_why(home, nodes, tried
     )
     causes = failed(run_dir)
     assert causes[raises] == "FloatingPointError: the loss is not finite"
-    assert causes[killed].startswith("the kernel died")
-    assert causes[hungry].startswith("out of memory, lower micro_batch_size and eval_batch_size (")
+    assert causes[killed].startswith("the kernel was killed or")
+    assert causes[hungry].startswith("out of memory: lower the batch sizes (03: micro_batch_size, ")
     for trial, cause in causes.items():
         assert f"{trial}: FAILED: {cause}" in output
     said_plainly(output)
@@ -319,7 +319,7 @@ def test_a_stopped_command_leaves_no_trial_running_on_the_cluster_and_goes_on(ho
         assert ended(told["pid"]), "its kernel goes on without it"
         if stop == "Ctrl-C":
             assert status == 130 and output.splitlines()[-1].startswith(
-                "stopped; what is done is kept"
+                "stopped; finished trials are kept"
             ), output
     hold(home, False)
     status, output = sweep(home, nodes, *ON_GPU).wait()

@@ -204,7 +204,7 @@ def test_a_whole_folder_of_another_is_found_before_use(places, tmp_path, tried):
     shutil.copytree(other_cache, copied)
     with pytest.raises(
         ValueError,
-        match=f"{cache.name}/manifest.json is from the cache toy-DATE-{other_cache.name[-8:]}",
+        match=f"{cache.name}/manifest.json belongs to the cache toy-DATE-{other_cache.name[-8:]}",
     ):
         open_cache(copied)
     with pytest.raises(ValueError, match="other/manifest.json was copied here from the data 'toy'"):

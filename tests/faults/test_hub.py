@@ -52,12 +52,12 @@ STATUS = {
     "missing_401": (
         401,
         {"X-Error-Code": "RepoNotFound"},
-        "none of that name, or it is private: check the name",
+        "the hub has no (model|dataset) of that name, or it is private: check the name",
     ),
     "missing_404": (
         404,
         {"X-Error-Code": "RepoNotFound"},
-        "none of that name, or it is private: check the name",
+        "the hub has no (model|dataset) of that name, or it is private: check the name",
     ),
     "revision_404": (
         404,
@@ -80,11 +80,12 @@ STATUS = {
 }
 #: What stands between us and the hub.
 NETWORK = {
-    "hang": "no whole answer .*timed out.*check the network",
-    "reset": "no whole answer .*Connection reset by peer.*check the network",
-    "html": "no whole answer .*is not the hub: a login page.*check the network",
-    "garbage": "no whole answer .*check the network",
-    "loop": "no whole answer .*[Rr]edirect.*check the network",
+    "hang": "no complete answer .*timed out.*check the network",
+    "reset": "no complete answer .*Connection reset by peer.*check the network",
+    "html": "no complete answer .*does not answer like the hub: check for a network login page.*"
+    "check the network",
+    "garbage": "no complete answer .*check the network",
+    "loop": "no complete answer .*[Rr]edirect.*check the network",
 }
 MESSAGES = {**{name: message for name, (*_, message) in STATUS.items()}, **NETWORK}
 #: The same once the hub has answered: in the list of files, or (late) with a file itself.
@@ -94,10 +95,10 @@ LATE = {
     "late_limited_429": MESSAGES["limited_429"],
     "late_broken_503": MESSAGES["broken_503"],
     "late_reset": MESSAGES["reset"],
-    "late_html": "no whole answer .*should be of size",
-    "late_restart": "no whole answer .*peer closed connection",
+    "late_html": "no complete answer .*should be of size",
+    "late_restart": "no complete answer .*peer closed connection",
 }
-SLOW = {"late_cut": "no whole answer .*peer closed connection", "late_hang": MESSAGES["hang"]}
+SLOW = {"late_cut": "no complete answer .*peer closed connection", "late_hang": MESSAGES["hang"]}
 CALLS = ("tokenizer", "model", "fingerprint", "data")
 HASTY = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
 
@@ -368,7 +369,7 @@ def refused(answer: SimpleNamespace, name: str, message: str, seconds: float) ->
     assert re.search(
         "or name a folder that holds the model|or set data_dir to a folder with "
         "gsm8k/train.parquet|"
-        "give what `save_pretrained` writes|choose another split",
+        "give a folder that save_pretrained wrote|choose another split",
         answer.text,
     )
     assert answer.seconds < seconds
@@ -421,13 +422,13 @@ def test_what_the_hub_has_not_is_said(ask, tried):
     refused(
         ask("model", "without_weights/model"),
         "without_weights/model",
-        "not in .*safetensors.*give what `save_",
+        "not all in .*safetensors.*give a folder that save_",
         8,
     )
     refused(
         ask("model", "without_config/model"),
         "without_config/model",
-        "config.json.*give what `save_pretrained`",
+        "config.json.*give a folder that save_pretrained",
         8,
     )
     refused(
@@ -479,7 +480,12 @@ def test_without_the_hub_the_cache_is_used_if_it_is_whole(ask, asking, hub, slow
     for call in CALLS:
         name = f"never/{'rows' if call == 'data' else 'model'}"
         answer = offline(call, name)
-        refused(answer, name, "HF_HUB_OFFLINE is set and the cache does not hold it: unset it", 8)
+        refused(
+            answer,
+            name,
+            "HF_HUB_OFFLINE is set and the local cache has no copy: unset HF_HUB_OFFLINE",
+            8,
+        )
         assert not answer.requests
         tried(FAULT)
 
@@ -491,7 +497,10 @@ def test_nothing_listens(asking, tried):
         for call in CALLS:
             name = f"never/{'rows' if call == 'data' else 'model'}"
             refused(
-                ask(call, name), name, "no whole answer .*Connection refused.*check the network", 45
+                ask(call, name),
+                name,
+                "no complete answer .*Connection refused.*check the network",
+                45,
             )
             tried(FAULT)
 

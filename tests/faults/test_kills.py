@@ -74,7 +74,7 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(
         # a killed kernel leaves its trial failed, as a fourth worker does: the same command does it
         # again
     ):
-        assert "the kernel died" in output or "was lost 4 times" in output
+        assert "the kernel was killed or" in output or "was lost 4 times" in output
         status, output = sweep(prepared).wait()
     assert status == 0, output[-2000:]
     assert finished.items() <= whole_trials(run_dir).items()
@@ -110,7 +110,9 @@ def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(
         command.interrupt(how)
         status, output = command.wait(timeout=60)
         assert command.orphans(within=10 - (time.monotonic() - pressed)) == [], f"at {moment:.1f} s"
-        if status == 0 and len(before) == 4:  # it was on its way out
+        if status == 0 and len(before) == len(
+            results(undisturbed / "runs" / "toy-2")
+        ):  # it was on its way out
             shutil.rmtree(run_dir / "trials")
             continue
         # While Ray starts, a handler of its C++ side may be in force, which aborts.
@@ -118,7 +120,7 @@ def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(
             assert status == 130, output
             assert (
                 output.splitlines()[-1]
-                == "stopped; what is done is kept: run the same command again to go on"
+                == "stopped; finished trials are kept: run the same command again to resume"
             )
             assert "Traceback" not in output
         assert before.items() <= whole_trials(run_dir).items()

@@ -18,7 +18,7 @@ EPOCH_SECONDS = "time.sleep(0.3)"
 
 
 def test_a_sweep_of_many_short_trials(tmp_path, times, tried):
-    count = times(20, 280)
+    count = times(12, 280)
     project = stubs.stub_project(tmp_path)
     notebook = project / "notebooks" / "03_train_student.ipynb"
     assert EPOCH_SECONDS in notebook.read_text()

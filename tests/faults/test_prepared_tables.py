@@ -273,8 +273,9 @@ def require_clear(error: ValueError) -> None:
             "expected",
             "has no column",
             "has no rows",
-            "no whole parquet file",
-            "cannot be used",
+            "not a complete parquet file",
+            "is already used by",
+            "joins prompt and answer",
             "has no token",
         )
     ), message

@@ -58,13 +58,8 @@ def test_any_flipped_bit_is_found_and_its_trial_is_redone(run_dir, times, tried)
 
 
 def test_any_flipped_bit_of_a_real_run_is_found(tmp_path, times, tried):
-    shutil.copytree(ROOT / "runs" / "2026-11-22-toy-3", tmp_path / "toy")
-    for vouched_by_nothing in (
-        "analysis.csv",
-        "comparisons.csv",
-        "verdict.txt",
-    ):  # 04 did not yet say what it wrote
-        (tmp_path / "toy" / vouched_by_nothing).unlink()
+    shutil.copytree(ROOT / "runs" / "2026-11-28-toy", tmp_path / "toy")
+    (tmp_path / "toy" / "README.md").unlink()  # written by hand
     flip(tmp_path / "toy", n := times(8, 200), seed=2)
     tried("byte of a record flipped", n)
 
@@ -164,19 +159,17 @@ def test_every_record_of_this_project_is_as_it_was_written(folder):
     problems, (done, planned) = check.check_run(folder), check.count_done(folder)
     if not (folder / run_folder.PLAN).exists():  # speeds, which no sweep wrote
         assert problems == [
-            f"{run_folder.PLAN} is missing: no sweep wrote this folder, so its planned trials are "
-            f"not known"
+            f"{run_folder.PLAN} is missing, so the planned trials are not known: give a folder of a "
+            f"sweep"
         ]
         return
     assert [problem for problem in problems if not problem.endswith(": missing")] == []
     assert done + len(problems) == planned
     before = {
-        "2026-11-22-toy-3": (36, 36),
-        "2026-11-22-toy-2": (28, 28),
-        "2026-11-22-toy": (28, 28),
-        "2026-11-22-toy-2-task-only": (7, 7),
-        "2026-11-22-toy-gamma-attention": (48, 48),
-        "2026-11-22-smol": (8, 28),
+        "2026-11-28-toy": (36, 36),
+        "2026-11-28-toy-cross": (36, 36),
+        "2026-11-28-toy-layers": (100, 100),
+        "2026-11-28-toy-gamma-attention": (48, 48),
         "2026-11-22-smol-2": (36, 36),
         "2026-11-22-smol-cross": (6, 36),
     }

@@ -100,7 +100,7 @@ def test_a_trial_killed_after_an_epoch_goes_on_to_the_same_bits(with_dropout, ep
         metrics = read_record(with_dropout / "runs" / run / "trials" / TRIAL)
         assert metrics["resumed_after"] == reached >= epoch
         assert (
-            f"continues after epoch {metrics['resumed_after']}"
+            f"resumes after epoch {metrics['resumed_after']}: an earlier execution was killed"
             in (with_dropout / f"{run}.ipynb").read_text()
         )
         assert not saved.exists() and not list(saved.parent.glob("*.safetensors")), (

@@ -335,7 +335,7 @@ def test_trials_of_another_torch_are_told_of_though_they_are_not_run_again(
     assert (
         "warning: trials differ in versions: black_box_seed0, black_box_seed1 and 1 more against "
         "attention_seed1: "
-        "remove the trials of one kind from trials/ and run again" in capsys.readouterr().err
+        "remove one of these groups from trials/ and run the sweep again" in capsys.readouterr().err
     )
     for name in ("black_box_seed0", "black_box_seed1", "attention_seed0"):
         shutil.rmtree(home / "runs" / "stub" / "trials" / name)
@@ -368,7 +368,7 @@ def test_a_trial_during_which_the_code_changed_is_not_taken_for_one_of_the_new_c
     shown = capsys.readouterr().err
     assert (
         "attention_seed0: FAILED: " in shown
-        and "the code changed (kd_utils/analysis/tables.py) while it ran" in shown
+        and "the code changed (kd_utils/analysis/tables.py) while the trial ran" in shown
     )
     assert planned(home, capsys)["attention_seed0"].startswith("failed")
     tried("data, tokenizer, teacher, student, config or code changed")
@@ -412,7 +412,7 @@ def test_an_edit_while_a_sweep_runs_a_second_sweep_and_a_kill_end_in_trials_of_o
     told = begun(home, 2, again)
     again.kill("driver")
     _, output = again.wait()
-    assert "black_box_seed0: stale, code changed (kd_utils/records/trial_record.py)" in output, (
+    assert "black_box_seed0: stale: code changed (kd_utils/records/trial_record.py)" in output, (
         output
     )
     assert ended(told["pid"])

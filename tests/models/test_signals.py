@@ -197,7 +197,8 @@ def test_a_head_that_does_something_unknown_is_refused():
     for model in (Shifted(tiny_llama().config).eval(), HyperCLOVAXForCausalLM(multiplies).eval()):
         with pytest.raises(
             ValueError,
-            match="^[^\n]*more than a matrix product, scaling and soft-capping.*top_k.*$",
+            match="^[^\n]*more than a matrix product, scaling and soft-capping .*set signals to "
+            ".top_k.*$",
         ):
             require_known_head(model, ids)
 
@@ -205,7 +206,7 @@ def test_a_head_that_does_something_unknown_is_refused():
 def test_a_head_with_a_bias_is_refused():
     model = tiny_llama()
     model.lm_head = torch.nn.Linear(32, 97)
-    with pytest.raises(ValueError, match="lm_head has a bias.*top_k"):
+    with pytest.raises(ValueError, match="lm_head has a bias: as a teacher, set signals to .top_k"):
         output_head(model)
 
 

@@ -13,10 +13,11 @@ import nbformat
 import pandas as pd
 import pytest
 
+from kd_utils.__main__ import main
 from kd_utils.config.notebook_files import notebook_path
 from kd_utils.config.project_paths import ROOT
 from kd_utils.config.stages import NOTEBOOKS
-from kd_utils.speed.meters import FLOORS
+from kd_utils.speed.meters import GOALS
 
 SMALL = {
     "train_rows": "sst2:24 mmlu:16 gsm8k:16",
@@ -36,6 +37,7 @@ TRIALS = [
     "task_only_seed0",
     "untrained_seed0",
 ]
+TOY = "2026-11-28-toy"  # the kept record of the whole toy
 PAPERMILL = ROOT / "tests" / "papermill_cli.py"
 GRID = "distill_type: [untrained, task_only, black_box, attention]\ngamma_attention: [0.1, 10.0]\nseed: [0]\n"
 
@@ -51,6 +53,13 @@ def run(home, command, *arguments, **env):
     )
 
 
+def evaluated(home, model, task, split, out, *more):
+    """`python -m kd_utils evaluate`, in this process."""
+    where = ("--data-dir", home / "artifacts/embedded/toy/data", "--out", out)
+    what = ["evaluate", model, "--task", task, "--split", split, *where, *more]
+    assert main(list(map(str, what))) == 0
+
+
 def with_prompts(home, predictions):
     """Predictions of a trial with the prompts of the prepared data beside them."""
     prepared = pd.read_parquet(home / "artifacts/data/toy/validation.parquet")
@@ -58,9 +67,10 @@ def with_prompts(home, predictions):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, with_toy):
     """A project root of its own (KD_ROOT), with one finished sweep of five trials."""
     home = tmp_path_factory.mktemp("home")
+    with_toy(home)
     (home / "small.yaml").write_text("\n".join(f"{key}: {value}" for key, value in SMALL.items()))
     (home / "grid.yaml").write_text(GRID)
     done = run(home, "kd_utils", "sweep", home / "small.yaml", "--grid", home / "grid.yaml")
@@ -177,21 +187,7 @@ def test_the_untrained_student_has_the_weights_that_every_trial_starts_from(home
     [row] = json.loads((folder / "untrained_seed0" / "metrics.json").read_text())["epochs"]
     assert row["epoch"] == 0 and "train_loss" not in row
     out = home / "untrained.parquet"
-    done = run(
-        home,
-        "kd_utils",
-        "evaluate",
-        home / "artifacts/embedded/toy/student",
-        "--data-dir",
-        home / "artifacts/embedded/toy/data",
-        "--task",
-        "sst2",
-        "--split",
-        "validation",
-        "--out",
-        out,
-    )
-    assert done.returncode == 0, done.stderr
+    evaluated(home, home / "artifacts/embedded/toy/student", "sst2", "validation", out)
     mine = pd.read_parquet(folder / "untrained_seed0" / "predictions.parquet").query(
         "task == 'sst2'"
     )
@@ -201,12 +197,16 @@ def test_the_untrained_student_has_the_weights_that_every_trial_starts_from(home
         assert list(one) == pytest.approx(list(other), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "record, comparisons", [("2026-11-22-toy-3", 3), ("2026-11-22-toy-2-task-only", 0)]
-)
-def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, record, comparisons):
-    """All methods at seven seeds; and a run of one method, which leaves nothing to compare."""
-    shutil.copytree(ROOT / "runs" / record, tmp_path / "runs" / record)
+@pytest.mark.parametrize("comparisons", [3, 0])
+def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, comparisons):
+    """All methods at seven seeds; and one method's trials, which leave nothing to compare."""
+    record = tmp_path / "runs" / TOY
+    shutil.copytree(ROOT / "runs" / TOY, record)
+    if not comparisons:
+        (record / "sweep.json").unlink()
+        for path in record.glob("trials/*"):
+            if not path.name.startswith("task_only"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
     out = tmp_path / "04.ipynb"
     done = run(
@@ -216,11 +216,11 @@ def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, record, comparison
         out,
         "-p",
         "name",
-        record[11:],
+        "toy",
         "--no-progress-bar",
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    compared = pd.read_csv(tmp_path / "artifacts" / "analysis" / record / "comparisons.csv")
+    compared = pd.read_csv(tmp_path / "artifacts" / "analysis" / TOY / "comparisons.csv")
     white_box = compared[(compared["question"] == "white_box") & (compared["metric"] == "macro")]
     assert len(white_box) == comparisons and white_box["p_holm"].between(3 * 2 / 2**7, 1).all()
     assert (white_box["low"] < white_box["difference"]).all() and (white_box["pairs"] == 7).all()
@@ -280,25 +280,8 @@ def test_the_saved_student_is_evaluated_as_it_was_in_its_trial(home):
     predictions = pd.read_parquet(home / "runs/toy/trials" / ATTENTION / "predictions.parquet")
     for task, split in (("sst2", "validation"), ("mmlu", "test"), ("gsm8k", "test")):
         out = home / f"{task}.parquet"
-        done = run(
-            home,
-            "kd_utils",
-            "evaluate",
-            student,
-            "--data-dir",
-            home / "artifacts/embedded/toy/data",
-            "--task",
-            task,
-            "--split",
-            split,
-            "--out",
-            out,
-            "--max-new-tokens",
-            SMALL["max_new_tokens"],
-            "--precision",
-            "auto",
-        )
-        assert done.returncode == 0, done.stderr
+        limits = ("--max-new-tokens", SMALL["max_new_tokens"], "--precision", "auto")
+        evaluated(home, student, task, split, out, *limits)
         table = pd.read_parquet(out)
         assert {"row", "prompt", "gold", "prediction", "correct"} <= set(table.columns)
         mine = with_prompts(home, predictions[predictions["task"] == task])
@@ -312,17 +295,15 @@ def test_the_saved_student_is_evaluated_as_it_was_in_its_trial(home):
                 assert list(mine) == pytest.approx(list(theirs), abs=1e-4)
 
 
-def test_verify_looks_at_the_cache(home):
+def test_verify_looks_at_the_cache(home, capsys):
     [cache] = (home / "artifacts" / "cache").glob("toy-*")
-    assert run(home, "kd_utils", "verify", cache).returncode == 0
+    assert main(["verify", str(cache)]) == 0
     shard = next(cache.glob("train-*.parquet"))
     original = shard.read_bytes()
     shard.write_bytes(original[:-1])
-    broken = run(home, "kd_utils", "verify", cache)
+    status = main(["verify", str(cache)])
     shard.write_bytes(original)
-    assert (
-        broken.returncode == 1 and shard.name in broken.stderr and "Traceback" not in broken.stderr
-    )
+    assert status == 1 and shard.name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -359,7 +340,7 @@ def test_05_measures_and_leaves_a_record(tmp_path):
     done = run(tmp_path, "kd_utils", "bench", tmp_path / "small.yaml")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     record = json.loads((tmp_path / "runs/bench/speed.json").read_text())
-    assert set(FLOORS) - {"sweep_overhead_s"} <= {
+    assert set(GOALS) - {"sweep_overhead_s"} <= {
         key for key, value in record.items() if isinstance(value, float)
     }
     assert {"device", "shapes", "commit", "limits"} <= set(record) and set(record["limits"]) <= set(
@@ -448,10 +429,17 @@ def test_a_second_teacher_with_a_tokenizer_of_its_own(home):
             )
             assert done.returncode == 0, done.stderr[-3000:]
 
-    alone = run(home, *sweep)
-    assert (
-        alone.returncode == 1 and "no finished teacher cache of experiment 'other'" in alone.stderr
+    alone = run(
+        home,
+        PAPERMILL,
+        notebook_path("03_train_student"),
+        home / "alone.ipynb",
+        "-f",
+        home / "both.yaml",
+        "--no-progress-bar",
     )
+    assert alone.returncode != 0
+    assert "no finished teacher cache of experiment 'other'" in alone.stderr
     make_other("01_prepare_data", "02_cache_teacher")
     done = run(home, *sweep)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

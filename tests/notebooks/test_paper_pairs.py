@@ -112,8 +112,8 @@ def parameters_of(home, shared, name, teacher):
         (
             "mistral",
             {},
-            "logits over 24,184 shared pieces, beside 7,816 of the teacher and 7,816 of the "
-            "student",
+            "logits over 24,184 shared pieces (not shared: 7,816 of the teacher, 7,816 of the "
+            "student)",
         ),
         (
             "llama3",
@@ -122,8 +122,8 @@ def parameters_of(home, shared, name, teacher):
                 "hidden_layers": "uniform",
                 "attention_layers": "reversed",
             },
-            "logits over 26,601 shared pieces, beside 101,655 of the teacher and 5,399 of the "
-            "student; hidden of layers 1:1, 2:2 (teacher:student); attention of layers 2:1, 1:2 "
+            "logits over 26,601 shared pieces (not shared: 101,655 of the teacher, 5,399 of the "
+            "student); hidden of layers 1:1, 2:2 (teacher:student); attention of layers 2:1, 1:2 "
             "(teacher:student), 8 heads mixed to 4",
         ),
     ],

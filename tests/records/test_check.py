@@ -56,9 +56,10 @@ def test_check_names_what_is_wrong(run_dir, capsys):
         "attention_seed0: broken: attention_seed0/metrics.json is missing",
         "02_cache_teacher.ipynb: cell 3 was not run",
         "04_analyse_results.ipynb: cell 3 ended with KeyError: 'x'",
-        "trials/.black_box_seed0.partial-7.ipynb is left over from an execution that was stopped",
-        "trials/combined_seed0 belongs to no planned trial",
-        "trials/combined_seed0.ipynb belongs to no planned trial",
+        "trials/.black_box_seed0.partial-7.ipynb is left over from an execution that was stopped: "
+        "remove it",
+        "trials/combined_seed0 belongs to no planned trial: move it out of trials/",
+        "trials/combined_seed0.ipynb belongs to no planned trial: move it out of trials/",
         "results_summary.csv does not agree with the records: run the sweep again to write it anew",
     ]
     assert main(["check", str(run_dir)]) == 1
@@ -73,7 +74,7 @@ def test_check_of_other_folders(tmp_path, capsys):
         assert main(["check", str(tmp_path / name)]) == 2
     assert capsys.readouterr().err.startswith("error: no run folder")
     assert check.check_run(tmp_path) == [
-        "sweep.json is missing: no sweep wrote this folder, so its planned trials are not known"
+        "sweep.json is missing, so the planned trials are not known: give a folder of a sweep"
     ]
     (tmp_path / "sweep.json").write_text("{}")
     assert len(check.check_run(tmp_path)) == 1 and check.count_done(tmp_path) == (0, 0)
@@ -90,7 +91,7 @@ def test_trials_that_are_missing_failed_or_stale_are_named_with_why(run_dir):
     assert problems_of(run_dir) == [
         "black_box_seed0: failed: KeyError: 1",
         "attention_seed0: missing",
-        "attention_seed1: stale: teacher cache changed (this experiment's)",
+        "attention_seed1: stale: teacher cache changed (experiment)",
     ]
 
 
@@ -187,13 +188,13 @@ def test_a_results_table_that_says_something_else_is_named(run_dir):
         "results_summary.csv does not agree with the records: run the sweep again to write it anew"
     ]
     (run_dir / run_folder.SUMMARY).unlink()
-    assert check.check_run(run_dir) == ["results_summary.csv is missing"]
+    assert check.check_run(run_dir) == ["results_summary.csv is missing: run the sweep again"]
 
 
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("student", {"name": "tiny", "fingerprint": "0"}, "student tiny"),
+        ("student", {"name": "tiny", "fingerprint": "0"}, "initial weights of tiny"),
         ("precision", "torch.bfloat16", "precision"),
         ("code", {"kd_utils/losses.py": "1" * 12}, "code"),
         ("versions", metrics_of()["versions"] | {"torch": "1.0"}, "versions"),
@@ -292,7 +293,8 @@ def test_a_stage_in_anothers_place_is_named(run_dir):
         (run_dir / "02_cache_teacher.ipynb").read_bytes()
     )
     assert check.check_run(run_dir) == [
-        "01_prepare_data.ipynb is an execution of notebooks/02_cache_teacher.ipynb"
+        "01_prepare_data.ipynb is an execution of notebooks/02_cache_teacher.ipynb: run the sweep "
+        "again"
     ]
 
 
@@ -309,7 +311,7 @@ def test_links_and_devices_are_named_and_nothing_is_read(run_dir, tmp_path):
     (run_dir / "trials" / "loop").symlink_to(run_dir / "trials")
     os.mkfifo(run_dir / "trials" / "attention_seed0.failed.ipynb")
     assert check.check_run(run_dir) == [
-        f"{name} is a link or a device: remove it, nothing is read before"
+        f"{name} is a link or a device, so the folder is not read: remove it"
         for name in ("verdict.txt", "trials/attention_seed0.failed.ipynb", "trials/loop")
     ]
     assert check.count_done(run_dir) == (0, 0)

@@ -19,7 +19,7 @@ def test_status_says_why_a_trial_is_not_done(run_dir):
         return run_folder.trial_status(run_dir, trial, config_hash, made)
 
     assert status() == ("done", "") == status(**MADE)
-    assert status("d" * 16) == ("stale", "config changed (hash)")
+    assert status("d" * 16) == ("stale", "config changed (config_hash)")
     parameters = {"name": "other", "student": "larger", "seed": 0}
     why = run_folder.trial_status(run_dir, "attention_seed0", "d" * 16, parameters=parameters).why
     assert why == "config changed (student was 'tiny', is 'larger')"
@@ -64,7 +64,7 @@ def test_a_whole_record_goes_before_an_older_failure(run_dir):
     [
         (
             {"cache": {"name": "n", "content_hash": "l" * 64}},
-            "teacher cache changed (this experiment's)",
+            "teacher cache changed (experiment)",
         ),
         (
             {"more_caches": {"other": "l" * 64}},

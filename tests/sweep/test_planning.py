@@ -196,6 +196,6 @@ def test_a_name_that_is_too_long_with_method_and_seed_is_refused(stub_notebooks)
     grid = {"distill_type": ["black_box"], "seed": [0], "student": ["s" * 186]}
     with pytest.raises(
         ValueError,
-        match="a trial would be called 'black_box_seed0_student=s.*at most 200 characters",
+        match="the trial name 'black_box_seed0_student=s.*is longer than 200 characters: sweep fewer",
     ):
         planning.plan({}, grid, stub_notebooks / "runs" / "x")

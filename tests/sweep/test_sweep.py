@@ -21,8 +21,8 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
     shown = capsys.readouterr().out
     assert "combined_seed6                   missing" in shown
     assert (
-        "question white_box: 3 comparisons of 1 pairs, smallest corrected p 1.000, CANNOT be "
-        "significant" in shown
+        "question white_box: 3 x 1 pairs, smallest possible corrected p 1.000: NO effect can, add "
+        "seeds" in shown
     )
     assert "0 of 6 trials are done, 6 to run; records: runs/stub" in shown
     assert sorted(stub_notebooks.rglob("*")) == before
@@ -78,7 +78,7 @@ def test_a_folder_of_another_experiment_is_not_swept_over(stub_notebooks, capsys
         assert main(["sweep", str(stub_notebooks / "p.yaml"), *more]) == 2
         error = capsys.readouterr().err
         assert (
-            "runs/stub holds experiment 'other', and this is 'stub': give another --run-dir"
+            "runs/stub holds experiment 'other', but this sweep is of 'stub': give another --run-dir"
             in error
         )
 

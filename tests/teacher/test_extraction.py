@@ -125,7 +125,7 @@ def test_two_processes_do_not_fine_tune_one_teacher(base):
     def second(steps):
         with pytest.raises(
             ValueError,
-            match=r"in use by a fine-tuning \(process \d+ on .*: wait for it, or stop it",
+            match=r"in use by a fine-tuning run \(process \d+ on .*: wait for it, or stop it",
         ):
             prepare_teacher(config_for(base), ROWS, "data")
         return steps
@@ -204,7 +204,8 @@ def test_the_teachers_accuracy_is_of_the_caches_own_setting(base):
 
 def test_more_top_logits_than_there_are_is_one_line():
     with pytest.raises(
-        ValueError, match="top_k is 128, and the teacher has 97 logits: ask for fewer"
+        ValueError,
+        match="top_k = 128, but the teacher's vocabulary has 97 tokens: set top_k to 97 or",
     ):
         signal_function(tiny_llama(), signals="top_k", top_k=128, temperatures=[1.0])
 

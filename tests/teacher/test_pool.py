@@ -167,7 +167,7 @@ def test_a_missing_teacher_is_one_line(ray, tmp_path):
     missing = partial(load_signal_function, "artifacts/none", "", "cpu", torch.float32, HOW)
     with pytest.raises(
         RuntimeError,
-        match="FileNotFoundError: no model folder artifacts/none.*run 02 again to go on",
+        match="FileNotFoundError: no model folder artifacts/none.*run 02 again to resume",
     ):
         assemble(tmp_path, in_pool(tmp_path, missing))
     assert not list(tmp_path.glob("*")), "an empty folder goes away with its lock"
@@ -175,7 +175,7 @@ def test_a_missing_teacher_is_one_line(ray, tmp_path):
 
 def test_more_workers_than_there_are_cores_are_refused(ray, load, tmp_path):
     with pytest.raises(
-        ValueError, match="9 workers need a CPU each, and Ray has 2: set workers to that"
+        ValueError, match="9 workers need one CPU each, but Ray has 2: set workers to 2, or to 1"
     ):
         write_shards_in_pool(tmp_path, [], load, workers=9, on_gpu=False, batch_tokens=LIMIT)
 

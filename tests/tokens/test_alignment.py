@@ -102,6 +102,8 @@ def test_an_example_whose_tokens_do_not_spell_its_text_is_named():
         Example("abc", np.array(ids, np.int32), 1, np.array(ends, np.int32))
         for ids, ends in (([5, 6], []), ([7, 8, 9], [1, 2, 3]))
     ]
-    with pytest.raises(ValueError, match="row abc: the teacher's tokens do not spell its text"):
+    with pytest.raises(
+        ValueError, match="row abc: the teacher's tokens do not spell the row's text"
+    ):
         groups_of(*rows)
     assert groups_of(rows[0], rows[0]).single.all()  # the same tokens need no bytes

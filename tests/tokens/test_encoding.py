@@ -58,7 +58,7 @@ def test_encode_example_ends_with_the_end_token():
         answer_ids + [tokenizer.eos_token_id],
     )
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end token"):
+    with pytest.raises(ValueError, match="no end token.*choose a tokenizer with an eos_token"):
         encode_example(tokenizer, "Answer:", " 42")
 
 

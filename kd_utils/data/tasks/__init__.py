@@ -30,7 +30,7 @@ def register(task: Task) -> None:
             "at the end"
         )
     if name in (*TASKS, "all", "macro", "micro"):
-        raise ValueError(f"task name {name!r} is taken: give the task another one")
+        raise ValueError(f"task name {name!r} is taken: give the task another name")
     TASKS[name] = task
 
 

@@ -126,7 +126,9 @@ class Task:
         """
         parts = self._template.fullmatch(self.content(prompt))
         if not parts:
-            raise ValueError(f"no {self.name} prompt: {prompt[:80]!r}: run 01_prepare_data again")
+            raise ValueError(
+                f"not a prompt of {self.name}: {prompt[:80]!r}: run 01_prepare_data again"
+            )
         return " ".join(parts.groups())
 
     @cached_property
@@ -151,11 +153,13 @@ class Task:
             return f"choices = {shown(choices)}, expected {expected} of {self.name}"
         if self.generation:
             fits = gold and self.generation.final(answer) == gold
-            end = f"answer = {shown(answer[-60:])}, expected it to end in a final answer, its gold"
-            return "" if fits else f"{end} ({shown(gold)})"
+            found = f"answer = {shown(answer[-60:])}, expected an answer that ends in"
+            return "" if fits else f"{found} a final answer, its gold, {shown(gold)}"
         if gold not in map(str, range(len(choices))):
             hint = " (this split has no labels)" if gold == "-1" else ""
-            return f"gold = {shown(gold)}, expected 0 to {len(choices) - 1}, its choice{hint}"
+            return (
+                f"gold = {shown(gold)}, expected a choice's number, 0 to {len(choices) - 1}{hint}"
+            )
         if answer != (right := choices[int(gold)]):
             return f"answer = {shown(answer)}, expected {right!r}, since gold is {gold}"
         return ""

@@ -63,9 +63,9 @@ class KD(Term):
         if self.shared is None:
             return "logits id by id"
         return (
-            f"logits over {len(self.shared.teacher):,} shared pieces, beside "
-            f"{len(self.shared.teacher_rest):,} of the teacher and "
-            f"{len(self.shared.student_rest):,} of the student"
+            f"logits over {len(self.shared.teacher):,} shared pieces (not shared: "
+            f"{len(self.shared.teacher_rest):,} of the teacher, "
+            f"{len(self.shared.student_rest):,} of the student)"
         )
 
     def forward(self, signals: Signals, head: OutputHead, targets: Targets) -> torch.Tensor:
