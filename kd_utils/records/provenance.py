@@ -216,8 +216,9 @@ def git_commit() -> str:
 
 
 def _cpu_name() -> str:
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        named = next(line for line in lines if line.startswith("model name"))
-        return named.split(":", 1)[1].strip()
+    """The kind of CPU, with family and model: machines of one name may round differently."""
+    with suppress(OSError, KeyError):
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        said = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*: (.*)$", first))
+        return f"{said['model name']}, family {said['cpu family']}, model {said['model']}"
     return platform.processor() or platform.machine()

@@ -28,6 +28,23 @@ def test_environment_says_nothing_of_the_machine_but_its_kind():
     )
 
 
+def test_two_kinds_of_cpu_with_one_name_are_told_apart(monkeypatch):
+    real = Path.read_text
+
+    def cpu(text):
+        def read_text(path, *arguments, **options):
+            is_cpuinfo = str(path) == "/proc/cpuinfo"
+            return text if is_cpuinfo else real(path, *arguments, **options)
+
+        monkeypatch.setattr(Path, "read_text", read_text)
+        return environment()["device"]["cpu"]
+
+    core = "model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: {}\nflags\t\t: fpu\n\n"
+    first, second = (cpu(2 * core.format(model)) for model in (1, 17))
+    assert first == "AMD EPYC, family 25, model 1" != second
+    assert cpu("Processor : of another kind")
+
+
 def test_git_commit_of_a_checkout(tmp_path, monkeypatch):
     (tmp_path / "kd_utils").mkdir()
     (tmp_path / "kd_utils" / "records.py").write_text("1")
