@@ -17,9 +17,8 @@ from kd_utils.records.trial_record import read_record
 ROOT = Path(__file__).resolve().parents[2]
 MACRO = f"{tables.ACCURACY}/macro"
 PANELS = {
-    "toy": "runs/2026-11-22-toy-3",
-    "toy on another kind of CPU": "runs/2026-11-23-toy-4",
-    "toy-cross": "runs/2026-11-22-toy-cross",
+    "toy": "runs/2026-11-28-toy",
+    "toy-cross": "runs/2026-11-28-toy-cross",
     "smol": "runs/2026-11-22-smol-2",
 }
 
