@@ -178,7 +178,7 @@ def _by_interaction(rows: list[Row], margin: float) -> tuple[str, list[str]]:
         return f"Yes: {', '.join(found)}.", lines
     if on_these_rows:
         methods = ", ".join(row["method"] for row in on_these_rows)
-        return f"Not shown beyond these validation rows, where it does for {methods}.", lines
+        return f"Not shown beyond these validation rows (on these rows: {methods}).", lines
     return "Not shown, which is not the same as independence.", lines
 
 

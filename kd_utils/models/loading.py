@@ -88,7 +88,7 @@ def load_causal_lm(
 def with_soft_capping(model: torch.nn.Module) -> torch.nn.Module:
     """The model, with eager attention where it soft-caps its scores (Gemma 2).
 
-    SDPA has no soft-capping, and with transformers 5.17 such a model loses it without a word.
+    SDPA has no soft-capping; transformers 5.17 runs such a model under it and drops the cap.
     """
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")

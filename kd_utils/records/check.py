@@ -190,8 +190,8 @@ def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> l
             del metrics["git_commit"]
         for key in ALIKE:
             # Students that are swept differ by intention.
-            initial = f"initial weights of {metrics['config'].get('student')}"
-            kind = initial if key == "student" else key
+            student = metrics["config"].get("student")
+            kind = f"initial weights of {student}" if key == "student" else key
             value = json.dumps(metrics.get(key), sort_keys=True)
             kinds.setdefault(kind, {}).setdefault(value, []).append(planned["trial"])
     return [

@@ -103,9 +103,9 @@ class Sweep:
         for row in comparisons.reach(tables.planned_trials(pd.DataFrame(planned))).itertuples():
             can = row.smallest_p < stats.ALPHA
             yield (
-                f"question {row.question}: {row.comparisons} x {row.pairs} pairs, smallest "
-                f"possible corrected p {row.smallest_p:.3f}: "
-                + ("a large effect can be significant" if can else "NO effect can, add seeds")
+                f"question {row.question}: comparisons {row.comparisons}, pairs each {row.pairs}, "
+                f"smallest possible corrected p {row.smallest_p:.3f}: "
+                + ("can be significant" if can else "CANNOT be significant, add seeds")
             )
 
     def outcome(self, results: pd.DataFrame) -> Iterator[str]:

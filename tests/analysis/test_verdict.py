@@ -184,7 +184,7 @@ def test_does_it_depend_on_the_task():
         == "Not shown, which is not the same as independence."
     )
     assert answers(*rows, interaction=[0.9, 0.047, 0.3], rows=0.2)["task"] == (
-        "Not shown beyond these validation rows, where it does for attention."
+        "Not shown beyond these validation rows (on these rows: attention)."
     )
     assert answers(*rows, interaction=[np.nan] * 3)["task"] == "Not tested."
 

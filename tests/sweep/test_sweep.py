@@ -21,8 +21,8 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
     shown = capsys.readouterr().out
     assert "combined_seed6                   missing" in shown
     assert (
-        "question white_box: 3 x 1 pairs, smallest possible corrected p 1.000: NO effect can, add "
-        "seeds" in shown
+        "question white_box: comparisons 3, pairs each 1, smallest possible corrected p 1.000: "
+        "CANNOT be significant, add seeds" in shown
     )
     assert "0 of 6 trials are done, 6 to run; records: runs/stub" in shown
     assert sorted(stub_notebooks.rglob("*")) == before
