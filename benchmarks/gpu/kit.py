@@ -296,9 +296,10 @@ def lacking(wheels: dict[str, Path]) -> list[str]:
         if version and need.specifier.contains(version, prereleases=True):
             continue
         if name not in wheels:
+            folder = next(iter(wheels.values())).parent
             raise ValueError(
-                f"{need} is needed, {version or 'nothing'} is here, and the kit has no "
-                f"wheel of it: put one for Python {PYTHON} into {next(iter(wheels.values())).parent}"
+                f"{need} is needed, {version or 'nothing'} is here, and the kit has no wheel of "
+                f"it: put one for Python {PYTHON} into {folder}"
             )
         taken.append(name)
         needs += _wheel_requirements(wheels[name])
