@@ -54,6 +54,10 @@ def sweep(
             help="Where the records go. Default: runs/NAME; runs/NAME-X with --grid grid-X.yaml.",
         ),
     ] = None,
+    executor: Annotated[
+        Literal["ray", "local"],
+        Option(help="What runs the trials: Ray, or processes of this machine without Ray."),
+    ] = "ray",
     address: Annotated[
         str | None,
         Option(metavar="HOST:PORT", help="A Ray cluster, or auto. Default: this machine."),
@@ -75,18 +79,32 @@ def sweep(
     from kd_utils.sweep.sweep import Sweep
 
     values, lists = parameter_files.load_parameters(parameters), parameter_files.load_grid(grid)
+    if executor == "local" and address is not None:
+        raise ValueError("--address names a Ray cluster: leave it out, or --executor local")
     planned = Sweep(values, lists, run_dir or default_run_dir(values, grid), only)
     if dry_run:
         print(*planned.dry_run(), sep="\n")
         return 0
 
-    def executor() -> Any:
-        from kd_utils.sweep.ray_executor import ray_executor  # brings Ray, so only where it is used
-
+    def running() -> Any:
         device = parameter_files.notebook_config(stages.TRAIN, values).device
+        if executor == "local":
+            from kd_utils.sweep.local_pool import local_pool
+
+            workers = parameter_files.notebook_config(stages.CACHE, values).workers
+            if workers > 1:
+                raise ValueError(f"workers = {workers} needs Ray: set workers to 0 or 1")
+            return local_pool(cpus_per_trial, gpus_per_trial, device)
+        try:
+            from kd_utils.sweep.ray_executor import ray_executor  # brings Ray
+        except ModuleNotFoundError as error:
+            if error.name != "ray":
+                raise
+            remedy = "add --executor local to run on this machine, or `pip install 'ray[data]'`"
+            raise ValueError(f"Ray is not installed: {remedy}") from None
         return ray_executor(address, cpus_per_trial, gpus_per_trial, device)
 
-    results = planned.run(executor)
+    results = planned.run(running)
     print(*planned.outcome(results), sep="\n")
     trials = run_folder.trials_with_status(planned.run_dir)
     for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say

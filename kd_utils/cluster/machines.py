@@ -1,7 +1,10 @@
-"""The machines of a Ray cluster: what they have, and whether one sees the files of the sweep."""
+"""The machines that run trials: what they have, and whether one sees the files of the sweep."""
 
 import math
+import os
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from kd_utils.config import project_paths
@@ -22,13 +25,27 @@ def problem_with_files(files: dict[str, str]) -> str:
     return ""
 
 
+def cores(limits: Path = Path("/sys/fs/cgroup")) -> int:
+    """CPU cores that this process may use: a container often has fewer than its machine.
+
+    Args:
+        limits: where the system tells them, in the form of cgroups 2 or 1.
+    """
+    number = len(os.sched_getaffinity(0))
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = map(int, " ".join((limits / f).read_text() for f in files).split())
+            number = min(number, max(1, quota // period)) if quota > 0 else number
+    return number
+
+
 def fitting_gpus(
     nodes: list[dict[str, Any]], cpus: float, gpus: float | None, device: str = "auto"
 ) -> float:
     """Decide how many GPUs a trial gets: by default one where any machine has one.
 
     Args:
-        nodes: `ray.nodes()`.
+        nodes: `ray.nodes()`, or machines in its form.
         cpus, gpus: asked for; `gpus` None: decided here.
         device: the trials' parameter: "cuda" needs a GPU, "cpu" none.
 

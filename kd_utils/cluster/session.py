@@ -21,9 +21,12 @@ CONNECT_SECONDS = 10
 
 
 @contextmanager
-def ray_running(address: str | None) -> Iterator[None]:
+def ray_running(address: str | None, gpus: int | None = None) -> Iterator[None]:
     """Ray for as long as the block runs: the cluster at `address`, or with None or "local" Ray on
     this machine. A Ray that this process already runs is used, and left.
+
+    Args:
+        gpus: of this machine (`cuda.usable_gpus`); None: as many as Ray counts.
 
     Raises:
         ValueError: no cluster answers, or it cannot be joined.
@@ -39,7 +42,7 @@ def ray_running(address: str | None) -> Iterator[None]:
     on_sigterm, earlier = signal.getsignal(signal.SIGTERM), _children()
     try:
         try:
-            _start_ray(address, sockets)
+            _start_ray(address, sockets, gpus)
         except SystemExit:  # raised by the handler of SIGTERM that Ray installs while it starts
             raise KeyboardInterrupt from None
         if on_sigterm and threading.current_thread() is threading.main_thread():
@@ -104,7 +107,7 @@ def _interrupts_later() -> Iterator[Callable[[], None]]:
         signal.raise_signal(caught[0])
 
 
-def _start_ray(address: str | None, sockets: str) -> None:
+def _start_ray(address: str | None, sockets: str, gpus: int | None) -> None:
     import ray
 
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -116,6 +119,7 @@ def _start_ray(address: str | None, sockets: str) -> None:
             # does not need a third of the memory, which is Ray's default.
             ray.init(
                 address="local",
+                num_gpus=gpus,
                 include_dashboard=False,
                 object_store_memory=128 * 2**20,
                 _temp_dir=sockets,

@@ -1,14 +1,14 @@
 """Ray as the executor of a sweep: a task for each trial, on this machine or a cluster."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from kd_utils.cluster import machines, session
+from kd_utils.cluster import cuda, machines, session
 from kd_utils.sweep.display import say
 from kd_utils.sweep.executor import Executor, Job, Report, execute_trial
 
@@ -30,12 +30,23 @@ def ray_executor(
         device: the trials' parameter.
 
     Raises:
-        ValueError: no cluster answers, or none of its machines has what a trial asks for.
+        ValueError: no cluster answers, none of its machines has what a trial asks for, or torch
+            cannot use the GPUs that Ray would give to a trial.
     """
     say("Ray is starting")
-    with session.ray_running(address):
+    local = address in (None, "local")
+    here = cuda.usable_gpus(gpus, device, say) if local else []
+    with session.ray_running(address, len(here)):
         os.environ["RAY_ADDRESS"] = address or "local"
-        yield RayExecutor(cpus, machines.fitting_gpus(ray.nodes(), cpus, gpus, device))
+        executor = RayExecutor(cpus, machines.fitting_gpus(ray.nodes(), cpus, gpus, device))
+        if not local and device != "cpu":
+            executor.require_gpus()
+            if gpus is None and not executor.gpus and cuda.usable_gpus(None, device, say):
+                say(
+                    "Trials run on the CPU: torch can use a GPU of this machine, but Ray counts "
+                    "none in the cluster; see `ray start --num-gpus`"
+                )
+        yield executor
 
 
 class RayExecutor:
@@ -57,28 +68,51 @@ class RayExecutor:
         Raises:
             ValueError: names each machine that does not, and the path.
         """
-        look = ray.remote(num_cpus=0, max_retries=0)(machines.problem_with_files)
+        if problems := self._ask(machines.problem_with_files, files, "does not answer"):
+            raise ValueError(
+                f"{problems}. All nodes must see one shared folder: run from a checkout in that "
+                "folder, or set KD_ROOT to it (where a node has another path, before `ray start` "
+                "on that node)"
+            )
+
+    def require_gpus(self) -> None:
+        """Ask every machine that can run a trial whether torch can use the GPUs that Ray gives to
+        one: a trial with device "auto" would train on the CPU. One whose GPUs are all in use does
+        not answer, and is not asked again.
+
+        Raises:
+            ValueError: names each machine where it cannot.
+        """
+        if self.gpus and (problems := self._ask(cuda.problem_with_gpus, self.gpus, "", self.gpus)):
+            raise ValueError(problems)
+
+    def _ask(self, look: Callable[[Any], str], about: Any, unanswered: str, gpus: float = 0) -> str:
+        """What `look(about)` says on every machine that can run a trial, in one line; "" if
+        nothing.
+
+        Args:
+            unanswered: what to say of a machine that does not answer.
+            gpus: for `look`.
+        """
+        task = ray.remote(num_cpus=0, num_gpus=gpus, max_retries=0)(look)
         asked = {}
         for node in machines.able(ray.nodes(), self.cpus, self.gpus):
             on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[look.options(scheduling_strategy=on_node).remote(files)] = node
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS)
+            asked[task.options(scheduling_strategy=on_node).remote(about)] = node
+        answered, waiting = ray.wait(list(asked), num_returns=len(asked), timeout=NODES_SECONDS)
         present = [node["NodeID"] for node in machines.able(ray.nodes(), self.cpus, self.gpus)]
         problems = []
         for answer, node in asked.items():
             try:
-                problem = ray.get(answer) if answer in answered else "does not answer"
+                problem = ray.get(answer) if answer in answered else unanswered
             except ray.exceptions.RayError as error:
                 problem = f"cannot run this code ({session.in_words(error)})"
             if problem and node["NodeID"] in present:  # a machine lost meanwhile is no obstacle
                 problems.append(f"node {node['NodeManagerAddress']}: {problem}")
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise ValueError(
-                f"{'; '.join(problems[:4])}{more}. All nodes must see one shared folder: run from "
-                "a checkout in that folder, or set KD_ROOT to it (where a node has another path, "
-                "before `ray start` on that node)"
-            )
+        for answer in waiting:
+            ray.cancel(answer)
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        return "; ".join(problems[:4]) + more
 
     def submit(self, job: Job) -> None:
         stream = self._task.options(name=job.name).remote(job, max(1, int(self.cpus)))

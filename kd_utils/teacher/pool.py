@@ -71,13 +71,16 @@ def pool_size(workers: int, device: torch.device) -> int:
     """How many workers run the teacher; 1 means that this process does, without a pool.
 
     Args:
-        workers: asked for; 0: one for each GPU of the Ray cluster or, without one, of this machine.
+        workers: asked for; 0: one for each GPU of the Ray cluster or, without one, of this machine;
+            one where RAY_ADDRESS is "none".
         device: where this process runs the teacher; "cpu", or one GPU by its number, means no pool.
     """
     if workers or device.type != "cuda" or device.index is not None:
         return workers or 1
     if (address := os.environ.get("RAY_ADDRESS", "local")) == "local":
         return torch.cuda.device_count()
+    if address == "none":  # a sweep without Ray
+        return 1
     with _muted(), ray_running(address):
         return max(1, _available("GPU"))
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from kd_utils.cluster.machines import fitting_gpus
+from kd_utils.cluster.machines import cores, fitting_gpus
 
 
 def machine(cpus, gpus=0, alive=True):
@@ -79,3 +79,22 @@ def test_cpus_of_one_machine_and_gpus_of_another_make_no_place_for_a_trial():
 def test_a_second_gpu_by_number_needs_two_for_the_trial():
     with pytest.raises(ValueError, match="device = 'cuda:1', but a trial gets 1 GPUs"):
         fitting_gpus([machine(4, gpus=8)], 1, None, "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("files", "most"),
+    [
+        ({"cpu.max": "100000 100000"}, 1),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        ({}, math.inf),
+    ],
+)
+def test_a_container_has_the_cores_that_it_was_given(tmp_path, monkeypatch, files, most):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    assert cores(tmp_path) == min(64, most)
