@@ -280,14 +280,16 @@ TINY_SHAPES = {
     "repeats": 1,
 }
 TINY_SMOL = {
-    "train_rows": "sst2:24 mmlu:8 gsm8k:8",
-    "validation_rows": "sst2:12 mmlu:8 gsm8k:4",
+    "max_length": 256,
+    "train_rows": "sst2:8 mmlu:4 gsm8k:4",
+    "validation_rows": "sst2:6 mmlu:4 gsm8k:2",
     "teacher_epochs": 1,
+    "teacher_batch_size": 4,
+    "batch_tokens": 1024,
     "epochs": 1,
     "student_layers": 2,
-    "max_new_tokens": 16,
-    "batch_tokens": 4096,
-    "eval_batch_size": 16,
+    "eval_batch_size": 4,
+    "max_new_tokens": 8,
     "precision": "float32",
 }
 
