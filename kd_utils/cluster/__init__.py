@@ -1,1 +1,1 @@
-"""Which machines are there, and do they see the same files?"""
+"""Which machines and GPUs are there, and do the machines see the same files?"""

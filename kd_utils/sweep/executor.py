@@ -1,7 +1,7 @@
 """What runs the trials of a sweep: the interface of an executor, and the loop over its reports.
 
-Ray is one executor (`ray_executor`). Others need the four methods of `Executor` and a way to run
-`execute_trial` elsewhere.
+Ray is one executor (`ray_executor`), and processes of this machine are another (`local_pool`).
+Others need the four methods of `Executor` and a way to run `execute_trial` elsewhere.
 """
 
 import json

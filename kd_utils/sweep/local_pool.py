@@ -135,7 +135,7 @@ class LocalPool:
         self._waiting.clear()
         for running in self._running.values():
             end_marked(running.mark)
-            running.process.wait()
+            running.process.poll()  # so that it is no zombie
         self._running.clear()
 
     def _start(self) -> None:

@@ -34,7 +34,7 @@ def shard_writer(
 ) -> Callable[[list[Shard]], None]:
     """The function that writes shards for `assemble_cache`: with `model` here, or with a pool of
     `config.workers` on the Ray cluster that the environment variable RAY_ADDRESS names, else on
-    this machine.
+    this machine; "none" stands for no Ray.
 
     Args:
         folder: the cache's; every machine of the cluster sees it at this path.

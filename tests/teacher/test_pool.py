@@ -203,3 +203,5 @@ def test_one_worker_for_each_gpu_where_there_are_several(
     if address:
         monkeypatch.setenv("RAY_ADDRESS", address)
     assert pool_size(workers, torch.device(device)) == size
+    monkeypatch.setenv("RAY_ADDRESS", "none")  # a sweep without Ray
+    assert pool_size(workers, torch.device(device)) == (workers or 1)
