@@ -205,7 +205,8 @@ def smol_full(run: Run) -> pd.DataFrame:
     """SmolLM2-135M on all rows: as many whole seeds, all methods of each, as the limit admits."""
     values = yaml.safe_load((PARAMS / "smol-full.yaml").read_text())
     methods = yaml.safe_load((PARAMS / "grid.yaml").read_text())["distill_type"]
-    values |= TINY_SMOL if run.tiny else {}
+    if run.tiny:
+        values, methods = values | TINY_SMOL, ["untrained", "black_box", "combined"]
     if kit := os.environ.get("KD_KIT"):
         values["data_dir"] = os.path.relpath(Path(kit) / "2" / "data", ROOT)
     folder, seeds, spent = ROOT / "runs" / values["name"], [], []
@@ -281,8 +282,8 @@ TINY_SHAPES = {
 }
 TINY_SMOL = {
     "max_length": 256,
-    "train_rows": "sst2:8 mmlu:4 gsm8k:4",
-    "validation_rows": "sst2:6 mmlu:4 gsm8k:2",
+    "train_rows": "sst2:8 mmlu:2 gsm8k:2",
+    "validation_rows": "sst2:6 mmlu:2 gsm8k:2",
     "teacher_epochs": 1,
     "teacher_batch_size": 4,
     "batch_tokens": 1024,
