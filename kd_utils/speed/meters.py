@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from kd_utils.config import project_paths, trial
+from kd_utils.cost.work import matrix_rate as matrix_rate
 from kd_utils.records.trial_record import read_record
 
 #: A measurement must be at most ("<=") or at least (">=") its goal.
@@ -93,13 +94,6 @@ def alternate(
             laps.lap(name)
         rounds.append(laps.seconds)
     return pd.DataFrame(rounds[first:])
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds per second of a product of square matrices of 2048 rows, the best of five."""
-    left, right = torch.randn(2, 2048, 2048, device=device).to(dtype)
-    seconds = alternate({"product": lambda: left @ right}, 5, device=device)
-    return 2048**3 / seconds["product"].min()
 
 
 def peak_mb(work: Callable[[], object], *, device: torch.device | str = "cpu") -> float:

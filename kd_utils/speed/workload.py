@@ -3,7 +3,7 @@ lengths, their teacher cache and its size, and the number of multiply-adds. No w
 loaded: speed depends on shapes and lengths, not on the values of weights.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 from kd_utils.cache import teacher_cache, writer
+from kd_utils.cost.rows import LENGTH_MIX, mixed_lengths
+from kd_utils.cost.work import forward_multiply_adds as forward_multiply_adds
+from kd_utils.cost.work import multiply_adds as multiply_adds
 from kd_utils.teacher import extraction
 from kd_utils.tokens.encoding import Example, right_padded
 
@@ -38,27 +41,6 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         "teacher": _shape(4096, 11008, 32, 32, 32, 32000),
         "student": _shape(2048, 5632, 22, 4, 32, 32000),
     },
-}
-
-#: For each task its number of rows, then the quantiles 0, 1/20, ..., 1 of tokens in a row and of
-#: tokens in its answer: the training rows of `papermill_params/llama2.yaml` under Llama-2's
-#: tokenizer.
-LENGTH_MIX = {
-    "sst2": (
-        5000,
-        "16 21 24 26 28 30 32 33 35 37 38 40 42 44 46 48 50 53 56 61 90",
-        "2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2",
-    ),
-    "mmlu": (
-        1000,
-        "45 59 63 67 72 76 81 86 93 97 104 112 122 132 139 150 171 210 258 324 493",
-        "2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2",
-    ),
-    "gsm8k": (
-        1000,
-        "72 106 118 127 137 146 155 166 173 180 190 201 209 218 227 241 254 275 305 340 495",
-        "31 59 69 76 82 89 95 101 106 112 119 126 136 145 152 161 171 185 209 241 368",
-    ),
 }
 
 
@@ -96,49 +78,10 @@ def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
     ends = np.cumsum([0, *task_rows]) * count // sum(task_rows)
     examples: list[Example] = []
     for task, first, last in zip(LENGTH_MIX, ends, ends[1:], strict=False):
-        quantiles = [np.array(numbers.split(), int) for numbers in LENGTH_MIX[task][1:]]
-        for place in (np.arange(last - first) + 0.5) / max(last - first, 1) * 20:
-            length, answer = (round(np.interp(place, range(21), q)) for q in quantiles)
+        for length, answer in mixed_lengths(task, last - first):
             tokens = rng.integers(3, vocab_size, length).astype(np.int32)
             examples.append(Example(f"{task}-{len(examples)}", tokens, length - answer))
     return examples
-
-
-def multiply_adds(
-    student: dict[str, int],
-    teacher: dict[str, int],
-    lengths: Sequence[tuple[int, int]],
-    terms: Sequence[str],
-    *,
-    padded_to: int = 0,
-) -> float:
-    """Count the multiply-adds of one training epoch: matrix products of forward and backward.
-
-    Args:
-        student, teacher: their shapes, of `SHAPES`.
-        lengths: (tokens, answer tokens) of each example.
-        padded_to: if not 0, count the naive design: every example has this length, all pairs of
-            positions count, student logits are computed everywhere, the teacher's are read.
-    """
-    if padded_to:
-        lengths = [(padded_to, padded_to)] * len(lengths)
-    tokens, predicted = map(sum, zip(*lengths))
-    pairs = sum(n * n if padded_to else n * (n + 1) / 2 for n, _ in lengths)
-    width, heads = student["hidden_size"], student["num_attention_heads"]
-    key_width = width * student["num_key_value_heads"] // heads
-    layer = 2 * width**2 + 2 * width * key_width + 3 * width * student["intermediate_size"]
-    body = student["num_hidden_layers"] * (layer * tokens + 2 * width * pairs)
-    head = width * student["vocab_size"]
-    hidden = ("hidden" in terms) * 3 * width * teacher["hidden_size"] * tokens
-    kd = ("kd" in terms) * tokens * (3 * head + teacher["hidden_size"] * teacher["vocab_size"])
-    attention = ("attention" in terms) * 3 * width * pairs
-    total = 3 * (body + head * predicted) + hidden
-    return total if padded_to else total + kd + attention
-
-
-def forward_multiply_adds(shape: dict[str, int], lengths: Sequence[int]) -> float:
-    """Count the multiply-adds of a model's forward pass over real tokens, without its `lm_head`."""
-    return multiply_adds({**shape, "vocab_size": 0}, shape, [(n, 0) for n in lengths], ()) / 3
 
 
 def write_sample(

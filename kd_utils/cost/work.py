@@ -1,0 +1,110 @@
+"""How long: multiply-adds and operations, over the rates of a short probe on this machine."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+#: Share of a large matrix product's rate that a training step and a bare forward pass reach:
+#: measured on 2 CPU cores at TinyLlama's proportions (docs/speed.md). No GPU was measured.
+STEP_EFFICIENCY, FORWARD_EFFICIENCY = 0.40, 0.59
+
+#: Operations of a training step and of a forward pass, in all and for each layer; and those that
+#: every term with a teacher adds. Counted with torch's profiler (docs/cost.md).
+STEP_OPERATIONS, FORWARD_OPERATIONS, TERM_OPERATIONS = (110, 195), (33, 53), 150
+
+#: Seconds of an operation in a model, Python included, for each second of the probe's.
+OPERATION_FACTOR = 5.5
+
+
+class Probe(NamedTuple):
+    """What a machine can do.
+
+    Attributes:
+        rate: multiply-adds per second of a large matrix product.
+        operation: seconds that a small operation takes.
+        overlaps: a device computes while the next operations are started, as a GPU does.
+    """
+
+    rate: float
+    operation: float
+    overlaps: bool
+
+    def seconds(self, work: float, operations: float, efficiency: float) -> float:
+        """About how long this many multiply-adds in this many operations take."""
+        computing = work / (self.rate * efficiency)
+        starting = operations * self.operation * OPERATION_FACTOR
+        return max(computing, starting) if self.overlaps else computing + starting
+
+
+def probe(device: torch.device, dtype: torch.dtype) -> Probe:
+    """Measure a machine for a moment, without drawing from torch's random generators."""
+    rows = 4096 if device.type == "cuda" else 1024
+    small, factor = torch.ones(8, 32, 64, device=device), torch.ones(64, device=device)
+
+    def several() -> None:
+        for _ in range(200):
+            torch.mul(small, factor)
+
+    return Probe(
+        matrix_rate(device, dtype, rows=rows),
+        _best_seconds(several, device) / 200,
+        device.type == "cuda",
+    )
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, rows: int = 2048) -> float:
+    """Multiply-adds per second of a product of square matrices of `rows` rows, the best of five."""
+    generator = torch.Generator(device).manual_seed(0)  # not torch's own, whose draws are counted
+    left, right = torch.randn(2, rows, rows, device=device, generator=generator).to(dtype)
+    return rows**3 / _best_seconds(lambda: left @ right, device)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The best of five times, after one that does not count; a GPU is waited for."""
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def multiply_adds(
+    student: dict[str, int],
+    teacher: dict[str, int],
+    lengths: Sequence[tuple[int, int]],
+    terms: Sequence[str],
+    *,
+    padded_to: int = 0,
+) -> float:
+    """Count the multiply-adds of one training epoch: matrix products of forward and backward.
+
+    Args:
+        student, teacher: their shapes, of `SHAPES`.
+        lengths: (tokens, answer tokens) of each example.
+        padded_to: if not 0, count the naive design: every example has this length, all pairs of
+            positions count, student logits are computed everywhere, the teacher's are read.
+    """
+    if padded_to:
+        lengths = [(padded_to, padded_to)] * len(lengths)
+    tokens, predicted = map(sum, zip(*lengths))
+    pairs = sum(n * n if padded_to else n * (n + 1) / 2 for n, _ in lengths)
+    width, heads = student["hidden_size"], student["num_attention_heads"]
+    key_width = width * student["num_key_value_heads"] // heads
+    layer = 2 * width**2 + 2 * width * key_width + 3 * width * student["intermediate_size"]
+    body = student["num_hidden_layers"] * (layer * tokens + 2 * width * pairs)
+    head = width * student["vocab_size"]
+    hidden = ("hidden" in terms) * 3 * width * teacher["hidden_size"] * tokens
+    kd = ("kd" in terms) * tokens * (3 * head + teacher["hidden_size"] * teacher["vocab_size"])
+    attention = ("attention" in terms) * 3 * width * pairs
+    total = 3 * (body + head * predicted) + hidden
+    return total if padded_to else total + kd + attention
+
+
+def forward_multiply_adds(shape: dict[str, int], lengths: Sequence[int]) -> float:
+    """Count the multiply-adds of a model's forward pass over real tokens, without its `lm_head`."""
+    return multiply_adds({**shape, "vocab_size": 0}, shape, [(n, 0) for n in lengths], ()) / 3
