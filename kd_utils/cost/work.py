@@ -10,9 +10,15 @@ import torch
 #: measured on 2 CPU cores at TinyLlama's proportions (docs/speed.md). No GPU was measured.
 STEP_EFFICIENCY, FORWARD_EFFICIENCY = 0.40, 0.59
 
-#: Operations of a training step and of a forward pass, in all and for each layer; and those that
-#: every term with a teacher adds. Counted with torch's profiler (docs/cost.md).
-STEP_OPERATIONS, FORWARD_OPERATIONS, TERM_OPERATIONS = (110, 195), (33, 53), 150
+#: Operations of a training step and of a forward pass, in all and for each layer; those that every
+#: term with a teacher adds; those that a row's signals take in the teacher's pass. Counted with
+#: torch's profiler (docs/cost.md).
+STEP_OPERATIONS, FORWARD_OPERATIONS, TERM_OPERATIONS, EXAMPLE_OPERATIONS = (
+    (110, 195),
+    (33, 53),
+    150,
+    25,
+)
 
 #: Seconds of an operation in a model, Python included, for each second of the probe's.
 OPERATION_FACTOR = 5.5
