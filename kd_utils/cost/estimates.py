@@ -1,7 +1,6 @@
 """The estimates that notebooks 02 and 03 print, each as a few lines of text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -132,9 +131,10 @@ def trial(
     else:
         held = 4 * student.weights + half * 2 * student.matrices + evaluation
     names = ["task", *(teachers[0].terms if teachers else ())]
-    teacher_sizes = [_sizes(teacher) for teacher in teachers] or [_sizes(None)]
-    multiply_adds = sum(
-        work.multiply_adds(student.sizes, sizes, train.lengths, names) for sizes in teacher_sizes
+    alone = work.multiply_adds(student.sizes, _NOTHING, train.lengths, names[:1])
+    multiply_adds = alone + sum(
+        work.multiply_adds(student.sizes, _sizes(teacher), train.lengths, names) - alone
+        for teacher in teachers
     )
     steps = -(-len(train.lengths) // config.micro_batch_size)
     operations = work.STEP_OPERATIONS[0] + work.STEP_OPERATIONS[1] * student.layers
@@ -148,14 +148,12 @@ def trial(
     )
 
 
-def _sizes(teacher: memory.Compared | None) -> dict[str, int]:
+_NOTHING = dict.fromkeys(Shape.NAMES, 0) | {"num_attention_heads": 1}
+
+
+def _sizes(teacher: memory.Compared) -> dict[str, int]:
     """A teacher of which only the output layer is run."""
-    sizes = Shape(
-        0, 0, layers=0, width=0, inner=0, heads=1, vocabulary=0, query_width=1, key_width=1
-    )
-    if teacher:
-        sizes = replace(sizes, width=teacher.width, vocabulary=teacher.vocabulary)
-    return sizes.sizes
+    return _NOTHING | {"hidden_size": teacher.width, "vocab_size": teacher.vocabulary}
 
 
 def trial_lines(
@@ -249,12 +247,15 @@ def teacher_pass(
     longest = max(lengths)
     batch = memory.Batch(max(config.batch_tokens // longest, 1), longest, 0)
     signals = disk.signal_bytes(columns, teacher, [longest] * batch.examples, top_k=config.top_k)
-    captured = sum(kind.captures == "map" for kind, *_ in columns.values())
+    kinds = [kind for kind, *_ in columns.values()]
     held = memory.teacher_pass(
-        teacher, batch, sum(signals.values()), size=2 if half else 4, layers=captured
+        teacher,
+        batch,
+        sum(signals.values()),
+        size=2 if half else 4,
+        layers=sum(kind.captures == "map" for kind in kinds),
+        whole_logits=any(kind.captures is None for kind in kinds),
     )
-    if any(kind.captures is None for kind, *_ in columns.values()):  # top-k: of whole logits
-        held["logits"] = memory.logits(teacher, batch, size=2 if half else 4)
     multiply_adds = work.forward_multiply_adds(teacher.sizes, lengths)
     batches = sum(lengths) / config.batch_tokens + len(lengths) / config.shard_examples
     operations = work.FORWARD_OPERATIONS[0] + work.FORWARD_OPERATIONS[1] * teacher.layers

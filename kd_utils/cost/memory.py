@@ -63,9 +63,10 @@ def training(
     for teacher in teachers:
         if "kd" in teacher.terms:
             wide = max(student.vocabulary, teacher.vocabulary)
-            rows = max(16, min(512, 2**25 // wide))
-            # Copies of a chunk: that of the chunk before is held until it is replaced.
-            kl = max(kl, 4 * wide * (7 * rows if tokens > rows else 4 * tokens) + 4 * head)
+            # A chunk's logits exist four times; three are held while those of the next are made.
+            rows = min(max(16, min(512, 2**25 // wide)), tokens)
+            copies = max(4 * rows, 3 * rows + 4 * min(rows, tokens - rows))
+            kl = max(kl, 4 * wide * copies + 4 * head)
             heads += teacher.vocabulary * teacher.width
             signals += 2 * teacher.width
         if "hidden" in teacher.terms:
@@ -106,7 +107,13 @@ def _activations(shape: Shape, tokens: int, half: bool) -> float:
 
 
 def teacher_pass(
-    teacher: Shape, batch: Batch, signal_bytes: float, *, size: int, layers: int = 1
+    teacher: Shape,
+    batch: Batch,
+    signal_bytes: float,
+    *,
+    size: int,
+    layers: int = 1,
+    whole_logits: bool = False,
 ) -> dict[str, float]:
     """Bytes of the teacher's pass over a batch, for its cache.
 
@@ -114,23 +121,26 @@ def teacher_pass(
         signal_bytes: of the signals of this batch, before compression (`disk.signal_bytes`).
         size: bytes of a weight.
         layers: whose queries and keys are kept.
+        whole_logits: the signals are taken from the logits of the whole batch ("top_k").
 
     Returns:
-        `weights`, `activations` and `signals`: each example's, and all together once more.
+        `weights`, `captured` (hidden states, queries and keys) and `passing`: what a layer, the
+        signals of all examples twice, or the logits hold for a moment.
     """
     tokens = batch.examples * batch.tokens
-    captured = tokens * size * (teacher.width + layers * (teacher.query_width + teacher.key_width))
     one_map = 12 * layers * teacher.heads * batch.tokens**2  # one example's maps in float32
+    # Of one example's logits two more in float32.
+    logits = teacher.vocabulary * (size * tokens + 8 * batch.tokens)
+    moments = (
+        _passing(teacher, tokens, size),
+        2 * signal_bytes + (logits if whole_logits else one_map),
+    )
+    keys = layers * (teacher.query_width + teacher.key_width)
     return {
         "weights": size * teacher.weights,
-        "activations": captured + _passing(teacher, tokens, size),
-        "signals": max(2 * signal_bytes + one_map - _passing(teacher, tokens, size), 0),
+        "captured": tokens * size * (teacher.width + keys),
+        "passing": max(moments),
     }
-
-
-def logits(shape: Shape, batch: Batch, *, size: int) -> float:
-    """Bytes of a batch's whole logits, and of one example's in float32 and sorted."""
-    return shape.vocabulary * batch.tokens * (size * batch.examples + 8)
 
 
 def _passing(shape: Shape, tokens: int, size: int) -> float:

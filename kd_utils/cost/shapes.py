@@ -3,7 +3,7 @@
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import huggingface_hub
 import torch
@@ -24,6 +24,16 @@ class Shape:
             `intermediate_size`, `num_attention_heads` and `vocab_size`.
         query_width, key_width: what a token's queries, and its keys, have over all heads.
     """
+
+    #: The sizes that `work.multiply_adds` needs.
+    NAMES: ClassVar = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+    )
 
     weights: int
     matrices: int
@@ -70,14 +80,9 @@ class Shape:
     @property
     def sizes(self) -> dict[str, int]:
         """The sizes by the names that `transformers` uses, for `work.multiply_adds`."""
-        return {
-            "hidden_size": self.width,
-            "intermediate_size": self.inner,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": max(self.heads * self.key_width // self.query_width, 1),
-            "vocab_size": self.vocabulary,
-        }
+        key_heads = max(self.heads * self.key_width // self.query_width, 1)
+        sizes = (self.width, self.inner, self.layers, self.heads, key_heads, self.vocabulary)
+        return dict(zip(self.NAMES, sizes, strict=True))
 
 
 def meta_model(config: Any, layers: int = 0) -> torch.nn.Module:
