@@ -55,6 +55,7 @@ NAMES = {
         "test_real_data",
         "test_real_tokenizers_have_fingerprints_of_their_own",
         "test_the_length_mix_is_that_of_the_real_rows",
+        "test_training_holds_what_is_estimated",
         "test_vocabularies_of_one_size_share_pieces_under_other_ids",
         "test_with_two_swept_keys_a_family_keeps_together",
         "test_without_effects_whole_experiments_find_nothing_more_often_than_promised",

@@ -181,8 +181,7 @@ def trial_lines(
     about = f"memory at most about {size(held)} of {size(here.memory)}"
     if cost.epoch:
         about = (
-            f"about {duration(cost.epoch)} an epoch and its evaluation, {config.epochs} epochs; "
-            + about
+            f"about {duration(cost.epoch)} of training an epoch, {config.epochs} epochs; " + about
         )
     yield about
     needed = 2 * cost.state + cost.saved  # a state is written before the last one is removed

@@ -51,7 +51,8 @@ class Experiment:
         machine = estimates.Machine.here(device, self.cache.precision)
         costs = self._trials(machine)
         yield (
-            f"cost, about, on this machine: {count:,} rows, {total:,} tokens (lengths {source}), "
+            "cost on this machine, about, and memory beside that of the process itself: "
+            f"{count:,} rows, {total:,} tokens (lengths {source}), "
             f"{estimates.size(disk.free(self.cache.artifacts))} of disk free"
         )
         needed = 0.0

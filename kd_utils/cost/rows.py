@@ -33,6 +33,10 @@ LENGTH_MIX = {
     ),
 }
 
+#: Tokens of the longest prompt of GSM8K's test split under the same tokenizer. The mix pairs long
+#: prompts with long answers and cannot tell it.
+LONGEST_QUESTION = 195
+
 
 def mixed_lengths(task: str, count: int) -> Iterator[tuple[int, int]]:
     """(tokens, answer tokens) of `count` rows of a task, at evenly spaced quantiles.
@@ -52,9 +56,11 @@ class Rows:
 
     Attributes:
         by_task: task -> (tokens, answer tokens) of each row, prompt and answer together first.
+        most_question: what is known of the longest prompts, where rows are expected only.
     """
 
     by_task: dict[str, list[tuple[int, int]]]
+    most_question: int = 0
 
     @classmethod
     def of(cls, table: pd.DataFrame, examples: list[Example]) -> Self:
@@ -84,13 +90,15 @@ class Rows:
     @property
     def longest_question(self) -> int:
         """Tokens of the longest prompt whose answer is generated; 0 if there is none."""
-        generated = (
-            n - answer
+        generated = [
+            (n, n - answer)
             for task, pairs in self.by_task.items()
             if task in tasks.TASKS and tasks.TASKS[task].generation
             for n, answer in pairs
-        )
-        return max(generated, default=0)
+        ]
+        if self.most_question and generated:
+            return min(self.most_question, max(n for n, _ in generated))
+        return max((question for _, question in generated), default=0)
 
 
 def expected_rows(config: stages.DataConfig) -> tuple[dict[str, Rows], str]:
@@ -120,12 +128,15 @@ def expected_rows(config: stages.DataConfig) -> tuple[dict[str, Rows], str]:
         splits[line["split"]][line["task"]] = [
             (min(n, limit), min(a, n, limit)) for n, a in lengths
         ]
-    return {split: Rows(by_task) for split, by_task in splits.items()}, source
+    found = {split: Rows(by_task, LONGEST_QUESTION) for split, by_task in splits.items()}
+    return found, source
 
 
 def _with_mean(lengths: list[tuple[int, int]], line: dict[str, Any]) -> list[tuple[int, int]]:
-    """The lengths, stretched to the means that a line of the counts names."""
-    means = np.maximum(np.mean(lengths, axis=0), 1)
-    tokens, answer = np.array([line["mean_tokens"], line["mean_answer_tokens"]]) / means
-    most = line["max_tokens"]
-    return [(min(round(n * tokens), most), max(round(a * answer), 1)) for n, a in lengths]
+    """The lengths, moved and stretched to the mean and the longest that a line of counts names."""
+    tokens, answers = np.array(lengths, float).T
+    mean, longest = line["mean_tokens"], line["max_tokens"]
+    stretch = (longest - mean) / max(tokens.max() - tokens.mean(), 1)
+    tokens = (mean + (tokens - tokens.mean()) * stretch).round().clip(2)
+    answers = (answers * line["mean_answer_tokens"] / answers.mean()).round().clip(1, tokens - 1)
+    return [(int(n), int(answer)) for n, answer in zip(tokens, answers, strict=True)]

@@ -5,6 +5,7 @@ where there is one and otherwise on the CPU.
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
@@ -15,14 +16,15 @@ from kd_utils.distill import batches, teacher_terms, training
 from kd_utils.models import devices, output_head, signal_kinds, signals
 from kd_utils.teacher.extraction import signal_function
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device(os.environ.get("KD_TEST_DEVICE") or devices.choose_device("auto"))
 
 #: A GPU's allocator hands out whole blocks, so sizes are larger there.
 SCALE = 4 if DEVICE.type == "cuda" else 1
 
 TERMS = {"task": (), "black_box": ("kd",), "combined": ("kd", "hidden", "attention")}
 
-TOLERANCE = 0.15
+#: On a CPU the largest difference was 5.5 %; a GPU's kernels may keep what a CPU's do not.
+TOLERANCE = 0.15 if DEVICE.type == "cuda" else 0.08
 
 
 def peak_bytes(work):
