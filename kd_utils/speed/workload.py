@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from kd_utils.cache import teacher_cache, writer
@@ -104,15 +105,17 @@ def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
     return examples
 
 
-def multiply_adds(
+def part_multiply_adds(
     student: dict[str, int],
     teacher: dict[str, int],
     lengths: Sequence[tuple[int, int]],
     terms: Sequence[str],
     *,
     padded_to: int = 0,
-) -> float:
-    """Count the multiply-adds of one training epoch: matrix products of forward and backward.
+) -> dict[str, float]:
+    """Count the multiply-adds of one training epoch's matrix products, by part of the step.
+
+    The gradients of "kd" and "attention" are computed with the loss and count there.
 
     Args:
         student, teacher: their shapes, of `SHAPES`.
@@ -124,16 +127,81 @@ def multiply_adds(
         lengths = [(padded_to, padded_to)] * len(lengths)
     tokens, predicted = map(sum, zip(*lengths))
     pairs = sum(n * n if padded_to else n * (n + 1) / 2 for n, _ in lengths)
-    width, heads = student["hidden_size"], student["num_attention_heads"]
-    key_width = width * student["num_key_value_heads"] // heads
-    layer = 2 * width**2 + 2 * width * key_width + 3 * width * student["intermediate_size"]
-    body = student["num_hidden_layers"] * (layer * tokens + 2 * width * pairs)
-    head = width * student["vocab_size"]
-    hidden = ("hidden" in terms) * 3 * width * teacher["hidden_size"] * tokens
-    kd = ("kd" in terms) * tokens * (3 * head + teacher["hidden_size"] * teacher["vocab_size"])
-    attention = ("attention" in terms) * 3 * width * pairs
-    total = 3 * (body + head * predicted) + hidden
-    return total if padded_to else total + kd + attention
+    width, layers, size = student["hidden_size"], student["num_hidden_layers"], matrices(student)
+    parts = {"body": size["body"] * tokens + 2 * layers * width * pairs}
+    parts["task"] = size["head"] * predicted
+    if "hidden" in terms:
+        parts["hidden"] = width * teacher["hidden_size"] * tokens
+    parts["backward"] = 2 * sum(parts.values())
+    if "kd" in terms and not padded_to:
+        parts["kd"] = tokens * (3 * size["head"] + matrices(teacher)["head"])
+    if "attention" in terms and not padded_to:
+        parts["attention"] = 3 * width * pairs
+    return parts
+
+
+def matrices(shape: dict[str, int]) -> dict[str, int]:
+    """How many weights a model's matrices have: "body", all layers together, and "head"."""
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    key_width = width * shape["num_key_value_heads"] // heads
+    layer = 2 * width**2 + 2 * width * key_width + 3 * width * shape["intermediate_size"]
+    return {"body": shape["num_hidden_layers"] * layer, "head": width * shape["vocab_size"]}
+
+
+def multiply_adds(*work: Any, padded_to: int = 0) -> float:
+    """The sum of `part_multiply_adds`, which has the same arguments."""
+    return sum(part_multiply_adds(*work, padded_to=padded_to).values())
+
+
+def part_bytes(
+    student: dict[str, int], teacher: dict[str, int], lengths: Sequence[tuple[int, int]], steps: int
+) -> dict[str, float]:
+    """Count the bytes that one training epoch with all terms has to move, by part of the step.
+
+    A weight, gradient or state of the optimiser (4 bytes) counts once in each part that reads or
+    writes it, a cached signal (2 bytes) in the term that reads it. Activations do not count.
+    """
+    body, head = matrices(student).values()
+    teachers_head = matrices(teacher)["head"]
+    projector = student["hidden_size"] * teacher["hidden_size"]
+    tokens, pairs = sum(n for n, _ in lengths), sum(n * (n + 1) / 2 for n, _ in lengths)
+    used, trained = body + head + projector, body + 2 * head + projector  # with the embeddings
+    return {
+        "body": 4 * body * steps,
+        "task": 4 * head * steps,
+        "kd": 4 * (2 * head + teachers_head) * steps,  # the head's gradient, too
+        "hidden": 4 * projector * steps + 2 * teacher["hidden_size"] * tokens,
+        "attention": 2 * teacher["num_attention_heads"] * pairs,
+        "backward": 4 * (used + trained) * steps,
+        # Norm: reads the gradient. Clip: reads and writes it. AdamW: reads 4 numbers, writes 3.
+        "clip and step": 4 * (1 + 2 + 7) * trained * steps,
+    }
+
+
+def step_limits(
+    shape: dict[str, dict[str, int]],
+    lengths: Sequence[tuple[int, int]],
+    steps: int,
+    rate: float,
+    bandwidth: float,
+) -> pd.DataFrame:
+    """The least seconds of one epoch with all terms, a row per part of the step.
+
+    Args:
+        shape: of "student" and "teacher", an entry of `SHAPES`.
+        lengths, steps: as in `part_bytes`.
+        rate, bandwidth: the machine's multiply-adds and bytes per second.
+
+    Returns:
+        `multiply-adds` and `bytes`, each in seconds at its rate, and `limit`, the larger one.
+    """
+    sides, terms = (shape["student"], shape["teacher"], lengths), ("kd", "hidden", "attention")
+    counted = {
+        "bytes": pd.Series(part_bytes(*sides, steps)) / bandwidth,
+        "multiply-adds": pd.Series(part_multiply_adds(*sides, terms)) / rate,
+    }
+    table = pd.DataFrame(counted).fillna(0.0)
+    return table.assign(limit=table.max(axis=1))
 
 
 def forward_multiply_adds(shape: dict[str, int], lengths: Sequence[int]) -> float:
