@@ -45,6 +45,7 @@ NAMES = {
         "test_a_save_that_is_killed_anywhere_leaves_a_whole_state_and_no_rest",
         "test_an_interaction_on_these_rows_only_is_not_called_one",
         "test_another_seed_replaces_what_is_there_and_leaves_no_rest",
+        "test_compiled_layers_give_the_same_gradient_at_every_shape",
         "test_every_tenth_real_row_is_lined_up",
         "test_figures_render_to_a_small_picture",
         "test_intervals_cover_95_per_cent",

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,19 +55,37 @@ def probe(device: torch.device, dtype: torch.dtype) -> Probe:
 
     return Probe(
         matrix_rate(device, dtype, rows=rows),
-        _best_seconds(several, device) / 200,
+        1 / best_rate(several, 200, device),
         device.type == "cuda",
     )
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, *, rows: int = 2048) -> float:
-    """Multiply-adds per second of a product of square matrices of `rows` rows, the best of five."""
-    generator = torch.Generator(device).manual_seed(0)  # not torch's own, whose draws are counted
-    left, right = torch.randn(2, rows, rows, device=device, generator=generator).to(dtype)
-    return rows**3 / _best_seconds(lambda: left @ right, device)
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, rows: int = 0) -> float:
+    """Multiply-adds per second of a product of square matrices, the best of five.
+
+    Args:
+        rows: of each matrix; 0: 8192 on a GPU and 2048 on a CPU.
+    """
+    rows = rows or (8192 if device.type == "cuda" else 2048)
+    # Of a generator of its own: torch's draws decide dropout and initial weights.
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = torch.randn(3, rows, rows, device=device, generator=generator)
+    left, right, product = drawn.to(dtype)
+    return best_rate(lambda: torch.mm(left, right, out=product), rows**3, device)
 
 
-def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+def best_rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
+    """The most of an amount per second; a GPU runs ten times a measurement, or waiting counts."""
+    times = 10 if device.type == "cuda" else 1
+
+    def several() -> None:
+        for _ in range(times):
+            work()
+
+    return times * amount / best_seconds(several, device)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device) -> float:
     """The best of five times, after one that does not count; a GPU is waited for."""
     seconds = []
     for _ in range(6):
@@ -79,15 +97,17 @@ def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     return min(seconds[1:])
 
 
-def multiply_adds(
+def part_multiply_adds(
     student: dict[str, int],
     teacher: dict[str, int],
     lengths: Sequence[tuple[int, int]],
     terms: Sequence[str],
     *,
     padded_to: int = 0,
-) -> float:
-    """Count the multiply-adds of one training epoch: matrix products of forward and backward.
+) -> dict[str, float]:
+    """Count the multiply-adds of one training epoch's matrix products, by part of the step.
+
+    The gradients of "kd" and "attention" are computed with the loss and count there.
 
     Args:
         student, teacher: their shapes, of `SHAPES`.
@@ -99,16 +119,30 @@ def multiply_adds(
         lengths = [(padded_to, padded_to)] * len(lengths)
     tokens, predicted = map(sum, zip(*lengths))
     pairs = sum(n * n if padded_to else n * (n + 1) / 2 for n, _ in lengths)
-    width, heads = student["hidden_size"], student["num_attention_heads"]
-    key_width = width * student["num_key_value_heads"] // heads
-    layer = 2 * width**2 + 2 * width * key_width + 3 * width * student["intermediate_size"]
-    body = student["num_hidden_layers"] * (layer * tokens + 2 * width * pairs)
-    head = width * student["vocab_size"]
-    hidden = ("hidden" in terms) * 3 * width * teacher["hidden_size"] * tokens
-    kd = ("kd" in terms) * tokens * (3 * head + teacher["hidden_size"] * teacher["vocab_size"])
-    attention = ("attention" in terms) * 3 * width * pairs
-    total = 3 * (body + head * predicted) + hidden
-    return total if padded_to else total + kd + attention
+    width, layers, size = student["hidden_size"], student["num_hidden_layers"], matrices(student)
+    parts = {"body": size["body"] * tokens + 2 * layers * width * pairs}
+    parts["task"] = size["head"] * predicted
+    if "hidden" in terms:
+        parts["hidden"] = width * teacher["hidden_size"] * tokens
+    parts["backward"] = 2 * sum(parts.values())
+    if "kd" in terms and not padded_to:
+        parts["kd"] = tokens * (3 * size["head"] + matrices(teacher)["head"])
+    if "attention" in terms and not padded_to:
+        parts["attention"] = 3 * width * pairs
+    return parts
+
+
+def matrices(shape: dict[str, int]) -> dict[str, int]:
+    """How many weights a model's matrices have: "body", all layers together, and "head"."""
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    key_width = width * shape["num_key_value_heads"] // heads
+    layer = 2 * width**2 + 2 * width * key_width + 3 * width * shape["intermediate_size"]
+    return {"body": shape["num_hidden_layers"] * layer, "head": width * shape["vocab_size"]}
+
+
+def multiply_adds(*work: Any, padded_to: int = 0) -> float:
+    """The sum of `part_multiply_adds`, which has the same arguments."""
+    return sum(part_multiply_adds(*work, padded_to=padded_to).values())
 
 
 def forward_multiply_adds(shape: dict[str, int], lengths: Sequence[int]) -> float:

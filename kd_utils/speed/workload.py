@@ -3,17 +3,19 @@ lengths, their teacher cache and its size, and the number of multiply-adds. No w
 loaded: speed depends on shapes and lengths, not on the values of weights.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from kd_utils.cache import teacher_cache, writer
 from kd_utils.cost.rows import LENGTH_MIX, mixed_lengths
 from kd_utils.cost.work import forward_multiply_adds as forward_multiply_adds
+from kd_utils.cost.work import matrices, part_multiply_adds
 from kd_utils.cost.work import multiply_adds as multiply_adds
 from kd_utils.teacher import extraction
 from kd_utils.tokens.encoding import Example, right_padded
@@ -82,6 +84,57 @@ def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
             tokens = rng.integers(3, vocab_size, length).astype(np.int32)
             examples.append(Example(f"{task}-{len(examples)}", tokens, length - answer))
     return examples
+
+
+def part_bytes(
+    student: dict[str, int], teacher: dict[str, int], lengths: Sequence[tuple[int, int]], steps: int
+) -> dict[str, float]:
+    """Count the bytes that one training epoch with all terms has to move, by part of the step.
+
+    A weight, gradient or state of the optimiser (4 bytes) counts once in each part that reads or
+    writes it, a cached signal (2 bytes) in the term that reads it. Activations do not count.
+    """
+    body, head = matrices(student).values()
+    teachers_head = matrices(teacher)["head"]
+    projector = student["hidden_size"] * teacher["hidden_size"]
+    tokens, pairs = sum(n for n, _ in lengths), sum(n * (n + 1) / 2 for n, _ in lengths)
+    used, trained = body + head + projector, body + 2 * head + projector  # with the embeddings
+    return {
+        "body": 4 * body * steps,
+        "task": 4 * head * steps,
+        "kd": 4 * (2 * head + teachers_head) * steps,  # the head's gradient, too
+        "hidden": 4 * projector * steps + 2 * teacher["hidden_size"] * tokens,
+        "attention": 2 * teacher["num_attention_heads"] * pairs,
+        "backward": 4 * (used + trained) * steps,
+        # Norm: reads the gradient. Clip: reads and writes it. AdamW: reads 4 numbers, writes 3.
+        "clip and step": 4 * (1 + 2 + 7) * trained * steps,
+    }
+
+
+def step_limits(
+    shape: dict[str, dict[str, int]],
+    lengths: Sequence[tuple[int, int]],
+    steps: int,
+    rate: float,
+    bandwidth: float,
+) -> pd.DataFrame:
+    """The least seconds of one epoch with all terms, a row per part of the step.
+
+    Args:
+        shape: of "student" and "teacher", an entry of `SHAPES`.
+        lengths, steps: as in `part_bytes`.
+        rate, bandwidth: the machine's multiply-adds and bytes per second.
+
+    Returns:
+        `multiply-adds` and `bytes`, each in seconds at its rate, and `limit`, the larger one.
+    """
+    sides, terms = (shape["student"], shape["teacher"], lengths), ("kd", "hidden", "attention")
+    counted = {
+        "bytes": pd.Series(part_bytes(*sides, steps)) / bandwidth,
+        "multiply-adds": pd.Series(part_multiply_adds(*sides, terms)) / rate,
+    }
+    table = pd.DataFrame(counted).fillna(0.0)
+    return table.assign(limit=table.max(axis=1))
 
 
 def write_sample(
