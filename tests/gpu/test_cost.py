@@ -110,7 +110,7 @@ CASES = {
     + [("weights", "task", "float32"), ("chunks", "black_box", "float32")]
     + [("weights", "combined", "bfloat16"), ("activations", "black_box", "bfloat16")],
 )
-def test_training_holds_what_is_estimated(case, method, precision):
+def test_memory_of_training_is_what_is_estimated(case, method, precision):
     width, layers, vocab, teacher_width, examples, tokens = CASES[case]
     width, teacher_width = SCALE * width, SCALE * teacher_width
     teacher = llama(teacher_width, 2, vocab, kv_heads=4)
