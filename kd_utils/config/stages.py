@@ -99,6 +99,13 @@ class SpeedConfig(Config):
     naive_length: Annotated[int, Field(ge=496, lt=2**31)]
     repeats: fields.PositiveInt
     sweep_trials: fields.Count
+    trial_rows: fields.Count
+    trial_epochs: fields.PositiveInt
+    generate_prompts: fields.Count
+    max_new_tokens: fields.PositiveInt
+    budget_tokens: fields.Count
+    compile_backend: Literal["", "eager", "inductor"]
+    seconds: fields.Count
     batch_size: fields.PositiveInt
     batch_tokens: fields.PositiveInt
     temperature: fields.PositiveFloat

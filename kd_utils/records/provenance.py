@@ -27,8 +27,15 @@ from kd_utils.store.files import sha256_json
 
 PACKAGE = project_paths.CODE_ROOT / "kd_utils"
 
-#: These change no result: parameters are part of the config, and figures only show results.
-NOT_COUNTED = ("config.notebook_files", "config.parameter_files", "records.provenance", "figures")
+#: These change no result: parameters are part of the config, figures only show results, and an
+#: estimate of the cost is only printed.
+NOT_COUNTED = (
+    "config.notebook_files",
+    "config.parameter_files",
+    "records.provenance",
+    "figures",
+    "cost",
+)
 
 #: Packages whose versions a record names.
 PACKAGES = "torch transformers tokenizers datasets numpy pyarrow pandas papermill ray".split()

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from kd_utils.config import project_paths, trial
+from kd_utils.config import project_paths, stages, trial
+from kd_utils.cost.work import best_rate
+from kd_utils.cost.work import matrix_rate as matrix_rate
 from kd_utils.records.trial_record import read_record
 
 #: A measurement must be at most ("<=") or at least (">=") its goal.
@@ -32,18 +34,34 @@ GOALS = {
     "sweep_overhead_s": ("<=", 8.0),
 }
 
+#: The paper's work, and the goals of one H100 for it.
+PAPERS_WORK = {"shapes": "llama2", "trial_rows": 7000, "trial_epochs": 3, "batch_size": 8}
+PAPERS_GOALS = {"teacher_pass_s": ("<=", 60.0), "trial_s": ("<=", 120.0)}
 
-def against_goals(measured: dict[str, float], limits: dict[str, float]) -> pd.DataFrame:
+
+def goals_for(config: stages.SpeedConfig, device: torch.device) -> dict[str, tuple[str, float]]:
+    """The goals that a run is judged by: seconds count for the paper's work on a GPU only."""
+    asked = config.model_dump(include=set(PAPERS_WORK))
+    papers = asked == PAPERS_WORK and device.type == "cuda"
+    return {**PAPERS_GOALS, **GOALS} if papers else GOALS
+
+
+def against_goals(
+    measured: dict[str, float],
+    limits: dict[str, float],
+    goals: dict[str, tuple[str, float]] = GOALS,
+) -> pd.DataFrame:
     """Compare measurements with their goals; those without a goal are left out.
 
     Args:
         limits: the best that is possible, for every key that has a goal.
+        goals: the sense of the comparison and the bound, by key.
 
     Returns:
         A row per measurement: `key`, `measured`, the sense of the comparison, `goal`, `limit`,
         `met`, and `margin`: how many times better than its goal the measurement is.
     """
-    rows = [(key, measured[key], *GOALS[key], limits[key]) for key in GOALS if key in measured]
+    rows = [(key, measured[key], *goals[key], limits[key]) for key in goals if key in measured]
     table = pd.DataFrame(rows, columns=["key", "measured", "", "goal", "limit"])
     below = table["goal"] / table["measured"].clip(lower=1e-9)
     margin = below.where(table[""] == "<=", table["measured"] / table["goal"])
@@ -56,19 +74,22 @@ class Laps:
     def __init__(self, device: torch.device | str = "cpu") -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._device = torch.device(device)
-        self._last = time.perf_counter()
+        self._last = self._now()  # what a GPU was given before is no part of the first lap
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
     def lap(self, part: str) -> None:
         """End a lap, add its seconds to `part`, and start the next one."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
+        now = self._now()
         self.seconds[part] += now - self._last
         self._last = now
 
 
 def alternate(
-    sides: dict[str, Callable[[], object]],
+    sides: Mapping[str, Callable[[], object]],
     repeats: int,
     *,
     device: torch.device | str = "cpu",
@@ -95,28 +116,33 @@ def alternate(
     return pd.DataFrame(rounds[first:])
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds per second of a product of square matrices of 2048 rows, the best of five."""
-    left, right = torch.randn(2, 2048, 2048, device=device).to(dtype)
-    seconds = alternate({"product": lambda: left @ right}, 5, device=device)
-    return 2048**3 / seconds["product"].min()
+def memory_rate(device: torch.device) -> float:
+    """Bytes per second of a large copy, read and written ones together; the best of five."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**25, device=device)  # 1 GB, 128 MB
+    target = torch.ones_like(source)
+    return best_rate(lambda: target.copy_(source), 2 * source.nbytes, device)
 
 
-def peak_mb(work: Callable[[], object], *, device: torch.device | str = "cpu") -> float:
+def peak_mb(
+    work: Callable[[], object], *, device: torch.device | str = "cpu", all_held: bool = False
+) -> float:
     """Run `work` and return the most memory in MB that it held beyond what was held before.
 
     On a GPU this counts torch's allocations, otherwise the resident set of the process (Linux).
+
+    Args:
+        all_held: count what was held before, too.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = 0 if all_held else torch.cuda.memory_allocated(device)
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not returned would hide new memory
     Path("/proc/self/clear_refs").write_text("5")  # restarts the kernel's record of the peak
-    before = _resident_kb("VmRSS")
+    before = 0 if all_held else _resident_kb("VmRSS")
     work()
     return (_resident_kb("VmHWM") - before) / 2**10
 

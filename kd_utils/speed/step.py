@@ -1,6 +1,6 @@
 """The training step of notebook 03 with the terms of each method, and its gradient."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,15 +27,16 @@ WEIGHTS = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
 class StepBench:
     """A random student that trains on the benchmark's rows, from a teacher's cache of them.
 
-    Teacher and student are compared in their last layers. Every batch is read from the cache and
-    decoded anew, as in the first epoch of a trial.
+    Teacher and student are compared in their last layers.
 
     Args:
         shape: of "student" and "teacher", an entry of `SHAPES`.
         rows: the examples, without signals; `folder` has their cache.
+        memory_bytes: how much of the cache is kept in memory. 0: every batch is read from the cache
+            and decoded anew, as in the first epoch of a trial.
 
     Attributes:
-        plan: the batches of one epoch, as indices of rows.
+        plan: the batches of the first epoch, as indices of rows.
         student, parameters, optimizer: made anew by `restart`; `parameters` are all that train.
         projector: from the student's width to the teacher's.
     """
@@ -47,12 +48,13 @@ class StepBench:
         folder: str | Path,
         config: stages.SpeedConfig,
         device: torch.device,
+        *,
+        memory_bytes: int = 0,
     ) -> None:
         self.shape, self.rows, self.config, self.device = shape, rows, config, device
-        self.plan = batches.epoch_batches(
-            [len(row.tokens) for row in rows], config.batch_size, config.seed, epoch=1
-        )
-        self._cache = TeacherCache(Path(folder), memory_bytes=0)
+        self.plan = self.plan_of(epoch=1)
+        self._cache = TeacherCache(Path(folder), memory_bytes=memory_bytes)
+        self._reads: set[str] = set()
         student, teacher = shape["student"], shape["teacher"]
         total = teacher["num_hidden_layers"]
         last = [(total, student["num_hidden_layers"])]
@@ -76,27 +78,54 @@ class StepBench:
         self.parameters = [*self.student.parameters(), *trained]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, weight_decay=0.01, fused=True)
 
+    def plan_of(self, epoch: int) -> list[list[int]]:
+        """The batches of an epoch, counted from 1, as indices of rows."""
+        lengths = [len(row.tokens) for row in self.rows]
+        return batches.epoch_batches(lengths, self.config.batch_size, self.config.seed, epoch)
+
     def examples(self, indices: list[int], terms: Collection[str]) -> list[Example]:
         """Rows by index, with the signals that the terms need."""
         if "kd" not in terms:
             return [self.rows[i] for i in indices]
-        self._cache.read_only({"hidden", "attention"} if "attention" in terms else {"hidden"})
+        needed = {"hidden", "attention"} if "attention" in terms else {"hidden"}
+        if self._reads != needed:  # what is kept in memory is lost
+            self._cache.read_only(needed)
+            self._reads = needed
         return [self._cache[self.rows[i].example_id] for i in indices]
 
+    def read(self, plan: list[list[int]], terms: Collection[str]) -> Iterator[batches.Batch]:
+        """The batches of a plan, with the signals that the terms need, read ahead by a thread."""
+        return batches.prefetched(
+            lambda indices: batches.collate(self.examples(indices, terms), device=self.device), plan
+        )
+
     def loss_terms(
-        self, batch: batches.Batch, terms: Collection[str], temperature: float | None = None
+        self,
+        batch: batches.Batch,
+        terms: Collection[str],
+        temperature: float | None = None,
+        *,
+        lap: Callable[[str], object] = lambda part: None,
     ) -> dict[str, Tensor]:
-        """The unweighted loss terms of a batch, at the config's temperature if none is given."""
+        """The unweighted loss terms of a batch, at the config's temperature if none is given.
+
+        Args:
+            lap: is called after the student's forward pass with "body", after each term with its
+                name.
+        """
         self.teacher_terms["kd"].temperature = temperature or self.config.temperature
+        values: dict[str, Tensor] = {}
         with devices.autocast(self.device, self.config.precision):
             last = [self.student.config.num_hidden_layers] if "attention" in terms else []
-            return training.loss_terms(
-                signals.forward_signals(self.student, batch.input_ids, map_layers=last),
-                output_head.output_head(self.student),
-                batch=batch,
-                terms=terms,
-                teachers=[self.teacher_terms],
-            )
+            found = signals.forward_signals(self.student, batch.input_ids, map_layers=last)
+            lap("body")
+            head, teachers = output_head.output_head(self.student), [self.teacher_terms]
+            for term in terms:
+                values |= training.loss_terms(
+                    found, head, batch=batch, terms=[term], teachers=teachers
+                )
+                lap(term)
+        return values
 
     def gradient(self, examples: list[Example], temperature: float, term: str) -> Tensor:
         """The flat gradient of the weighted loss ("all") or of one unweighted term."""
@@ -105,11 +134,12 @@ class StepBench:
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return torch.cat([g.flatten() for g in gradients if g is not None])
 
-    def update(self) -> None:
-        """Clip the gradient, step and zero, as notebook 03 does."""
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+    def update(self) -> Tensor:
+        """Clip the gradient, step and zero, as notebook 03 does; returns the norm before it."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def epoch(
         self,
@@ -120,19 +150,18 @@ class StepBench:
     ) -> dict[str, float]:
         """Train with the loop of notebook 03 and return the seconds by part of the step.
 
+        The parts are "wait", "body" (the student's forward pass without its head), each term,
+        "backward", and "clip and step".
+
         Args:
             terms: of the loss, an entry of `METHODS`.
             plan: batches as indices of rows; None: the whole epoch.
             synchronize: wait for a GPU after each part of a step.
         """
         laps = meters.Laps(self.device if synchronize else "cpu")
-        for batch in batches.prefetched(
-            lambda indices: batches.collate(self.examples(indices, terms), device=self.device),
-            plan or self.plan,
-        ):
+        for batch in self.read(plan or self.plan, terms):
             laps.lap("wait")
-            loss = training.weighted_sum(self.loss_terms(batch, terms), WEIGHTS)
-            laps.lap("forward and loss")
+            loss = training.weighted_sum(self.loss_terms(batch, terms, lap=laps.lap), WEIGHTS)
             loss.backward()
             laps.lap("backward")
             self.update()

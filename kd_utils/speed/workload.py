@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from kd_utils.cache import teacher_cache, writer
+from kd_utils.cost.rows import LENGTH_MIX, mixed_lengths
+from kd_utils.cost.work import forward_multiply_adds as forward_multiply_adds
+from kd_utils.cost.work import matrices, part_multiply_adds
+from kd_utils.cost.work import multiply_adds as multiply_adds
 from kd_utils.teacher import extraction
 from kd_utils.tokens.encoding import Example, right_padded
 
@@ -38,27 +43,6 @@ SHAPES: dict[str, dict[str, dict[str, int]]] = {
         "teacher": _shape(4096, 11008, 32, 32, 32, 32000),
         "student": _shape(2048, 5632, 22, 4, 32, 32000),
     },
-}
-
-#: For each task its number of rows, then the quantiles 0, 1/20, ..., 1 of tokens in a row and of
-#: tokens in its answer: the training rows of `papermill_params/llama2.yaml` under Llama-2's
-#: tokenizer.
-LENGTH_MIX = {
-    "sst2": (
-        5000,
-        "16 21 24 26 28 30 32 33 35 37 38 40 42 44 46 48 50 53 56 61 90",
-        "2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2",
-    ),
-    "mmlu": (
-        1000,
-        "45 59 63 67 72 76 81 86 93 97 104 112 122 132 139 150 171 210 258 324 493",
-        "2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2 2",
-    ),
-    "gsm8k": (
-        1000,
-        "72 106 118 127 137 146 155 166 173 180 190 201 209 218 227 241 254 275 305 340 495",
-        "31 59 69 76 82 89 95 101 106 112 119 126 136 145 152 161 171 185 209 241 368",
-    ),
 }
 
 
@@ -96,49 +80,61 @@ def random_rows(count: int, vocab_size: int, *, seed: int = 0) -> list[Example]:
     ends = np.cumsum([0, *task_rows]) * count // sum(task_rows)
     examples: list[Example] = []
     for task, first, last in zip(LENGTH_MIX, ends, ends[1:], strict=False):
-        quantiles = [np.array(numbers.split(), int) for numbers in LENGTH_MIX[task][1:]]
-        for place in (np.arange(last - first) + 0.5) / max(last - first, 1) * 20:
-            length, answer = (round(np.interp(place, range(21), q)) for q in quantiles)
+        for length, answer in mixed_lengths(task, last - first):
             tokens = rng.integers(3, vocab_size, length).astype(np.int32)
             examples.append(Example(f"{task}-{len(examples)}", tokens, length - answer))
     return examples
 
 
-def multiply_adds(
-    student: dict[str, int],
-    teacher: dict[str, int],
+def part_bytes(
+    student: dict[str, int], teacher: dict[str, int], lengths: Sequence[tuple[int, int]], steps: int
+) -> dict[str, float]:
+    """Count the bytes that one training epoch with all terms has to move, by part of the step.
+
+    A weight, gradient or state of the optimiser (4 bytes) counts once in each part that reads or
+    writes it, a cached signal (2 bytes) in the term that reads it. Activations do not count.
+    """
+    body, head = matrices(student).values()
+    teachers_head = matrices(teacher)["head"]
+    projector = student["hidden_size"] * teacher["hidden_size"]
+    tokens, pairs = sum(n for n, _ in lengths), sum(n * (n + 1) / 2 for n, _ in lengths)
+    used, trained = body + head + projector, body + 2 * head + projector  # with the embeddings
+    return {
+        "body": 4 * body * steps,
+        "task": 4 * head * steps,
+        "kd": 4 * (2 * head + teachers_head) * steps,  # the head's gradient, too
+        "hidden": 4 * projector * steps + 2 * teacher["hidden_size"] * tokens,
+        "attention": 2 * teacher["num_attention_heads"] * pairs,
+        "backward": 4 * (used + trained) * steps,
+        # Norm: reads the gradient. Clip: reads and writes it. AdamW: reads 4 numbers, writes 3.
+        "clip and step": 4 * (1 + 2 + 7) * trained * steps,
+    }
+
+
+def step_limits(
+    shape: dict[str, dict[str, int]],
     lengths: Sequence[tuple[int, int]],
-    terms: Sequence[str],
-    *,
-    padded_to: int = 0,
-) -> float:
-    """Count the multiply-adds of one training epoch: matrix products of forward and backward.
+    steps: int,
+    rate: float,
+    bandwidth: float,
+) -> pd.DataFrame:
+    """The least seconds of one epoch with all terms, a row per part of the step.
 
     Args:
-        student, teacher: their shapes, of `SHAPES`.
-        lengths: (tokens, answer tokens) of each example.
-        padded_to: if not 0, count the naive design: every example has this length, all pairs of
-            positions count, student logits are computed everywhere, the teacher's are read.
+        shape: of "student" and "teacher", an entry of `SHAPES`.
+        lengths, steps: as in `part_bytes`.
+        rate, bandwidth: the machine's multiply-adds and bytes per second.
+
+    Returns:
+        `multiply-adds` and `bytes`, each in seconds at its rate, and `limit`, the larger one.
     """
-    if padded_to:
-        lengths = [(padded_to, padded_to)] * len(lengths)
-    tokens, predicted = map(sum, zip(*lengths))
-    pairs = sum(n * n if padded_to else n * (n + 1) / 2 for n, _ in lengths)
-    width, heads = student["hidden_size"], student["num_attention_heads"]
-    key_width = width * student["num_key_value_heads"] // heads
-    layer = 2 * width**2 + 2 * width * key_width + 3 * width * student["intermediate_size"]
-    body = student["num_hidden_layers"] * (layer * tokens + 2 * width * pairs)
-    head = width * student["vocab_size"]
-    hidden = ("hidden" in terms) * 3 * width * teacher["hidden_size"] * tokens
-    kd = ("kd" in terms) * tokens * (3 * head + teacher["hidden_size"] * teacher["vocab_size"])
-    attention = ("attention" in terms) * 3 * width * pairs
-    total = 3 * (body + head * predicted) + hidden
-    return total if padded_to else total + kd + attention
-
-
-def forward_multiply_adds(shape: dict[str, int], lengths: Sequence[int]) -> float:
-    """Count the multiply-adds of a model's forward pass over real tokens, without its `lm_head`."""
-    return multiply_adds({**shape, "vocab_size": 0}, shape, [(n, 0) for n in lengths], ()) / 3
+    sides, terms = (shape["student"], shape["teacher"], lengths), ("kd", "hidden", "attention")
+    counted = {
+        "bytes": pd.Series(part_bytes(*sides, steps)) / bandwidth,
+        "multiply-adds": pd.Series(part_multiply_adds(*sides, terms)) / rate,
+    }
+    table = pd.DataFrame(counted).fillna(0.0)
+    return table.assign(limit=table.max(axis=1))
 
 
 def write_sample(

@@ -78,8 +78,9 @@ class Sweep:
         }
 
     def dry_run(self) -> Iterator[str]:
-        """What a run would do: the state of 01, 02 and each trial; and whether any effect could be
-        significant, which with many comparisons and few pairs none is, however large.
+        """What a run would do: the state of 01, 02 and each trial; whether any effect could be
+        significant, which with many comparisons and few pairs none is, however large; and about
+        what it would cost.
         """
         why = {stem: self.why_to_run(stem) for stem in (PREPARE, CACHE)}
         for stem, reason in why.items():
@@ -107,6 +108,18 @@ class Sweep:
                 f"smallest possible corrected p {row.smallest_p:.3f}: "
                 + ("can be significant" if can else "CANNOT be significant, add seeds")
             )
+        todo = [t for t in self.chosen if states[t.trial].state != "done"]
+        if todo or why[CACHE]:
+            yield from self._cost(todo, cached=not why[CACHE])
+
+    def _cost(self, todo: list[planning.Trial], *, cached: bool) -> Iterator[str]:
+        """About what 02, if it is to run, and these trials will take."""
+        from kd_utils.cost.experiment import Experiment  # brings torch
+        from kd_utils.teacher.extraction import cached_layers
+
+        data, cache = (notebook_config(stem, self.parameters) for stem in (PREPARE, CACHE))
+        trials = [notebook_config(TRAIN, trial.parameters) for trial in todo]
+        return Experiment(data, cache, cached, trials, cached_layers).lines()
 
     def outcome(self, results: pd.DataFrame) -> Iterator[str]:
         """The verdict of 04, or which trials are done; and where the records are."""

@@ -336,6 +336,8 @@ def test_03_refuses_bad_parameters_before_any_model_is_loaded(home, tmp_path, pa
 def test_05_measures_and_leaves_a_record(tmp_path):
     (tmp_path / "small.yaml").write_text(
         "shapes: tiny\nbench_rows: 16\nsize_rows: 7\ngrowth_rows: 20\nrepeats: 1\nsweep_trials: 0\n"
+        "trial_rows: 21\ntrial_epochs: 2\ngenerate_prompts: 2\nmax_new_tokens: 8\n"
+        "budget_tokens: 512\ncompile_backend: eager\n"
     )
     done = run(tmp_path, "kd_utils", "bench", tmp_path / "small.yaml")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -346,6 +348,11 @@ def test_05_measures_and_leaves_a_record(tmp_path):
     assert {"device", "shapes", "commit", "limits"} <= set(record) and set(record["limits"]) <= set(
         record
     )
+    assert record["complete"] and not record["left_out"] and len(record["epochs"]) == 2
+    papers = "teacher_pass_s trial_s generation_s budget_vs_plan compiled_vs_eager"
+    assert all(record[key] > 0 for key in papers.split())
+    assert "liger_vs_kd_loss" in record or record["liger"].startswith("not installed")
+    assert set(record["parts"]) > {"wait", "body", "kd", "attention", "backward", "clip and step"}
     assert (
         record["cache_bytes_vs_naive"] <= 0.018 and record["cache_bytes_vs_naive/compact"] <= 0.013
     )

@@ -8,7 +8,7 @@ from tiny import tiny_llama
 
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.parameter_files import notebook_config
-from kd_utils.speed import workload
+from kd_utils.speed import step, workload
 
 
 def test_the_length_mix_is_that_of_the_real_rows(shared):
@@ -89,6 +89,42 @@ def test_multiply_adds_by_hand():
     )
     padded = workload.multiply_adds(shape, shape, [(3, 1)], ("task", "kd"), padded_to=8)
     assert padded == 3 * (2 * (8 * layer + 2 * 4 * 64) + 40 * 8)
+
+
+def test_parts_of_a_step_by_hand():
+    sizes = dict(hidden_size=4, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    student = dict(**sizes, intermediate_size=6, vocab_size=10)
+    teacher = dict(**sizes | {"hidden_size": 8}, intermediate_size=12, vocab_size=10)
+    body, head, teachers_head, projector = 2 * (16 + 2 * 8 + 16 + 72), 40, 80, 32
+    assert workload.matrices(student) == {"body": body, "head": head}
+    sides, terms = (student, teacher, [(3, 1), (2, 1)]), ("task", "kd", "hidden", "attention")
+    parts = workload.part_multiply_adds(*sides, terms)
+    tokens, predicted, pairs = 5, 2, 6 + 3
+    forward = 5 * body + 2 * 2 * 4 * pairs + predicted * head + tokens * projector
+    assert sum(parts[part] for part in ("body", "task", "hidden")) == forward
+    assert parts["backward"] == 2 * forward and parts["attention"] == 3 * 4 * pairs
+    assert parts["kd"] == tokens * (3 * head + teachers_head)
+    assert workload.multiply_adds(*sides, terms) == sum(parts.values())
+    moved = workload.part_bytes(*sides, steps=7)
+    trained = body + 2 * head + projector  # with the embeddings
+    assert moved["clip and step"] == 7 * 40 * trained
+    assert moved["backward"] == 7 * 4 * (body + head + projector + trained)
+    assert moved["hidden"] == 7 * 4 * projector + 2 * 8 * tokens
+    assert moved["attention"] == 2 * 2 * pairs
+
+
+def test_a_limit_is_the_larger_of_its_two_times():
+    pair = workload.SHAPES["tiny"]
+    lengths = [(30, 2)] * 8
+    table = workload.step_limits(pair, lengths, 1, rate=1e9, bandwidth=1e9)
+    assert set(table.index) == {*step.METHODS["combined"], "body", "backward", "clip and step"}
+    assert (table["limit"] == table[["multiply-adds", "bytes"]].max(axis=1)).all()
+    assert table.loc["clip and step", "multiply-adds"] == 0 < table.loc["clip and step", "bytes"]
+    teacher, student = pair.values()
+    work = workload.multiply_adds(student, teacher, lengths, step.METHODS["combined"])
+    assert table["multiply-adds"].sum() == pytest.approx(work / 1e9)
+    slow = workload.step_limits(pair, lengths, 1, rate=1e9, bandwidth=1e3)
+    assert (slow["limit"] == slow["bytes"]).all()
 
 
 def test_entropy_is_that_of_the_byte_planes():

@@ -1,0 +1,1 @@
+"""Room `cost`: what will it take, in time, memory and disk? Estimates, before anything is run."""

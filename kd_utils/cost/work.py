@@ -1,0 +1,150 @@
+"""How long: multiply-adds and operations, over the rates of a short probe on this machine."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+#: Share of a large matrix product's rate that a training step and a bare forward pass reach:
+#: measured on 2 CPU cores at TinyLlama's proportions (docs/speed.md). No GPU was measured.
+STEP_EFFICIENCY, FORWARD_EFFICIENCY = 0.40, 0.59
+
+#: Operations of a training step and of a forward pass, in all and for each layer; those that every
+#: term with a teacher adds; those that a row's signals take in the teacher's pass. Counted with
+#: torch's profiler (docs/cost.md).
+STEP_OPERATIONS, FORWARD_OPERATIONS, TERM_OPERATIONS, EXAMPLE_OPERATIONS = (
+    (110, 195),
+    (33, 53),
+    150,
+    25,
+)
+
+#: Seconds of an operation in a model, Python included, for each second of the probe's.
+OPERATION_FACTOR = 5.5
+
+
+class Probe(NamedTuple):
+    """What a machine can do.
+
+    Attributes:
+        rate: multiply-adds per second of a large matrix product.
+        operation: seconds that a small operation takes.
+        overlaps: a device computes while the next operations are started, as a GPU does.
+    """
+
+    rate: float
+    operation: float
+    overlaps: bool
+
+    def seconds(self, work: float, operations: float, efficiency: float) -> float:
+        """About how long this many multiply-adds in this many operations take."""
+        computing = work / (self.rate * efficiency)
+        starting = operations * self.operation * OPERATION_FACTOR
+        return max(computing, starting) if self.overlaps else computing + starting
+
+
+def probe(device: torch.device, dtype: torch.dtype) -> Probe:
+    """Measure a machine for a moment, without drawing from torch's random generators."""
+    rows = 4096 if device.type == "cuda" else 1024
+    small, factor = torch.ones(8, 32, 64, device=device), torch.ones(64, device=device)
+
+    def several() -> None:
+        for _ in range(200):
+            torch.mul(small, factor)
+
+    return Probe(
+        matrix_rate(device, dtype, rows=rows),
+        1 / best_rate(several, 200, device),
+        device.type == "cuda",
+    )
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, rows: int = 0) -> float:
+    """Multiply-adds per second of a product of square matrices, the best of five.
+
+    Args:
+        rows: of each matrix; 0: 8192 on a GPU and 2048 on a CPU.
+    """
+    rows = rows or (8192 if device.type == "cuda" else 2048)
+    # Of a generator of its own: torch's draws decide dropout and initial weights.
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = torch.randn(3, rows, rows, device=device, generator=generator)
+    left, right, product = drawn.to(dtype)
+    return best_rate(lambda: torch.mm(left, right, out=product), rows**3, device)
+
+
+def best_rate(work: Callable[[], object], amount: float, device: torch.device) -> float:
+    """The most of an amount per second; a GPU runs ten times a measurement, or waiting counts."""
+    times = 10 if device.type == "cuda" else 1
+
+    def several() -> None:
+        for _ in range(times):
+            work()
+
+    return times * amount / best_seconds(several, device)
+
+
+def best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The best of five times, after one that does not count; a GPU is waited for."""
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def part_multiply_adds(
+    student: dict[str, int],
+    teacher: dict[str, int],
+    lengths: Sequence[tuple[int, int]],
+    terms: Sequence[str],
+    *,
+    padded_to: int = 0,
+) -> dict[str, float]:
+    """Count the multiply-adds of one training epoch's matrix products, by part of the step.
+
+    The gradients of "kd" and "attention" are computed with the loss and count there.
+
+    Args:
+        student, teacher: their shapes, of `SHAPES`.
+        lengths: (tokens, answer tokens) of each example.
+        padded_to: if not 0, count the naive design: every example has this length, all pairs of
+            positions count, student logits are computed everywhere, the teacher's are read.
+    """
+    if padded_to:
+        lengths = [(padded_to, padded_to)] * len(lengths)
+    tokens, predicted = map(sum, zip(*lengths))
+    pairs = sum(n * n if padded_to else n * (n + 1) / 2 for n, _ in lengths)
+    width, layers, size = student["hidden_size"], student["num_hidden_layers"], matrices(student)
+    parts = {"body": size["body"] * tokens + 2 * layers * width * pairs}
+    parts["task"] = size["head"] * predicted
+    if "hidden" in terms:
+        parts["hidden"] = width * teacher["hidden_size"] * tokens
+    parts["backward"] = 2 * sum(parts.values())
+    if "kd" in terms and not padded_to:
+        parts["kd"] = tokens * (3 * size["head"] + matrices(teacher)["head"])
+    if "attention" in terms and not padded_to:
+        parts["attention"] = 3 * width * pairs
+    return parts
+
+
+def matrices(shape: dict[str, int]) -> dict[str, int]:
+    """How many weights a model's matrices have: "body", all layers together, and "head"."""
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    key_width = width * shape["num_key_value_heads"] // heads
+    layer = 2 * width**2 + 2 * width * key_width + 3 * width * shape["intermediate_size"]
+    return {"body": shape["num_hidden_layers"] * layer, "head": width * shape["vocab_size"]}
+
+
+def multiply_adds(*work: Any, padded_to: int = 0) -> float:
+    """The sum of `part_multiply_adds`, which has the same arguments."""
+    return sum(part_multiply_adds(*work, padded_to=padded_to).values())
+
+
+def forward_multiply_adds(shape: dict[str, int], lengths: Sequence[int]) -> float:
+    """Count the multiply-adds of a model's forward pass over real tokens, without its `lm_head`."""
+    return multiply_adds({**shape, "vocab_size": 0}, shape, [(n, 0) for n in lengths], ()) / 3
