@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 #: Markers by where a test is: the start of its path under tests/.
 PLACES = {
     "faults/": "fault",
+    "gpu/": "gpu",
     "notebooks/": "notebook",
     "sweep/test_execution.py": "notebook",
     "sweep/test_ray_executor.py": "ray",
