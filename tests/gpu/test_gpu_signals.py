@@ -2,14 +2,20 @@
 the CPU's, answers that are generated and scored.
 """
 
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from functools import partial
+
 import pandas as pd
 import pytest
 import torch
 from references import NEAR, error
 from tiny import all_terms, example_rows, tiny_llama, tiny_model, tiny_tokenizer
+from transformers import masking_utils
 
 from kd_utils.data.tasks import find_task
 from kd_utils.distill.batches import split_batch
+from kd_utils.distill.meter import Meter
 from kd_utils.distill.training import loss_terms, seed_step, weighted_sum
 from kd_utils.evaluation.generation import generate_answers
 from kd_utils.evaluation.scoring import choice_loglikelihoods
@@ -63,7 +69,23 @@ def test_captured_maps_are_those_of_eager_attention(device, kv_heads, padding, p
     assert error(signals.layers[1][real], hidden[1][real]) <= NEAR[precision]
 
 
-def step(device, precision, *, micro=2):
+@contextmanager
+def no_waits(device):
+    """Whatever makes the host wait for a GPU raises; transformers alone may wait, once in a forward
+    pass, to ask whether positions are packed.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def step(device, precision, *, micro=2, context=nullcontext):
     """One optimiser step as notebook 03 takes it; the loss, and what the parameters moved by."""
     teacher = tiny_llama(width=48, layers=3)
     rows = list(signal_function(teacher, signals="white_box")(example_rows(LENGTHS)))
@@ -71,20 +93,23 @@ def step(device, precision, *, micro=2):
     teachers = [all_terms(OutputHead(stored_lm_head(teacher).to(device))).to(device)]
     parameters = [*student.parameters(), *teachers[0].parameters()]
     optimizer = torch.optim.SGD(parameters, lr=1.0)  # its step is the gradient, unlike AdamW's
-    seed_step(0, 0)
     total = torch.zeros((), device=device)
-    for batch in split_batch(rows, micro, device=device):
-        with autocast(device, precision):
-            signals = forward_signals(student, batch.input_ids, map_layers=[2])
-            terms = loss_terms(
-                signals, output_head(student), batch=batch, terms=tuple(WEIGHTS), teachers=teachers
-            )
-            loss = weighted_sum(terms, WEIGHTS)
-        loss.backward()
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     before = [parameter.detach().clone() for parameter in parameters]
-    optimizer.step()
+    measure = Meter(None, datetime.now(UTC))
+    with context():
+        seed_step(0, 0)
+        for batch in split_batch(rows, micro, device=device):
+            with autocast(device, precision):
+                signals = forward_signals(student, batch.input_ids, map_layers=[2])
+                head, names = output_head(student), tuple(WEIGHTS)
+                terms = loss_terms(signals, head, batch=batch, terms=names, teachers=teachers)
+                loss = weighted_sum(terms, WEIGHTS)
+            loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        measure.step(norm, terms)
+    measure.stop_training()
     assert {value.dtype for value in [*terms.values(), loss, norm, *parameters]} == {torch.float32}
     assert {value.device for value in (loss, norm)} == {parameters[0].device}
     moved = [(new.detach() - old).flatten() for new, old in zip(parameters, before)]
@@ -97,6 +122,21 @@ def test_a_training_step_is_that_of_the_cpu(device, precision):
     found, expected = step(device, precision), step(torch.device("cpu"), "float32")
     assert error(found[0], expected[0]) <= NEAR[precision]
     assert error(found[1], expected[1]) <= NEAR[precision]
+
+
+def test_a_training_step_does_not_wait_for_the_device(device):
+    """The first step may: libraries are loaded, and memory is taken."""
+    for context in (nullcontext, partial(no_waits, device)):
+        step(device, "bfloat16", context=context)
+
+
+def test_the_teacher_does_not_wait_for_the_device(device):
+    run = signal_function(tiny_llama().to(device), signals="white_box")
+    rows = example_rows(LENGTHS)
+    list(run(rows))
+    with no_waits(device):
+        started = run(rows)
+    assert len(list(started)) == len(rows)
 
 
 def test_a_gpu_by_its_number(device):
