@@ -25,6 +25,7 @@ torch.set_num_threads(1)
 #: Markers by where a test is: the start of its path under tests/.
 PLACES = {
     "faults/": "fault",
+    "gpu/": "gpu",
     "notebooks/": "notebook",
     "sweep/test_execution.py": "notebook",
     "sweep/test_local_pool.py": "ray",
@@ -44,6 +45,7 @@ NAMES = {
         "test_a_calibrated_models_error_on_few_examples_is_not_0",
         "test_a_killed_build_leaves_nothing_half_done",
         "test_a_save_that_is_killed_anywhere_leaves_a_whole_state_and_no_rest",
+        "test_a_step_with_all_terms_stays_on_its_device",
         "test_an_interaction_on_these_rows_only_is_not_called_one",
         "test_another_seed_replaces_what_is_there_and_leaves_no_rest",
         "test_compiled_layers_give_the_same_gradient_at_every_shape",

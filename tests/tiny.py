@@ -196,3 +196,23 @@ def all_terms(
         AttentionMaps(pairs, layers, heads, **(attention or {})),
     )
     return TeacherTerms(terms, weight)
+
+
+def late_copy() -> type:
+    """A `HostCopy` as on a GPU, on a CPU: what it copied is there only when `result` waited."""
+    import torch
+
+    from kd_utils.models.devices import HostCopy
+
+    class LateCopy(HostCopy):
+        def __init__(self, tensors: dict[str, Any]) -> None:
+            self.under_way = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+            self._values = {name: torch.full_like(tensor, 77) for name, tensor in tensors.items()}
+            self._copied = self  # the event
+
+        @torch.inference_mode()
+        def synchronize(self) -> None:
+            for name, tensor in self.under_way.items():
+                self._values[name].copy_(tensor)
+
+    return LateCopy

@@ -11,7 +11,8 @@ import torch
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.trial import TrialConfig
 from kd_utils.data.prepared_data import PreparedData
-from kd_utils.distill.targets import Targets, targets_of, tensor_of
+from kd_utils.distill.targets import Targets, targets_of
+from kd_utils.models.devices import to_device
 from kd_utils.tokens.encoding import Example, right_padded
 
 
@@ -61,10 +62,10 @@ def collate(
     if teachers is None:
         teachers = [examples] if examples[0].signals else []
     return Batch(
-        tensor_of(input_ids, device),
+        to_device(input_ids, device),
         lengths,
-        tensor_of(predicting, device),
-        tensor_of(input_ids.reshape(-1)[predicting + 1], device),
+        to_device(predicting, device),
+        to_device(input_ids.reshape(-1)[predicting + 1], device),
         [targets_of(examples, rows, width, distill_tokens, device) for rows in teachers],
         Counter(answers=len(predicting)),
     )

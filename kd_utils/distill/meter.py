@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kd_utils.config.trial import TrialConfig
 from kd_utils.distill.batches import Batch
+from kd_utils.models.devices import HostCopy
 
 
 class Mean:
@@ -39,7 +40,7 @@ class Meter:
     """Counts a trial's steps, tokens and seconds, and collects one row of metrics per epoch.
 
     It stops a trial whose loss or gradient is not finite. The numbers of a step are read when the
-    next step is added: by then a GPU has computed them.
+    next step is added, so that a GPU always has work.
 
     Args:
         config: the trial's.
@@ -62,7 +63,7 @@ class Meter:
         self._loading = (datetime.now(UTC) - started).total_seconds()
         self._began = time.perf_counter()
         self.resumed_after = self.rows[-1]["epoch"] if self.rows else None
-        self._last_step: dict[str, Tensor] = {}
+        self._last_step: HostCopy | None = None
 
     @property
     def remaining(self) -> range:
@@ -107,8 +108,8 @@ class Meter:
             FloatingPointError: the step before this one was not finite.
         """
         self._require_finite()
-        named = {f"{name} loss": value.detach() for name, value in terms.items()}
-        self._last_step = {"gradient norm": gradient_norm.detach(), **named}
+        named = {f"{name} loss": value for name, value in terms.items()}
+        self._last_step = HostCopy({"gradient norm": gradient_norm, **named})
         self.global_step += 1
 
     def stop_training(self) -> None:
@@ -121,7 +122,8 @@ class Meter:
         self._trained = time.perf_counter()
 
     def _require_finite(self) -> None:
-        values = {name: value.item() for name, value in self._last_step.items()}
+        last_step = self._last_step.result() if self._last_step else {}
+        values = {name: value.item() for name, value in last_step.items()}
         if not all(map(math.isfinite, values.values())):
             shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             raise FloatingPointError(

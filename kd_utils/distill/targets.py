@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from kd_utils.models.attention_maps import causal_slice
+from kd_utils.models.devices import to_device
 from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens import alignment
 from kd_utils.tokens.encoding import Example
@@ -113,7 +114,7 @@ def targets_of(
     """
 
     def tensor(arrays: list[np.ndarray]) -> torch.Tensor:
-        return tensor_of(np.concatenate(arrays), device)
+        return to_device(np.concatenate(arrays), device)
 
     groups = [groups_of(row, example) for row, example in zip(rows, examples)]
     same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
@@ -185,7 +186,7 @@ def _packed(
 ) -> list[torch.Tensor]:
     """The query rows of each example's map, after one transfer to the device for all examples."""
     parts = [row.signals[name][:, slice(*causal_slice(*at))] for row, at in zip(rows, queries)]
-    joined = tensor_of(np.concatenate([part.reshape(-1) for part in parts]), device)
+    joined = to_device(np.concatenate([part.reshape(-1) for part in parts]), device)
     pieces = joined.split([part.size for part in parts])
     return [piece.view(part.shape) for piece, part in zip(pieces, parts)]
 
@@ -193,7 +194,7 @@ def _packed(
 def _merge(last: np.ndarray, places: np.ndarray, device: torch.device | str) -> Merge:
     """One side's merge: `last` has each group's last token, `places` those that are compared."""
     keys = np.asarray(np.searchsorted(last, np.arange(places[-1] + 1)))
-    return Merge(tensor_of(places - places[0], device), tensor_of(keys, device), int(keys[-1]) + 1)
+    return Merge(to_device(places - places[0], device), to_device(keys, device), int(keys[-1]) + 1)
 
 
 def _followed(
@@ -234,14 +235,3 @@ def _followed(
     student = side(examples, [lined.student for lined in groups], lambda b, at: at + b * width)
     teacher = side(rows, [lined.teacher for lined in groups], lambda b, at: hidden[b][at])
     return single, Spans(student, teacher, len(longer))
-
-
-def tensor_of(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
-    """The array on the device; a GPU does not wait for it."""
-    # Rows read from Parquet are read-only, and torch wants memory that it may write to.
-    host = torch.from_numpy(np.require(array, requirements=("C", "W")))
-    return (
-        host
-        if torch.device(device).type == "cpu"
-        else host.pin_memory().to(device, non_blocking=True)
-    )

@@ -1,5 +1,6 @@
-"""Devices, precision, memory and seeds."""
+"""Devices, copies to and from them, precision, memory and seeds."""
 
+import os
 import resource
 
 import numpy as np
@@ -12,13 +13,67 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` takes a GPU if there is one; a GPU that is asked for and is not there is refused."""
+    """The device that a parameter names: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
+
+    A GPU with a number becomes torch's current one, which records name. With KD_DETERMINISTIC=1 in
+    the environment torch uses deterministic algorithms only: slower, and on one kind of GPU the
+    same trial then has the same numbers to the last bit.
+
+    Raises:
+        ValueError: a GPU that is asked for is not there.
+    """
+    if os.environ.get("KD_DETERMINISTIC") == "1":
+        # cuBLAS reads it when the first product is computed, which is later than this.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.set_deterministic_debug_mode("error")  # without a second for torch.compile's modules
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device = {name!r}, but torch sees no GPU here: use 'auto' or 'cpu'")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= (count := torch.cuda.device_count()):
+            seen = "1 GPU" if count == 1 else f"{count} GPUs"
+            raise ValueError(
+                f"device = {name!r}, but torch sees {seen} here, numbered from 0: use 'cuda' or "
+                f"'cuda:{count - 1}'"
+            )
+        torch.cuda.set_device(device)
     return device
+
+
+def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """The array on the device; on a CPU they share memory where they can.
+
+    To a GPU it goes from page-locked memory, and nobody waits: torch keeps that memory until the
+    copy is done.
+    """
+    # Rows read from Parquet are read-only, and torch wants memory that it may write to.
+    host = torch.from_numpy(np.require(array, requirements=("C", "W")))
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+class HostCopy:
+    """Tensors of one device on their way to the host, where `result` waits for them.
+
+    A GPU writes them into page-locked memory when it has computed them, and nobody waits before.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        device = next(iter(tensors.values())).device
+        self._values = {
+            name: tensor.detach().to("cpu", non_blocking=True) for name, tensor in tensors.items()
+        }
+        on_gpu = device.type == "cuda"
+        self._copied = torch.cuda.current_stream(device).record_event() if on_gpu else None
+
+    def result(self) -> dict[str, torch.Tensor]:
+        """The tensors on the CPU, in the same order."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._values
 
 
 def amp_dtype(device: torch.device, precision: str) -> torch.dtype:

@@ -196,6 +196,7 @@ def environment() -> dict[str, Any]:
         device["threads"] = torch.get_num_threads()
         if torch.cuda.is_available():
             device["gpu"] = torch.cuda.get_device_name()
+            device["deterministic"] = torch.are_deterministic_algorithms_enabled()
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):

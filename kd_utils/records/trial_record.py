@@ -132,11 +132,11 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
         config, caches: the trial's `TrialConfig`, and the `TeacherCache` of each of its teachers.
         student: where the initial weights come from (`models.students.StudentSource`).
         precision: of matrix products.
-        device: "cuda" or "cpu": sums are rounded as this kind of GPU, or this kind of CPU with this
-            number of threads, rounds them.
+        device: "cuda" or "cpu": sums are rounded as this kind of GPU (by deterministic algorithms
+            or not), or this kind of CPU with this number of threads, rounds them.
     """
     ran = environment()
-    rounded_by = ("gpu",) if device == "cuda" else ("cpu", "threads")
+    rounded_by = ("gpu", "deterministic") if device == "cuda" else ("cpu", "threads")
     return {
         "config": config.fingerprint(),
         "cache": [cache.manifest["content_hash"] for cache in caches],

@@ -25,6 +25,13 @@ from kd_utils.store.sealed import write_sealed
 
 POLL_SECONDS = 0.2
 
+#: Whose memory is full -> how torch, CUDA, numpy and Python say so. A context or a library that
+#: finds no room on a card where others run has words of its own.
+FULL = {
+    "the GPU's": "OutOfMemoryError|CUDA (error: )?out of memory|ALLOC_FAILED",
+    "this machine's": "MemoryError: |can't allocate memory",
+}
+
 #: For a kernel to start or to send an output: papermill's 60 and 4 are too short beside 27 others.
 KERNEL_SECONDS = 300
 
@@ -201,11 +208,19 @@ def _cause(error: Any) -> str:
     text = f"{type(error).__name__}: {error}"
     if hasattr(error, "ename"):  # raised in a cell
         text = f"{error.ename}: {error.evalue}"
-        if re.search(r"OutOfMemory|MemoryError: |can't allocate memory", text):
-            text = (
-                "out of memory: lower the batch sizes (03: micro_batch_size, eval_batch_size; 02: "
-                f"teacher_batch_size, batch_tokens) ({text})"
-            )
+        text = _out_of_memory(text) or text
     elif text.startswith("DeadKernelError") or str(error).startswith("Kernel died"):
         text = "the kernel was killed or ran out of memory"
     return " ".join(text.split())[:500]
+
+
+def _out_of_memory(text: str) -> str:
+    """The line for an error that says that memory is full, with the remedy; "" for others."""
+    full = next((whose for whose, said in FULL.items() if re.search(said, text)), "")
+    size = re.search(r"(?:tried|unable) to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    asked = f" ({size[1]} more did not fit)" if size else ""
+    return full and (
+        f"out of memory: {full} memory is full{asked}: lower the batch sizes (03: "
+        "micro_batch_size, eval_batch_size; 02: batch_tokens, eval_batch_size, "
+        "teacher_batch_size), or run fewer trials side by side"
+    )

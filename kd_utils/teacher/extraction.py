@@ -10,7 +10,7 @@ from kd_utils.cache.manifest import cache_code
 from kd_utils.cache.writer import SignalsOf
 from kd_utils.config import project_paths, stages
 from kd_utils.data.prepared_data import PreparedData
-from kd_utils.models import layer_pairs, output_head, signal_kinds
+from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens import encoding
 
@@ -151,7 +151,7 @@ def signal_function(
     @torch.inference_mode()
     def run(batch: list[encoding.Example]) -> Iterator[encoding.Example]:
         padded, lengths = encoding.right_padded(batch)
-        input_ids = torch.from_numpy(padded).to(device)
+        input_ids = devices.to_device(padded, device)
         teacher = signal_kinds.TeacherPass(
             model, input_ids, captured, top_k, temperatures, attention_dtype
         )
@@ -162,27 +162,22 @@ def signal_function(
             }
             for b, n in enumerate(lengths)
         ]
-        # One copy per column, into page-locked memory, is under way when this returns.
-        flat = {
-            column: torch.cat([row[column].flatten() for row in taken]).to("cpu", non_blocking=True)
-            for column in columns
-        }
-        copied = None if device.type != "cuda" else torch.cuda.current_stream(device).record_event()
+        # One copy per column is under way when this returns.
+        flat = {column: torch.cat([row[column].flatten() for row in taken]) for column in columns}
+        copies = devices.HostCopy(flat)
         shapes = [{column: array.shape for column, array in row.items()} for row in taken]
-        return _rows(batch, flat, shapes, copied)
+        return _rows(batch, copies, shapes)
 
     return run
 
 
 def _rows(
     batch: list[encoding.Example],
-    flat: dict[str, torch.Tensor],
+    copies: devices.HostCopy,
     shapes: list[dict[str, torch.Size]],
-    copied: torch.cuda.Event | None,
 ) -> Iterator[encoding.Example]:
     """The examples with their parts of the flat columns, as soon as these are on the host."""
-    if copied:
-        copied.synchronize()
+    flat = copies.result()
     parts = {
         column: values.split([shape[column].numel() for shape in shapes])
         for column, values in flat.items()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -149,7 +150,8 @@ def fine_tune(
 def next_token_loss(logits: torch.Tensor, batch: batches.Batch) -> torch.Tensor:
     """Cross-entropy of every real token but the first, from (B, T, V) logits: nats per token."""
     places = torch.arange(batch.input_ids.shape[1], device=logits.device)
-    padding = places[None] >= torch.tensor(batch.lengths, device=logits.device)[:, None]
+    lengths = devices.to_device(np.array(batch.lengths), logits.device)
+    padding = places[None] >= lengths[:, None]
     labels = batch.input_ids.masked_fill(padding, -100)
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny import all_terms, example_rows, tiny_llama
+from tiny import all_terms, example_rows, late_copy, tiny_llama
 
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
 from kd_utils.distill.meter import Mean, Meter
@@ -341,6 +341,14 @@ def test_a_step_that_is_not_finite_stops_at_the_next_step_or_at_the_epochs_end(n
             stops(meter)
 
 
+def test_a_steps_numbers_are_read_when_the_gpu_has_copied_them(monkeypatch):
+    monkeypatch.setattr("kd_utils.distill.meter.HostCopy", late_copy())
+    meter = Meter(None, datetime.now(UTC))
+    meter.step(ONE, {"task": ONE * torch.inf})
+    with pytest.raises(FloatingPointError, match="at step 0: gradient norm 1, task loss inf; "):
+        meter.stop_training()
+
+
 def test_finite_steps_go_on_and_hold_no_graph():
     meter = Meter(None, datetime.now(UTC))
     meter.stop_training()
@@ -348,4 +356,4 @@ def test_finite_steps_go_on_and_hold_no_graph():
     for _ in range(3):
         meter.step(weight.norm(), {"task": weight.sum() * 1e30})
         meter.stop_training()
-    assert not any(value.requires_grad for value in meter._last_step.values())
+    assert not any(value.requires_grad for value in meter._last_step.result().values())

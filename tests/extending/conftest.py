@@ -1,93 +1,12 @@
-"""A small project, made by the functions that notebooks 01 and 02 call."""
+"""A small project, whose data has one task."""
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
-
-import pandas as pd
 import pytest
-from tiny import tiny_llama, tiny_tokenizer
-
-from kd_utils.cache.verification import verify
-from kd_utils.cache.writer import assemble_cache, cache_folder, write_shards
-from kd_utils.config.parameter_files import notebook_config
-from kd_utils.data.drawing import prepare
-from kd_utils.data.prepared_data import load_prepared, save_prepared
-from kd_utils.models.loading import load_causal_lm, load_tokenizer, model_fingerprint, save_model
-from kd_utils.teacher.extraction import (
-    cache_header,
-    cached_layers,
-    signal_function,
-    stored_lm_head,
-)
-from kd_utils.tokens.encoding import encode_table
-from kd_utils.tokens.vocabulary import Vocabulary
-
-ADJECTIVES = ("dull", "fine", "warm", "slow", "bright", "tedious", "clever", "flat")
+from small_project import small_project
 
 
 @pytest.fixture
 def project(tmp_path):
     """A teacher and a student with one tokenizer, prepared data, and 02 as a function."""
-    tokenizer = tiny_tokenizer(begin=False)
-    size = dict(vocab=len(tokenizer), max_position_embeddings=512)
-    for name, model in (
-        ("teacher", tiny_llama(width=48, layers=3, seed=5, **size)),
-        ("student", tiny_llama(layers=2, seed=1, **size)),
-    ):
-        save_model(model, tokenizer, tmp_path / name)
-    for split, nouns in (("train", ("film", "cast", "plot", "score")), ("validation", ("end",))):
-        rows = [
-            {"sentence": f"a {adjective} {noun}", "label": k % 2}
-            for noun in nouns
-            for k, adjective in enumerate(ADJECTIVES)
-        ]
-        (tmp_path / "data" / "sst2").mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_parquet(tmp_path / "data" / "sst2" / f"{split}.parquet", index=False)
-    parameters = {
-        "name": "tiny",
-        "artifacts_dir": str(tmp_path / "artifacts"),
-        "build": "none",
-        "data_dir": str(tmp_path / "data"),
-        "tokenizer": str(tmp_path / "student"),
-        "teacher": str(tmp_path / "teacher"),
-        "student": str(tmp_path / "student"),
-        "train_rows": "sst2:24",
-        "validation_rows": "sst2:6",
-        "teacher_epochs": 0,
-        "device": "cpu",
-    }
-    config = notebook_config("01_prepare_data", parameters)
-    save_prepared(prepare(config, tokenizer), config.data_path)
-    return SimpleNamespace(
-        root=tmp_path, parameters=parameters, cache=partial(cache, parameters), tokenizer=tokenizer
-    )
-
-
-def cache(parameters, **changes):
-    """What notebook 02 does: every row cached and verified. Returns the folder and the table."""
-    config = notebook_config("02_cache_teacher", {**parameters, **changes})
-    prepared, tokenizer = load_prepared(config.data_path), load_tokenizer(config.teacher)
-    vocabulary = Vocabulary.of(tokenizer)
-    data = {split: getattr(prepared, split) for split in ("train", "validation")}
-    examples = {
-        split: encode_table(tokenizer, table, split, vocabulary=vocabulary)
-        for split, table in data.items()
-    }
-    base, model = model_fingerprint(config.teacher), load_causal_lm(config.teacher).eval()
-    header = cache_header(config, prepared, config.teacher, base, base, model, tokenizer, {})
-    folder = cache_folder(config.artifacts, config.name, header["key"])
-    run_teacher = signal_function(
-        model,
-        signals=config.signals,
-        temperatures=header["temperatures"],
-        attention_dtype=config.attention_dtype,
-        layers=cached_layers(config, model),
-    )
-    write = partial(write_shards, folder, signals_of=run_teacher, batch_tokens=config.batch_tokens)
-    lm_head = stored_lm_head(model) if "hidden" in header["dtypes"] else None
-    assemble_cache(
-        folder, examples, write, lm_head, header, shard_examples=16, vocabulary=vocabulary
-    )
-    return folder, verify(folder, data, run_teacher).set_index("check")["result"]
+    return small_project(tmp_path, train_rows="sst2:24", validation_rows="sst2:6")

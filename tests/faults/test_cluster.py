@@ -144,7 +144,7 @@ def test_one_that_fails_does_not_stop_27_others_and_tells_why(home, nodes, tried
     causes = failed(run_dir)
     assert causes[raises] == "FloatingPointError: the loss is not finite"
     assert causes[killed].startswith("the kernel was killed or")
-    assert causes[hungry].startswith("out of memory: lower the batch sizes (03: micro_batch_size, ")
+    assert causes[hungry].startswith("out of memory: this machine's memory is full")
     for trial, cause in causes.items():
         assert f"{trial}: FAILED: {cause}" in output
     said_plainly(output)

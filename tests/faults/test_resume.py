@@ -3,17 +3,13 @@ have had.
 """
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import time
-from contextlib import suppress
 
-import psutil
 import pytest
-from sweeps import LONG, ROOT, record
+from papermill_cli import kill, start
+from sweeps import LONG, record
 
 from kd_utils.records.trial_record import read_record
 from kd_utils.store.sealed import read_sealed, write_sealed
@@ -21,42 +17,8 @@ from kd_utils.store.sealed import read_sealed, write_sealed
 TRIAL = "combined_seed0"  # all the terms, and a projector that trains
 
 
-def start(home, run):
-    command = [
-        sys.executable,
-        ROOT / "tests" / "papermill_cli.py",
-        ROOT / "notebooks" / "03_train_student.ipynb",
-        home / f"{run}.ipynb",
-        "-f",
-        home / "small.yaml",
-        "-p",
-        "distill_type",
-        "combined",
-        "-p",
-        "run_dir",
-        f"runs/{run}",
-        "--no-progress-bar",
-        "-p",
-        "epochs",
-        "8",
-    ]  # so many that one is killed long before its end
-    return subprocess.Popen(
-        list(map(str, command)),
-        cwd=ROOT,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "KD_ROOT": str(home), "OMP_NUM_THREADS": "1"},
-    )
-
-
-def kill(process):
-    """papermill and its kernel, which would live on for a second, at once."""
-    for victim in [*psutil.Process(process.pid).children(recursive=True), process]:
-        with suppress(psutil.NoSuchProcess):
-            victim.kill()
-    process.wait()
+#: So many epochs that one is killed long before its end.
+COMBINED = {"distill_type": "combined", "epochs": 8}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +30,7 @@ def with_dropout(undisturbed, tmp_path_factory):
     shutil.copytree(undisturbed, home)
     path = home / "artifacts" / "embedded" / "toy" / "student" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0.3}))
-    process = start(home, "whole")
+    process = start(home, "whole", COMBINED)
     assert process.wait(1500) == 0, process.stdout.read()[-3000:]
     assert (
         record(home / "runs" / "whole", TRIAL)[0][0]
@@ -83,7 +45,7 @@ def test_a_trial_killed_after_an_epoch_goes_on_to_the_same_bits(with_dropout, ep
     for number in range(times(1, 10)):
         run = f"killed{epoch}-{number}"
         saved = with_dropout / "artifacts" / "checkpoints" / run / f"{TRIAL}.json"
-        process = start(with_dropout, run)
+        process = start(with_dropout, run, COMBINED)
         while not saved.exists() or json.loads(saved.read_text())["epoch"] < epoch:
             assert process.poll() is None, process.stdout.read()[-3000:]
             time.sleep(0.02)
@@ -91,7 +53,7 @@ def test_a_trial_killed_after_an_epoch_goes_on_to_the_same_bits(with_dropout, ep
         kill(process)
         reached = json.loads(saved.read_text())["epoch"]
         assert not (with_dropout / "runs" / run / "trials" / TRIAL).exists()
-        again = start(with_dropout, run)
+        again = start(with_dropout, run, COMBINED)
         output = again.communicate(timeout=1500)[0]
         assert again.returncode == 0, output[-3000:]
         assert record(with_dropout / "runs" / run, TRIAL) == record(
@@ -113,7 +75,7 @@ def test_a_trial_killed_after_an_epoch_goes_on_to_the_same_bits(with_dropout, ep
 def killed(with_dropout):
     """The folder of checkpoints that a trial left which was killed after its first epoch."""
     folder = with_dropout / "artifacts" / "checkpoints" / "killed"
-    process = start(with_dropout, "killed")
+    process = start(with_dropout, "killed", COMBINED)
     while not (folder / f"{TRIAL}.json").exists():
         assert process.poll() is None, process.stdout.read()[-3000:]
         time.sleep(0.02)
@@ -145,7 +107,7 @@ def test_a_state_that_is_damaged_or_from_other_code_or_threads_is_not_used(
         else:
             made["device"]["threads"] += 1
         write_sealed(folder / f"{TRIAL}.json", state, "checksums")
-    again = start(with_dropout, damage)
+    again = start(with_dropout, damage, COMBINED)
     output = again.communicate(timeout=1500)[0]
     assert again.returncode == 0, output[-3000:]
     assert read_record(with_dropout / "runs" / damage / "trials" / TRIAL)["resumed_after"] is None

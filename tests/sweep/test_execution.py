@@ -4,6 +4,7 @@ its kernel.
 
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -94,3 +95,51 @@ def test_a_folder_too_deep_for_sockets_does_not_stop_a_notebook(notebook, tmp_pa
     execution.execute("04_analyse_results", target, {}, dict)
     assert nbformat.read(target, 4).cells[-1].outputs[0].data["text/plain"] == "4"
     assert list(deep.iterdir()) == []
+
+
+ALLOCATES = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB"
+)
+
+
+@pytest.mark.parametrize(
+    "name, message, whose, size",
+    [
+        ("OutOfMemoryError", f"{ALLOCATES} of which 1 GiB is free.\nSee", "the GPU's", "2.50 GiB"),
+        (
+            "RuntimeError",
+            f"train-00000.parquet: OutOfMemoryError: {ALLOCATES}",
+            "the GPU's",
+            "2.50 GiB",
+        ),
+        ("AcceleratorError", "CUDA error: out of memory\nCompile with", "the GPU's", ""),
+        ("RuntimeError", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling", "the GPU's", ""),
+        (
+            "RuntimeError",
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate "
+            "memory: you tried to allocate 4096 bytes. Error code 12",
+            "this machine's",
+            "4096 bytes",
+        ),
+        (
+            "_ArrayMemoryError",
+            "Unable to allocate 2.00 GiB for an array",
+            "this machine's",
+            "2.00 GiB",
+        ),
+        ("MemoryError", "", "this machine's", ""),
+    ],
+)
+def test_memory_that_ends_is_told_in_one_line_with_the_remedy(name, message, whose, size):
+    error = SimpleNamespace(ename=name, evalue=message)
+    asked = f" ({size} more did not fit)" if size else ""
+    line = (
+        f"out of memory: {whose} memory is full{asked}: lower the batch sizes (03: micro_batch_si"
+    )
+    assert execution._cause(error).startswith(line)
+
+
+@pytest.mark.parametrize("name, message", [("ValueError", "no memory"), ("FloatingPointError", "")])
+def test_other_errors_are_told_as_they_are(name, message):
+    error = SimpleNamespace(ename=name, evalue=message)
+    assert execution._cause(error) == f"{name}: {message}".strip()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
+from tiny import example_rows, late_copy, tiny_llama, tiny_model, tiny_tokenizer
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3TextConfig
 
 from kd_utils.config.parameter_files import notebook_config
@@ -54,6 +54,19 @@ def test_rows_end_with_the_end_token_and_know_where_the_answer_starts():
     assert first.tokens[-1] == tokenizer.eos_token_id and first.tokens[0] == tokenizer.bos_token_id
     assert tokenizer.decode(first.tokens[first.answer_start : -1]) == " 42"
     assert tokenizer.decode(second.tokens[second.answer_start : -1]) == " positive"
+
+
+@pytest.mark.parametrize("signals", ["white_box", "top_k"])
+def test_rows_wait_for_their_copies_in_whatever_order_they_are_read(signals, monkeypatch):
+    run = signal_function(tiny_llama(), signals=signals, top_k=5, temperatures=[1.0, 2.0])
+    batches = [example_rows([4 + k, 9], seed=k) for k in range(5)]
+    expected = [list(run(batch)) for batch in batches]
+    monkeypatch.setattr("kd_utils.models.devices.HostCopy", late_copy())
+    started = [run(batch) for batch in batches]  # all copies are under way
+    for k in (3, 0, 4, 1, 2):
+        for row, wanted in zip(started[k], expected[k], strict=True):
+            for column, array in row.signals.items():
+                np.testing.assert_array_equal(array, wanted.signals[column])
 
 
 @pytest.mark.parametrize("signals", ["white_box", "top_k"])
