@@ -186,7 +186,7 @@ def shapes(run: Run) -> pd.DataFrame:
     folder = ROOT / "runs" / values["name"]
     shutil.rmtree(folder, ignore_errors=True)
     run.records[values["name"]] = folder
-    values |= {"seconds": max(run.seconds - 30, 1)} | (TINY_SHAPES if run.tiny else {})
+    values |= {"seconds": 0.75 * run.seconds} | (TINY_SHAPES if run.tiny else {})
     status = run.command(
         sys.executable, "-m", "kd_utils", "bench", _parameters(values), "--run-dir", folder,
         reserve=ENDING + 5,
@@ -278,6 +278,11 @@ TINY_SHAPES = {
     "bench_rows": 16,
     "size_rows": 0,
     "growth_rows": 20,
+    "trial_rows": 16,
+    "trial_epochs": 2,
+    "generate_prompts": 2,
+    "max_new_tokens": 8,
+    "budget_tokens": 512,
     "repeats": 1,
 }
 TINY_SMOL = {
