@@ -26,6 +26,7 @@ torch.set_num_threads(1)
 PLACES = {
     "faults/": "fault",
     "gpu/": "gpu",
+    "gpu/test_gpu_trials.py": "notebook",
     "notebooks/": "notebook",
     "sweep/test_execution.py": "notebook",
     "sweep/test_local_pool.py": "ray",

@@ -44,18 +44,29 @@ def trials(
     with ThreadPoolExecutor(2) as pool:
         try:
             runs = [pool.submit(started.whole), pool.submit(started.killed_and_resumed)]
-            done = lambda: [run.result() for run in runs]
-            yield SimpleNamespace(home=started.home, done=done)
+            yield SimpleNamespace(home=started.home, done=lambda: [run.result() for run in runs])
         finally:
             started.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def trials_start_first(request: pytest.FixtureRequest) -> None:
-    if any("trials" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    alone = "PYTEST_XDIST_WORKER" not in os.environ  # each process has all items
+    if alone and any("trials" in item.fixturenames for item in request.session.items):
         request.getfixturevalue("trials")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What became of the tests in this folder, in one line."""
     name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else "a rehearsal"
-    terminalreporter.write_line(f"tests/gpu ran on {DEVICE} ({name}), torch {torch.__version__}")
+    counts = {
+        outcome: sum(
+            "tests/gpu/" in report.nodeid for report in terminalreporter.getreports(outcome)
+        )
+        for outcome in ("passed", "failed", "error", "skipped")
+    }
+    if any(counts.values()):
+        said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+        terminalreporter.write_line(
+            f"tests/gpu on {DEVICE} ({name}), torch {torch.__version__}: {said}"
+        )

@@ -21,7 +21,6 @@ from kd_utils.tokens.encoding import Example
 #: The largest error by precision of the matrix products: rounding of float32; of bfloat16, whose
 #: steps are 2^-8 of a value, in scores and logits of a few units.
 NEAR = {"float32": 2e-5, "bfloat16": 5e-2}
-PRECISION = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 #: Tokens of the teacher and the student in a group of six bytes, and after which bytes they end: no
 #: two end together before the group does.
@@ -121,7 +120,7 @@ class Leaves:
         }
 
     def on(self, device: torch.device | str, dtype: torch.dtype, attention: torch.dtype) -> dict:
-        """New leaves; queries and keys of another type, as autocast leaves them."""
+        """New leaves; queries and keys of another type, as a teacher or autocast may have them."""
         return {
             name: value.to(attention if name in ("query", "key") else dtype)
             .to(device, torch.float64 if dtype == torch.float64 else None)

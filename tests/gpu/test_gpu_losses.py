@@ -3,7 +3,7 @@
 import pytest
 import references
 import torch
-from references import NEAR, PIECES, PRECISION, WIDTHS, Leaves, error, random_pair, signals_of
+from references import NEAR, PIECES, WIDTHS, Leaves, error, random_pair, signals_of
 
 from kd_utils.distill.batches import collate
 from kd_utils.distill.logit_losses import Shared, forward_kl_top_k
@@ -18,17 +18,27 @@ from kd_utils.models.output_head import OutputHead
 
 LENGTHS = [150, 64, 201, 97, 130]  # 642 places: more than one chunk of 512, and padding
 TOKENS = pytest.mark.parametrize("distill_tokens", ["all", "answer"])
-PRECISE = pytest.mark.parametrize("precision", list(PRECISION))
+PRECISE = pytest.mark.parametrize("precision", list(NEAR))
 CUT = pytest.mark.parametrize("other_tokens", [False, True], ids=["same tokens", "other tokens"])
 
 
 class Setting:
     """A random batch on the device, and the same in float64 on the CPU."""
 
-    def __init__(self, device, precision, *, other_tokens, distill_tokens="all", heads=4, seed=0):
+    def __init__(
+        self,
+        device,
+        precision,
+        *,
+        other_tokens,
+        distill_tokens="all",
+        heads=4,
+        attention="float32",
+        seed=0,
+    ):
         self.device, self.precision = device, precision
         self.pair = random_pair(LENGTHS, other_tokens=other_tokens, heads=heads, seed=seed)
-        leaves, attention = Leaves(self.pair, seed + 1), PRECISION[precision]
+        leaves, attention = Leaves(self.pair, seed + 1), getattr(torch, attention)
         self.leaves = leaves.on(device, torch.float32, attention)
         self.exact = leaves.on("cpu", torch.float64, attention)
         self.wanted = self.pair.wanted(distill_tokens)
@@ -186,3 +196,15 @@ def test_the_attention_term(device, precision, distill_tokens, other_tokens, nor
     )
     # Rows of a mix sum to 1, so that most of their gradient cancels out.
     setting.compare(found, expected, "query", "key", more=more, slack=3 if learned else 1)
+
+
+@PRECISE
+@CUT
+def test_the_attention_term_of_queries_in_bfloat16(device, precision, other_tokens):
+    setting = Setting(device, precision, other_tokens=other_tokens, attention="bfloat16")
+    found = setting.term("attention", AttentionMaps([(2, 2)], 2, 4))
+    expected = references.attention_loss(
+        setting.pair, setting.exact, None, "entries", setting.wanted
+    )
+    setting.precision = "bfloat16"  # of the products, with or without autocast
+    setting.compare(found, expected, "query", "key")

@@ -42,7 +42,8 @@ def test_a_trial_killed_after_an_epoch_resumes_to_the_same_bits(trials, device):
 
 def test_deterministic_algorithms_are_asked_for_by_the_environment(device, monkeypatch):
     monkeypatch.setenv("KD_DETERMINISTIC", "1")
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is as before afterwards
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     try:
         devices.choose_device(str(device))
         assert torch.are_deterministic_algorithms_enabled()

@@ -29,6 +29,7 @@ class Trials:
 
     def __init__(self, home: Path, device: str) -> None:
         self.home, self._processes = home, list[subprocess.Popen[str]]()
+        self._stopped = False
         rows = {"train_rows": "sst2:16 gsm8k:8", "validation_rows": "sst2:4 gsm8k:2"}
         project = small_project(home, device=device, **rows)
         project.cache()
@@ -42,6 +43,7 @@ class Trials:
         config.write_text(json.dumps(json.loads(config.read_text()) | {"attention_dropout": 0.3}))
 
     def _start(self, run: str) -> subprocess.Popen[str]:
+        assert not self._stopped
         how = {"distill_type": "combined", "epochs": 8}
         self._processes.append(start(self.home, run, how, KD_DETERMINISTIC="1"))
         return self._processes[-1]
@@ -67,6 +69,7 @@ class Trials:
 
     def stop(self) -> None:
         """End what still runs, if a test failed before."""
+        self._stopped = True
         for process in self._processes:
             with suppress(psutil.NoSuchProcess):
                 if process.poll() is None:
