@@ -13,7 +13,7 @@ JOBS ?= 2
 .DEFAULT_GOAL := help
 # Tests that `make test` leaves to `make test-slow`, and those that `make quick` leaves to `make test`.
 SLOW := slow or peer
-NOT_QUICK := $(SLOW) or ray or notebook or fault or long
+NOT_QUICK := $(SLOW) or ray or notebook or fault or long or gpu
 .PHONY: help setup lock low hooks lm-eval sweep quick lint types contract test test-slow faults bench gpu-kit gpu-rehearsal parity \
 	lab smol-weights clean
 
