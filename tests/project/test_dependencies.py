@@ -78,7 +78,9 @@ def test_the_run_time_dependencies_are_what_is_imported():
     names = {name for source in sources() for name in imported(source)}
     names -= {"kd_utils", "__future__", *sys.stdlib_module_names}
     packages = {canonicalize_name(IMPORTED_AS.get(name, name)) for name in names}
-    assert packages - OPTIONAL == run_time().keys() & packages, "imported, but no dependency in pyproject.toml"
+    assert packages - OPTIONAL == run_time().keys() & packages, (
+        "imported, but no dependency in pyproject.toml"
+    )
     assert run_time().keys() - packages - NOT_IMPORTED == set(), "a dependency, but never imported"
 
 
