@@ -77,15 +77,9 @@ def teacher_memory(
         columns: of the cache, as `signal_kinds.columns_of` gives them.
     """
     longest, value = max(rows.tokens), 2 if half else 4
-    held = memory.evaluation(
-        teacher,
-        config.eval_batch_size,
-        longest,
-        rows.question,
-        config.max_new_tokens,
-        size=value,
-    )
     batch = (max(config.batch_tokens // longest, 1), longest)
+    answered = (config.eval_batch_size, longest, rows.question, config.max_new_tokens)
+    held = memory.evaluation(teacher, *answered, size=value)
     parts = {
         "batch_tokens": memory.teacher_pass(teacher, columns, *batch, config.top_k, size=value),
         "eval_batch_size": value * teacher["weights"] + held,
@@ -118,11 +112,7 @@ def teacher_cost(
 
 
 def trial_memory(
-    config: TrialConfig,
-    student: Shape,
-    teachers: Sequence[Shape],
-    rows: Rows,
-    half: bool,
+    config: TrialConfig, student: Shape, teachers: Sequence[Shape], rows: Rows, half: bool
 ) -> dict[str, float]:
     """Bytes that each part of notebook 03 holds at most, by the parameter that decides them.
 
@@ -132,14 +122,8 @@ def trial_memory(
     """
     choices = (config.hidden_layers, config.attention_layers)
     spaced = bool({"uniform", "reversed", "random"}.intersection(choices))
-    held = memory.evaluation(
-        student,
-        config.eval_batch_size,
-        max(rows.tokens),
-        rows.question,
-        config.max_new_tokens,
-        size=2 if half else 4,
-    )
+    answered = (config.eval_batch_size, max(rows.tokens), rows.question, config.max_new_tokens)
+    held = memory.evaluation(student, *answered, size=2 if half else 4)
     held += half * memory.copies(student)
     if config.distill_type == "untrained":
         return {"eval_batch_size": 4 * student["weights"] + held}

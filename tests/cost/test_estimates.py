@@ -161,7 +161,7 @@ def test_a_dry_run_estimates_from_configs_alone(root):
     assert "combined" in title and table.count("16384") == len(experiment.CARDS)
     assert len([*planned(with_cache=False)]) == 4
     (root / "student" / "config.json").unlink()
-    with pytest.raises(ValueError, match="student is not on this machine"):
+    with pytest.raises(ValueError, match="student cannot be sized"):
         [*planned(with_cache=True)]
 
 
