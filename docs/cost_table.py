@@ -4,23 +4,27 @@ Nothing is loaded: models are sized from their configs, on torch's `meta` device
 project's root: `python docs/cost_table.py`.
 """
 
-from functools import partial
-
 import pandas as pd
+import torch
 
 from kd_utils.config import parameter_files, stages
-from kd_utils.cost import cards, disk, estimates, memory, rows, shapes, work
+from kd_utils.cost import disk, estimates, experiment, rows, shapes
 from kd_utils.models import signal_kinds
 
 TRAINED_METHOD = "combined"
 
+SIZES = """
+hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size
+""".split()
+
 
 def llama(*sizes: int) -> shapes.Shape:
-    """The shape of a Llama, whose output layer is not tied, from its sizes in `Shape.NAMES`."""
-    from transformers import LlamaConfig
+    """The shape of a Llama, whose output layer is not tied, from its `SIZES`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**dict(zip(shapes.Shape.NAMES, sizes, strict=True)))
-    return shapes.Shape.of(shapes.meta_model(config))
+    config = LlamaConfig(**dict(zip(SIZES, sizes, strict=True)))
+    with torch.device("meta"):
+        return shapes.shape_of(LlamaForCausalLM(config))
 
 
 #: Parameter file -> its teacher. Mistral has the modules of a Llama.
@@ -35,46 +39,31 @@ TINY_LLAMA = (2048, 5632, 22, 32, 4, 32000)
 def tables(name: str) -> tuple[dict[str, str], pd.DataFrame]:
     """One pair's sizes, and the settings that fit on each card."""
     values = parameter_files.load_parameters(f"papermill_params/{name}.yaml")
-    data, cache, config = (
+    data, cache, trial = (
         parameter_files.notebook_config(stem, values | {"distill_type": TRAINED_METHOD})
         for stem in (stages.PREPARE, stages.CACHE, stages.TRAIN)
     )
     teacher, student = llama(*TEACHERS[name]), llama(*TINY_LLAMA)
     found, _ = rows.expected_rows(data)
-    splits = [*found.values()]
-    probe, layers = work.Probe(1.0, 0.0, True), {"hidden": [32], "attention": [32]}  # no time
-    cost = partial(estimates.teacher_pass, layers=layers, rows=splits, half=True, probe=probe)
-    compact = cache.model_copy(update={"attention_dtype": "uint8"})
-    compared = estimates.compared(config, student.layers, [teacher.sizes])
-    trial = estimates.trial(config, student, compared, found, True, probe)
-    longest = max(split.longest for split in splits)
-    question, new_tokens = found["validation"].longest_question, cache.max_new_tokens
-    evaluated = memory.evaluation(
-        teacher, cache.eval_batch_size, longest, question, new_tokens, size=2
+    wide, compact = (
+        signal_kinds.columns_of(cache.signals, {}, teacher["num_hidden_layers"], dtype)
+        for dtype in ("float16", "uint8")
     )
-    size = estimates.size
+    of_02 = estimates.teacher_memory(cache, teacher, wide, found, True)
+    of_03 = estimates.trial_memory(trial, student, [teacher], found, True)
+
     numbers = {
         "pair": f"`{name}`",
-        "teacher, bfloat16": size(2 * teacher.weights),
-        "cache, float16 maps": size(cost(cache, teacher).cache),
-        "cache, uint8 maps": size(cost(compact, teacher).cache),
-        "pass": size(cost(cache, teacher).memory),
-        "its evaluation": size(2 * teacher.weights + evaluated),
-        "student with AdamW": size(16 * student.weights),
-        "trial": size(trial.memory),
-        "saved state": size(disk.saved_state(int(trial.state) // 12)),
+        "teacher, bfloat16": estimates.size(2 * teacher["weights"]),
+        "cache, float16 maps": estimates.size(disk.cache(wide, teacher, found.tokens, half=True)),
+        "cache, uint8 maps": estimates.size(disk.cache(compact, teacher, found.tokens, half=True)),
+        "pass": estimates.size(of_02["batch_tokens"]),
+        "its evaluation": estimates.size(of_02["eval_batch_size"]),
+        "student with AdamW": estimates.size(16 * student["weights"]),
+        "trial": estimates.size(max(of_03.values())),
+        "saved state": estimates.size(disk.STATE_BYTES * student["weights"]),
     }
-    fitting = cards.what_fits(
-        teacher,
-        student,
-        signal_kinds.columns_of(cache.signals, layers, teacher.layers, cache.attention_dtype),
-        compared,
-        max_length=longest,
-        answer=found["train"].longest_answer,
-        question=question,
-        max_new_tokens=new_tokens,
-        batch_size=config.batch_size,
-    )
+    fitting = experiment.what_fits(cache, trial, teacher, student, wide, found)
     fitting.insert(0, "pair", f"`{name}`")
     return numbers, fitting
 

@@ -1,7 +1,8 @@
-"""How much disk: bytes of a teacher cache, a saved state and a saved model."""
+"""How much disk: bytes of a teacher's cache, and of a trial's files."""
 
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,19 @@ COMPRESSED = {
     ("attention", "uint8"): 0.65,
 }
 
-#: Ids, lengths and Parquet's own data of a row, and token ids with the bytes that they end after.
+#: Of a row of a cache: ids, lengths and Parquet's own data. Of a token: its id and where it ends.
 ROW_BYTES, TOKEN_BYTES = 600, 8
+
+#: Of a weight in float32: a saved state has AdamW's two moments too. A new state is written before
+#: the last one is removed, so that for a moment there are two.
+STATE_BYTES, MODEL_BYTES = 12, 4
 
 Columns = dict[str, tuple[signal_kinds.SignalKind, int, str]]
 
 
 def signal_bytes(
-    columns: Columns, teacher: Shape, lengths: Iterable[int], *, top_k: int = 0
-) -> dict[str, float]:
+    columns: Columns, teacher: Shape, lengths: Sequence[int], top_k: int = 0
+) -> dict[str, int]:
     """Bytes of each column before compression.
 
     Args:
@@ -36,54 +41,35 @@ def signal_bytes(
         lengths: tokens of each row.
     """
     header = {
-        "hidden_size": teacher.width,
-        "heads": teacher.heads,
+        "hidden_size": teacher["hidden_size"],
+        "heads": teacher["num_attention_heads"],
         "top_k": top_k,
         "temperatures": [1.0, 2.0],
     }
-    sizes = dict.fromkeys(columns, 0.0)
-    for length in lengths:
-        for column, (kind, _, dtype) in columns.items():
-            rows, wide = kind.shape(length, header)
-            sizes[column] += rows * wide * np.dtype(dtype).itemsize
-    return sizes
+    return {
+        column: np.dtype(dtype).itemsize * sum(math.prod(kind.shape(n, header)) for n in lengths)
+        for column, (kind, _, dtype) in columns.items()
+    }
 
 
 def cache(
-    columns: Columns, teacher: Shape, lengths: list[int], *, teacher_dtype: str, top_k: int = 0
+    columns: Columns, teacher: Shape, lengths: Sequence[int], top_k: int = 0, *, half: bool
 ) -> float:
     """Bytes of a teacher cache, compressed, with its output layer.
 
     Args:
-        teacher_dtype: of its weights, "bfloat16" or "float32": short mantissas compress.
+        half: the teacher's weights are in bfloat16, whose short mantissas compress.
     """
-    total: float = sum(ROW_BYTES + TOKEN_BYTES * length for length in lengths)
-    for column, size in signal_bytes(columns, teacher, lengths, top_k=top_k).items():
+    total: float = ROW_BYTES * len(lengths) + TOKEN_BYTES * sum(lengths)
+    for column, size in signal_bytes(columns, teacher, lengths, top_k).items():
         kind, _, dtype = columns[column]
-        key = (kind.name, teacher_dtype if kind.name == "hidden" else dtype)
-        total += size * COMPRESSED.get(key, 1.0)
+        if kind.name == "hidden":
+            dtype = "bfloat16" if half else "float32"
+        total += size * COMPRESSED.get((kind.name, dtype), 1.0)
     has_head = any(kind.name == "hidden" for kind, *_ in columns.values())
-    return total + has_head * teacher.vocabulary * teacher.width * _SIZES[teacher_dtype]
-
-
-_SIZES = {"bfloat16": 2, "float32": 4}
-
-
-def saved_state(trained: int) -> int:
-    """Bytes of what a killed trial continues from: the weights and AdamW's two moments, float32.
-
-    A new state is written before the last one is removed: for that moment there are two.
-    """
-    return 12 * trained
-
-
-def saved_model(weights: int) -> int:
-    """Bytes of a trained student, or of a fine-tuned teacher, in float32."""
-    return 4 * weights
+    return total + has_head * teacher["vocab_size"] * teacher["hidden_size"] * (2 if half else 4)
 
 
 def free(place: Path) -> int:
     """Free bytes of the disk that has `place`, or will have it."""
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free

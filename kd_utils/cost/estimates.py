@@ -1,45 +1,58 @@
-"""The estimates that notebooks 02 and 03 print, each as a few lines of text."""
+"""The estimates that notebooks 02 and 03 and `--dry-run` print."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import psutil
 import torch
 
 from kd_utils.config import project_paths, stages
 from kd_utils.config.trial import TrialConfig
 from kd_utils.cost import disk, memory, work
-from kd_utils.cost.rows import Rows
-from kd_utils.cost.shapes import Shape
-from kd_utils.models import devices, layer_pairs, signal_kinds
+from kd_utils.cost.rows import Rows, counted_rows
+from kd_utils.cost.shapes import Shape, shape_of
+from kd_utils.models import signal_kinds
 from kd_utils.tokens.encoding import Example
 
 READ_AHEAD = 6  # batches of signals on the device: `batches.prefetched`, and the one in use
 
 
-class Machine(NamedTuple):
-    """Where something is to run.
+class Cost(NamedTuple):
+    """What something takes.
 
     Attributes:
-        half: products are in bfloat16.
-        probe: its rates; memory: bytes of the device, and of the process so far on a CPU.
+        seconds: of the teacher's pass, or of all epochs; evaluation is not counted.
+        memory: bytes of the device at most.
+        disk: bytes that stay.
+        running: bytes of disk beside them while a trial runs: two saved states, for a moment.
     """
 
-    half: bool
-    probe: work.Probe
+    seconds: float
     memory: float
-    taken: float = 0
+    disk: float
+    running: float = 0.0
 
-    @classmethod
-    def here(cls, device: torch.device, precision: str) -> "Machine":
-        """This machine, after a probe of a moment that draws no random number of torch's own."""
-        dtype = devices.amp_dtype(device, precision)
-        rates, half = work.probe(device, dtype), dtype == torch.bfloat16
-        if device.type == "cuda":
-            return cls(half, rates, torch.cuda.get_device_properties(device).total_memory)
-        taken = psutil.Process().memory_info().rss
-        return cls(half, rates, psutil.virtual_memory().total, taken)
+    def lines(
+        self, what: str, machine: work.Machine, artifacts: Path, *, before: float = 0
+    ) -> Iterator[str]:
+        """The cost of `what` beside what there is, in one line; one more if the disk is too small.
+
+        Args:
+            before: bytes of disk that others take first.
+        """
+        room, needed = disk.free(artifacts), before + self.disk + self.running
+        running = f" and {size(self.running)} while a trial runs" if self.running else ""
+        yield (
+            f"{what}: about {duration(self.seconds)}; memory at most about {size(self.memory)} of "
+            f"{size(machine.memory)}; disk {size(self.disk)}{running} ({size(room)} free)"
+        )
+        if needed > room:
+            yield (
+                f"WARNING: about {size(needed)} are needed, but the disk of "
+                f"{project_paths.short_path(artifacts)}/ has {size(room)} free: make room, or set "
+                "artifacts_dir to a folder on another disk"
+            )
 
 
 def size(count: float) -> str:
@@ -51,109 +64,130 @@ def size(count: float) -> str:
 def duration(seconds: float) -> str:
     """Seconds as a reader takes them: `40 s`, `12 min`, `3.5 h`."""
     if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
+        return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"
 
 
-def compared(
-    config: TrialConfig, student_layers: int, shapes: Sequence[dict[str, int]]
-) -> list[memory.Compared]:
-    """What the trial compares its student with, from shapes as caches' manifests have them."""
-    terms = [name for name in config.weights if name != "task"]
-    return [
-        memory.Compared(
-            terms,
-            shape["hidden_size"],
-            shape["num_attention_heads"],
-            shape["vocab_size"],
-            max(
-                len(
-                    layer_pairs.layer_pairs(
-                        choice,
-                        config.paired_layers,
-                        shape["num_hidden_layers"],
-                        student_layers,
-                        config.seed,
-                    )
-                )
-                for choice in (config.hidden_layers, config.attention_layers)
-            ),
-        )
-        for shape in shapes
-        if terms
-    ]
-
-
-class Trial(NamedTuple):
-    """What one trial takes: seconds of an epoch, bytes of memory at most, bytes of a saved state
-    and of the saved student.
-    """
-
-    epoch: float
-    memory: float
-    state: float
-    saved: float
-
-
-def trial(
-    config: TrialConfig,
-    student: Shape,
-    teachers: Sequence[memory.Compared],
-    rows: dict[str, Rows],
-    half: bool,
-    probe: work.Probe,
-) -> Trial:
-    """The cost of a trial; an untrained student is only evaluated.
+def teacher_memory(
+    config: stages.CacheConfig, teacher: Shape, columns: disk.Columns, rows: Rows, half: bool
+) -> dict[str, float]:
+    """Bytes that each part of notebook 02 holds at most, by the parameter that decides them.
 
     Args:
-        rows: of "train" and "validation".
+        columns: of the cache, as `signal_kinds.columns_of` gives them.
+    """
+    longest, value = max(rows.tokens), 2 if half else 4
+    batch = (max(config.batch_tokens // longest, 1), longest)
+    answered = (config.eval_batch_size, longest, rows.question, config.max_new_tokens)
+    held = memory.evaluation(teacher, *answered, size=value)
+    parts = {
+        "batch_tokens": memory.teacher_pass(teacher, columns, *batch, config.top_k, size=value),
+        "eval_batch_size": value * teacher["weights"] + held,
+    }
+    if config.teacher_epochs:
+        tuned = (config.teacher_batch_size, longest, longest)
+        parts["teacher_batch_size"] = memory.training(teacher, tuned, half=half)
+    return parts
+
+
+def teacher_cost(
+    config: stages.CacheConfig,
+    teacher: Shape,
+    columns: disk.Columns,
+    rows: Rows,
+    machine: work.Machine,
+) -> Cost:
+    """The cost of notebook 02: the teacher's pass over these rows and its cache."""
+    lengths = rows.tokens
+    multiply_adds = work.forward_multiply_adds(teacher, lengths)
+    batches = sum(lengths) / config.batch_tokens + len(lengths) / config.shard_examples
+    operations = batches * work.FORWARD_OPERATIONS * teacher["num_hidden_layers"]
+    operations += work.ROW_OPERATIONS * len(lengths)
+    tuned = disk.MODEL_BYTES * teacher["weights"] if config.teacher_epochs else 0
+    return Cost(
+        machine.seconds(multiply_adds, operations, work.FORWARD_EFFICIENCY),
+        max(teacher_memory(config, teacher, columns, rows, machine.half).values()),
+        disk.cache(columns, teacher, lengths, config.top_k, half=machine.half) + tuned,
+    )
+
+
+def trial_memory(
+    config: TrialConfig, student: Shape, teachers: Sequence[Shape], rows: Rows, half: bool
+) -> dict[str, float]:
+    """Bytes that each part of notebook 03 holds at most, by the parameter that decides them.
+
+    Args:
+        teachers: the sizes of those whose caches are read.
         half: bfloat16 autocast over float32 weights.
     """
-    train, both = rows["train"], [rows["train"], rows["validation"]]
-    batch = memory.Batch(
-        min(config.micro_batch_size, config.batch_size), train.longest, train.longest_answer
-    )
+    choices = (config.hidden_layers, config.attention_layers)
+    spaced = bool({"uniform", "reversed", "random"}.intersection(choices))
+    answered = (config.eval_batch_size, max(rows.tokens), rows.question, config.max_new_tokens)
+    held = memory.evaluation(student, *answered, size=2 if half else 4)
+    held += half * memory.copies(student)
+    if config.distill_type == "untrained":
+        return {"eval_batch_size": 4 * student["weights"] + held}
+    longest, answer = map(max, zip(*rows.train))
     training = memory.training(
-        student, batch, teachers, half=half, waiting=READ_AHEAD * config.batch_size
-    )
-    evaluation = memory.evaluation(
         student,
-        config.eval_batch_size,
-        max(split.longest for split in both),
-        rows["validation"].longest_question,
-        config.max_new_tokens,
-        size=2 if half else 4,
+        (min(config.micro_batch_size, config.batch_size), longest, answer),
+        config.weights,
+        teachers,
+        half=half,
+        pairs=max(config.paired_layers * spaced, *(len(choice.split()) for choice in choices)),
+        waiting=READ_AHEAD * config.batch_size,
     )
-    trains, trained = len(config.epoch_numbers) and config.distill_type != "untrained", 0.0
-    if trains:
-        trained = training["weights"] / 4
-        held = max(sum(training.values()), 12 * trained + half * 2 * student.matrices + evaluation)
-    else:
-        held = 4 * student.weights + half * 2 * student.matrices + evaluation
-    names = ["task", *(teachers[0].terms if teachers else ())]
-    alone = work.multiply_adds(student.sizes, _NOTHING, train.lengths, names[:1])
+    return {"micro_batch_size": training, "eval_batch_size": 12 * student["weights"] + held}
+
+
+def trial_cost(
+    config: TrialConfig,
+    student: Shape,
+    teachers: Sequence[Shape],
+    rows: Rows,
+    machine: work.Machine,
+) -> Cost:
+    """The cost of one trial; an untrained student is only evaluated. `teachers`: as above."""
+    terms = [term for term in config.weights if term != "task"]
+    alone = work.multiply_adds(student, student, rows.train, ())
     multiply_adds = alone + sum(
-        work.multiply_adds(student.sizes, _sizes(teacher), train.lengths, names) - alone
-        for teacher in teachers
+        work.multiply_adds(student, teacher, rows.train, terms) - alone for teacher in teachers
     )
-    steps = -(-len(train.lengths) // config.micro_batch_size)
-    operations = work.STEP_OPERATIONS[0] + work.STEP_OPERATIONS[1] * student.layers
-    operations += work.TERM_OPERATIONS * (len(names) - 1)
-    seconds = probe.seconds(multiply_adds, steps * operations, work.STEP_EFFICIENCY)
-    return Trial(
-        seconds if trains else 0.0,
-        held,
-        disk.saved_state(int(trained)) if trains and config.epochs > 1 else 0.0,
-        config.save_student * disk.saved_model(student.weights),
+    steps = len(rows.train) / config.micro_batch_size
+    operations = steps * work.STEP_OPERATIONS * (student["num_hidden_layers"] + len(terms))
+    epoch = machine.seconds(multiply_adds, operations, work.STEP_EFFICIENCY)
+    trained = config.distill_type != "untrained"
+    states = 2 * trained * (config.epochs > 1)
+    return Cost(
+        trained * config.epochs * epoch,
+        max(trial_memory(config, student, teachers, rows, machine.half).values()),
+        config.save_student * disk.MODEL_BYTES * student["weights"],
+        states * disk.STATE_BYTES * student["weights"],
     )
 
 
-_NOTHING = dict.fromkeys(Shape.NAMES, 0) | {"num_attention_heads": 1}
+def pass_lines(
+    config: stages.CacheConfig,
+    model: torch.nn.Module,
+    layers: dict[str, list[int]],
+    tables: dict[str, pd.DataFrame],
+    examples: dict[str, list[Example]],
+) -> Iterator[str]:
+    """What the teacher's pass and its cache will take, as notebook 02 prints it before the pass.
 
-
-def _sizes(teacher: memory.Compared) -> dict[str, int]:
-    """A teacher of which only the output layer is run."""
-    return _NOTHING | {"hidden_size": teacher.width, "vocab_size": teacher.vocabulary}
+    Args:
+        model: the teacher, loaded, on its device.
+        layers: those that the cache holds, as its header has them.
+        tables, examples: the prepared data, and the same rows with the teacher's tokens.
+    """
+    here = work.Machine.here(next(model.parameters()).device, config.precision)
+    rows, teacher = counted_rows(tables, examples), shape_of(model)
+    columns = signal_kinds.columns_of(
+        config.signals, layers, teacher["num_hidden_layers"], config.attention_dtype
+    )
+    cost = teacher_cost(config, teacher, columns, rows, here)
+    what = f"the teacher's pass over {len(rows.tokens):,} rows, {sum(rows.tokens):,} tokens"
+    return cost.lines(what, here, config.artifacts)
 
 
 def trial_lines(
@@ -171,115 +205,7 @@ def trial_lines(
         manifests: of the teachers' caches.
         tables, encoded: the prepared data, and the same rows with the student's tokens.
     """
-    student, here = Shape.of(model), Machine.here(device, config.precision)
-    rows = {split: Rows.of(table, encoded[split]) for split, table in tables.items()}
-    shapes = [manifest["shape"] for manifest in manifests]
-    teachers = compared(config, student.layers, shapes)
-    cost = trial(config, student, teachers, rows, here.half, here.probe)
-    # On a CPU the process has its libraries and the student in memory already.
-    held = cost.memory + max(here.taken - 4 * student.weights, 0)
-    about = f"memory at most about {size(held)} of {size(here.memory)}"
-    if cost.epoch:
-        about = (
-            f"about {duration(cost.epoch)} of training an epoch, {config.epochs} epochs; " + about
-        )
-    yield about
-    needed = 2 * cost.state + cost.saved  # a state is written before the last one is removed
-    if needed:
-        yield f"disk: a saved state {size(cost.state)}, the saved student {size(cost.saved)}"
-    yield from short_of_disk(needed, config, "the trial")
-
-
-def pass_lines(
-    config: stages.CacheConfig,
-    model: torch.nn.Module,
-    layers: dict[str, list[int]],
-    tables: dict[str, pd.DataFrame],
-    examples: dict[str, list[Example]],
-) -> Iterator[str]:
-    """What the teacher's pass and its cache will take, as notebook 02 prints it before the pass.
-
-    Args:
-        model: the teacher, loaded, on its device.
-        layers: those that the cache holds, as its header has them.
-        tables, examples: the prepared data, and the same rows with the teacher's tokens.
-    """
-    teacher, device = Shape.of(model), next(model.parameters()).device
-    here = Machine.here(device, config.precision)
-    rows = [Rows.of(table, examples[split]) for split, table in tables.items()]
-    cost = teacher_pass(config, teacher, layers, rows, here.half, here.probe)
-    count, tokens = sum(len(split.lengths) for split in rows), sum(split.tokens for split in rows)
-    room = disk.free(config.artifacts)
-    yield (
-        f"{count:,} rows, {tokens:,} tokens: a cache of about {size(cost.cache)} "
-        f"({size(room)} are free)"
-    )
-    held = cost.memory + max(here.taken - 4 * teacher.weights, 0)
-    yield (
-        f"the teacher's pass takes about {duration(cost.seconds)}, and memory of at most about "
-        f"{size(held)} of {size(here.memory)}"
-    )
-    yield from short_of_disk(cost.cache, config, "the cache")
-
-
-class Pass(NamedTuple):
-    """What the teacher's pass takes: seconds, bytes of memory at most, bytes of the cache."""
-
-    seconds: float
-    memory: float
-    cache: float
-
-
-def teacher_pass(
-    config: stages.CacheConfig,
-    teacher: Shape,
-    layers: dict[str, list[int]],
-    rows: Sequence[Rows],
-    half: bool,
-    probe: work.Probe,
-) -> Pass:
-    """The cost of the teacher's pass over these rows."""
-    columns = signal_kinds.columns_of(
-        config.signals, layers, teacher.layers, config.attention_dtype
-    )
-    lengths = [n for split in rows for n, _ in split.lengths]
-    longest = max(lengths)
-    batch = memory.Batch(max(config.batch_tokens // longest, 1), longest, 0)
-    signals = disk.signal_bytes(columns, teacher, [longest] * batch.examples, top_k=config.top_k)
-    kinds = [kind for kind, *_ in columns.values()]
-    held = memory.teacher_pass(
-        teacher,
-        batch,
-        sum(signals.values()),
-        size=2 if half else 4,
-        layers=sum(kind.captures == "map" for kind in kinds),
-        whole_logits=any(kind.captures is None for kind in kinds),
-    )
-    multiply_adds = work.forward_multiply_adds(teacher.sizes, lengths)
-    batches = sum(lengths) / config.batch_tokens + len(lengths) / config.shard_examples
-    operations = work.FORWARD_OPERATIONS[0] + work.FORWARD_OPERATIONS[1] * teacher.layers
-    started = batches * operations + len(lengths) * work.EXAMPLE_OPERATIONS
-    return Pass(
-        probe.seconds(multiply_adds, started, work.FORWARD_EFFICIENCY),
-        sum(held.values()),
-        disk.cache(
-            columns,
-            teacher,
-            lengths,
-            teacher_dtype="bfloat16" if half else "float32",
-            top_k=config.top_k,
-        ),
-    )
-
-
-def short_of_disk(
-    needed: float, config: stages.CacheConfig | TrialConfig, what: str
-) -> Iterator[str]:
-    """One line if the disk of the artifacts has less room than is needed; a warning, no error."""
-    room = disk.free(config.artifacts)
-    if needed > room:
-        place = project_paths.short_path(config.artifacts)
-        yield (
-            f"WARNING: {what} needs about {size(needed)}, but the disk of {place}/ has "
-            f"{size(room)} free: make room, or set artifacts_dir to a folder on another disk"
-        )
+    here, teachers = work.Machine.here(device, config.precision), [m["shape"] for m in manifests]
+    rows = counted_rows(tables, encoded)
+    cost = trial_cost(config, shape_of(model), teachers, rows, here)
+    return cost.lines(f"{config.epochs} epochs of training", here, config.artifacts)

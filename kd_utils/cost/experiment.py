@@ -1,158 +1,121 @@
 """What an experiment will take, as `--dry-run` prints it: from configs alone, nothing is loaded."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
+from typing import Any
 
+import pandas as pd
 import torch
 
 from kd_utils.config import stages
 from kd_utils.config.trial import TrialConfig
-from kd_utils.cost import cards, disk, estimates, memory
+from kd_utils.cost import disk, estimates, work
 from kd_utils.cost.rows import Rows, expected_rows
-from kd_utils.cost.shapes import Shape, local_model
+from kd_utils.cost.shapes import Shape, local_model, shape_of
 from kd_utils.models import devices, signal_kinds
 
+CARDS = (16, 24, 40, 80)  # GB
 
-@dataclass(frozen=True)
-class Experiment:
-    """An experiment and what of it is still to run.
+#: Share of a card that torch can use, beside the driver's context and what lies between tensors.
+USABLE = 0.95
+
+#: The values of each parameter that are tried on a card.
+TRIED = {
+    "batch_tokens": (16384, 8192, 4096, 2048, 1024),
+    "eval_batch_size": (128, 64, 32, 16, 8),
+    "micro_batch_size": (8, 4, 2, 1),
+    "teacher_batch_size": (8, 4, 2, 1),
+}
+
+
+def experiment_lines(
+    data: stages.DataConfig,
+    cache: stages.CacheConfig,
+    trials: Sequence[TrialConfig],
+    layers_of: Callable[[stages.CacheConfig, torch.nn.Module], dict[str, list[int]]],
+    *,
+    with_cache: bool,
+) -> Iterator[str]:
+    """The estimates: rows, notebook 02, the trials, and what fits on which card.
 
     Args:
-        data, cache: the parameters of 01 and 02.
-        cached: 02 is done.
-        trials: those that are to run.
+        data, cache, trials: the parameters of 01, of 02, and of the trials that are to run.
         layers_of: `teacher.extraction.cached_layers`.
+        with_cache: 02 is to run.
+
+    Raises:
+        ValueError: a model's config cannot be read on this machine, in one line.
+    """
+    sized = lru_cache(local_model)  # most trials have the same student
+    model = sized(cache.teacher, cache.teacher_revision)
+    teacher, layers = shape_of(model), layers_of(cache, model)
+    total = teacher["num_hidden_layers"]
+    columns = signal_kinds.columns_of(cache.signals, layers, total, cache.attention_dtype)
+    students = [shape_of(sized(*_source(trial, cache))) for trial in trials]
+    rows, source = expected_rows(data)
+    here = work.Machine.here(devices.choose_device(cache.device), cache.precision)
+    yield (
+        f"cost on this machine, without evaluation: {len(rows.tokens):,} rows, "
+        f"{sum(rows.tokens):,} tokens (lengths {source})"
+    )
+    before = 0.0
+    if with_cache:
+        cost = estimates.teacher_cost(cache, teacher, columns, rows, here)
+        before = cost.disk
+        yield from cost.lines("02, the teacher's pass", here, cache.artifacts)
+    if trials:
+        each = [
+            estimates.trial_cost(trial, student, [teacher], rows, here)
+            for trial, student in zip(trials, students, strict=True)
+        ]
+        seconds, memory, kept, running = zip(*each)
+        cost = estimates.Cost(sum(seconds), max(memory), sum(kept), max(running))
+        what = f"03, {len(trials)} trials in turn"
+        yield from cost.lines(what, here, cache.artifacts, before=before)
+        trial, student = max(zip(trials, students), key=lambda pair: len(pair[0].weights))
+        yield f"what fits on a card, in bfloat16 (03: {trial.distill_type}, float32 with AdamW):"
+        table = what_fits(cache, trial, teacher, student, columns, rows)
+        yield table.to_string(index=False)
+
+
+def _source(trial: TrialConfig, cache: stages.CacheConfig) -> tuple[str, str, int]:
+    """A student's name, revision and number of layers, for `local_model`."""
+    layers = trial.student_layers if trial.student_init == "layers" else 0
+    if trial.student == "teacher":
+        return cache.teacher, cache.teacher_revision, layers
+    return trial.student, "", layers
+
+
+def what_fits(
+    cache: stages.CacheConfig,
+    trial: TrialConfig,
+    teacher: Shape,
+    student: Shape,
+    columns: disk.Columns,
+    rows: Rows,
+) -> pd.DataFrame:
+    """The largest settings with which each card can do each part, all in bfloat16.
+
+    Returns:
+        A row per card; for each parameter of 02 and 03 that decides about memory, the largest of
+        those in `TRIED`, or "does not fit". Weights that are trained are in float32, with AdamW.
     """
 
-    data: stages.DataConfig
-    cache: stages.CacheConfig
-    cached: bool
-    trials: Sequence[TrialConfig]
-    layers_of: Callable[[stages.CacheConfig, torch.nn.Module], dict[str, list[int]]]
+    def of_02(config: stages.CacheConfig) -> dict[str, float]:
+        return estimates.teacher_memory(config, teacher, columns, rows, True)
 
-    def lines(self) -> Iterator[str]:
-        """The estimates: rows, the teacher's pass, the trials, and what fits on which card.
+    def of_03(config: TrialConfig) -> dict[str, float]:
+        return estimates.trial_memory(config, student, [teacher], rows, True)
 
-        Where a model's config cannot be read on this machine, one line says so.
-        """
-        try:
-            yield from self._lines()
-        except ValueError as error:
-            yield f"cost: not known: {error}"
-
-    def _lines(self) -> Iterator[str]:
-        teacher, (rows, source) = self._teacher[0], self._rows
-        count, total = (
-            sum(numbers)
-            for numbers in zip(*((len(r.lengths), r.tokens) for r in rows.values()), strict=True)
-        )
-        device = devices.choose_device(self.cache.device)
-        machine = estimates.Machine.here(device, self.cache.precision)
-        costs = self._trials(machine)
-        yield (
-            "cost on this machine, about, and memory beside that of the process itself: "
-            f"{count:,} rows, {total:,} tokens (lengths {source}), "
-            f"{estimates.size(disk.free(self.cache.artifacts))} of disk free"
-        )
-        needed = 0.0
-        if not self.cached:
-            cost = estimates.teacher_pass(
-                self.cache, *self._teacher, [*rows.values()], machine.half, machine.probe
-            )
-            tuned = bool(self.cache.teacher_epochs) * disk.saved_model(teacher.weights)
-            needed += cost.cache + tuned
-            yield (
-                f"02: the teacher's pass {estimates.duration(cost.seconds)}, memory "
-                f"{estimates.size(cost.memory)} (evaluation {self._evaluation(machine)}"
-                f"{self._tuning(machine)}); disk {estimates.size(cost.cache)}"
-            )
-        if costs:
-            state = max(cost.state for cost, *_ in costs)
-            saved = sum(number * cost.saved for cost, _, number in costs)
-            seconds = sum(number * epochs * cost.epoch for cost, epochs, number in costs)
-            needed += saved + 2 * state
-            yield (
-                f"03: {len(self.trials)} trials, {estimates.duration(seconds)} of training one "
-                f"after another, memory of each {estimates.size(max(c.memory for c, *_ in costs))}"
-                f"; disk {estimates.size(state)} for each that runs at a time (a saved state, for "
-                f"a moment twice), {estimates.size(saved)} for saved students"
-            )
-        yield from estimates.short_of_disk(needed, self.cache, "what is to run")
-        if costs:
-            yield from self._fitting()
-
-    @cached_property
-    def _teacher(self) -> tuple[Shape, dict[str, list[int]]]:
-        """The teacher's shape, and the layers that its cache holds."""
-        model = local_model(self.cache.teacher, self.cache.teacher_revision)
-        return Shape.of(model), self.layers_of(self.cache, model)
-
-    @cached_property
-    def _rows(self) -> tuple[dict[str, Rows], str]:
-        return expected_rows(self.data)
-
-    def _student(self, config: TrialConfig) -> Shape:
-        layers = config.student_layers if config.student_init == "layers" else 0
-        name = config.teacher if config.student == "teacher" else config.student
-        return Shape.of(local_model(name, layers=layers))
-
-    def _trials(self, machine: estimates.Machine) -> list[tuple[estimates.Trial, int, int]]:
-        """(cost, epochs, how many) of each kind of trial: other seeds cost the same."""
-        kinds: dict[tuple, list[TrialConfig]] = {}
-        for config in self.trials:
-            values = config.model_dump(exclude={"seed", "trial", "run_dir"}).values()
-            kinds.setdefault(tuple(values), []).append(config)
-        costs = []
-        for [config, *others] in kinds.values():
-            student = self._student(config)
-            sides = estimates.compared(config, student.layers, [self._teacher[0].sizes])
-            cost = estimates.trial(
-                config, student, sides, self._rows[0], machine.half, machine.probe
-            )
-            costs.append((cost, config.epochs, 1 + len(others)))
-        return costs
-
-    def _evaluation(self, machine: estimates.Machine) -> str:
-        (teacher, _), (rows, _) = self._teacher, self._rows
-        size = 2 if machine.half else 4
-        held = memory.evaluation(
-            teacher,
-            self.cache.eval_batch_size,
-            rows["validation"].longest,
-            rows["validation"].longest_question,
-            self.cache.max_new_tokens,
-            size=size,
-        )
-        return estimates.size(size * teacher.weights + held)
-
-    def _tuning(self, machine: estimates.Machine) -> str:
-        """The memory of fine-tuning, if the teacher is to be tuned."""
-        if not self.cache.teacher_epochs:
-            return ""
-        train = self._rows[0]["train"]
-        answers = train.longest if self.cache.teacher_prompt_weight else train.longest_answer
-        batch = memory.Batch(self.cache.teacher_batch_size, train.longest, answers)
-        parts = memory.training(self._teacher[0], batch, half=machine.half)
-        return f", fine-tuning {estimates.size(sum(parts.values()))}"
-
-    def _fitting(self) -> Iterator[str]:
-        """The table of cards, for the trial with the most terms."""
-        (teacher, layers), (rows, _) = self._teacher, self._rows
-        largest = max(self.trials, key=lambda config: len(config.weights))
-        student = self._student(largest)
-        table = cards.what_fits(
-            teacher,
-            student,
-            signal_kinds.columns_of(
-                self.cache.signals, layers, teacher.layers, self.cache.attention_dtype
-            ),
-            estimates.compared(largest, student.layers, [teacher.sizes]),
-            max_length=max(split.longest for split in rows.values()),
-            answer=rows["train"].longest_answer,
-            question=rows["validation"].longest_question,
-            max_new_tokens=self.cache.max_new_tokens,
-            batch_size=largest.batch_size,
-        )
-        yield f"what fits on a card, in bfloat16 ({largest.distill_type}, float32 with AdamW):"
-        yield table.to_string(index=False)
+    parts: dict[str, tuple[Any, Callable[[Any], dict[str, float]]]]
+    parts = {"02": (cache, of_02), "03": (trial, of_03)}
+    table = pd.DataFrame({"card": [f"{card} GB" for card in CARDS]})
+    for notebook, (config, memory_of) in parts.items():
+        for name in memory_of(config):
+            changed = {n: config.model_copy(update={name: n}) for n in TRIED[name]}
+            needed = {n: memory_of(changed[n])[name] / 1e9 for n in changed}
+            table[f"{notebook}: {name}"] = [
+                next((f"{n}" for n in needed if needed[n] <= USABLE * card), "does not fit")
+                for card in CARDS
+            ]
+    return table

@@ -1,156 +1,128 @@
 """How much memory: bytes that a training step, the teacher's pass and an evaluation hold at most.
 
 Counted from what torch keeps in a decoder of Llama's kind; the numbers of copies were read off its
-profiler, and `tests/cost` compares the sums with measured peaks. B, T, A: examples, tokens of the
-longest, answer tokens of each. A GPU's own context (about 0.5 GB) is not counted.
+profiler, and `tests/gpu` compares the sums with measured peaks. A GPU's own context and the process
+itself (about 0.5 GB) are not counted.
 """
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
-from kd_utils.cost.shapes import Shape
-
-
-class Batch(NamedTuple):
-    """The largest batch: examples, tokens of each, and answer tokens of each."""
-
-    examples: int
-    tokens: int
-    answers: int
-
-
-class Compared(NamedTuple):
-    """What the student is compared with.
-
-    Attributes:
-        terms: the teacher's, such as "kd".
-        width, heads, vocabulary: the teacher's.
-        pairs: how many pairs of layers.
-    """
-
-    terms: Collection[str]
-    width: int
-    heads: int
-    vocabulary: int
-    pairs: int = 1
+from kd_utils.cost import disk
+from kd_utils.cost.shapes import Shape, matrices
 
 
 def training(
     student: Shape,
-    batch: Batch,
-    teachers: Sequence[Compared] = (),
+    batch: tuple[int, int, int],
+    terms: Collection[str] = (),
+    teachers: Sequence[Shape] = (),
     *,
     half: bool,
-    waiting: int = 48,
-) -> dict[str, float]:
+    pairs: int = 1,
+    waiting: int = 0,
+) -> float:
     """Bytes of a training step with AdamW, the weights in float32.
 
     The gradient of one micro-batch is held while the next one's activations are: that is also what
     the gradient shares after an epoch need.
 
     Args:
-        batch: the largest micro-batch.
+        batch: the largest micro-batch: examples, tokens of each, and answer tokens of each.
+        terms: the loss terms that compare the student with each teacher, such as "kd".
+        teachers: their sizes.
         half: bfloat16 autocast.
+        pairs: how many pairs of layers are compared.
         waiting: examples whose signals are on the device: batches that are read ahead.
-
-    Returns:
-        `weights`, `gradients`, `optimizer`, `activations`, `teacher` (output layers, and signals of
-        the batches that are read ahead) and `loss` (logits, and what comes and goes with them).
     """
-    tokens, head = batch.examples * batch.tokens, student.vocabulary * student.width
-    logits = batch.examples * batch.answers * student.vocabulary
-    trained, heads, signals, kept, one_map, kl = student.weights, 0, 0, 0, 0, 0
+    examples, length, answer = batch
+    width, vocabulary, inner = (
+        student[name] for name in ("hidden_size", "vocab_size", "intermediate_size")
+    )
+    tokens, logits, head = examples * length, examples * answer * vocabulary, vocabulary * width
+    trained, heads, signals, kept, one_map, kl = student["weights"], 0, 0, 0, 0, 0
     for teacher in teachers:
-        if "kd" in teacher.terms:
-            wide = max(student.vocabulary, teacher.vocabulary)
+        if "kd" in terms:
+            wide = max(vocabulary, teacher["vocab_size"])
             # A chunk's logits exist four times; three are held while those of the next are made.
             rows = min(max(16, min(512, 2**25 // wide)), tokens)
-            copies = max(4 * rows, 3 * rows + 4 * min(rows, tokens - rows))
-            kl = max(kl, 4 * wide * copies + 4 * head)
-            heads += teacher.vocabulary * teacher.width
-            signals += 2 * teacher.width
-        if "hidden" in teacher.terms:
-            trained += teacher.pairs * student.width * teacher.width
-            kept += 8 * teacher.pairs * teacher.width * tokens  # both sides of the error
-        if "attention" in teacher.terms:
-            signals += teacher.pairs * teacher.heads * batch.tokens
-            one_map = 24 * max(student.heads, teacher.heads) * batch.tokens**2
+            chunks = max(4 * rows, 3 * rows + 4 * min(rows, tokens - rows))
+            kl = max(kl, 4 * wide * chunks + 4 * head)
+            heads += teacher["vocab_size"] * teacher["hidden_size"]
+            signals += 2 * teacher["hidden_size"]
+        if "hidden" in terms:
+            trained += pairs * width * teacher["hidden_size"]
+            kept += 8 * pairs * teacher["hidden_size"] * tokens  # both sides of the error
+        if "attention" in terms:
+            most_heads = max(student["num_attention_heads"], teacher["num_attention_heads"])
+            signals += pairs * teacher["num_attention_heads"] * length
+            one_map = 24 * most_heads * length**2
     moments_of_loss = (
         # While the KL is computed: chunks, the head's gradient, and casts of both heads.
         4 * logits + kl + bool(kl) * half * 2 * (head + heads),
         # Where the gradient starts: log-softmax and two gradients of it, the head's gradients.
         12 * logits + 4 * head * (2 if kl else 1) + kept,
         # In the last layer: gradients of the feed-forward layer's products.
-        tokens * (3 * student.inner * (2 if half else 4) + 8 * student.width) + kept,
+        tokens * (3 * inner * (2 if half else 4) + 8 * width) + kept,
         4 * logits + one_map + kept,
     )
-    return {
-        "weights": 4 * trained,
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "activations": _activations(student, tokens, half),
-        "teacher": 4 * heads + waiting * batch.tokens * signals,
-        "loss": max(moments_of_loss),
-    }
+    held = 16 * trained + 4 * heads + waiting * length * signals  # 4 + 4 + 8: AdamW
+    return held + _activations(student, tokens, half) + max(moments_of_loss)
 
 
-def _activations(shape: Shape, tokens: int, half: bool) -> float:
+def _activations(shape: Shape, tokens: int, half: bool) -> int:
     """What autograd keeps of a forward pass without `lm_head`, and autocast's copies of weights."""
-    keys = 2 * shape.query_width + 2 * shape.key_width  # queries, keys, values and the output
+    width, inner, heads = (
+        shape["hidden_size"],
+        shape["intermediate_size"],
+        shape["num_attention_heads"],
+    )
+    keys = (
+        2 * shape["head_dim"] * (heads + shape["num_key_value_heads"])
+    )  # with values and the output
     if half:  # both norms in float32, the inputs of seven products and their results in bfloat16
-        layer = 16 * shape.width + 8 + 10 * shape.width + 4 * shape.heads
-        layer += 2 * keys + 8 * shape.inner
+        layer = 26 * width + 8 + 4 * heads + 2 * keys + 8 * inner
     else:
-        layer = 4 * (6 * shape.width + 2 + keys + shape.heads + 4 * shape.inner)
-    last_norm = 12 * shape.width
-    return tokens * (shape.layers * layer + last_norm) + half * 2 * shape.matrices
+        layer = 4 * (6 * width + 2 + keys + heads + 4 * inner)
+    last_norm = 12 * width
+    return tokens * (shape["num_hidden_layers"] * layer + last_norm) + half * copies(shape)
+
+
+def copies(shape: Shape) -> int:
+    """Bytes of autocast's bfloat16 copies of the layers' matrices."""
+    return 2 * matrices(shape)["body"]
 
 
 def teacher_pass(
-    teacher: Shape,
-    batch: Batch,
-    signal_bytes: float,
-    *,
-    size: int,
-    layers: int = 1,
-    whole_logits: bool = False,
-) -> dict[str, float]:
-    """Bytes of the teacher's pass over a batch, for its cache.
+    teacher: Shape, columns: disk.Columns, examples: int, length: int, top_k: int = 0, *, size: int
+) -> float:
+    """Bytes of the teacher's pass over a batch, for a cache with these columns.
 
     Args:
-        signal_bytes: of the signals of this batch, before compression (`disk.signal_bytes`).
+        examples, length: of the largest batch, and tokens of each.
         size: bytes of a weight.
-        layers: whose queries and keys are kept.
-        whole_logits: the signals are taken from the logits of the whole batch ("top_k").
-
-    Returns:
-        `weights`, `captured` (hidden states, queries and keys) and `passing`: what a layer, the
-        signals of all examples twice, or the logits hold for a moment.
     """
-    tokens = batch.examples * batch.tokens
-    one_map = 12 * layers * teacher.heads * batch.tokens**2  # one example's maps in float32
-    # Of one example's logits two more in float32.
-    logits = teacher.vocabulary * (size * tokens + 8 * batch.tokens)
-    moments = (
-        _passing(teacher, tokens, size),
-        2 * signal_bytes + (logits if whole_logits else one_map),
+    tokens, heads = examples * length, teacher["num_attention_heads"]
+    captures = [kind.captures for kind, *_ in columns.values()]
+    maps, whole_logits = captures.count("map"), None in captures
+    signals = sum(disk.signal_bytes(columns, teacher, [length], top_k).values())
+    # Of one example's logits two more in float32; or one example's maps in float32.
+    logits = teacher["vocab_size"] * (size * tokens + 8 * length)
+    taken = logits if whole_logits else 12 * maps * heads * length**2
+    kept = teacher["hidden_size"] + maps * teacher["head_dim"] * (
+        heads + teacher["num_key_value_heads"]
     )
-    keys = layers * (teacher.query_width + teacher.key_width)
-    return {
-        "weights": size * teacher.weights,
-        "captured": tokens * size * (teacher.width + keys),
-        "passing": max(moments),
-    }
+    held = size * (teacher["weights"] + tokens * kept)
+    return held + max(_passing(teacher, tokens, size), 2 * examples * signals + taken)
 
 
-def _passing(shape: Shape, tokens: int, size: int) -> float:
+def _passing(shape: Shape, tokens: int, size: int) -> int:
     """What one layer holds while it runs, without gradients."""
-    return tokens * size * (2 * shape.width + 3 * shape.inner)
+    return tokens * size * (2 * shape["hidden_size"] + 3 * shape["intermediate_size"])
 
 
 def evaluation(
     shape: Shape, examples: int, longest: int, question: int, new_tokens: int, *, size: int
-) -> float:
+) -> int:
     """Bytes of scoring and generation beyond the weights.
 
     Args:
@@ -160,8 +132,9 @@ def evaluation(
         size: bytes of a value in the model's products.
     """
     # Choices end at different places: at most one for each example of a batch.
-    scoring = _passing(shape, examples * longest, size)
-    scoring += size * examples * min(examples, longest) * shape.vocabulary
-    cached = size * 2 * shape.layers * shape.key_width * examples * (question + new_tokens)
+    ends = examples * min(examples, longest)
+    scoring = _passing(shape, examples * longest, size) + size * ends * shape["vocab_size"]
+    keys = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * shape["head_dim"]
+    cached = size * keys * examples * (question + new_tokens)
     generating = cached + _passing(shape, examples * question, size) if question else 0
     return max(scoring, generating)

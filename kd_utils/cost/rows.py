@@ -1,8 +1,8 @@
 """The rows that an estimate is for: how many, and how long."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Self
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -50,93 +50,59 @@ def mixed_lengths(task: str, count: int) -> Iterator[tuple[int, int]]:
         yield length, answer
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The lengths of the rows of one split.
+class Rows(NamedTuple):
+    """The lengths of the rows.
 
     Attributes:
-        by_task: task -> (tokens, answer tokens) of each row, prompt and answer together first.
-        most_question: what is known of the longest prompts, where rows are expected only.
+        train, validation: (tokens, answer tokens) of each row, prompt and answer together first.
+        question: tokens of the longest prompt whose answer is generated; 0: none is.
     """
 
-    by_task: dict[str, list[tuple[int, int]]]
-    most_question: int = 0
-
-    @classmethod
-    def of(cls, table: pd.DataFrame, examples: list[Example]) -> Self:
-        """Of a split of prepared data and the same rows as tokens, in the same order."""
-        by_task: dict[str, list[tuple[int, int]]] = {task: [] for task in table["task"].unique()}
-        for task, row in zip(table["task"], examples, strict=True):
-            by_task[task].append((len(row.tokens), len(row.tokens) - row.answer_start))
-        return cls(by_task)
+    train: list[tuple[int, int]]
+    validation: list[tuple[int, int]]
+    question: int
 
     @property
-    def lengths(self) -> list[tuple[int, int]]:
-        """(tokens, answer tokens) of each row."""
-        return [pair for pairs in self.by_task.values() for pair in pairs]
-
-    @property
-    def tokens(self) -> int:
-        return sum(n for n, _ in self.lengths)
-
-    @property
-    def longest(self) -> int:
-        return max(n for n, _ in self.lengths)
-
-    @property
-    def longest_answer(self) -> int:
-        return max(n for _, n in self.lengths)
-
-    @property
-    def longest_question(self) -> int:
-        """Tokens of the longest prompt whose answer is generated; 0 if there is none."""
-        generated = [
-            (n, n - answer)
-            for task, pairs in self.by_task.items()
-            if task in tasks.TASKS and tasks.TASKS[task].generation
-            for n, answer in pairs
-        ]
-        if self.most_question and generated:
-            return min(self.most_question, max(n for n, _ in generated))
-        return max((question for _, question in generated), default=0)
+    def tokens(self) -> list[int]:
+        """Tokens of each row of both splits."""
+        return [tokens for tokens, _ in self.train + self.validation]
 
 
-def expected_rows(config: stages.DataConfig) -> tuple[dict[str, Rows], str]:
-    """The rows that 01 makes, or made, by split; and where their lengths come from.
+def counted_rows(tables: dict[str, pd.DataFrame], examples: dict[str, list[Example]]) -> Rows:
+    """The rows of prepared data, of which `examples` has the tokens, by split."""
+    lengths = {
+        split: [(len(row.tokens), len(row.tokens) - row.answer_start) for row in found]
+        for split, found in examples.items()
+    }
+    generates = {name for name, task in tasks.TASKS.items() if task.generation}
+    asked = zip(tables["validation"]["task"], examples["validation"], strict=True)
+    questions = [row.answer_start for task, row in asked if task in generates]
+    return Rows(**lengths, question=max(questions, default=0))
 
-    With prepared data, the lengths have the mean of each task that its manifest names; without,
-    those of `LENGTH_MIX`, at most `max_length`.
+
+def expected_rows(config: stages.DataConfig) -> tuple[Rows, str]:
+    """The rows that 01 makes, or made; and where their lengths come from.
+
+    Lengths are those of `LENGTH_MIX`, at most `max_length`. With prepared data, they have the mean
+    and the longest of each task that its manifest names. That answers are generated is assumed.
     """
-    asked: list[dict[str, Any]] = [
+    source, counts = "of the real rows with Llama-2's tokenizer", []
+    with suppress(RecordError):
+        counts = prepared_data.read_manifest(config.data_path)["counts"]
+    if counts:
+        source = "as counted in the prepared data"
+    asked: list[dict[str, Any]] = counts or [
         {"split": split, "task": task, "taken": count}
         for split in prepared_data.SPLITS
         for task, count in config.rows(split).items()
     ]
-    source = "of the real rows with Llama-2's tokenizer"
-    try:
-        counts = prepared_data.read_manifest(config.data_path)["counts"]
-        if counts:
-            asked, source = counts, "as counted in the prepared data"
-    except RecordError:
-        pass
-    splits: dict[str, dict[str, list[tuple[int, int]]]] = {s: {} for s in prepared_data.SPLITS}
+    lengths: dict[str, list[tuple[int, int]]] = {split: [] for split in prepared_data.SPLITS}
     for line in asked:
-        lengths = list(mixed_lengths(line["task"], line["taken"]))
-        if "mean_tokens" in line:
-            lengths = _with_mean(lengths, line)
-        limit = config.max_length
-        splits[line["split"]][line["task"]] = [
-            (min(n, limit), min(a, n, limit)) for n, a in lengths
-        ]
-    found = {split: Rows(by_task, LONGEST_QUESTION) for split, by_task in splits.items()}
-    return found, source
-
-
-def _with_mean(lengths: list[tuple[int, int]], line: dict[str, Any]) -> list[tuple[int, int]]:
-    """The lengths, moved and stretched to the mean and the longest that a line of counts names."""
-    tokens, answers = np.array(lengths, float).T
-    mean, longest = line["mean_tokens"], line["max_tokens"]
-    stretch = (longest - mean) / max(tokens.max() - tokens.mean(), 1)
-    tokens = (mean + (tokens - tokens.mean()) * stretch).round().clip(2)
-    answers = (answers * line["mean_answer_tokens"] / answers.mean()).round().clip(1, tokens - 1)
-    return [(int(n), int(answer)) for n, answer in zip(tokens, answers, strict=True)]
+        pairs = np.array([*mixed_lengths(line["task"], line["taken"])], float).reshape(-1, 2)
+        if counts and len(pairs):
+            pairs *= [line["mean_tokens"], line["mean_answer_tokens"]] / pairs.mean(0)
+            pairs[-1, 0] = line["max_tokens"]
+        pairs = pairs.round().clip(1, line.get("max_tokens", config.max_length))
+        lengths[line["split"]] += [(int(n), int(min(answer, n))) for n, answer in pairs]
+    longest = max((tokens for tokens, _ in lengths["validation"]), default=0)
+    return Rows(**lengths, question=min(longest, LONGEST_QUESTION)), source

@@ -110,16 +110,19 @@ class Sweep:
             )
         todo = [t for t in self.chosen if states[t.trial].state != "done"]
         if todo or why[CACHE]:
-            yield from self._cost(todo, cached=not why[CACHE])
+            yield from self._cost(todo, with_cache=bool(why[CACHE]))
 
-    def _cost(self, todo: list[planning.Trial], *, cached: bool) -> Iterator[str]:
-        """About what 02, if it is to run, and these trials will take."""
-        from kd_utils.cost.experiment import Experiment  # brings torch
+    def _cost(self, todo: list[planning.Trial], *, with_cache: bool) -> Iterator[str]:
+        """About what 02, if it is to run, and these trials will take; or why that is not known."""
+        from kd_utils.cost.experiment import experiment_lines  # brings torch
         from kd_utils.teacher.extraction import cached_layers
 
         data, cache = (notebook_config(stem, self.parameters) for stem in (PREPARE, CACHE))
         trials = [notebook_config(TRAIN, trial.parameters) for trial in todo]
-        return Experiment(data, cache, cached, trials, cached_layers).lines()
+        try:
+            yield from experiment_lines(data, cache, trials, cached_layers, with_cache=with_cache)
+        except ValueError as error:
+            yield f"cost: not known: {error}"
 
     def outcome(self, results: pd.DataFrame) -> Iterator[str]:
         """The verdict of 04, or which trials are done; and where the records are."""

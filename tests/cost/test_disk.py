@@ -10,7 +10,7 @@ from tiny import example_rows, tiny_llama
 
 from kd_utils.cache import writer
 from kd_utils.cost import disk
-from kd_utils.cost.shapes import Shape
+from kd_utils.cost.shapes import shape_of
 from kd_utils.models import signal_kinds, students
 from kd_utils.records.checkpoint import Checkpoint
 from kd_utils.teacher import extraction
@@ -54,8 +54,8 @@ def test_a_cache_has_the_estimated_size(teacher, attention_dtype, tmp_path):
         shard_examples=8,
     )
     columns = signal_kinds.columns_of("white_box", layers, 2, attention_dtype)
-    dtype = str(teacher.dtype).removeprefix("torch.")
-    estimate = disk.cache(columns, Shape.of(teacher), LENGTHS, teacher_dtype=dtype)
+    half = teacher.dtype == torch.bfloat16
+    estimate = disk.cache(columns, shape_of(teacher), LENGTHS, half=half)
     written = bytes_of(tmp_path)
     print(f"estimated {estimate:,.0f} bytes, written {written:,}: {estimate / written - 1:+.1%}")
     assert estimate == pytest.approx(written, rel=0.1)
@@ -64,7 +64,7 @@ def test_a_cache_has_the_estimated_size(teacher, attention_dtype, tmp_path):
 def test_signals_before_compression_are_counted_exactly(teacher):
     [row] = extraction.signal_function(teacher, signals="white_box hidden")(example_rows([30]))
     columns = signal_kinds.columns_of("white_box hidden", {}, 2, "float16")
-    assert disk.signal_bytes(columns, Shape.of(teacher), [30]) == {
+    assert disk.signal_bytes(columns, shape_of(teacher), [30]) == {
         column: array.nbytes for column, array in row.signals.items()
     }
 
@@ -80,10 +80,10 @@ def test_a_saved_state_and_a_saved_model_have_the_estimated_size(tmp_path):
     Checkpoint(tmp_path / "state" / "t.json", {}, modules, optimizer).save_if_due(1, {})
     trained = sum(parameter.numel() for parameter in parameters)
     # The names of the tensors take a part, which a real model's weights make small.
-    assert disk.saved_state(trained) == pytest.approx(bytes_of(tmp_path / "state"), rel=0.05)
+    assert disk.STATE_BYTES * trained == pytest.approx(bytes_of(tmp_path / "state"), rel=0.05)
     student.save_pretrained(tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
-    estimate = disk.saved_model(Shape.of(student).weights)
+    estimate = disk.MODEL_BYTES * shape_of(student)["weights"]
     assert estimate == pytest.approx(weights.stat().st_size, rel=0.05)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import all_terms, example_rows, tiny_llama
 
-from kd_utils.cost import disk, memory, shapes
+from kd_utils.cost import memory, shapes
 from kd_utils.distill import batches, teacher_terms, training
 from kd_utils.models import devices, output_head, signal_kinds, signals
 from kd_utils.teacher.extraction import signal_function
@@ -121,15 +121,13 @@ def test_memory_of_training_is_what_is_estimated(case, method, precision):
     arguments = (cached, examples, TERMS[method], teacher.lm_head.weight.detach(), precision)
     train(lambda: llama(32, 2, vocab), *arguments)  # workspaces of the libraries
     measured = peak_bytes(lambda: train(lambda: llama(width, layers, vocab), *arguments))
-    compared = memory.Compared(TERMS[method], teacher_width, heads=4, vocabulary=vocab)
-    estimate = sum(
-        memory.training(
-            shapes.Shape.of(llama(width, layers, vocab)),
-            memory.Batch(examples, tokens, tokens // 3),
-            [compared] if TERMS[method] else [],
-            half=precision == "bfloat16",
-            waiting=2 * examples,
-        ).values()
+    estimate = memory.training(
+        shapes.shape_of(llama(width, layers, vocab)),
+        (examples, tokens, tokens // 3),
+        TERMS[method],
+        [shapes.shape_of(teacher)],
+        half=precision == "bfloat16",
+        waiting=2 * examples,
     )
     assert_close(estimate, measured)
 
@@ -147,14 +145,10 @@ def test_the_teachers_pass_holds_what_is_estimated(width, examples, tokens, sign
     rows = example_rows([tokens] * examples, vocab=2000)
     work(llama(32, 2, 2000))
     measured = peak_bytes(lambda: work(teacher()))
-    shape = shapes.Shape.of(teacher())
+    shape = shapes.shape_of(teacher())
     columns = signal_kinds.columns_of(signals_of, {}, 2, "float16")
-    stored = disk.signal_bytes(columns, shape, [tokens] * examples, top_k=64)
-    batch = memory.Batch(examples, tokens, 0)
-    top_k = signals_of == "top_k"
-    options = {"size": 4, "layers": int(not top_k), "whole_logits": top_k}
-    parts = memory.teacher_pass(shape, batch, sum(stored.values()), **options)
-    assert_close(sum(parts.values()), measured)
+    estimate = memory.teacher_pass(shape, columns, examples, tokens, 64, size=4)
+    assert_close(estimate, measured)
 
 
 def test_generation_holds_what_is_estimated():
@@ -174,7 +168,7 @@ def test_generation_holds_what_is_estimated():
 
     work(llama(32, 2, 500))
     measured = peak_bytes(lambda: work(llama(width, 6, 500, kv_heads=4)))
-    shape = shapes.Shape.of(llama(width, 6, 500, kv_heads=4))
+    shape = shapes.shape_of(llama(width, 6, 500, kv_heads=4))
     held = memory.evaluation(shape, examples, question, question, new_tokens, size=4)
-    estimate = 4 * shape.weights + held
+    estimate = 4 * shape["weights"] + held
     assert_close(estimate, measured)
