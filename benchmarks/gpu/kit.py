@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -97,7 +98,10 @@ def build(out: Path, data: Path) -> None:
         CalledProcessError: pip found no wheel.
     """
     if not data.is_dir():
-        raise ValueError(f"no folder {data} with the real rows: give one with --data")
+        raise ValueError(
+            f"no folder {data} with the real rows: make gpu-kit DATA=FOLDER (a folder with sst2/, "
+            "mmlu/ and gsm8k/ in the hub's schema)"
+        )
     with tempfile.TemporaryDirectory(prefix="kd-kit-") as scratch:
         wheels = Path(scratch)
         names = sorted(f"{name}=={version}" for name, version in carried().items())
@@ -246,6 +250,7 @@ def install(kit: Path, site: Path) -> None:
     Raises:
         ValueError: a file is damaged, or a package is too old and no wheel of it is here.
     """
+    sys.path.insert(0, str(site))  # what an earlier part installed
     about = json.loads((kit / "1" / "kit.json").read_text())
     for name, checksum in about["files"].items():
         path = kit / name
@@ -265,10 +270,18 @@ def install(kit: Path, site: Path) -> None:
             pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
             fixed = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade"]
             command = [*pip, *fixed, "--target", str(site), *map(str, chosen)]
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    absent = sorted({name.split("/")[0] for name in about["files"] if not (kit / name).exists()})
+    if absent:
+        print(
+            f"not here: pieces {', '.join(absent)} of the kit (smol-full needs them)",
+            file=sys.stderr,
+        )
     same = about["code"] == code_digest()
     print(f"export KD_COMMIT={about['commit'] if same else about['commit'] + '-dirty'}")
-    print(f"export KD_KIT={kit.resolve()}")
+    if not same:
+        print(f"this code is not the kit's (commit {about['commit']})", file=sys.stderr)
+    print(f"export KD_KIT={shlex.quote(str(kit.resolve()))}")
     print(f"installed {len(chosen)} packages into {site}", file=sys.stderr)
 
 

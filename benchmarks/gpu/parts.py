@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -69,19 +71,22 @@ class Run:
         Returns:
             Its exit status; None: it was stopped at the limit.
         """
+        from kd_utils.sweep import local_pool
+
+        mark = uuid.uuid4().hex  # of all processes that the command starts
         environment = os.environ | {name: str(value) for name, value in variables.items()}
         end, packed = self.deadline - reserve, time.time()
-        with self.log.open("ab") as log:
+        with self.log.open("ab") as log, self.log.open("rb") as said:
+            said.seek(0, io.SEEK_END)
             process = subprocess.Popen(
                 [*map(str, words)],
                 cwd=ROOT,
-                env=environment,
+                env=environment | {local_pool.MARK: mark},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-            with self.log.open("rb") as said:
-                said.seek(0, io.SEEK_END)
+            try:
                 while process.poll() is None and time.time() < end:
                     time.sleep(0.2)
                     sys.stdout.write(said.read().decode(errors="replace"))
@@ -92,10 +97,12 @@ class Run:
                     process.terminate()  # alone: a sweep ends its own trials
                     with suppress(subprocess.TimeoutExpired):
                         process.wait(ENDING)
+            finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                local_pool.end_marked(mark)
                 process.wait()
-                sys.stdout.write(said.read().decode(errors="replace"))
+            sys.stdout.write(said.read().decode(errors="replace"))
         return None if stopped else process.returncode
 
     def pack(self, **found: Any) -> None:
@@ -117,15 +124,22 @@ class Run:
         packed = io.BytesIO()
         with tarfile.open(fileobj=packed, mode="w:gz") as archive:
             for name, path in self.records.items():
-                if path.exists():
-                    archive.add(path, name)
+                for file in [path] if path.is_file() else sorted(path.rglob("*")):
+                    inside = Path(name, *file.relative_to(path).parts)
+                    if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+                        with suppress(OSError):  # a trial renames and removes files meanwhile
+                            archive.add(file, str(inside))
         left = volumes(packed.getvalue(), f"{self.part}.tar.gz")
         if len(left) > FILES - 2:
-            raise ValueError(f"the records of {self.part} take more than {FILES} files")
-        for old in self.out.glob(f"{self.part}.tar.gz*"):
-            old.unlink()
+            print(
+                f"the records of {self.part} take more than {FILES} files: some may not come back"
+            )
         for name, content in left.items():
-            (self.out / name).write_bytes(content)
+            with files.written_aside(self.out / name) as aside:
+                aside.write_bytes(content)
+        for old in self.out.glob(f"{self.part}.tar.gz*"):
+            if old.name not in left:
+                old.unlink()
 
 
 def volumes(content: bytes, name: str) -> dict[str, bytes]:
@@ -189,7 +203,7 @@ def shapes(run: Run) -> pd.DataFrame:
     folder = ROOT / "runs" / values["name"]
     shutil.rmtree(folder, ignore_errors=True)
     run.records[values["name"]] = folder
-    values |= {"seconds": 0.75 * run.seconds} | (TINY_SHAPES if run.tiny else {})
+    values |= {"seconds": int(0.75 * run.seconds)} | (TINY_SHAPES if run.tiny else {})
     status = run.command(
         sys.executable, "-m", "kd_utils", "bench", _parameters(values), "--run-dir", folder,
         reserve=ENDING + 5,
@@ -220,7 +234,7 @@ def smol_full(run: Run) -> pd.DataFrame:
         if (status := _sweep(run, values, grid, reserve)) != 0:
             print("stopped at the limit" if status is None else f"the sweep ended with {status}")
             if seeds:  # the plan and 04 again, of the whole seeds alone
-                _forget_others(folder, seeds)
+                _remove_other_seeds(folder, seeds)
                 _sweep(run, values, grid | {"seed": seeds}, 0)
             break
         seeds.append(len(seeds))
@@ -245,19 +259,19 @@ def smol_full(run: Run) -> pd.DataFrame:
 
 def _sweep(run: Run, values: dict[str, Any], grid: dict[str, list], reserve: float) -> int | None:
     """A sweep through the local pool, with several trials side by side on a card."""
-    import torch
+    from kd_utils.cluster import cuda, machines
 
-    cores, gpus = os.cpu_count() or 1, torch.cuda.device_count()
+    cores, gpus = machines.cores(), len(cuda.usable_gpus(None, "auto", print))
     side_by_side = gpus * max(1, min(8, cores // 3 // gpus)) if gpus else 1
-    share = ["--cpus-per-trial", cores / side_by_side]
-    share += ["--gpus-per-trial", gpus / side_by_side] if gpus else []
+    share = ["--cpus-per-trial", _rounded_down(cores / side_by_side)]
+    share += ["--gpus-per-trial", _rounded_down(gpus / side_by_side)] if gpus else []
     files = [_parameters(values), "--grid", _parameters(grid, "grid")]
     place = ["--run-dir", ROOT / "runs" / values["name"], "--executor", "local"]
     sweep = [sys.executable, "-m", "kd_utils", "sweep", *files, *place, *share]
     return run.command(*sweep, reserve=reserve)
 
 
-def _forget_others(folder: Path, seeds: Sequence[int]) -> None:
+def _remove_other_seeds(folder: Path, seeds: Sequence[int]) -> None:
     """Remove what trials of other seeds left: a seed counts whole or not at all."""
     plan = json.loads((folder / "sweep.json").read_text())
     for trial in plan["trials"]:
@@ -266,6 +280,11 @@ def _forget_others(folder: Path, seeds: Sequence[int]) -> None:
             whole = [trials / name, trials / f"{name}.ipynb", trials / f"{name}.failed.ipynb"]
             for path in [*whole, *trials.glob(f".{name}.*"), *trials.glob(f".{name}-*")]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _rounded_down(share: float) -> float:
+    """A share in the steps of 0.0001 in which executors count, so that all of them fit."""
+    return math.floor(share * 10_000) / 10_000
 
 
 def _parameters(values: dict[str, Any], name: str = "params") -> Path:
@@ -317,6 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="its limit; default: the part's own")
     parser.add_argument("--tiny", action="store_true", help="the sizes of a rehearsal")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     work, limit = PARTS[given.part]
     run = Run(given.part, given.out.absolute(), given.seconds or limit, given.tiny)
     table = work(run)

@@ -12,6 +12,8 @@ site="${KD_SITE:-$kit/site}"
 if [ -f "$kit/1/kit.json" ]; then
     variables="$("$python" "$here/benchmarks/gpu/kit.py" install --kit "$kit" --site "$site")"
     eval "$variables"
+else
+    echo "no kit in $kit: running with what is installed here (make gpu-kit makes one)" >&2
 fi
 export PYTHONPATH="$site:$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 exec "$python" "$here/benchmarks/gpu/parts.py" "$@"

@@ -208,4 +208,6 @@ def trial_lines(
     here, teachers = work.Machine.here(device, config.precision), [m["shape"] for m in manifests]
     rows = counted_rows(tables, encoded)
     cost = trial_cost(config, shape_of(model), teachers, rows, here)
-    return cost.lines(f"{config.epochs} epochs of training", here, config.artifacts)
+    trained = config.distill_type != "untrained"
+    what = f"training for {config.epochs} epochs" if trained else "no training"
+    return cost.lines(what, here, config.artifacts)

@@ -57,7 +57,7 @@ def sources_on_the_machine():
     for path in [*ROOT.glob("kd_utils/**/*.py"), *ROOT.glob("tests/gpu/*.py"), *GPU.glob("*.py")]:
         if path.name not in ("ray_executor.py", "session.py", "kit.py"):
             yield path.name, path.read_text()
-    for name in ("conftest", "stubs", "tiny"):
+    for name in ("conftest", "papermill_cli", "small_project", "stubs", "tiny"):
         yield name, (ROOT / "tests" / f"{name}.py").read_text()
     for path in ROOT.glob("notebooks/0[1-5]*.ipynb"):
         cells = json.loads(path.read_text())["cells"]
@@ -201,10 +201,16 @@ def test_a_kit_is_built_carried_and_installed(kit, machine, tmp_path, monkeypatc
     assert f"export KD_COMMIT={kit.commit()}" in said.out and "installed 3 packages" in said.err
     assert (tmp_path / "site" / "gguf").is_dir() and (tmp_path / "site" / kit.WEIGHTS).is_dir()
 
+    machine |= {"gguf": "1.0", "liger-kernel": "2.0", "some-weights": "0.1"}  # the first part did
+    kit.install(out, tmp_path / "site")
+    assert "installed 0 packages" in capsys.readouterr().err
+
     monkeypatch.setattr(kit, "code_digest", lambda: "other code")
     (out / "2" / "data" / "sst2" / "train.parquet").unlink()  # a piece that was not copied
     kit.install(out, tmp_path / "site")
-    assert f"export KD_COMMIT={kit.commit()}-dirty" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"export KD_COMMIT={kit.commit()}-dirty" in said.out
+    assert "not here: pieces 2" in said.err and "this code is not the kit's" in said.err
     damaged = next(out.glob("1/wheels/gguf*"))
     damaged.write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"gguf.*was damaged on the way: copy that piece again"):
@@ -215,10 +221,9 @@ def test_scripts_docs_and_parameter_files_name_the_same_parts(parts):
     texts = [(GPU / "run.sh").read_text(), (ROOT / "docs" / "gpu.md").read_text()]
     for name, (_, seconds) in parts.PARTS.items():
         assert all(name in text for text in texts)
-        limit = "`--seconds`" if name == "smol-full" else f"{seconds} s"
-        assert f"| `{name}` | {limit} |" in texts[1]
+        assert f"| `{name}` | {seconds} s |" in texts[1]
     bench = yaml.safe_load((parts.PARAMS / "bench-llama2.yaml").read_text())
-    for values in (bench | {"seconds": 30}, bench | parts.TINY_SHAPES):
+    for values in (bench | {"seconds": int(0.75 * 250)}, bench | parts.TINY_SHAPES):
         parameter_files.notebook_config(stages.SPEED, values)
     smol = yaml.safe_load((parts.PARAMS / "smol-full.yaml").read_text())
     for stem in stages.NOTEBOOKS:
@@ -311,7 +316,7 @@ def test_a_seed_counts_whole_or_not_at_all(parts, tmp_path):
         (tmp_path / "trials" / name).mkdir()
         (tmp_path / "trials" / f"{name}.ipynb").touch()
         (tmp_path / "trials" / f".{name}.partial-1.ipynb").touch()
-    parts._forget_others(tmp_path, [0, 10])
+    parts._remove_other_seeds(tmp_path, [0, 10])
     left = sorted(path.name for path in (tmp_path / "trials").iterdir())
     assert left == sorted(
         f"{start}{name}{end}"
