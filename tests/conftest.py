@@ -44,6 +44,7 @@ FIXTURES = {"harness": "peer", "compared": "peer", "real": "long"}
 NAMES = {
     "long": {
         "test_a_calibrated_models_error_on_few_examples_is_not_0",
+        "test_a_command_is_stopped_at_the_limit_and_what_it_left_is_packed",
         "test_a_killed_build_leaves_nothing_half_done",
         "test_a_save_that_is_killed_anywhere_leaves_a_whole_state_and_no_rest",
         "test_a_step_with_all_terms_stays_on_its_device",
@@ -60,6 +61,7 @@ NAMES = {
         "test_mmlu_cut_in_two_as_the_notebook_says",
         "test_real_data",
         "test_real_tokenizers_have_fingerprints_of_their_own",
+        "test_tests_are_recorded_as_they_end_and_stop_at_the_limit",
         "test_the_length_mix_is_that_of_the_real_rows",
         "test_this_machines_own_torch_is_asked_in_another_process",
         "test_vocabularies_of_one_size_share_pieces_under_other_ids",
