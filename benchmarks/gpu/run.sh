@@ -15,5 +15,6 @@ if [ -f "$kit/1/kit.json" ]; then
 else
     echo "no kit in $kit: running with what is installed here (make gpu-kit makes one)" >&2
 fi
+unset NVIDIA_TF32_OVERRIDE TORCH_ALLOW_TF32_CUBLAS_OVERRIDE # float32 means float32
 export PYTHONPATH="$site:$here${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 exec "$python" "$here/benchmarks/gpu/parts.py" "$@"

@@ -86,11 +86,10 @@ def _generate(
         ) -> torch.Tensor:
             length = input_ids.shape[1]
             for row, ids in enumerate(input_ids[:, max(width, length - tail) :].tolist()):
-                if ends[row] is None and (
-                    ids[-1] in end_ids
-                    or any(text in tokenizer.decode(ids) for text in stop_strings)
-                ):
-                    ends[row] = length
+                if ends[row] is None:
+                    said = tokenizer.decode(ids)
+                    if ids[-1] in end_ids or any(text in said for text in stop_strings):
+                        ends[row] = length
             return torch.tensor([end is not None for end in ends], device=input_ids.device)
 
     # As the harness calls it: greedy, of any length. What else the model's generation_config asks
