@@ -3,7 +3,8 @@ record.
 """
 
 import pytest
-from test_resume import TRIAL, start
+from papermill_cli import start
+from test_resume import COMBINED, TRIAL
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_trial(
     run = prepared / "runs" / "diverged"
     with (prepared / "small.yaml").open("a") as file:
         file.write(f"\n{parameter}: {value}\n")
-    process = start(prepared, "diverged")
+    process = start(prepared, "diverged", COMBINED)
     output = process.communicate(timeout=1500)[0]
     assert process.returncode != 0 and said in output and "FloatingPointError" in output, output[
         -3000:
