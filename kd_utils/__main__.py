@@ -80,7 +80,9 @@ def sweep(
 
     values, lists = parameter_files.load_parameters(parameters), parameter_files.load_grid(grid)
     if executor == "local" and address is not None:
-        raise ValueError("--address names a Ray cluster: leave it out, or --executor local")
+        raise ValueError(
+            "--address names a Ray cluster, which --executor local does not use: leave one out"
+        )
     planned = Sweep(values, lists, run_dir or default_run_dir(values, grid), only)
     if dry_run:
         print(*planned.dry_run(), sep="\n")

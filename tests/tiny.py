@@ -216,3 +216,15 @@ def late_copy() -> type:
                 self._values[name].copy_(tensor)
 
     return LateCopy
+
+
+def eager_signals(model: Any, input_ids: Any, attention_mask: Any = None) -> Any:
+    """The maps of every layer and all hidden states, as eager attention gives them."""
+    model.set_attn_implementation("eager")
+    output = model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        output_attentions=True,
+        output_hidden_states=True,
+    )
+    return output.attentions, output.hidden_states

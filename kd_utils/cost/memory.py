@@ -2,7 +2,7 @@
 
 Counted from what torch keeps in a decoder of Llama's kind; the numbers of copies were read off its
 profiler, and `tests/gpu` compares the sums with measured peaks. A GPU's own context and the process
-itself (about 0.5 GB) are not counted.
+itself (about 0.6 GB) are not counted.
 """
 
 from collections.abc import Collection, Sequence
@@ -76,9 +76,8 @@ def _activations(shape: Shape, tokens: int, half: bool) -> int:
         shape["intermediate_size"],
         shape["num_attention_heads"],
     )
-    keys = (
-        2 * shape["head_dim"] * (heads + shape["num_key_value_heads"])
-    )  # with values and the output
+    # Queries and the output; keys and values.
+    keys = 2 * shape["head_dim"] * (heads + shape["num_key_value_heads"])
     if half:  # both norms in float32, the inputs of seven products and their results in bfloat16
         layer = 26 * width + 8 + 4 * heads + 2 * keys + 8 * inner
     else:

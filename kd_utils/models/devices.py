@@ -16,8 +16,8 @@ def choose_device(name: str) -> torch.device:
     """The device that a parameter names: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
 
     A GPU with a number becomes torch's current one, which records name. With KD_DETERMINISTIC=1 in
-    the environment torch uses deterministic algorithms only: slower, and on one kind of GPU the
-    same trial then has the same numbers to the last bit.
+    the environment torch uses deterministic algorithms only, so that the same trial has the same
+    numbers to the last bit on one kind of GPU (not yet run on CUDA).
 
     Raises:
         ValueError: a GPU that is asked for is not there.
@@ -45,8 +45,8 @@ def choose_device(name: str) -> torch.device:
 def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """The array on the device; on a CPU they share memory where they can.
 
-    To a GPU it goes from page-locked memory, and nobody waits: torch keeps that memory until the
-    copy is done.
+    To a GPU it goes from page-locked memory, and the program does not wait: torch keeps that memory
+    until the copy is done.
     """
     # Rows read from Parquet are read-only, and torch wants memory that it may write to.
     host = torch.from_numpy(np.require(array, requirements=("C", "W")))
@@ -58,7 +58,8 @@ def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
 class HostCopy:
     """Tensors of one device on their way to the host, where `result` waits for them.
 
-    A GPU writes them into page-locked memory when it has computed them, and nobody waits before.
+    A GPU writes them into page-locked memory when it has computed them, and the program does not
+    wait before.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:

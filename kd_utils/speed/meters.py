@@ -17,7 +17,6 @@ import torch
 
 from kd_utils.config import project_paths, stages, trial
 from kd_utils.cost.work import best_rate
-from kd_utils.cost.work import matrix_rate as matrix_rate
 from kd_utils.records.trial_record import read_record
 
 #: A measurement must be at most ("<=") or at least (">=") its goal.

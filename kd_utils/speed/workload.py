@@ -15,8 +15,6 @@ import torch
 from kd_utils.cache import teacher_cache, writer
 from kd_utils.cost.rows import LENGTH_MIX, mixed_lengths
 from kd_utils.cost.shapes import matrices
-from kd_utils.cost.work import forward_multiply_adds as forward_multiply_adds
-from kd_utils.cost.work import multiply_adds as multiply_adds
 from kd_utils.cost.work import part_multiply_adds
 from kd_utils.teacher import extraction
 from kd_utils.tokens.encoding import Example, right_padded

@@ -107,7 +107,7 @@ class LocalPool:
     def __init__(self, slots: list[str], threads: int) -> None:
         self.free, self.threads = deque(slots), threads
         self._waiting: deque[Job] = deque()
-        self._running: dict[Any, Running] = {}  # by our end of the process's pipe
+        self._running: dict[Any, Running] = {}  # by the pool's end of the process's pipe
 
     def require_same_view(self, files: dict[str, str]) -> None:
         """Nothing to ask: the one machine is this one, and `files` are as it sees them."""
@@ -142,22 +142,22 @@ class LocalPool:
         """Start the jobs that wait, as many as there are free slots."""
         while self.free and self._waiting:
             job, slot, mark = self._waiting.popleft(), self.free.popleft(), uuid.uuid4().hex
-            ours, theirs = Pipe()
+            pool_end, trial_end = Pipe()
             about = {MARK: mark, cuda.VISIBLE: slot, "KD_ROOT": str(project_paths.ROOT)}
             process = subprocess.Popen(
-                [sys.executable, "-m", "kd_utils.sweep.local_pool", str(theirs.fileno())],
+                [sys.executable, "-m", "kd_utils.sweep.local_pool", str(trial_end.fileno())],
                 cwd=project_paths.CODE_ROOT,  # where `-m` finds this code
                 env=os.environ | about,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[trial_end.fileno()],
                 start_new_session=True,  # Ctrl-C is for the sweep alone, which ends its trials
             )
-            self._running[ours] = Running(job, process, slot, mark)
-            theirs.close()
+            self._running[pool_end] = Running(job, process, slot, mark)
+            trial_end.close()
             with suppress(OSError):  # it is gone already
-                ours.send((job, self.threads))
+                pool_end.send((job, self.threads))
 
     def _gone(self, stream: Any) -> str:
         """A process ended, and its slot is free: the next job starts. Returns why it ended."""

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from references import NEAR, error
-from tiny import all_terms, example_rows, tiny_llama, tiny_model, tiny_tokenizer
+from tiny import all_terms, eager_signals, example_rows, tiny_llama, tiny_model, tiny_tokenizer
 from transformers import masking_utils
 
 from kd_utils.data.tasks import find_task
@@ -28,17 +28,6 @@ WEIGHTS = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
 LENGTHS = [40, 17, 63, 8]
 
 
-def eager(model, input_ids, attention_mask=None):
-    model.set_attn_implementation("eager")
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        output_attentions=True,
-        output_hidden_states=True,
-    )
-    return output.attentions, output.hidden_states
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -54,7 +43,7 @@ def test_captured_maps_are_those_of_eager_attention(device, kv_heads, padding, p
         signals = forward_signals(
             model, ids, mask if padding == "left" else None, hidden_layers=[1], map_layers=[1, 2, 3]
         )
-        maps, hidden = eager(model, ids, mask)
+        maps, hidden = eager_signals(model, ids, mask)
     real = mask.bool()
     assert signals.attentions[2].key.shape[1] == kv_heads
     for layer, captured in signals.attentions.items():

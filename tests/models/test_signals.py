@@ -2,22 +2,17 @@
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import eager_signals, tiny_llama
 
 from kd_utils.models.attention_maps import Attention, causal_slice, decode_map, encode_map
 from kd_utils.models.output_head import OutputHead, output_head, require_known_head
 from kd_utils.models.signals import attention_module, decoder_layers, forward_signals
 
 
-def eager_map(model, input_ids, attention_mask=None):
-    model.set_attn_implementation("eager")
-    output = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        output_attentions=True,
-        output_hidden_states=True,
-    )
-    return output.attentions[-1], output.hidden_states[-1]
+def eager_map(*inputs):
+    """Eager attention's map of the last layer, and its final hidden state."""
+    maps, hidden = eager_signals(*inputs)
+    return maps[-1], hidden[-1]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])

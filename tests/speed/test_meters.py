@@ -68,7 +68,7 @@ def test_peak_memory_of_a_gpu_is_of_torchs_allocations(monkeypatch):
 def test_rates_are_amounts_by_seconds(monkeypatch):
     ticks = iter(range(0, 100, 2))
     monkeypatch.setattr(work.time, "perf_counter", lambda: next(ticks))
-    assert meters.matrix_rate(torch.device("cpu"), torch.float32) == 2048**3 / 2
+    assert work.matrix_rate(torch.device("cpu"), torch.float32) == 2048**3 / 2
     assert meters.memory_rate(torch.device("cpu")) == 2 * 4 * 2**25 / 2
 
 

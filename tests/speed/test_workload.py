@@ -8,6 +8,7 @@ from tiny import tiny_llama
 
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.parameter_files import notebook_config
+from kd_utils.cost import work
 from kd_utils.speed import step, workload
 
 
@@ -57,7 +58,7 @@ def test_small_has_tinyllamas_proportions():
             and student["num_attention_heads"] == 32
         )
         whole = (
-            workload.forward_multiply_adds(student, [1])
+            work.forward_multiply_adds(student, [1])
             + student["hidden_size"] * student["vocab_size"]
         )
         assert student["hidden_size"] * student["vocab_size"] / whole == pytest.approx(
@@ -77,17 +78,15 @@ def test_multiply_adds_by_hand():
     layer = (
         4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6
     )  # queries; keys and values of one head; output; feed-forward
-    assert workload.forward_multiply_adds(shape, [3]) == 2 * (3 * layer + 2 * 4 * 6)
-    task = workload.multiply_adds(shape, shape, [(3, 1)], ("task",))
+    assert work.forward_multiply_adds(shape, [3]) == 2 * (3 * layer + 2 * 4 * 6)
+    task = work.multiply_adds(shape, shape, [(3, 1)], ("task",))
     assert task == 3 * (2 * (3 * layer + 2 * 4 * 6) + 40)
-    assert workload.multiply_adds(shape, shape, [(3, 1)], ("task", "kd")) - task == 3 * (
-        3 * 40 + 40
-    )
+    assert work.multiply_adds(shape, shape, [(3, 1)], ("task", "kd")) - task == 3 * (3 * 40 + 40)
     assert (
-        workload.multiply_adds(shape, shape, [(3, 1)], ("task", "hidden", "attention")) - task
+        work.multiply_adds(shape, shape, [(3, 1)], ("task", "hidden", "attention")) - task
         == 3 * 16 * 3 + 3 * 4 * 6
     )
-    padded = workload.multiply_adds(shape, shape, [(3, 1)], ("task", "kd"), padded_to=8)
+    padded = work.multiply_adds(shape, shape, [(3, 1)], ("task", "kd"), padded_to=8)
     assert padded == 3 * (2 * (8 * layer + 2 * 4 * 64) + 40 * 8)
 
 
@@ -104,7 +103,7 @@ def test_parts_of_a_step_by_hand():
     assert sum(parts[part] for part in ("body", "task", "hidden")) == forward
     assert parts["backward"] == 2 * forward and parts["attention"] == 3 * 4 * pairs
     assert parts["kd"] == tokens * (3 * head + teachers_head)
-    assert workload.multiply_adds(*sides, terms) == sum(parts.values())
+    assert work.multiply_adds(*sides, terms) == sum(parts.values())
     moved = workload.part_bytes(*sides, steps=7)
     trained = body + 2 * head + projector  # with the embeddings
     assert moved["clip and step"] == 7 * 40 * trained
@@ -121,8 +120,8 @@ def test_a_limit_is_the_larger_of_its_two_times():
     assert (table["limit"] == table[["multiply-adds", "bytes"]].max(axis=1)).all()
     assert table.loc["clip and step", "multiply-adds"] == 0 < table.loc["clip and step", "bytes"]
     teacher, student = pair.values()
-    work = workload.multiply_adds(student, teacher, lengths, step.METHODS["combined"])
-    assert table["multiply-adds"].sum() == pytest.approx(work / 1e9)
+    total = work.multiply_adds(student, teacher, lengths, step.METHODS["combined"])
+    assert table["multiply-adds"].sum() == pytest.approx(total / 1e9)
     slow = workload.step_limits(pair, lengths, 1, rate=1e9, bandwidth=1e3)
     assert (slow["limit"] == slow["bytes"]).all()
 

@@ -60,7 +60,11 @@ def test_what_this_machine_has_not_is_refused_as_with_ray(monkeypatch):
 @pytest.mark.parametrize(
     ("values", "arguments", "message"),
     [
-        ("", ["--executor", "local", "--address", "auto"], "--address names a Ray cluster: leave"),
+        (
+            "",
+            ["--executor", "local", "--address", "auto"],
+            "--address names a Ray cluster, which --executor local does not use: leave",
+        ),
         ("workers: 2", ["--executor", "local"], "workers = 2 needs Ray: set workers to 0 or 1"),
         ("", [], "Ray is not installed: add --executor local to run on this machine, or `pip "),
         ("", ["--executor", "slurm"], "Invalid value for '--executor'"),
