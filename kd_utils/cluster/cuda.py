@@ -88,7 +88,7 @@ def usable_gpus(gpus: float | None, device: str, say: Callable[[str], None]) -> 
     if problem := disagreement(visible, cards(), len(names), torch):
         if not names and (gpus or device.startswith("cuda")):
             raise ValueError(problem)
-        say(f"Trials can use {len(names)} GPUs: {problem}")
+        say(problem)
     return names
 
 
@@ -129,19 +129,22 @@ def disagreement(visible: str | None, cards: int, usable: int, torch: Torch) -> 
     remedy = (
         "see `nvidia-smi -L`, and `python -c 'import torch; torch.cuda.init()'`"
         if torch.cuda
-        else "it is built without CUDA: install its CUDA build"
+        else "this torch is built without CUDA: install a CUDA build"
     )
     return (
-        f"{source} {promised} GPUs, but torch {torch.version} can use {usable}; {remedy}; "
-        "--gpus-per-trial 0 trains on the CPU"
+        f"torch {torch.version} can use {usable} of the {promised} GPUs that {source}; {remedy}; "
+        "to train on the CPU: --gpus-per-trial 0"
     )
 
 
 def cards() -> int:
-    """How many GPUs the driver counts; 0 where its `nvidia-smi` is missing or fails."""
+    """How many GPUs the driver counts; 0 where its `nvidia-smi` is missing, fails or hangs."""
     if not (tool := shutil.which("nvidia-smi")):
         return 0
-    listed = subprocess.run([tool, "-L"], capture_output=True, text=True)
+    try:
+        listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 

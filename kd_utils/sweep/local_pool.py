@@ -9,6 +9,7 @@ would need: a lost one takes one trial with it, and nothing of a trial stays beh
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -18,7 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import IO, Any
 
 import psutil
 
@@ -84,6 +85,7 @@ class Running:
     """A trial's process.
 
     Attributes:
+        stderr: what it said; the last line is why it ended, if it did not get to say so.
         slot: its CUDA_VISIBLE_DEVICES.
         mark: the value of `MARK` in its environment.
         told: whether its last report came.
@@ -91,6 +93,7 @@ class Running:
 
     job: Job
     process: subprocess.Popen
+    stderr: IO[bytes]
     slot: str
     mark: str
     told: bool = False
@@ -143,6 +146,7 @@ class LocalPool:
         while self.free and self._waiting:
             job, slot, mark = self._waiting.popleft(), self.free.popleft(), uuid.uuid4().hex
             pool_end, trial_end = Pipe()
+            stderr = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has ended)
             about = {MARK: mark, cuda.VISIBLE: slot, "KD_ROOT": str(project_paths.ROOT)}
             process = subprocess.Popen(
                 [sys.executable, "-m", "kd_utils.sweep.local_pool", str(trial_end.fileno())],
@@ -150,11 +154,11 @@ class LocalPool:
                 env=os.environ | about,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=stderr,
                 pass_fds=[trial_end.fileno()],
                 start_new_session=True,  # Ctrl-C is for the sweep alone, which ends its trials
             )
-            self._running[pool_end] = Running(job, process, slot, mark)
+            self._running[pool_end] = Running(job, process, stderr, slot, mark)
             trial_end.close()
             with suppress(OSError):  # it is gone already
                 pool_end.send((job, self.threads))
@@ -168,8 +172,13 @@ class LocalPool:
             end_marked(running.mark)  # its kernel
         self.free.append(running.slot)
         self._start()
-        killed = "the process was killed or ran out of memory"
-        return killed if status < 0 else f"the process ended with status {status}"
+        running.stderr.seek(0)
+        said = running.stderr.read().decode(errors="replace").split("\n")
+        running.stderr.close()
+        if status < 0:
+            return "the process was killed or ran out of memory"
+        last = next((f": {line.strip()[:300]}" for line in reversed(said) if line.strip()), "")
+        return f"the process ended with status {status}{last}"
 
 
 def end_marked(mark: str) -> None:

@@ -93,20 +93,38 @@ def test_the_gpus_are_those_that_cuda_shows_and_nothing_need_be_said(
             None,
             "2.11.0+cpu",
             [],
-            "Trials can use 0 GPUs: the driver has 1 GPUs, but torch 2.11.0+cpu can use 0; it is "
-            "built without CUDA: install its CUDA build; --gpus-per-trial 0 trains on the CPU",
+            "torch 2.11.0+cpu can use 0 of the 1 GPUs that the driver has; this torch is built "
+            "without CUDA: install a CUDA build; to train on the CPU: --gpus-per-trial 0",
         ),
         (
             TWO,
             "0,9",
             "2.11.0",
             ["0"],
-            "Trials can use 1 GPUs: CUDA_VISIBLE_DEVICES=0,9 names 2 GPUs, but torch 2.11.0 can "
-            "use 1; see `nvidia-smi -L`",
+            "torch 2.11.0 can use 1 of the 2 GPUs that CUDA_VISIBLE_DEVICES=0,9 names; see "
+            "`nvidia-smi -L`",
         ),
-        (TWO, "9,0", "2.11.0", [], "Trials can use 0 GPUs: CUDA_VISIBLE_DEVICES=9,0 names 2"),
-        (TWO, "0,0", "2.11.0", [], "Trials can use 0 GPUs: CUDA_VISIBLE_DEVICES=0,0 names 2"),
-        (MIG, "MIG-aa,MIG-xx", "2.11.0", ["MIG-aa"], "Trials can use 1 GPUs: "),
+        (
+            TWO,
+            "9,0",
+            "2.11.0",
+            [],
+            "torch 2.11.0 can use 0 of the 2 GPUs that CUDA_VISIBLE_DEVICES=9,0 names",
+        ),
+        (
+            TWO,
+            "0,0",
+            "2.11.0",
+            [],
+            "torch 2.11.0 can use 0 of the 2 GPUs that CUDA_VISIBLE_DEVICES=0,0 names",
+        ),
+        (
+            MIG,
+            "MIG-aa,MIG-xx",
+            "2.11.0",
+            ["MIG-aa"],
+            "torch 2.11.0 can use 1 of the 2 GPUs that CUDA_VISIBLE_DEVICES=MIG-aa",
+        ),
     ],
 )
 def test_where_torch_can_use_fewer_one_line_says_so(machine, devices, visible, torch, names, line):
@@ -118,7 +136,9 @@ def test_where_torch_can_use_fewer_one_line_says_so(machine, devices, visible, t
 @pytest.mark.parametrize(("gpus", "device"), [(0.5, "auto"), (None, "cuda"), (1, "cuda:0")])
 def test_a_gpu_that_is_asked_for_and_that_torch_cannot_use_is_refused(machine, gpus, device):
     said = machine("GPU-aa", None, "2.11.0+cpu")
-    with pytest.raises(ValueError, match="the driver has 1 GPUs, but torch 2.11.0.cpu can use 0"):
+    with pytest.raises(
+        ValueError, match="torch 2.11.0.cpu can use 0 of the 1 GPUs that the driver has"
+    ):
         cuda.usable_gpus(gpus, device, said.append)
     assert said == []
 
@@ -149,9 +169,14 @@ def test_a_torch_that_cannot_be_imported_is_named_with_its_error(tmp_path, monke
         ("0", 0.5, 1, ""),
         ("MIG-aa", 1, 1, ""),
         ("0,1", 2, 2, ""),
-        ("3", 1, 0, "CUDA_VISIBLE_DEVICES=3 names 1 GPUs, but torch 2.11.0 can use 0; see"),
-        ("0,1", 2, 1, "CUDA_VISIBLE_DEVICES=0,1 names 2 GPUs, but torch 2.11.0 can use 1; see"),
-        (None, 1, 0, "the driver has 1 GPUs, but torch 2.11.0 can use 0; see"),
+        ("3", 1, 0, "torch 2.11.0 can use 0 of the 1 GPUs that CUDA_VISIBLE_DEVICES=3 names; see"),
+        (
+            "0,1",
+            2,
+            1,
+            "torch 2.11.0 can use 1 of the 2 GPUs that CUDA_VISIBLE_DEVICES=0,1 names; see",
+        ),
+        (None, 1, 0, "torch 2.11.0 can use 0 of the 1 GPUs that the driver has; see"),
     ],
 )
 def test_a_process_that_was_given_gpus_tells_whether_torch_can_use_them(

@@ -185,14 +185,16 @@ def test_a_trial_that_fails_or_is_lost_for_good_stops_no_other(run, tmp_path):
         b="os._exit(3)",
         c="os.kill(os.getpid(), 9)",
         d="",
+        e="print('\\nno module of that name\\n', file=sys.stderr); os._exit(1)",
     )
-    assert progress.done == ["d"] and sorted(progress.failed) == ["a", "b", "c"]
+    assert progress.done == ["d"] and sorted(progress.failed) == ["a", "b", "c", "e"]
     trials = tmp_path / "runs" / "stub" / "trials"
     lost = "the trial's process or machine was lost 4 times: the process "
-    assert {name: failure_cause(trials / f"{name}.failed.ipynb") for name in "abc"} == {
+    assert {name: failure_cause(trials / f"{name}.failed.ipynb") for name in "abce"} == {
         "a": "OSError: [Errno 28] disk is full",
         "b": f"{lost}ended with status 3",
         "c": f"{lost}was killed or ran out of memory",
+        "e": f"{lost}ended with status 1: no module of that name",
     }
 
 

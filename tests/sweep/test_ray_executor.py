@@ -157,7 +157,7 @@ def test_on_one_machine_ray_is_told_of_the_gpus_that_torch_can_use(started, addr
 
 
 def test_on_a_cluster_whose_machines_cannot_use_what_ray_counts_nothing_is_trained(started):
-    problem = "node 10.0.0.1: the driver has 1 GPUs, but torch 2.11.0+cpu can use 0"
+    problem = "node 10.0.0.1: torch 2.11.0+cpu can use 0 of the 1 GPUs that the driver has"
     with pytest.raises(ValueError, match=re.escape(problem)):
         started("head:6379", None, "auto", nodes=[1, 0], problems=problem)
     assert started("head:6379", None, "auto", nodes=[1, 0])[1:] == (1, [])
@@ -205,6 +205,6 @@ with ray_running(None, 1):
     told, busy = ran.stdout.splitlines()
     assert busy == "not asked" and told.startswith("node "), ran.stderr
     assert told.partition(": ")[2].startswith(
-        "CUDA_VISIBLE_DEVICES=GPU-aa names 1 GPUs, but torch 2.11.0+cpu can use 0; it is built "
-        "without CUDA: install its CUDA build; --gpus-per-trial 0 trains on the CPU"
+        "torch 2.11.0+cpu can use 0 of the 1 GPUs that CUDA_VISIBLE_DEVICES=GPU-aa names; this "
+        "torch is built without CUDA: install a CUDA build; to train on the CPU: --gpus-per-trial 0"
     )
