@@ -250,7 +250,7 @@ def install(kit: Path, site: Path) -> None:
     wheel if all of it is here, and print `export` lines for the shell.
 
     Raises:
-        ValueError: a file is damaged, or a package is too old and no wheel of it is here.
+        ValueError: a file is damaged, or a package is missing and no wheel of it is here.
     """
     sys.path.insert(0, str(site))  # what an earlier part installed
     about = json.loads((kit / "1" / "kit.json").read_text())
@@ -291,8 +291,10 @@ def lacking(wheels: dict[str, Path]) -> list[str]:
     """Which of the kit's packages this machine needs: those that are missing, or older than
     kd_utils or another package that is taken from the kit asks for.
 
+    A package that is too old and of which the kit has no wheel is warned of: it may well do.
+
     Raises:
-        ValueError: a package is missing or too old, and the kit has no wheel of it.
+        ValueError: a package is missing, and the kit has no wheel of it.
     """
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     needs = [Requirement(text) for text in project["dependencies"]]
@@ -312,10 +314,14 @@ def lacking(wheels: dict[str, Path]) -> list[str]:
             continue
         if name not in wheels:
             folder = next(iter(wheels.values())).parent
-            raise ValueError(
+            problem = (
                 f"{need} is needed, {version or 'nothing'} is here, and the kit has no wheel of "
                 f"it: put one for Python {PYTHON} into {folder}"
             )
+            if not version:
+                raise ValueError(problem)
+            print(f"warning: {problem} if something fails", file=sys.stderr)
+            continue
         taken.append(name)
         needs += _wheel_requirements(wheels[name])
     return taken

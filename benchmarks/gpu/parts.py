@@ -229,6 +229,11 @@ def shapes(run: Run) -> pd.DataFrame:
     goals = meters.GOALS if run.tiny else meters.GOALS | meters.PAPERS_GOALS
     table = pd.DataFrame({"measured": numbers, "limit": pd.Series(found["limits"], dtype=float)})
     table.insert(1, "goal", {key: f"{sense} {bound:g}" for key, (sense, bound) in goals.items()})
+    table.insert(2, "floor", pd.Series({} if run.tiny else meters.PAPERS_FLOORS, dtype=float))
+    beyond = table.index[table["measured"] > table["floor"]]
+    if len(beyond):
+        print("beyond the floor:", ", ".join(beyond))
+        run.status = 1
     return table.loc[list(numbers)].fillna("").rename_axis("measurement").reset_index()
 
 

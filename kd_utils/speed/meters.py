@@ -7,9 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +38,11 @@ GOALS = {
 #: The paper's work, and the goals of one H100 for it.
 PAPERS_WORK = {"shapes": "llama2", "trial_rows": 7000, "trial_epochs": 3, "batch_size": 8}
 PAPERS_GOALS = {"teacher_pass_s": ("<=", 60.0), "trial_s": ("<=", 120.0)}
+
+#: More seconds than these for the paper's work are a fault of the code.
+PAPERS_FLOORS = {"teacher_pass_s": 90.0, "trial_s": 180.0}
+
+RESET_PEAK = Path("/proc/self/clear_refs")  # Linux; some sandboxes lack it
 
 
 def goals_for(config: stages.SpeedConfig, device: torch.device) -> dict[str, tuple[str, float]]:
@@ -125,9 +132,10 @@ def memory_rate(device: torch.device) -> float:
 def peak_mb(
     work: Callable[[], object], *, device: torch.device | str = "cpu", all_held: bool = False
 ) -> float:
-    """Run `work` and return the most memory in MB that it held beyond what was held before.
+    """Run `work` and return the most memory in MB (2**20 bytes) that it held beyond what was held.
 
-    On a GPU this counts torch's allocations, otherwise the resident set of the process (Linux).
+    On a GPU this counts torch's allocations, otherwise the resident set of the process (Linux),
+    looked at every 5 ms where the kernel keeps no peak that can be restarted.
 
     Args:
         all_held: count what was held before, too.
@@ -140,10 +148,32 @@ def peak_mb(
         work()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but not returned would hide new memory
-    Path("/proc/self/clear_refs").write_text("5")  # restarts the kernel's record of the peak
     before = 0 if all_held else _resident_kb("VmRSS")
-    work()
-    return (_resident_kb("VmHWM") - before) / 2**10
+    try:
+        RESET_PEAK.write_text("5")
+    except OSError:
+        peak = _seen_peak_kb(work)
+    else:
+        work()
+        peak = _resident_kb("VmHWM")
+    return (peak - before) / 2**10
+
+
+def _seen_peak_kb(work: Callable[[], object]) -> int:
+    """Run `work`, and look at the resident set meanwhile."""
+    done, seen = threading.Event(), [_resident_kb("VmRSS")]
+
+    def look() -> None:
+        while not done.wait(0.005):
+            seen.append(_resident_kb("VmRSS"))
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look)
+        try:
+            work()
+        finally:
+            done.set()
+    return max(seen)
 
 
 def _resident_kb(field: str) -> int:

@@ -156,7 +156,7 @@ def needs_of_the_project(kit):
     }
 
 
-def test_only_what_is_missing_or_too_old_is_installed(kit, machine, tmp_path):
+def test_only_what_is_missing_or_too_old_is_installed(kit, machine, tmp_path, capsys):
     needs = needs_of_the_project(kit)
     machine.update(dict.fromkeys(needs, "999") | {"liger-kernel": "1"})
     wheels = {"typer": wheel(tmp_path, "typer", "1.0", ["shell>=2", "soap; extra == 'all'"])}
@@ -166,9 +166,26 @@ def test_only_what_is_missing_or_too_old_is_installed(kit, machine, tmp_path):
     assert kit.lacking(wheels) == ["typer", "shell"]
     machine["shell"] = "2.5"
     assert kit.lacking(wheels) == ["typer"]
-    machine["pandas"] = "2.2"
-    with pytest.raises(ValueError, match=r"pandas>=3.0 is needed, 2.2 is here, and the kit has no"):
+    machine["pandas"] = "2.2"  # old, on a machine that is paid by the minute
+    assert kit.lacking(wheels) == ["typer"]
+    assert "warning: pandas>=3.0 is needed, 2.2 is here, and the kit has" in capsys.readouterr().err
+    del machine["pandas"]
+    with pytest.raises(ValueError, match="pandas>=3.0 is needed, nothing is here, and the kit has"):
         kit.lacking(wheels)
+
+
+def test_without_a_kit_a_bare_machine_is_told_what_to_do(tmp_path):
+    python = tmp_path / "python3"
+    python.write_text("#!/bin/sh\nexit 1\n")  # imports nothing
+    python.chmod(0o755)
+    ran = subprocess.run(
+        ["bash", GPU / "run.sh", "correct", "--out", tmp_path / "out"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python), "KD_KIT": str(tmp_path / "kit")},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 1 and "make gpu-kit makes one" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
 def test_a_kit_is_built_carried_and_installed(kit, machine, tmp_path, monkeypatch, capsys):
@@ -228,6 +245,29 @@ def test_scripts_docs_and_parameter_files_name_the_same_parts(parts):
     smol = yaml.safe_load((parts.PARAMS / "smol-full.yaml").read_text())
     for stem in stages.NOTEBOOKS:
         parameter_files.notebook_config(stem, smol | parts.TINY_SMOL)
+
+
+@pytest.mark.parametrize(("seconds", "status"), [(85.0, 0), (95.0, 1)])
+def test_shapes_sets_each_number_beside_goal_floor_and_limit(
+    parts, tmp_path, monkeypatch, seconds, status
+):
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    run = parts.Run("shapes", tmp_path / "out", seconds=240, tiny=False)
+
+    def bench(*words, **_):
+        assert yaml.safe_load(Path(words[4]).read_text())["seconds"] == 180
+        found = {"teacher_pass_s": seconds, "generation_s": 7.0, "limits": {"teacher_pass_s": 40.0}}
+        words[-1].mkdir(parents=True)
+        (words[-1] / "speed.json").write_text(json.dumps(found))
+        return 0
+
+    monkeypatch.setattr(run, "command", bench)
+    table = parts.shapes(run)
+    assert table.to_numpy().tolist() == [
+        ["teacher_pass_s", seconds, "<= 60", 90.0, 40.0],
+        ["generation_s", 7.0, "", "", ""],
+    ]
+    assert run.status == status
 
 
 def test_records_are_cut_into_files_that_join_again(parts, monkeypatch):

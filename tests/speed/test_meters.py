@@ -46,7 +46,10 @@ def test_a_gpu_is_waited_for_before_the_first_lap_and_at_the_end_of_each(monkeyp
     assert len(waits) == 3
 
 
-def test_peak_memory_sees_what_was_freed_again():
+@pytest.mark.parametrize("kernel", ["keeps the peak", "keeps none"])
+def test_peak_memory_sees_what_was_freed_again(kernel, monkeypatch, tmp_path):
+    if kernel == "keeps none":
+        monkeypatch.setattr(meters, "RESET_PEAK", tmp_path / "missing" / "file")
     assert 90 < meters.peak_mb(lambda: torch.ones(25 * 2**20)) < 130
     assert meters.peak_mb(lambda: None) < 20
     held = torch.ones(25 * 2**20)
