@@ -122,7 +122,8 @@ class Sweep:
         try:
             yield from experiment_lines(data, cache, trials, cached_layers, with_cache=with_cache)
         except ValueError as error:
-            yield f"cost: not known: {error}"
+            first = "" if data.build == "none" else f" (01 makes what `build: {data.build}` needs)"
+            yield f"cost: not known: {error}{first}"
 
     def outcome(self, results: pd.DataFrame) -> Iterator[str]:
         """The verdict of 04, or which trials are done; and where the records are."""

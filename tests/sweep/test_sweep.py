@@ -25,6 +25,7 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
         "CANNOT be significant, add seeds" in shown
     )
     assert "0 of 6 trials are done, 6 to run; records: runs/stub" in shown
+    assert "is not on this machine (01 makes what `build: toy` needs)" in shown
     assert sorted(stub_notebooks.rglob("*")) == before
 
 
