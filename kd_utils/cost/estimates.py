@@ -9,7 +9,7 @@ import torch
 
 from kd_utils.config import project_paths, stages
 from kd_utils.config.trial import TrialConfig
-from kd_utils.cost import disk, memory, work
+from kd_utils.cost import cards, disk, memory, work
 from kd_utils.cost.rows import Rows, counted_rows
 from kd_utils.cost.shapes import Shape, shape_of
 from kd_utils.models import signal_kinds
@@ -90,6 +90,13 @@ def teacher_memory(
     return parts
 
 
+def teacher_part(
+    config: stages.CacheConfig, teacher: Shape, columns: disk.Columns, rows: Rows
+) -> cards.Part:
+    """Notebook 02 for `cards.what_fits`."""
+    return config, lambda changed: teacher_memory(changed, teacher, columns, rows, True)
+
+
 def teacher_cost(
     config: stages.CacheConfig,
     teacher: Shape,
@@ -140,6 +147,13 @@ def trial_memory(
     return {"micro_batch_size": training, "eval_batch_size": 12 * student["weights"] + held}
 
 
+def trial_part(
+    config: TrialConfig, student: Shape, teachers: Sequence[Shape], rows: Rows
+) -> cards.Part:
+    """Notebook 03 for `cards.what_fits`; weights that are trained are in float32, with AdamW."""
+    return config, lambda changed: trial_memory(changed, student, teachers, rows, True)
+
+
 def trial_cost(
     config: TrialConfig,
     student: Shape,
@@ -188,7 +202,8 @@ def teacher_lines(
     )
     cost = teacher_cost(config, teacher, columns, rows, here)
     what = f"{len(rows.tokens):,} rows, {sum(rows.tokens):,} tokens; the teacher's pass alone"
-    return cost.lines(what, here, config.artifacts)
+    yield from cost.lines(what, here, config.artifacts)
+    yield from cards.lines({"02": teacher_part(config, teacher, columns, rows)})
 
 
 def trial_lines(
@@ -207,8 +222,9 @@ def trial_lines(
         tables, encoded: the prepared data, and the same rows with the student's tokens.
     """
     here, teachers = work.Machine.here(device, config.precision), [m["shape"] for m in manifests]
-    rows = counted_rows(tables, encoded)
-    cost = trial_cost(config, shape_of(model), teachers, rows, here)
+    rows, student = counted_rows(tables, encoded), shape_of(model)
+    cost = trial_cost(config, student, teachers, rows, here)
     trained = config.distill_type != "untrained"
     what = f"training for {config.epochs} epochs" if trained else "no training"
-    return cost.lines(what, here, config.artifacts)
+    yield from cost.lines(what, here, config.artifacts)
+    yield from cards.lines({"03": trial_part(config, student, teachers, rows)})

@@ -2,30 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any
 
-import pandas as pd
 import torch
 
 from kd_utils.config import stages
 from kd_utils.config.trial import TrialConfig
-from kd_utils.cost import disk, estimates, work
-from kd_utils.cost.rows import Rows, expected_rows
-from kd_utils.cost.shapes import Shape, local_model, shape_of
+from kd_utils.cost import cards, estimates, work
+from kd_utils.cost.rows import expected_rows
+from kd_utils.cost.shapes import local_model, shape_of
 from kd_utils.models import devices, signal_kinds
-
-CARDS = (16, 24, 40, 80)  # GB
-
-#: Share of a card that torch can use, beside the driver's context and what lies between tensors.
-USABLE = 0.95
-
-#: The values of each parameter that are tried on a card.
-TRIED = {
-    "batch_tokens": (16384, 8192, 4096, 2048, 1024),
-    "eval_batch_size": (128, 64, 32, 16, 8),
-    "micro_batch_size": (8, 4, 2, 1),
-    "teacher_batch_size": (8, 4, 2, 1),
-}
 
 
 def experiment_lines(
@@ -73,9 +58,10 @@ def experiment_lines(
         what = f"03, {len(trials)} trials in turn"
         yield from cost.lines(what, here, cache.artifacts, before=before)
         trial, student = max(zip(trials, students), key=lambda pair: len(pair[0].weights))
-        yield f"what fits on a card, in bfloat16 (03: {trial.distill_type}, float32 with AdamW):"
-        table = what_fits(cache, trial, teacher, student, columns, rows)
-        yield table.to_string(index=False)
+        of_02 = estimates.teacher_part(cache, teacher, columns, rows)
+        of_03 = estimates.trial_part(trial, student, [teacher], rows)
+        note = f" (03: {trial.distill_type}, float32 with AdamW)"
+        yield from cards.lines({"02": of_02, "03": of_03}, note)
 
 
 def _source(trial: TrialConfig, cache: stages.CacheConfig) -> tuple[str, str, int]:
@@ -84,38 +70,3 @@ def _source(trial: TrialConfig, cache: stages.CacheConfig) -> tuple[str, str, in
     if trial.student == "teacher":
         return cache.teacher, cache.teacher_revision, layers
     return trial.student, "", layers
-
-
-def what_fits(
-    cache: stages.CacheConfig,
-    trial: TrialConfig,
-    teacher: Shape,
-    student: Shape,
-    columns: disk.Columns,
-    rows: Rows,
-) -> pd.DataFrame:
-    """The largest settings with which each card can do each part, all in bfloat16.
-
-    Returns:
-        A row per card; for each parameter of 02 and 03 that decides about memory, the largest of
-        those in `TRIED`, or "does not fit". Weights that are trained are in float32, with AdamW.
-    """
-
-    def of_02(config: stages.CacheConfig) -> dict[str, float]:
-        return estimates.teacher_memory(config, teacher, columns, rows, True)
-
-    def of_03(config: TrialConfig) -> dict[str, float]:
-        return estimates.trial_memory(config, student, [teacher], rows, True)
-
-    parts: dict[str, tuple[Any, Callable[[Any], dict[str, float]]]]
-    parts = {"02": (cache, of_02), "03": (trial, of_03)}
-    table = pd.DataFrame({"card": [f"{card} GB" for card in CARDS]})
-    for notebook, (config, memory_of) in parts.items():
-        for name in memory_of(config):
-            changed = {n: config.model_copy(update={name: n}) for n in TRIED[name]}
-            needed = {n: memory_of(changed[n])[name] / 1e9 for n in changed}
-            table[f"{notebook}: {name}"] = [
-                next((f"{n}" for n in needed if needed[n] <= USABLE * card), "does not fit")
-                for card in CARDS
-            ]
-    return table

@@ -13,7 +13,7 @@ from tiny import example_rows, tiny_llama
 
 from kd_utils.config import project_paths, stages
 from kd_utils.config.parameter_files import notebook_config
-from kd_utils.cost import estimates, experiment, rows, shapes, work
+from kd_utils.cost import cards, estimates, experiment, rows, shapes, work
 from kd_utils.data import prepared_data
 from kd_utils.models import signal_kinds
 
@@ -158,7 +158,7 @@ def test_a_dry_run_estimates_from_configs_alone(root):
     planned = partial(experiment.experiment_lines, data, cache, trials, lambda config, model: last)
     first, of_02, of_03, title, table = planned(with_cache=True)
     assert "2,290 rows" in first and of_02.startswith("02") and "4 trials" in of_03
-    assert "combined" in title and table.count("16384") == len(experiment.CARDS)
+    assert "combined" in title and table.count("16384") == len(cards.CARDS)
     assert len([*planned(with_cache=False)]) == 4
     (root / "student" / "config.json").unlink()
     with pytest.raises(ValueError, match="student cannot be sized"):
@@ -172,7 +172,11 @@ def test_a_smaller_card_takes_smaller_settings():
     config = notebook_config(stages.TRAIN, {"distill_type": "black_box", "max_new_tokens": 256})
     found = rows.Rows([(512, 300)], [(512, 300)], question=200)
     columns = signal_kinds.columns_of("white_box", {}, 20, "float16")
-    table = experiment.what_fits(cache, config, large, large, columns, found).set_index("card")
+    parts = {
+        "02": estimates.teacher_part(cache, large, columns, found),
+        "03": estimates.trial_part(config, large, [large], found),
+    }
+    table = cards.what_fits(parts).set_index("card")
     training = table["03: micro_batch_size"]
     assert training["16 GB"] == "does not fit" and training["80 GB"] == "8"
     for column in table.columns:

@@ -129,16 +129,20 @@ def test_the_teacher_does_not_wait_for_the_device(device):
 
 
 def test_a_gpu_by_its_number(device):
-    """`cuda:0` takes a step; a number beyond the last card is refused in one line."""
+    """The last card takes a step by its number; one beyond it is refused in one line."""
     if device.type == "cpu":
         named, message = "cpu", "^device = 'cuda:99', but torch sees no GPU here"
         if torch.cuda.is_available():  # a rehearsal on a machine with a GPU
             message = "^device = 'cuda:99', but torch sees "
     else:
-        named, message = "cuda:0", r"^device = 'cuda:99', but torch sees \d+ GPUs? here, numbered f"
+        named = f"cuda:{torch.cuda.device_count() - 1}"
+        message = r"^device = 'cuda:99', but torch sees \d+ GPUs? here, numbered f"
     chosen = choose_device(named)
     assert str(chosen) == named
-    assert error(step(chosen, "float32")[0], step(device, "float32")[0]) <= NEAR["float32"]
+    on_it = step(chosen, "float32")
+    assert {str(tensor.device) for tensor in on_it} == {named}
+    choose_device("cpu" if device.type == "cpu" else "cuda:0")  # torch's current one again
+    assert error(on_it[0], step(device, "float32")[0]) <= NEAR["float32"]
     with pytest.raises(ValueError, match=message) as refused:
         choose_device("cuda:99")
     assert "\n" not in str(refused.value)

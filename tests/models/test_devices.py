@@ -82,6 +82,49 @@ def test_what_is_copied_to_the_host_is_there_when_result_waited():
     assert late_copy()(tensors)._values["b"].item() == 77, "too early"
 
 
+def test_an_array_goes_to_a_gpu_from_page_locked_memory_without_a_wait(monkeypatch):
+    calls = []
+
+    def said(name):
+        return lambda self, *given, **how: (calls.append((name, *given, *how.items())), self)[1]
+
+    for name in ("pin_memory", "to"):
+        monkeypatch.setattr(torch.Tensor, name, said(name))
+    devices.to_device(np.ones(2), "cuda:1")
+    assert calls == [("pin_memory",), ("to", "cuda:1", ("non_blocking", True))]
+    calls.clear()
+    devices.to_device(np.ones(2), "cpu")
+    assert [name for name, *_ in calls] == ["to"]
+
+
+def test_a_copy_from_a_gpu_is_read_after_the_event_that_follows_it(monkeypatch):
+    calls = []
+
+    class OnGpu:
+        device = torch.device("cuda:1")
+
+        def detach(self):
+            return self
+
+        def to(self, place, *, non_blocking):
+            calls.append((place, non_blocking))
+            return "host"
+
+    class Event:
+        def synchronize(self):
+            calls.append("waited")
+
+    class Stream:
+        def record_event(self):
+            calls.append("recorded")
+            return Event()
+
+    monkeypatch.setattr(torch.cuda, "current_stream", {OnGpu.device: Stream()}.get)
+    copy = devices.HostCopy({"a": OnGpu(), "b": OnGpu()})
+    assert calls == [("cpu", True), ("cpu", True), "recorded"]
+    assert copy.result() == {"a": "host", "b": "host"} and calls[-1] == "waited"
+
+
 @pytest.mark.parametrize(
     "device, precision, dtype",
     [

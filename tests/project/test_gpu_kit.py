@@ -4,10 +4,13 @@ small enough, and its parts end at their limits and leave what they promise.
 
 import ast
 import importlib.metadata
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -15,8 +18,12 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.utils import canonicalize_name
+from tiny import tiny_llama
 
 from kd_utils.config import parameter_files, stages
+from kd_utils.cost import estimates
+from kd_utils.cost.rows import expected_rows
+from kd_utils.cost.shapes import shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "benchmarks" / "gpu"
@@ -279,6 +286,31 @@ def test_records_are_cut_into_files_that_join_again(parts, monkeypatch):
     assert b"".join(cut.values()) == content
 
 
+def test_at_most_eight_files_are_left_and_what_is_too_large_is_named(
+    parts, tmp_path, monkeypatch, capsys
+):
+    assert (parts.FILE_BYTES, parts.MOST_FILES) == (16 * 10**6, 8)
+    monkeypatch.setattr(parts, "FILE_BYTES", 2000)
+    run, record = parts.Run("shapes", tmp_path / "out", seconds=60, tiny=True), tmp_path / "record"
+    run.records["record"] = record
+    record.mkdir()
+    for size in (1000, 5000, 20_000):
+        (record / f"{size}.bin").write_bytes(os.urandom(size))
+    run.command(sys.executable, "-c", "print('x' * 9000 + 'end')")
+    capsys.readouterr()
+    run.pack(whole_seeds=[0])
+    run.pack(status=0)
+    assert "stays on this machine: " + str(record / "20000.bin") in capsys.readouterr().out
+    left = sorted(run.out.iterdir())
+    assert len(left) <= 8 and all(path.stat().st_size <= 2000 for path in left)
+    joined = b"".join(path.read_bytes() for path in left if ".tar.gz" in path.name)
+    with tarfile.open(fileobj=io.BytesIO(joined)) as archive:
+        assert archive.getnames() == ["record/1000.bin", "record/5000.bin"]
+    summary = json.loads((run.out / "shapes.json").read_text())
+    assert summary["whole_seeds"] == [0] and summary["status"] == 0
+    assert run.log.read_text().endswith("end\n")
+
+
 def test_a_command_is_stopped_at_the_limit_and_what_it_left_is_packed(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "ENDING", 1)
     monkeypatch.setattr(parts, "PACKED_EVERY", 0.3)
@@ -342,6 +374,76 @@ def test_tests_are_recorded_as_they_end_and_stop_at_the_limit(tmp_path):
     assert "no card" in rows[2]["said"] and rows[3]["seconds"] >= 1
     assert record.with_suffix(".planned").read_text() == "5\n"
     assert len(run(KD_DEADLINE=str(time.time() - 1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "gigabytes", "side_by_side"),
+    [
+        (16, 1, 80, 5),  # three cores each
+        (64, 1, 80, 8),
+        (64, 1, 24, 4),  # 5 GB each
+        (64, 1, 0, 1),  # nvidia-smi does not say
+        (16, 2, 80, 4),
+        (7, 4, 80, 4),
+        (4, 0, 0, 1),
+    ],
+)
+def test_trials_share_a_card_as_its_memory_and_the_cores_admit(
+    parts, monkeypatch, cores, gpus, gigabytes, side_by_side
+):
+    cards = [f"NVIDIA, 580, {gigabytes * 954} MiB" if gigabytes else "NVIDIA, 580, [N/A]"] * gpus
+    monkeypatch.setattr(parts, "cards", lambda: cards)
+    monkeypatch.setattr(parts.machines, "cores", lambda: cores)
+    names = [str(number) for number in range(gpus)]
+    monkeypatch.setattr(parts.cuda, "usable_gpus", lambda *_: names)
+    share = dict(zip(*[iter(parts._share())] * 2))
+    asked = share["--cpus-per-trial"], share.get("--gpus-per-trial", 0)
+    slots = parts.local_pool.slots(cores, names, *asked)
+    assert len(slots) == side_by_side and set(slots) == set(names or [""])
+
+
+def test_a_trial_of_smol_full_takes_no_more_of_a_card_than_is_kept_for_it(parts):
+    values = yaml.safe_load((parts.PARAMS / "smol-full.yaml").read_text())
+    sizes = (576, 1536, 6, 9, 3, 64, 49152, 49_552_704)  # SmolLM2-135M's, six layers
+    shape = dict(zip(shape_of(tiny_llama()), sizes, strict=True))
+    found, _ = expected_rows(parameter_files.notebook_config(stages.PREPARE, values))
+    config = parameter_files.notebook_config(stages.TRAIN, values | {"distill_type": "combined"})
+    most = max(estimates.trial_memory(config, shape, [shape], found, True).values())
+    assert 0.6 * parts.TRIAL_BYTES < most < 0.85 * parts.TRIAL_BYTES  # the rest is CUDA's context
+
+
+def test_smol_full_runs_seed_by_seed_and_keeps_whole_ones(parts, tmp_path, monkeypatch):
+    """The third seed meets the limit: what it left is removed, and 04 is made of the two before."""
+    monkeypatch.setattr(parts, "ROOT", tmp_path)
+    monkeypatch.setattr(parts, "_share", list)
+    monkeypatch.setattr(parts.check, "check_run", lambda folder: [])
+    run, asked = parts.Run("smol-full", tmp_path / "out", seconds=3600, tiny=False), []
+    folder = tmp_path / "runs" / "smol-full"
+
+    def sweep(*words, **_):
+        seeds = yaml.safe_load(Path(words[words.index("--grid") + 1]).read_text())["seed"]
+        asked.append(seeds)
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        plan = [
+            {"trial": f"task_only_seed{n}", "swept": {"distill_type": "task_only", "seed": n}}
+            for n in seeds
+        ]
+        for trial in plan:
+            (folder / "trials" / f"{trial['trial']}.ipynb").touch()
+        (folder / "sweep.json").write_text(json.dumps({"trials": plan}))
+        (folder / "results_summary.csv").write_text(
+            "config/distill_type,status,validation_accuracy/macro,seconds\n"
+            + "".join(f"task_only,done,0.{n + 1},9\n" for n in seeds)
+        )
+        return None if asked[-1] == [0, 1, 2] else 0
+
+    monkeypatch.setattr(run, "command", sweep)
+    table = parts.smol_full(run)
+    assert asked == [[0], [0, 1], [0, 1, 2], [0, 1]] and run.status == 0
+    names = sorted(path.stem for path in (folder / "trials").iterdir())
+    assert names == ["task_only_seed0", "task_only_seed1"]
+    assert table[["method", "trials"]].to_numpy().tolist() == [["task_only", 2]]
+    assert run.found["whole_seeds"] == [0, 1]
 
 
 def test_a_seed_counts_whole_or_not_at_all(parts, tmp_path):
