@@ -165,9 +165,9 @@ def test_02_and_03_say_their_cost_and_what_fits_before_they_start(home):
             for output in cell.get("outputs", [])
             if "memory at most about" in output.get("text", "")
         ]
-        assert len(said) == 1 and re.search(r"disk \d.*\d free", said[0])
+        assert len(said) == 1 and re.search(r"disk \d.* free\)", said[0])
         assert "what fits on a card" in said[0] and f"{number}: eval_batch_size" in said[0]
-        assert all(f" {card} GB" in said[0] for card in (16, 24, 40, 80))
+        assert all(f"{card} GB  " in said[0] for card in (16, 24, 40, 80))
 
 
 def test_trials_of_one_seed_are_paired(home):
