@@ -1,6 +1,7 @@
 """Predictions and accuracies as lm-evaluation-harness 0.4.13 counts them."""
 
 import warnings
+from bisect import bisect_left
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -145,10 +146,17 @@ def choice_loglikelihoods(
     scores = [[0.0] * len(choices) for choices in table["choices"]]
     for batch in batches(requests, len, batch_size, "scoring", progress):
         longest = [max(len(ids) for *_, ids in requests[key]) for key in batch]
-        for key, log_probs in zip(batch, _continuation_log_probs(model, batch, longest)):
-            for place, number, ids in requests[key]:
-                tokens = torch.tensor(ids, device=log_probs.device)[:, None]
-                scores[place][number] = float(log_probs[-len(ids) :].gather(1, tokens).sum())
+        asked = [request for key in batch for request in requests[key]]
+        # One copy to a GPU and one back for all of them: each waits for what the GPU was given.
+        flat = torch.tensor([token for *_, ids in asked for token in ids], device=model.device)
+        tokens = iter(flat[:, None].split([len(ids) for *_, ids in asked]))
+        sums = [
+            log_probs[-len(ids) :].gather(1, next(tokens)).sum()
+            for key, log_probs in zip(batch, _continuation_log_probs(model, batch, longest))
+            for *_, ids in requests[key]
+        ]
+        for (place, number, _), score in zip(asked, torch.stack(sums).tolist()):
+            scores[place][number] = score
     if any(value != value for values in scores for value in values):
         raise ValueError(
             "a log-likelihood is not a number: the model's training diverged, or its weights are "
@@ -172,10 +180,11 @@ def _continuation_log_probs(
     logits = model(
         input_ids=input_ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=model.device)
     ).logits
-    column = {position: place for place, position in enumerate(kept)}
+    # Positions that follow one another do so in `kept`, too.
+    starts = [bisect_left(kept, positions.start) for positions in wanted]
     return [
-        logits[b, [column[position] for position in positions]].float().log_softmax(-1)
-        for b, positions in enumerate(wanted)
+        logits[b, start : start + count].float().log_softmax(-1)
+        for b, (start, count) in enumerate(zip(starts, counts))
     ]
 
 

@@ -22,6 +22,8 @@ import pytest
 import torch
 from trials import Trials
 
+from kd_utils.models.devices import choose_device
+
 DEVICE = torch.device(
     os.environ.get("KD_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 )
@@ -29,8 +31,8 @@ DEVICE = torch.device(
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where the tests compute."""
-    return DEVICE
+    """Where the tests compute, as notebooks choose it."""
+    return choose_device(str(DEVICE))
 
 
 @pytest.fixture(scope="session")

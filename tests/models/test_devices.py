@@ -40,6 +40,13 @@ def test_a_device_by_its_name(gpus, count, name, chosen):
     assert current == ([device] if ":" in name else [])  # records name the current GPU
 
 
+def test_attention_is_never_cudnns():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    devices.choose_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
+
+
 @pytest.mark.parametrize(
     "count, name, message",
     [

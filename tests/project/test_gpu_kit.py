@@ -254,26 +254,34 @@ def test_scripts_docs_and_parameter_files_name_the_same_parts(parts):
         parameter_files.notebook_config(stem, smol | parts.TINY_SMOL)
 
 
-@pytest.mark.parametrize(("seconds", "status"), [(85.0, 0), (95.0, 1)])
+@pytest.mark.parametrize(
+    ("ended", "found", "status"),
+    [
+        (0, {"teacher_pass_s": 85.0}, 0),
+        (0, {"teacher_pass_s": 95.0}, 1),  # beyond the floor
+        (None, {"teacher_pass_s": 85.0, "trial_s": 120.0}, 0),  # the limit came after both
+        (None, {"teacher_pass_s": 85.0}, 1),
+        (1, {"teacher_pass_s": 85.0, "trial_s": 120.0}, 1),
+    ],
+)
 def test_shapes_sets_each_number_beside_goal_floor_and_limit(
-    parts, tmp_path, monkeypatch, seconds, status
+    parts, tmp_path, monkeypatch, ended, found, status
 ):
     monkeypatch.setattr(parts, "ROOT", tmp_path)
     run = parts.Run("shapes", tmp_path / "out", seconds=240, tiny=False)
 
     def bench(*words, **_):
         assert yaml.safe_load(Path(words[4]).read_text())["seconds"] == 180
-        found = {"teacher_pass_s": seconds, "generation_s": 7.0, "limits": {"teacher_pass_s": 40.0}}
+        limits = {"teacher_pass_s": 40.0}
         words[-1].mkdir(parents=True)
-        (words[-1] / "speed.json").write_text(json.dumps(found))
-        return 0
+        record = {**found, "generation_s": 7.0, "limits": limits, "running": "kl"}
+        (words[-1] / "speed.json").write_text(json.dumps(record))
+        return ended
 
     monkeypatch.setattr(run, "command", bench)
-    table = parts.shapes(run)
-    assert table.to_numpy().tolist() == [
-        ["teacher_pass_s", seconds, "<= 60", 90.0, 40.0],
-        ["generation_s", 7.0, "", "", ""],
-    ]
+    rows = parts.shapes(run).to_numpy().tolist()
+    assert rows[0] == ["teacher_pass_s", found["teacher_pass_s"], "<= 60", 90.0, 40.0]
+    assert rows[-1] == ["generation_s", 7.0, "", "", ""] and len(rows) == len(found) + 1
     assert run.status == status
 
 
