@@ -270,7 +270,7 @@ def shapes(run: Run) -> pd.DataFrame:
     if len(beyond):
         print("beyond the floor:", ", ".join(beyond))
         run.status = 1
-    return table.loc[list(numbers)].fillna("").rename_axis("measurement").reset_index()
+    return table.loc[list(numbers)].astype(object).fillna("").rename_axis("measurement").reset_index()
 
 
 def smol_full(run: Run) -> pd.DataFrame:
