@@ -270,7 +270,8 @@ def shapes(run: Run) -> pd.DataFrame:
     if len(beyond):
         print("beyond the floor:", ", ".join(beyond))
         run.status = 1
-    return table.loc[list(numbers)].astype(object).fillna("").rename_axis("measurement").reset_index()
+    table = table.loc[list(numbers)].astype(object).fillna("")
+    return table.rename_axis("measurement").reset_index()
 
 
 def smol_full(run: Run) -> pd.DataFrame:
