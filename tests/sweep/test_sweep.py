@@ -15,7 +15,7 @@ from kd_utils.sweep.display import Progress
 
 
 def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
-    (stub_notebooks / "p.yaml").write_text("epochs: 1\n")
+    (stub_notebooks / "p.yaml").write_text("epochs: 1\nbuild: toy\n")
     before = sorted(stub_notebooks.rglob("*"))
     assert main(["sweep", str(stub_notebooks / "p.yaml"), "--only", "seed=6", "--dry-run"]) == 0
     shown = capsys.readouterr().out
