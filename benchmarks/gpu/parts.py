@@ -192,9 +192,9 @@ def cards() -> list[str]:
     return [line.strip() for line in said.splitlines() if line.strip()]
 
 
-def card_bytes() -> float:
-    """Memory of the smallest card; 0 where nvidia-smi does not say it."""
-    memory = [re.search(r"(\d+) MiB$", card) for card in cards()]
+def card_bytes(cards: list[str]) -> float:
+    """Memory of the smallest of these cards; 0 where nvidia-smi does not say it."""
+    memory = [re.search(r"(\d+) MiB$", card) for card in cards]
     return min((int(found[1]) * 2.0**20 for found in memory if found), default=0)
 
 
@@ -280,12 +280,12 @@ def smol_full(run: Run) -> pd.DataFrame:
     methods = yaml.safe_load((PARAMS / "grid.yaml").read_text())["distill_type"]
     if run.tiny:
         values, methods = values | TINY_SMOL, ["untrained", "black_box", "combined"]
-    if kit := os.environ.get("KD_KIT"):
-        values["data_dir"] = os.path.relpath(Path(kit) / "2" / "data", ROOT)
+    if pieces := os.environ.get("KD_KIT"):
+        values["data_dir"] = os.path.relpath(Path(pieces) / "2" / "data", ROOT)
     folder, seeds, spent = ROOT / "runs" / values["name"], [], []
     run.records[values["name"]] = folder
     reserve = ENDING + 60  # to end, and to analyse what is whole
-    sweep = partial(_sweep, run, values, _share())
+    sweep = partial(_sweep, run, values, _share(run.ran_on["cards"]))
     # The first seed's time includes the teacher's: half of it is a guess at the next one's.
     while len(seeds) < (2 if run.tiny else MOST_SEEDS) and run.left - reserve > max(
         spent[1:] or [second / 2 for second in spent], default=0
@@ -315,12 +315,12 @@ def smol_full(run: Run) -> pd.DataFrame:
     ).round(4).rename_axis("method").reset_index()  # fmt: skip
 
 
-def _share() -> list[object]:
-    """What of this machine each trial gets: several share a card."""
+def _share(cards: list[str]) -> list[object]:
+    """What of this machine, which has these cards, each trial gets: several share a card."""
     cores, gpus = machines.cores(), len(cuda.usable_gpus(None, "auto", print))
     side_by_side = 1
     if gpus:
-        fitting = int(0.9 * smallest / TRIAL_BYTES) if (smallest := card_bytes()) else 1
+        fitting = int(0.9 * card_bytes(cards) / TRIAL_BYTES)
         side_by_side = gpus * max(1, min(8, cores // 3 // gpus, fitting))
     # Rounded down to the steps in which executors count, so that all of them fit.
     cpu_share, gpu_share = (math.floor(n / side_by_side * 1e4) / 1e4 for n in (cores, gpus))

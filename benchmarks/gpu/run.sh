@@ -12,10 +12,11 @@ site="${KD_SITE:-$kit/site}"
 if [ -f "$kit/1/kit.json" ]; then
     variables="$("$python" "$here/benchmarks/gpu/kit.py" install --kit "$kit" --site "$site")"
     eval "$variables"
-elif "$python" -c "import altair, gguf, papermill, pydantic, torch, transformers" 2>/dev/null; then
+elif "$python" -c "import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))" \
+    altair gguf papermill pydantic torch transformers; then
     echo "no kit in $kit: running with what is installed here" >&2
 else
-    echo "error: no kit in $kit, and $python lacks packages: make gpu-kit makes one, its pieces 1, 2, ... go there" >&2
+    echo "error: no kit in $kit, and $python lacks packages: make one with make gpu-kit and copy its pieces 1, 2, ... there" >&2
     exit 1
 fi
 unset NVIDIA_TF32_OVERRIDE TORCH_ALLOW_TF32_CUBLAS_OVERRIDE # float32 means float32

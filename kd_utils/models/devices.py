@@ -15,11 +15,11 @@ def mixed_seed(*numbers: int) -> int:
 def choose_device(name: str) -> torch.device:
     """The device that a parameter names: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
 
-    A GPU with a number becomes torch's current one, which records name. Attention is computed by
-    flash or memory-efficient kernels: cuDNN's, which torch prefers on some GPUs, plans anew for
-    every shape of a batch, and batches here have hundreds. With KD_DETERMINISTIC=1 in
-    the environment torch uses deterministic algorithms only, so that the same trial has the same
-    numbers to the last bit on one kind of GPU (not yet run on CUDA).
+    A GPU with a number becomes torch's current one, which records name. cuDNN's attention, which
+    plans anew for every shape of a batch, is turned off: batches here have hundreds of shapes.
+
+    With KD_DETERMINISTIC=1 in the environment torch uses deterministic algorithms only, so that the
+    same trial has the same numbers to the last bit on one kind of GPU (not yet run on CUDA).
 
     Raises:
         ValueError: a GPU that is asked for is not there.

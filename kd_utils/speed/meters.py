@@ -39,7 +39,7 @@ GOALS = {
 PAPERS_WORK = {"shapes": "llama2", "trial_rows": 7000, "trial_epochs": 3, "batch_size": 8}
 PAPERS_GOALS = {"teacher_pass_s": ("<=", 60.0), "trial_s": ("<=", 120.0)}
 
-#: More seconds than these for the paper's work are a fault of the code.
+#: If one H100 takes more seconds than these for the paper's work, the code is at fault.
 PAPERS_FLOORS = {"teacher_pass_s": 90.0, "trial_s": 180.0}
 
 RESET_PEAK = Path("/proc/self/clear_refs")  # Linux; some sandboxes lack it

@@ -137,11 +137,10 @@ def test_a_gpu_by_its_number(device):
     else:
         named = f"cuda:{torch.cuda.device_count() - 1}"
         message = r"^device = 'cuda:99', but torch sees \d+ GPUs? here, numbered f"
-    chosen = choose_device(named)
-    assert str(chosen) == named
-    on_it = step(chosen, "float32")
-    assert {str(tensor.device) for tensor in on_it} == {named}
-    choose_device("cpu" if device.type == "cpu" else "cuda:0")  # torch's current one again
+    with torch.cuda.device(device if device.type == "cuda" else -1):  # the current one afterwards
+        chosen = choose_device(named)
+        on_it = step(chosen, "float32")
+    assert str(chosen) == named and {str(tensor.device) for tensor in on_it} == {named}
     assert error(on_it[0], step(device, "float32")[0]) <= NEAR["float32"]
     with pytest.raises(ValueError, match=message) as refused:
         choose_device("cuda:99")

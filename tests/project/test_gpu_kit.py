@@ -191,7 +191,7 @@ def test_without_a_kit_a_bare_machine_is_told_what_to_do(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 1 and "make gpu-kit makes one" in ran.stderr
+    assert ran.returncode == 1 and "make one with make gpu-kit" in ran.stderr
     assert len(ran.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
@@ -400,11 +400,10 @@ def test_trials_share_a_card_as_its_memory_and_the_cores_admit(
     parts, monkeypatch, cores, gpus, gigabytes, side_by_side
 ):
     cards = [f"NVIDIA, 580, {gigabytes * 954} MiB" if gigabytes else "NVIDIA, 580, [N/A]"] * gpus
-    monkeypatch.setattr(parts, "cards", lambda: cards)
     monkeypatch.setattr(parts.machines, "cores", lambda: cores)
     names = [str(number) for number in range(gpus)]
     monkeypatch.setattr(parts.cuda, "usable_gpus", lambda *_: names)
-    share = dict(zip(*[iter(parts._share())] * 2))
+    share = dict(zip(*[iter(parts._share(cards))] * 2))
     asked = share["--cpus-per-trial"], share.get("--gpus-per-trial", 0)
     slots = parts.local_pool.slots(cores, names, *asked)
     assert len(slots) == side_by_side and set(slots) == set(names or [""])
@@ -423,7 +422,7 @@ def test_a_trial_of_smol_full_takes_no_more_of_a_card_than_is_kept_for_it(parts)
 def test_smol_full_runs_seed_by_seed_and_keeps_whole_ones(parts, tmp_path, monkeypatch):
     """The third seed meets the limit: what it left is removed, and 04 is made of the two before."""
     monkeypatch.setattr(parts, "ROOT", tmp_path)
-    monkeypatch.setattr(parts, "_share", list)
+    monkeypatch.setattr(parts, "_share", lambda cards: [])
     monkeypatch.setattr(parts.check, "check_run", lambda folder: [])
     run, asked = parts.Run("smol-full", tmp_path / "out", seconds=3600, tiny=False), []
     folder = tmp_path / "runs" / "smol-full"
