@@ -5,51 +5,19 @@ text of the swept keys besides method and seed that a trial uses: "temperature=4
 or "". The module `comparisons` compares methods, and `formatting` formats tables for a reader.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from kd_utils.analysis.stats import interval
-from kd_utils.config.project_paths import ROOT, project_path
 from kd_utils.config.trial import METHODS
 from kd_utils.data.tasks.base import FLEXIBLE
 
 ACCURACY = "validation_accuracy"
 
 KEYS = ["setting", "distill_type"]
-
-
-def find_run(name: str, run_dir: str = "", runs: Path = ROOT / "runs") -> Path:
-    """The run folder to read: `run_dir` if given, else `runs/NAME` (where a sweep writes), else the
-    latest dated record of NAME, else `runs/explore` (where 03 writes when it is run by hand).
-
-    Without `run_dir`, a folder counts only if it has the `metrics.json` of at least one trial.
-    Records are named `YYYY-MM-DD-NAME`, and a day's second one `YYYY-MM-DD-NAME-2`. Their order is
-    that of the names, because a clone gives every file a new time.
-
-    Raises:
-        FileNotFoundError: `run_dir` is no folder, or no run of this name has trials.
-    """
-    found = sorted({path.parents[2].name for path in runs.glob("*/trials/[!.]*/metrics.json")})
-    hint = (
-        f"(runs with trials: {', '.join(found) or 'none'}): run the sweep, or set run_dir to a run "
-        f"folder"
-    )
-    if run_dir and not project_path(run_dir).is_dir():
-        raise FileNotFoundError(f"there is no run folder {run_dir} {hint}")
-    if run_dir:
-        return project_path(run_dir)
-    dated = re.compile(rf"(\d{{4}}-\d\d-\d\d)-{re.escape(name)}(?:-(\d+))?")
-    records = [match for match in map(dated.fullmatch, found) if match]
-    latest = max(records, key=lambda match: (match[1], int(match[2] or 1)), default=[name])
-    for folder in (name, latest[0], "explore"):
-        if folder in found:
-            return runs / folder
-    raise FileNotFoundError(f"no run of {name!r} under {runs} has trials {hint}")
 
 
 def known_first(names: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -83,6 +51,8 @@ def coverage(results: pd.DataFrame) -> str:
 def planned_trials(results: pd.DataFrame) -> pd.DataFrame:
     """The planned trials: trial, setting, distill_type, seed, done (bool).
 
+    Without a plan these are the trials that are done; a row of another one has no `config/` values.
+
     Args:
         results: the table of `run_folder.collect`: a row per planned trial with `trial`,
             `config/distill_type`, `config/seed`, further `config/KEY`, `status` and metrics.
@@ -96,13 +66,14 @@ def planned_trials(results: pd.DataFrame) -> pd.DataFrame:
             f"first."
         )
     _require_columns(results, "config/distill_type", "config/seed")
+    results = results[results["config/distill_type"].notna()]
     swept = results.filter(regex="^config/").rename(columns=lambda key: key.removeprefix("config/"))
     table = pd.DataFrame(
         {
             "trial": results["trial"].to_numpy(),
             "setting": [setting_text(row) for row in swept.to_dict("records")],
             "distill_type": results["config/distill_type"].to_numpy(),
-            "seed": results["config/seed"].to_numpy(),
+            "seed": results["config/seed"].to_numpy(int),
             "done": (results["status"] == "done").to_numpy(),
         }
     )
@@ -124,6 +95,7 @@ def trial_values(results: pd.DataFrame, metric: str) -> pd.DataFrame:
     """
     table = planned_trials(results)
     _require_columns(results, metric)
+    results = results[results["trial"].isin(table["trial"])]
     value = pd.to_numeric(results[metric], errors="coerce").replace([np.inf, -np.inf], np.nan)
     return table.assign(value=np.where(table["done"], value, np.nan)).drop(columns="done")
 

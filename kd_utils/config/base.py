@@ -4,12 +4,13 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from kd_utils.config import fields, notebook_files, project_paths
+from kd_utils.config.executed_cells import Execution
 
 #: Names, places and devices: parameters that no fingerprint contains and no grid may sweep.
 NEVER_IN_A_RESULT = frozenset(
@@ -28,8 +29,13 @@ class Config(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=()
     )
 
+    #: The notebook whose parameters these are.
+    notebook: ClassVar[str] = ""
+
     name: fields.Name
     artifacts_dir: fields.Place
+
+    _execution: Execution | None = PrivateAttr(None)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -75,7 +81,19 @@ class Config(BaseModel):
         required = [key for key, field in cls.model_fields.items() if field.is_required()]
         if missing := ", ".join(key for key in required if key not in namespace):
             raise ValueError(f"the parameters cell does not define {missing}: restore it")
-        return cls(**{key: namespace[key] for key in cls.model_fields if key in namespace})
+        config = cls(**{key: namespace[key] for key in cls.model_fields if key in namespace})
+        config._execution = Execution(cls.notebook, f"{cls.__name__}.from_notebook(globals())")
+        return config
+
+    def require_unbroken(self) -> None:
+        """Refuse to write what did not come from one whole, unbroken execution of the notebook.
+
+        Raises:
+            ValueError: says which cell was left out, edited, interrupted or run out of turn since
+                this config was made, and from which cell to run again (see `Execution`).
+        """
+        if self._execution:
+            self._execution.require_unbroken()
 
     def __str__(self) -> str:
         width = max(map(len, type(self).model_fields))

@@ -37,6 +37,8 @@ TaskRows = Annotated[str, AfterValidator(lambda text: rows_by_task(text) and tex
 class DataConfig(Config):
     """Parameters of `01_prepare_data`. Which tasks there are is known to `data/tasks`."""
 
+    notebook = "01_prepare_data"
+
     build: Literal["toy", "smol", "smol-cross", "none"]
     data_dir: fields.PlaceOrBlank
     tokenizer: fields.Place
@@ -57,6 +59,8 @@ class DataConfig(Config):
 
 class CacheConfig(Config):
     """Parameters of `02_cache_teacher`."""
+
+    notebook = "02_cache_teacher"
 
     teacher: fields.Place
     teacher_revision: str
@@ -85,12 +89,16 @@ class CacheConfig(Config):
 class AnalysisConfig(Config):
     """Parameters of `04_analyse_results`."""
 
+    notebook = "04_analyse_results"
+
     run_dir: fields.PlaceOrBlank
     margin_points: fields.PositiveFloat
 
 
 class SpeedConfig(Config):
     """Parameters of `05_measure_speed`."""
+
+    notebook = "05_measure_speed"
 
     shapes: Literal["tiny", "small", "llama2"]
     bench_rows: Annotated[int, Field(ge=8, lt=2**31)]
@@ -118,6 +126,8 @@ class SpeedConfig(Config):
 class AlignmentConfig(Config):
     """Parameters of `06_any_teacher`."""
 
+    notebook = "06_any_teacher"
+
     student_tokenizer: fields.Place
     teacher_tokenizers: fields.NamedPlaces
     example: Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=64)]
@@ -134,15 +144,20 @@ class AlignmentConfig(Config):
 class PublishedConfig(Config):
     """Parameters of `07_published_claim`: those that every notebook has."""
 
+    notebook = "07_published_claim"
+
 
 NOTEBOOKS: dict[str, type[Config]] = {
-    "01_prepare_data": DataConfig,
-    "02_cache_teacher": CacheConfig,
-    "03_train_student": TrialConfig,
-    "04_analyse_results": AnalysisConfig,
-    "05_measure_speed": SpeedConfig,
-    "06_any_teacher": AlignmentConfig,
-    "07_published_claim": PublishedConfig,
+    config.notebook: config
+    for config in (
+        DataConfig,
+        CacheConfig,
+        TrialConfig,
+        AnalysisConfig,
+        SpeedConfig,
+        AlignmentConfig,
+        PublishedConfig,
+    )
 }
 
 PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN, *_ = NOTEBOOKS

@@ -54,6 +54,8 @@ def trial_name(distill_type: str, seed: int, **other_swept: Any) -> str:
 class TrialConfig(Config):
     """Parameters of `03_train_student`: one trial, one method and one seed."""
 
+    notebook = "03_train_student"
+
     distill_type: Annotated[str, AfterValidator(_known_method)]
     seed: Annotated[fields.Seed, UsedBy(TRAINING)]
     student: fields.Place

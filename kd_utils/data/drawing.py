@@ -7,6 +7,7 @@ import pandas as pd
 
 from kd_utils.config import project_paths, stages
 from kd_utils.data import leakage, prepared_data, task_rows, tasks
+from kd_utils.records import provenance
 from kd_utils.tokens.encoding import encode_example, tokenizer_fingerprint
 
 
@@ -25,6 +26,7 @@ def prepare(config: stages.DataConfig, tokenizer: Any) -> prepared_data.Prepared
     known = [tasks.find_task(name) for name in tasks.task_order(config.tasks)]
     # Taken before anything is read: a file that changes meanwhile must not count as the one read.
     made_from = prepared_data.ingredients(config)
+    provenance.require_loaded(made_from["code"])
     drawn: dict[str, list[tuple[pd.DataFrame, dict[str, Any]]]] = {
         split: [] for split in prepared_data.SPLITS
     }

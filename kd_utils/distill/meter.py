@@ -3,7 +3,7 @@
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -39,31 +39,45 @@ class Mean:
 class Meter:
     """Counts a trial's steps, tokens and seconds, and collects one row of metrics per epoch.
 
-    It stops a trial whose loss or gradient is not finite. The numbers of a step are read when the
-    next step is added, so that a GPU always has work.
+    It stops a trial whose loss or gradient is not finite, and never counts a part of an epoch. The
+    numbers of a step are read when the next step is added, so that a GPU always has work.
 
     Args:
         config: the trial's.
         started: when the trial began; loading is over when the meter is made.
-        state: what `state` gave in an execution of this trial that was killed.
+        restore: puts student and optimizer back to the last state that was kept, and returns what
+            `state` gave then; None if none was kept. Called at once, for a trial that was killed,
+            and when `epochs` begins again after an interrupt inside an epoch.
 
     Attributes:
         rows: a row per epoch that is done.
         global_step: optimiser steps so far.
-        resumed_after: the last epoch of the killed execution; None if there was none.
+        resumed_after: the epoch after which training was resumed; None if it was not.
     """
 
     def __init__(
-        self, config: TrialConfig, started: datetime, state: dict[str, Any] | None = None
+        self,
+        config: TrialConfig,
+        started: datetime,
+        restore: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
-        state = state or {"rows": [], "global_step": 0, "evaluating": 0.0, "seconds": 0.0}
-        self.config, self.started, self._earlier = config, started, state["seconds"]
-        self.rows, self.global_step = state["rows"], state["global_step"]
-        self._evaluating = state["evaluating"]
+        self.config, self.started, self._restore = config, started, restore
         self._loading = (datetime.now(UTC) - started).total_seconds()
         self._began = time.perf_counter()
-        self.resumed_after = self.rows[-1]["epoch"] if self.rows else None
+        self.rows: list[dict[str, Any]] = []
+        self.global_step, self._evaluating, self._earlier = 0, 0.0, 0.0
+        self.resumed_after: int | None = None
         self._last_step: HostCopy | None = None
+        self._within_epoch = False
+        if state := restore():
+            self._resume(state)
+            self._earlier = state["seconds"]
+
+    def _resume(self, state: dict[str, Any]) -> None:
+        self.rows, self.global_step = state["rows"], state["global_step"]
+        self._evaluating = state["evaluating"]
+        self.resumed_after = self.rows[-1]["epoch"]
+        self._last_step, self._within_epoch = None, False
 
     @property
     def remaining(self) -> range:
@@ -90,8 +104,21 @@ class Meter:
         }
 
     def epochs(self) -> Iterator[int]:
-        """The remaining epochs; the clock of each starts when it is handed out."""
+        """The remaining epochs; the clock of each starts when it is handed out.
+
+        Raises:
+            ValueError: an epoch was left in its middle, and no state before it was kept.
+        """
+        if self._within_epoch:
+            state = self._restore()
+            if state is None:
+                raise ValueError(
+                    f"epoch {self.remaining[0]} was left in its middle, and no state before it was "
+                    "kept: run again from the cell that makes the config on"
+                )
+            self._resume(state)
         for epoch in self.remaining:
+            self._within_epoch = True
             self._means, self._tokens, self._start = Mean(), 0, time.perf_counter()
             yield epoch
 
@@ -145,6 +172,7 @@ class Meter:
                 "seconds": now - self._start,
             }
         )
+        self._within_epoch = False
         return self.rows[-1]
 
     def line(self) -> str:

@@ -66,7 +66,10 @@ def show(chart: alt.TopLevelMixin, scale: float = 1.5, colours: int = 256) -> Im
         scale: pixels per unit of the chart; the picture is shown at the chart's own size.
         colours: of the picture's palette, at most 256; a heat map needs them all.
     """
-    png = _packed(vl_convert.vegalite_to_png(chart.to_dict(), scale=scale), colours)
+    # Altair refuses more than 5,000 rows, for a browser's sake; here only the picture is kept.
+    with alt.data_transformers.enable("default", max_rows=None):
+        specification = chart.to_dict()
+    png = _packed(vl_convert.vegalite_to_png(specification, scale=scale), colours)
     return Image(png, width=round(int.from_bytes(png[16:20], "big") / scale))
 
 

@@ -19,10 +19,7 @@ from kd_utils.store.sealed import RecordError
 STAGES = ("01_prepare_data", "02_cache_teacher", "04_analyse_results")
 
 #: What paired trials must have in common beside their config.
-ALIKE = ("cache", "student", "precision", "code", "git_commit", "versions")
-
-#: Packages whose versions can change a trial's numbers.
-COMPUTING = ("python", "torch", "transformers", "tokenizers", "numpy")
+ALIKE = ("cache", "student", "precision", "arithmetic", "code", "git_commit", "versions")
 
 LONGEST = 1000  # characters of a line, which may quote a stranger's file
 
@@ -184,7 +181,7 @@ def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> l
         if state.state != "done":
             continue
         metrics = read_record(run_dir / "trials" / planned["trial"])
-        metrics["versions"] = {name: metrics["versions"].get(name) for name in COMPUTING}
+        metrics["versions"] = {name: metrics["versions"].get(name) for name in provenance.COMPUTING}
         if "code" in metrics:
             # Its digests say more than the commit, which changes with every text.
             del metrics["git_commit"]

@@ -88,6 +88,8 @@ class Checkpoint:
         # The parameter groups have the config's values, which are in the key.
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        # An interrupted step may have left some.
+        self.optimizer.zero_grad(set_to_none=True)
         return state
 
     def remove(self) -> None:

@@ -16,13 +16,17 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Collection
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from kd_utils.config import notebook_files, project_paths
+from kd_utils.records.arithmetic import cpu_name
 from kd_utils.store.files import sha256_json
 
 PACKAGE = project_paths.CODE_ROOT / "kd_utils"
@@ -30,8 +34,10 @@ PACKAGE = project_paths.CODE_ROOT / "kd_utils"
 #: These change no result: parameters are part of the config, figures only show results, and an
 #: estimate of the cost is only printed.
 NOT_COUNTED = (
+    "config.executed_cells",
     "config.notebook_files",
     "config.parameter_files",
+    "records.arithmetic",
     "records.provenance",
     "figures",
     "cost",
@@ -39,6 +45,10 @@ NOT_COUNTED = (
 
 #: Packages whose versions a record names.
 PACKAGES = "torch transformers tokenizers datasets numpy pyarrow pandas papermill ray".split()
+
+
+#: Those whose versions can change a trial's numbers.
+COMPUTING = ("python", "torch", "transformers", "tokenizers", "numpy")
 
 
 class Ingredients(dict[str, dict[str, Any]]):
@@ -115,6 +125,28 @@ def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
     return {f"notebooks/{stem}.ipynb": _digest(source), **dict(sorted(modules.items()))}
 
 
+def require_loaded(code: Collection[str]) -> None:
+    """Refuse files that changed after this process may have loaded them: their digests would be of
+    code that did not run. A kernel of JupyterLab lives on while its user edits modules.
+
+    Args:
+        code: file names as `code_of` has them.
+
+    Raises:
+        ValueError: names the first such file.
+    """
+    # The time at which a process started is known to a second or two.
+    started, now = psutil.Process().create_time() + 2, time.time()
+    for name in code:
+        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        changed = (PACKAGE.parent / name).stat().st_mtime
+        if module in sys.modules and started < changed <= now:
+            raise ValueError(
+                f"{name} was changed after this kernel started, which still runs the earlier "
+                "code: restart the kernel and run all cells"
+            )
+
+
 def _imported(source: str) -> set[str]:
     """Modules of this package that a source imports, at its top or inside its functions.
 
@@ -186,7 +218,7 @@ def _digest(source: str) -> str:
 def environment() -> dict[str, Any]:
     """Where a trial ran: `git_commit`, `versions`, `device`; without host name and paths."""
     device: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
         "system": platform.system(),
@@ -221,12 +253,3 @@ def git_commit() -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _cpu_name() -> str:
-    """The kind of CPU, with family and model: machines of one name may round differently."""
-    with suppress(OSError, KeyError):
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        said = dict(re.findall(r"(?m)^(model name|cpu family|model)\s*: (.*)$", first))
-        return f"{said['model name']}, family {said['cpu family']}, model {said['model']}"
-    return platform.processor() or platform.machine()

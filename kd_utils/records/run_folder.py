@@ -8,14 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import pandas as pd
 from pydantic import Field
 
-from kd_utils.config.base import NEVER_IN_A_RESULT
 from kd_utils.records import trial_record
-from kd_utils.records.provenance import Ingredients
+from kd_utils.records.by_hand import found_trials
+from kd_utils.records.trial_status import Status, why_stale
 from kd_utils.store.sealed import RecordError, read_sealed
 
 PLAN = "sweep.json"
@@ -44,13 +44,6 @@ class Plan(trial_record.Shape):
     trials: list[Trial]
 
 
-class Status(NamedTuple):
-    """`state` is done, failed, stale (made from something else), broken or missing."""
-
-    state: str
-    why: str = ""
-
-
 def trial_status(
     run_dir: str | Path,
     trial: str,
@@ -70,7 +63,7 @@ def trial_status(
         metrics = trial_record.read_record(trials / trial)
         about = read_notebook(trials / f"{trial}.ipynb")["metadata"]["kd_utils"]
         found = (about.get("record"), about.get("config_hash"))
-        if why := _why_stale(metrics, config_hash, made or {}, parameters or {}):
+        if why := why_stale(metrics, config_hash, made or {}, parameters or {}):
             state = Status("stale", why)
         elif found != (metrics["checksums"]["sha256"], config_hash):
             state = Status("stale", "the notebook is from another execution than metrics.json")
@@ -82,49 +75,6 @@ def trial_status(
         return Status("failed", cause)
     there = (trials / trial).exists() or (trials / f"{trial}.ipynb").exists()
     return state if there else Status("missing")
-
-
-def _why_stale(
-    metrics: dict[str, Any],
-    config_hash: str,
-    made: Mapping[str, Any],
-    parameters: Mapping[str, Any],
-) -> str:
-    config, student = metrics["config"], metrics["config"].get("student")
-    if metrics["config_hash"] != config_hash:
-        known = parameters.keys() & config.keys() - NEVER_IN_A_RESULT
-        changed = [key for key in known if config[key] != parameters[key]]
-        # A parameter that was reset to its notebook's default is not in `parameters`.
-        was = {key: config[key] for key in changed} or {"config_hash": metrics["config_hash"]}
-        asked = {key: parameters[key] for key in changed} or {"config_hash": config_hash}
-        return Ingredients(config=was).why_stale(Ingredients(config=asked))
-    weights, experiment = f"initial weights of {student}", str(config.get("name", "experiment"))
-    then: dict[str, Any] = {
-        "teacher cache": {
-            experiment: metrics["cache"]["content_hash"],
-            **metrics.get("more_caches", {}),
-        },
-        "student": {
-            "tokenizer": metrics.get("tokenizer"),
-            weights: metrics.get("student", {}).get("fingerprint"),
-        },
-    }
-    expected = {
-        "teacher cache": {
-            experiment: (made.get("cache") or {}).get("content_hash"),
-            **made.get("more_caches", {}),
-        },
-        "student": {
-            "tokenizer": made.get("tokenizer"),
-            weights: made.get("students", {}).get(student),
-        },
-    }
-    now = {
-        kind: {name: expected[kind].get(name) or value for name, value in names.items()}
-        for kind, names in then.items()
-    }
-    then["code"] = metrics.get("code")
-    return Ingredients(then).why_stale(Ingredients(now, code=made.get("code") or then["code"]))
 
 
 def read_notebook(path: str | Path) -> dict[str, Any]:
@@ -180,29 +130,23 @@ def read_plan(run_dir: str | Path) -> dict[str, Any] | None:
     return plan
 
 
-def trials_with_status(run_dir: str | Path) -> list[tuple[dict[str, Any], Status]]:
-    """Each planned trial with its status; without a plan, each record found."""
+def trials_with_status(
+    run_dir: str | Path, experiment: str = ""
+) -> list[tuple[dict[str, Any], Status]]:
+    """Each planned trial with its status; without a plan, each record found (`found_trials`)."""
     if plan := read_plan(run_dir):
         return [
             (planned, trial_status(run_dir, planned["trial"], planned["config_hash"], plan))
             for planned in plan["trials"]
         ]
-    found = []
-    for path in sorted(Path(run_dir).glob("trials/[!.]*/metrics.json")):
-        planned: dict[str, Any] = {"trial": path.parent.name, "swept": {}, "config_hash": None}
-        status = Status("done")
-        try:
-            metrics = trial_record.read_record(path.parent)
-            planned["swept"] = {key: metrics["config"].get(key) for key in ("distill_type", "seed")}
-            planned["config_hash"] = metrics["config_hash"]
-        except RecordError as error:
-            status = Status("broken", str(error))
-        found.append((planned, status))
-    return found
+    return found_trials(run_dir, experiment)
 
 
-def collect(run_dir: str | Path) -> pd.DataFrame:
+def collect(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
     """The results table: a row per planned trial, or per trial found where there is no plan.
+
+    Args:
+        experiment: whose trials count in a folder without a plan (`found_trials`).
 
     Returns:
         Columns `trial`, `config/<swept key>` (distill_type and seed first), `status`, `why`, one
@@ -210,7 +154,7 @@ def collect(run_dir: str | Path) -> pd.DataFrame:
         `peak_memory_mb`, `config_hash`.
     """
     rows, results = [], []
-    for planned, state in trials_with_status(run_dir):
+    for planned, state in trials_with_status(run_dir, experiment):
         swept = {f"config/{key}": value for key, value in planned["swept"].items()}
         rows.append({"trial": planned["trial"], **swept, "status": state.state, "why": state.why})
         results.append({"config_hash": planned["config_hash"]})
@@ -226,19 +170,20 @@ def collect(run_dir: str | Path) -> pd.DataFrame:
     return left.join(right[[key for key in right if key not in tail and key not in left] + tail])
 
 
-def done_records(run_dir: str | Path) -> list[dict[str, Any]]:
+def done_records(run_dir: str | Path, experiment: str = "") -> list[dict[str, Any]]:
     """`metrics.json` of every done trial in the plan's order, and its `swept` keys."""
-    return [trial_record.read_record(folder) | {"swept": swept} for folder, swept in _done(run_dir)]
+    done = _done(run_dir, experiment)
+    return [trial_record.read_record(folder) | {"swept": swept} for folder, swept in done]
 
 
-def predictions(run_dir: str | Path) -> pd.DataFrame:
+def predictions(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
     """All done trials' predictions in one table; the first columns are `trial` and the swept keys.
 
     Raises:
         RecordError: no trial is done.
     """
     tables = []
-    for folder, swept in _done(run_dir):
+    for folder, swept in _done(run_dir, experiment):
         table = pd.read_parquet(folder / trial_record.PREDICTIONS)
         for at, (key, value) in enumerate({"trial": folder.name, **swept}.items()):
             table.insert(at, key, value)
@@ -248,7 +193,7 @@ def predictions(run_dir: str | Path) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _done(run_dir: str | Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for planned, status in trials_with_status(run_dir):
+def _done(run_dir: str | Path, experiment: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for planned, status in trials_with_status(run_dir, experiment):
         if status.state == "done":
             yield Path(run_dir) / "trials" / planned["trial"], planned["swept"]

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kd_utils.records.provenance import code_of, environment
+from kd_utils.records import provenance
+from kd_utils.records.arithmetic import arithmetic
 from kd_utils.store.sealed import RecordError, SealedFolder
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Metrics(Shape):
     tokenizer: str = ""
     more_caches: dict[str, str] = {}
     code: dict[str, str] = {}
+    arithmetic: dict[str, Any] = {}
 
 
 def report_epoch(row: dict[str, Any]) -> None:
@@ -132,19 +134,21 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
         config, caches: the trial's `TrialConfig`, and the `TeacherCache` of each of its teachers.
         student: where the initial weights come from (`models.students.StudentSource`).
         precision: of matrix products.
-        device: "cuda" or "cpu": sums are rounded as this kind of GPU (by deterministic algorithms
-            or not), or this kind of CPU with this number of threads, rounds them.
+        device: "cuda" or "cpu", whose arithmetic rounds the sums.
+
+    Raises:
+        ValueError: a module was changed after this process loaded it.
     """
-    ran = environment()
-    rounded_by = ("gpu", "deterministic") if device == "cuda" else ("cpu", "threads")
+    code = provenance.code_of("03_train_student")
+    provenance.require_loaded(code)
     return {
         "config": config.fingerprint(),
         "cache": [cache.manifest["content_hash"] for cache in caches],
         "student": {"name": student.name, "fingerprint": student.fingerprint},
         "precision": precision,
-        "code": code_of("03_train_student"),
-        "versions": ran["versions"],
-        "device": {key: ran["device"][key] for key in rounded_by},
+        "code": code,
+        "versions": provenance.environment()["versions"],
+        "arithmetic": arithmetic(device),
     }
 
 
@@ -173,8 +177,9 @@ def metrics_document(
         "tokenizer": tokenizer,
         "code": made["code"],
         "precision": made["precision"],
+        "arithmetic": made["arithmetic"],
         "teacher": {"name": manifest["teacher"], "accuracy": manifest["teacher_accuracy"]},
-        **environment(),
+        **provenance.environment(),
         "started": meter.started.isoformat(timespec="seconds"),
         "seconds": meter.seconds,
         "peak_memory_mb": memory,

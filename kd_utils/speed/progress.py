@@ -31,6 +31,7 @@ class SpeedRecord:
         self.tables: dict[str, Any] = {}
         self.left_out: list[str] = []
         self._limit, self._start, self._running = config.seconds, time.perf_counter(), ""
+        self._config = config
         self._seconds: dict[str, float] = {}
         ran = provenance.environment()
         self._about = {
@@ -70,7 +71,8 @@ class SpeedRecord:
         self._running = ""
 
     def write(self, *, complete: bool = False) -> None:
-        """Write what is measured so far."""
+        """Write what is measured so far, unless cells were run out of turn."""
+        self._config.require_unbroken()
         record = {
             **self.measured,
             **self.tables,

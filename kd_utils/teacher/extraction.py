@@ -11,6 +11,7 @@ from kd_utils.cache.writer import SignalsOf
 from kd_utils.config import project_paths, stages
 from kd_utils.data.prepared_data import PreparedData
 from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
+from kd_utils.records import provenance
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens import encoding
 
@@ -54,6 +55,7 @@ def cache_header(
     shape = {name: getattr(text, name) for name in SHAPE if hasattr(text, name)}
     temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
     code, layers = cache_code(), cached_layers(config, model)
+    provenance.require_loaded(code)
     fingerprint = encoding.tokenizer_fingerprint(tokenizer)
     key = {
         "data": prepared.data_hash,

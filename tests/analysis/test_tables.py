@@ -249,32 +249,3 @@ def test_trials_that_do_not_use_a_key_stand_beside_each_of_its_values():
     }
     alone = table[table["setting"] == ""]
     assert tables.beside_each_setting(alone).equals(alone)
-
-
-def make_run(runs, name: str) -> None:
-    folder = runs / name / "trials" / "black_box_seed0"
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text("{}")
-
-
-def test_find_run_prefers_the_sweeps_own_folder_then_the_latest_record(tmp_path):
-    (tmp_path / "toy" / "trials" / ".black_box_seed0.partial-1").mkdir(parents=True)
-    (tmp_path / "toy" / "trials" / ".black_box_seed0.partial-1" / "metrics.json").write_text("{}")
-    for name in ("2025-01-02-toy", "2024-12-31-toy", "2025-09-09-smol", "not-a-toy"):
-        make_run(tmp_path, name)
-    assert (
-        tables.find_run("toy", runs=tmp_path).name == "2025-01-02-toy"
-    )  # toy/ has no whole trial yet
-    make_run(tmp_path, "2025-01-02-toy-10")
-    make_run(tmp_path, "2025-01-02-toy-9")
-    make_run(tmp_path, "2025-03-03-toy-without-teacher")
-    assert tables.find_run("toy", runs=tmp_path).name == "2025-01-02-toy-10"
-    make_run(tmp_path, "toy")
-    assert tables.find_run("toy", runs=tmp_path).name == "toy"
-    assert tables.find_run("toy", str(tmp_path / "not-a-toy"), tmp_path).name == "not-a-toy"
-    with pytest.raises(
-        FileNotFoundError, match="no run of 'llama2'.*2025-09-09-smol.*run the sweep"
-    ):
-        tables.find_run("llama2", runs=tmp_path)
-    with pytest.raises(FileNotFoundError, match="no run folder nowhere.*2025-09-09-smol"):
-        tables.find_run("toy", "nowhere", tmp_path)

@@ -105,7 +105,7 @@ def test_a_state_that_is_damaged_or_from_other_code_or_threads_is_not_used(
         if damage == "code":
             made["code"]["kd_utils/distill/training.py"] = "0" * 12
         else:
-            made["device"]["threads"] += 1
+            made["arithmetic"]["threads"] += 1
         write_sealed(folder / f"{TRIAL}.json", state, "checksums")
     again = start(with_dropout, damage, COMBINED)
     output = again.communicate(timeout=1500)[0]

@@ -21,8 +21,49 @@ def cells(stem):
 def loop():
     """The loop over epochs, and the source of its cell."""
     [cell] = [cell for cell in cells("03_train_student")["code"] if "for epoch in" in cell]
-    [tree] = ast.parse(cell).body
+    guard, tree = ast.parse(cell).body
+    assert ast.unparse(guard) == "config.require_unbroken()"
     return tree, cell
+
+
+#: What leaves files that others read, by notebook: each is in a cell that asks first.
+WRITES = {
+    "01_prepare_data": ["save_prepared("],
+    "02_cache_teacher": ["prepare_teacher(", "assemble_cache("],
+    "03_train_student": ["measure.epochs()", "write_record("],
+    "04_analyse_results": ["written_aside("],
+}
+
+
+@pytest.mark.parametrize("stem, call", [(stem, call) for stem in WRITES for call in WRITES[stem]])
+def test_a_cell_that_writes_first_asks_for_one_unbroken_execution(stem, call):
+    [cell] = [cell for cell in cells(stem)["code"] if call in cell]
+    assert cell.splitlines()[0] == "config.require_unbroken()"
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_no_cell_gives_a_parameter_another_value(stem):
+    """Else the config's cell could not run a second time."""
+    for cell in cells(stem)["code"]:
+        nodes = list(ast.walk(ast.parse(cell)))
+        inner = {  # names of their own
+            name
+            for node in nodes
+            if isinstance(node, (ast.comprehension, ast.Lambda))
+            for name in ast.walk(node)
+        }
+        stored = {
+            node.id
+            for node in nodes
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node not in inner
+        }
+        imported = {
+            alias.asname or alias.name
+            for node in nodes
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert not (stored | imported) & NOTEBOOKS[stem].model_fields.keys()
 
 
 @pytest.mark.parametrize("stem", NOTEBOOKS)

@@ -1,0 +1,118 @@
+"""Which cells of a notebook ran since its config was made, in a kernel that a person drives.
+
+In JupyterLab cells are run in any order, more than once, edited and interrupted. A record holds
+only what one whole, unbroken execution of its config made, so a cell that writes first calls
+`Config.require_unbroken`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from kd_utils.config.notebook_files import notebook_path
+
+
+@dataclass
+class Run:
+    """One execution of a cell; `succeeded` is None while it runs."""
+
+    source: str
+    succeeded: bool | None = None
+
+
+#: What cells that write begin with.
+GUARD = "require_unbroken()"
+
+#: Every cell that this kernel ran since its first config was made.
+_runs: list[Run] = []
+
+
+class Execution:
+    """The cells of a notebook from the one that makes the config on, as they were saved when that
+    cell ran, and where in this kernel's history it ran.
+
+    Outside of a kernel (in a script, a test) there is no history, and nothing is refused.
+
+    Args:
+        stem: the source notebook; a copy with the same cells counts as it.
+        maker: the call that marks the cell that makes the config.
+    """
+
+    def __init__(self, stem: str, maker: str) -> None:
+        self.file, self.maker = f"notebooks/{stem}.ipynb", maker
+        self._first = _record_runs()
+        self._cells: list[str] = []
+        if self._first is not None:
+            cells = json.loads(notebook_path(stem).read_text(encoding="utf-8"))["cells"]
+            sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+            sources = [source.strip() for source in sources if source.strip()]
+            made = [number for number, source in enumerate(sources) if maker in source]
+            self._cells = sources[made[0] :] if made else []
+
+    def require_unbroken(self) -> None:
+        """Refuse unless each cell, up to the one that runs, ran once after the one before it.
+
+        A cell may run again right after itself: what was interrupted is done anew.
+
+        Raises:
+            ValueError: names the first cell that was left out, failed, ran out of turn or is not in
+                the notebook, and says from which cell to run again.
+        """
+        if self._first is None:
+            return
+        at, before = -1, Run("", True)
+        for run in _runs[self._first :]:
+            following = self._cells[at + 1] if at + 1 < len(self._cells) else None
+            if run.source == following and before.succeeded:
+                at += 1
+            elif at < 0 or run.source != self._cells[at]:
+                raise ValueError(
+                    f"{self._problem(run, at, before)}: nothing is written; run again from the "
+                    f"cell with `{self.maker}` on"
+                )
+            before = run
+
+    def _problem(self, run: Run, at: int, before: Run) -> str:
+        """Why `run` may not follow cell `at`, which `before` ran last."""
+        if run.source not in self._cells:
+            return (
+                f"the cell {_named(run.source)} is not in {self.file} as it was saved when the "
+                "config was made (save the notebook first, or leave that cell out)"
+            )
+        if self._cells.index(run.source) <= at:
+            return f"the cell {_named(run.source)} was run again after later cells"
+        if not before.succeeded:
+            return f"the cell {_named(before.source)} was not run to its end"
+        return f"the cell {_named(self._cells[at + 1])} was left out"
+
+
+def _named(source: str) -> str:
+    """A cell by its first line that is its own."""
+    line = next((line for line in source.splitlines() if GUARD not in line), source)
+    return f"`{line if len(line) <= 60 else f'{line[:57]}...'}`"
+
+
+def _record_runs() -> int | None:
+    """Record every cell from now on; the number of the one that runs. None: this is no kernel."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is None:
+        return None
+    if not _runs:
+        _runs.append(Run(shell.history_manager.input_hist_raw[-1].strip()))
+        shell.events.register("pre_run_cell", _begins)
+        shell.events.register("post_run_cell", _ended)
+    return len(_runs) - 1
+
+
+def _begins(info: Any) -> None:
+    if info.store_history and not info.silent and info.raw_cell.strip():
+        _runs.append(Run(info.raw_cell.strip()))
+
+
+def _ended(result: Any) -> None:
+    info = getattr(result, "info", None)
+    if info is not None and info.store_history and not info.silent and info.raw_cell.strip():
+        _runs[-1].succeeded = result.success
