@@ -5,6 +5,7 @@ them may stand in one table.
 from __future__ import annotations
 
 import json
+import os
 import re
 from contextlib import suppress
 from datetime import datetime
@@ -31,7 +32,17 @@ def named_apart(config: TrialConfig) -> TrialConfig:
     A trial without a name is METHOD_seedN. Where that is the record of a trial with other
     parameters, these are appended (`black_box_seed0_temperature=4.0`), so that nothing is
     overwritten but an earlier record of this very trial. A name that was given is kept.
+
+    Raises:
+        ValueError: no sweep runs this trial, but the run folder is a sweep's, whose records it
+            would replace.
     """
+    by_sweep = "KD_PROGRESS" in os.environ
+    if not by_sweep and (project_path(config.run_dir) / "sweep.json").exists():
+        raise ValueError(
+            f"run_dir = {config.run_dir!r} has the records of a sweep, which a trial by hand would "
+            "replace: set run_dir to another folder, such as 'runs/explore'"
+        )
     holder = None if config.trial else _recorded(config)
     if holder is None or _is_same(holder, config):
         return config

@@ -1,5 +1,6 @@
 """Batches, terms, splitting, pairing: what the loop in notebook 03 relies on."""
 
+import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -9,6 +10,7 @@ import pytest
 import torch
 from tiny import all_terms, example_rows, late_copy, tiny_llama
 
+from kd_utils.config.parameter_files import notebook_config
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
 from kd_utils.distill.meter import Mean, Meter
 from kd_utils.distill.training import (
@@ -357,3 +359,36 @@ def test_finite_steps_go_on_and_hold_no_graph():
         meter.step(weight.norm(), {"task": weight.sum() * 1e30})
         meter.stop_training()
     assert not any(value.requires_grad for value in meter._last_step.result().values())
+
+
+def test_an_epoch_that_was_left_in_its_middle_is_not_counted():
+    """By a meter whose first epoch was kept; the second is interrupted."""
+    config = notebook_config("03_train_student", {"epochs": 3})
+    kept = {}
+    meter = Meter(config, datetime.now(UTC), lambda: kept.get("state"))
+
+    def steps(count):
+        for _ in range(count):
+            meter.step(ONE, {"task": ONE})
+        meter.stop_training()
+
+    def train(interrupted=0):
+        for epoch in meter.epochs():
+            if epoch == interrupted:
+                meter.step(INF, {"task": ONE})
+                return
+            steps(5)
+            meter.end_epoch(epoch, {})
+            kept.setdefault("state", json.loads(json.dumps(meter.state())))
+
+    train(interrupted=1)
+    with pytest.raises(ValueError, match="^epoch 1 was left in its middle, and no state before it"):
+        train()
+    meter = Meter(config, datetime.now(UTC), lambda: kept.get("state"))
+    train(interrupted=2)
+    assert meter.global_step == 6 and meter.resumed_after is None
+    train()
+    assert [row["epoch"] for row in meter.rows] == [1, 2, 3]
+    assert meter.global_step == 15 and meter.resumed_after == 1
+    train()  # nothing is left to do
+    assert meter.global_step == 15

@@ -85,6 +85,19 @@ def test_a_given_name_and_a_damaged_record_are_left_alone(explore):
     assert named_apart(config_of(temperature=4.0)).trial == ""
 
 
+def test_a_trial_by_hand_never_goes_into_a_sweeps_folder(explore, monkeypatch):
+    """As when somebody opens a trial's record and runs it again."""
+    name = record(explore)
+    (explore / "sweep.json").write_text("{}")
+    for trial in ("", name):
+        with pytest.raises(
+            ValueError, match="^run_dir = 'runs/explore' has the records of a sweep"
+        ):
+            named_apart(config_of(trial=trial))
+    monkeypatch.setenv("KD_PROGRESS", "epochs.jsonl")  # a sweep runs it
+    assert named_apart(config_of(trial=name)).trial == name
+
+
 def test_parameters_that_differ_are_settings_and_only_like_is_compared(explore):
     for seed in (0, 1):
         record(explore, "task_only", seed)
