@@ -17,7 +17,7 @@ from kd_utils.config.project_paths import ROOT, project_path
 from kd_utils.config.trial import TrialConfig, trial_name
 from kd_utils.records import trial_record
 from kd_utils.records.provenance import COMPUTING, Ingredients
-from kd_utils.records.trial_status import Status, why_stale
+from kd_utils.records.trial_status import PLAN, Status, why_stale
 from kd_utils.store.sealed import RecordError
 
 Metrics = dict[str, Any]
@@ -38,7 +38,7 @@ def named_apart(config: TrialConfig) -> TrialConfig:
             would replace.
     """
     by_sweep = "KD_PROGRESS" in os.environ
-    if not by_sweep and (project_path(config.run_dir) / "sweep.json").exists():
+    if not by_sweep and (project_path(config.run_dir) / PLAN).exists():
         raise ValueError(
             f"run_dir = {config.run_dir!r} has the records of a sweep, which a trial by hand would "
             "replace: set run_dir to another folder, such as 'runs/explore'"

@@ -15,10 +15,9 @@ from pydantic import Field
 
 from kd_utils.records import trial_record
 from kd_utils.records.by_hand import found_trials
-from kd_utils.records.trial_status import Status, why_stale
+from kd_utils.records.trial_status import PLAN, Status, why_stale
 from kd_utils.store.sealed import RecordError, read_sealed
 
-PLAN = "sweep.json"
 SUMMARY = "results_summary.csv"
 VERDICT = "verdict.txt"
 

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from kd_utils.config.base import NEVER_IN_A_RESULT
 from kd_utils.records.provenance import Ingredients
 
+#: A sweep's plan, in its run folder.
+PLAN = "sweep.json"
+
 
 class Status(NamedTuple):
     """`state` is done, failed, stale (made from something else), broken, missing or, without a
