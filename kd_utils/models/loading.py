@@ -1,6 +1,6 @@
 """Tokenizers and causal LMs: loaded from a folder or the hub, saved, and told apart by content."""
 
-import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,11 @@ import torch
 
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
+from kd_utils.models import folder_checks
 from kd_utils.store.files import sha256_file, sha256_json, written_folder
+
+#: What is read from a model's output is there under its name, whatever its config.json asks for.
+PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 
 
 def model_folder(name: str, files: Sequence[str], revision: str = "") -> Path:
@@ -37,30 +41,33 @@ def load_pretrained(
     """What `from_pretrained` of a class of `transformers` gives, without remote code.
 
     Raises:
-        ValueError: it cannot be loaded, in one line; weights other than safetensors are refused.
+        ValueError: it cannot be loaded, in one line; weights other than safetensors are refused,
+            and a folder whose weights can be understood in several ways.
     """
     import transformers  # takes a second
 
     transformers.utils.logging.disable_progress_bar()  # over tensors; downloads have their own
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_no_report)
     loader, folder = getattr(transformers, auto_class), model_folder(name, files, revision)
     try:
-        if "*.safetensors" in files and not _holds_safetensors(folder):
-            raise ValueError(
-                "the weights are not all in *.safetensors; other files are not read, because a "
-                "pickle can run code"
-            )
+        if auto_class == "AutoTokenizer":
+            folder_checks.require_package(name, folder)
+        else:
+            kwargs = PLAIN_OUTPUTS | kwargs
+        if "*.safetensors" in files:
+            folder_checks.require_one_model(name, folder)
         return loader.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    except folder_checks.FolderError:
+        raise
     except Exception as error:  # a folder that somebody else made may be wrong in every way
         raise ValueError(
             f"cannot load {name}: {hub.one_line(error)}: give a folder that save_pretrained wrote"
         ) from None
 
 
-def _holds_safetensors(folder: Path) -> bool:
-    """Whether all weights are safetensors: transformers opens every file that the index names."""
-    index, shards = folder / "model.safetensors.index.json", folder.glob("*.safetensors")
-    named = json.loads(index.read_bytes())["weight_map"].values() if index.exists() else shards
-    return {Path(shard).suffix for shard in named} == {".safetensors"}
+def _is_no_report(record: logging.LogRecord) -> bool:
+    """Not transformers' table of keys that do not fit: `require_all_weights` says it in a line."""
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def load_tokenizer(name: str, revision: str = "") -> Any:
@@ -71,17 +78,21 @@ def load_tokenizer(name: str, revision: str = "") -> Any:
 def load_causal_lm(
     name: str, revision: str = "", dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
-    """`AutoModelForCausalLM` from a folder or the hub, safetensors only, without remote code."""
+    """`AutoModelForCausalLM` from a folder or the hub, safetensors only, without remote code.
+
+    Raises:
+        ValueError: it cannot be loaded, or its config and its weights are not of one model.
+    """
     options = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, report = load_pretrained(
-        "AutoModelForCausalLM", name, hub.MODEL_FILES, revision, **options
+        "AutoModelForCausalLM",
+        name,
+        hub.MODEL_FILES,
+        revision,
+        ignore_mismatched_sizes=True,  # they are in the report
+        **options,
     )
-    if lacking := sorted(report["missing_keys"]):  # transformers would leave them random
-        more = f" and {len(lacking) - 1} more" * (len(lacking) > 1)
-        raise ValueError(
-            f"cannot load {name}: its weights lack {lacking[0]}{more}: give a folder that "
-            "save_pretrained wrote"
-        )
+    folder_checks.require_all_weights(name, model, report)
     return with_soft_capping(model)
 
 
@@ -116,11 +127,12 @@ def model_fingerprint(name: str, revision: str = "") -> str:
     folder = model_folder(name, ["config.json"], revision)
     if not project_path(name).is_dir():
         return f"{name}@{folder.name}"  # .../snapshots/COMMIT
+    folder_checks.refuse_adapter(name, folder)
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     if len(files) < 2:
         raise FileNotFoundError(
             f"{name} holds no *.safetensors: save the model with `save_pretrained`"
         )
-    # A repetition penalty in this file changes generated answers.
+    # A repetition penalty or an end token in this file changes generated answers.
     files += folder.glob("generation_config.json")
     return sha256_json({path.name: sha256_file(path) for path in files})
