@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -254,6 +255,7 @@ def _error(message: object, status: int) -> int:
 if __name__ == "__main__":
     # What a batch system sends before it kills.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line
     status = main()
     for number in (signal.SIGINT, signal.SIGTERM):  # too late to stop anything
         signal.signal(number, signal.SIG_IGN)

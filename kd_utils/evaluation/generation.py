@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from kd_utils.evaluation import decoding
+from kd_utils.models import folder_checks
+
 
 @torch.inference_mode()
 def generate_answers(
@@ -28,7 +31,8 @@ def generate_answers(
         stop_strings: texts that end a generation, beside the end tokens of tokenizer and model.
 
     Raises:
-        ValueError: `max_new_tokens` leaves no room for any prompt.
+        ValueError: `max_new_tokens` leaves no room for any prompt, the model does not know a token,
+            or its generation_config has a rule that cannot be followed.
     """
     context = context_length(model, tokenizer)
     room = context - max_new_tokens
@@ -38,6 +42,7 @@ def generate_answers(
             f"is {context} tokens, lower max_new_tokens"
         )
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    folder_checks.require_known_ids(model, tokenizer, {token for ids in encoded for token in ids})
     if cut := sum(len(ids) > room for ids in encoded):
         warnings.warn(
             f"{cut} prompts leave no room for {max_new_tokens} new tokens and lost their beginning",
@@ -64,16 +69,22 @@ def _generate(
     max_new_tokens: int,
 ) -> list[list[int]]:
     """New ids of each row up to the step at which it stopped, whatever the other rows are."""
-    from transformers import StoppingCriteria, StoppingCriteriaList
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        StoppingCriteria,
+        StoppingCriteriaList,
+    )
 
     width = max(map(len, prompts))
     input_ids, mask = (
         torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
         for rows in (prompts, [[1] * len(ids) for ids in prompts])
     )
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    end_ids = {*listed, tokenizer.eos_token_id} - {None}
+    end_ids = decoding.end_ids(model, tokenizer)
+    rules = decoding.row_by_row(
+        [decoding.own_rules(model, ids) for ids in prompts], [width - len(ids) for ids in prompts]
+    )
     # As many tokens as the longest stop string has bytes hold it whole, however it is split.
     tail = max(len(text.encode()) for text in stop_strings)
     ends: list[int | None] = [None] * len(prompts)  # the length at which each row stopped
@@ -92,25 +103,32 @@ def _generate(
                         ends[row] = length
             return torch.tensor([end is not None for end in ends], device=input_ids.device)
 
-    # As the harness calls it: greedy, of any length. What else the model's generation_config asks
-    # for (a repetition penalty, suppressed tokens) counts in both.
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        max_length=width + max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([Stopped()]),
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=0
     )
+    own, model.generation_config = model.generation_config, greedy
+    try:  # `generate` takes what its argument leaves open from the model's
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            generation_config=greedy,
+            logits_processor=LogitsProcessorList([rules]),
+            stopping_criteria=StoppingCriteriaList([Stopped()]),
+        )
+    finally:
+        model.generation_config = own
     return [row[width:end] for row, end in zip(output.tolist(), ends, strict=True)]
 
 
 def context_length(model: Any, tokenizer: Any) -> int:
     """Most tokens that the model can read, by its config, its tokenizer, or the harness's 2048."""
+    # A model that sees pictures too has its language model's config inside its own.
+    config = model.config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        if length := getattr(config, name, None):
+            return int(length)
     # A tokenizer that knows no limit says 10^30.
-    known = tokenizer.model_max_length if tokenizer.model_max_length < 10**20 else 2048
-    return int(getattr(model.config, "max_position_embeddings", None) or known)
+    return tokenizer.model_max_length if tokenizer.model_max_length < 10**20 else 2048
 
 
 def batches(

@@ -10,10 +10,11 @@ import pandas as pd
 import torch
 
 from kd_utils.data import task_rows, tasks
+from kd_utils.evaluation import readiness
 from kd_utils.evaluation.generation import batches, context_length, generate_answers
-from kd_utils.models import devices, loading
+from kd_utils.models import devices, folder_checks, loading
 from kd_utils.store.files import written_aside
-from kd_utils.tokens.encoding import encode_pair
+from kd_utils.tokens.encoding import chat_template_notes, encode_pair
 
 
 def evaluate(
@@ -131,13 +132,15 @@ def choice_loglikelihoods(
     """
     limit = context_length(model, tokenizer)
     requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = defaultdict(list)
-    cut = 0
+    cut, used = 0, set[int]()
     for place, (prompt, choices) in enumerate(zip(table["prompt"], table["choices"], strict=True)):
         for number, choice in enumerate(choices):
             prompt_ids, choice_ids = encode_pair(tokenizer, prompt, choice)
             ids = (prompt_ids + choice_ids)[:-1]
             cut += len(ids) > limit
             requests[tuple(ids[-limit:])].append((place, number, choice_ids))
+            used.update(prompt_ids, choice_ids)
+    folder_checks.require_known_ids(model, tokenizer, used)
     if cut:
         warnings.warn(
             f"{cut} sequences have more than the model's {limit} tokens and lost their beginning",
@@ -177,9 +180,7 @@ def _continuation_log_probs(
     # Only these positions go through the head: (B, kept, V) in place of (B, T, V).
     wanted = [range(len(ids) - n, len(ids)) for ids, n in zip(batch, counts, strict=True)]
     kept = sorted(set().union(*wanted))
-    logits = model(
-        input_ids=input_ids, use_cache=False, logits_to_keep=torch.tensor(kept, device=model.device)
-    ).logits
+    logits = readiness.logits_at(model, input_ids, kept)
     # Positions that follow one another do so in `kept`, too.
     starts = [bisect_left(kept, positions.start) for positions in wanted]
     return [
@@ -220,6 +221,7 @@ def evaluate_folder(
         ValueError: the folder holds no causal model with a tokenizer; what `load_task` raises.
     """
     model_dir, out = Path(model_dir), Path(out)
+    folder_checks.refuse_adapter(str(model_dir), model_dir)
     if not (model_dir / "config.json").is_file():
         raise FileNotFoundError(
             f"no model in {model_dir} (config.json is missing): give a folder that save_pretrained "
@@ -233,13 +235,19 @@ def evaluate_folder(
     place = str(model_dir.absolute())
     try:
         tokenizer, model = loading.load_tokenizer(place), loading.load_causal_lm(place)
+    except folder_checks.FolderError:
+        raise
     except ValueError as error:
         raise ValueError(
             f"{model_dir} is no causal model with its tokenizer: {error}; save both with "
             "save_pretrained"
         ) from None
+    for note in chat_template_notes({str(model_dir): tokenizer}):
+        warnings.warn(note, stacklevel=2)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     with devices.autocast(model.device, precision):
+        for prompt in table["prompt"][:1]:
+            readiness.require_causal(model, tokenizer, tokenizer.encode(prompt))
         predictions = evaluate(
             model,
             tokenizer,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from kd_utils.cache import manifest
 from kd_utils.config import project_paths, stages
 from kd_utils.distill import batches, meter, training
+from kd_utils.evaluation import readiness
 from kd_utils.models import devices, loading, output_head, signals
 from kd_utils.records.provenance import Ingredients
 from kd_utils.store import files, locks, sealed
@@ -68,6 +69,7 @@ def prepare_teacher(
             tokenizer = loading.load_tokenizer(config.teacher, config.teacher_revision)
             device = devices.choose_device(config.device)
             model = loading.load_causal_lm(config.teacher, config.teacher_revision).to(device)
+            readiness.require_ready(model, tokenizer, {"train": train})
             probe = torch.from_numpy(right_padded(train[:8])[0]).to(device)
             output_head.require_known_head(model, probe)
             history = fine_tune(

@@ -63,6 +63,19 @@ def encode_example(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int],
     return prompt_ids, answer_ids + [tokenizer.eos_token_id]
 
 
+def chat_template_notes(tokenizers: dict[str, Any]) -> list[str]:
+    """A line for each tokenizer that has a chat template: prompts are plain text.
+
+    Args:
+        tokenizers: by the names of their models.
+    """
+    return [
+        f"{name} has a chat template, which is not used: prompts are plain text"
+        for name, tokenizer in tokenizers.items()
+        if getattr(tokenizer, "chat_template", None)
+    ]
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Sixteen hex digits over everything that decides which ids a text gets.
 

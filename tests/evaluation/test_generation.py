@@ -35,10 +35,13 @@ class Scripted(torch.nn.Module):
 
         self.generation_config, self.device = GenerationConfig(), torch.device("cpu")
         self.scripts, self.steps = scripts, 0
-        self.config = type("Config", (), {"max_position_embeddings": 512})()
+        self.config = tiny_model(tokenizer).config
+        self.get_input_embeddings = self.get_output_embeddings = lambda: torch.nn.Embedding(
+            len(tokenizer), 1
+        )
 
-    def generate(self, input_ids, attention_mask, max_length, stopping_criteria, **kwargs):
-        for step in range(max_length - input_ids.shape[1]):
+    def generate(self, input_ids, generation_config, stopping_criteria, **kwargs):
+        for step in range(generation_config.max_new_tokens):
             column = [[script[step] if step < len(script) else 5] for script in self.scripts]
             input_ids = torch.cat([input_ids, torch.tensor(column)], dim=1)
             self.steps = step + 1

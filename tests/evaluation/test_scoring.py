@@ -1,3 +1,6 @@
+import shutil
+import warnings
+
 import pandas as pd
 import pyarrow.parquet
 import pytest
@@ -5,6 +8,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer, write_task_files
 
 from kd_utils.data.task_rows import load_task
+from kd_utils.evaluation import readiness
 from kd_utils.evaluation.scoring import (
     accuracies,
     choice_loglikelihoods,
@@ -238,3 +242,131 @@ def test_evaluate_folder_refuses_before_it_loads_the_model(model_dir, folder, tm
     with pytest.raises(ValueError, match="no causal model with its tokenizer"):
         evaluate_folder(tmp_path, "sst2", "train", tmp_path / "o.parquet", data_dir=folder)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def with_forward(forward):
+    """A model of a family whose forward is this one around Llama's."""
+    tokenizer = tiny_tokenizer(begin=True)
+    model, plain = tiny_model(tokenizer), tiny_model(tokenizer)
+    kind = type("OtherForCausalLM", (type(model),), {"forward": forward})
+    model.__class__ = kind
+    model.llama = [plain]  # in a list: no part of the model
+    return model, plain, tokenizer
+
+
+def all_logits(self, input_ids, use_cache=None):
+    return self.llama[0](input_ids)
+
+
+def ignores_what_to_keep(self, input_ids, logits_to_keep=0, **kwargs):
+    return self.llama[0](input_ids, **kwargs)
+
+
+def last_ones(self, input_ids, logits_to_keep=0, **kwargs):
+    count = len(logits_to_keep) if torch.is_tensor(logits_to_keep) else logits_to_keep
+    return self.llama[0](input_ids, logits_to_keep=count, **kwargs)
+
+
+def too_few(self, input_ids, **kwargs):
+    output = self.llama[0](input_ids)
+    output.logits = output.logits[:, 1:]
+    return output
+
+
+def too_narrow(self, input_ids, **kwargs):
+    output = self.llama[0](input_ids)
+    output.logits = output.logits[:, :, :-1]
+    return output
+
+
+@pytest.mark.parametrize("forward", [all_logits, ignores_what_to_keep])
+def test_a_model_that_cannot_leave_out_positions_is_read_at_the_right_ones(folder, forward):
+    """Their first rows were read: 32 of 60 predictions were wrong, with status 0."""
+    model, plain, tokenizer = with_forward(forward)
+    table = load_task("sst2", "train", data_dir=folder)
+    scores = choice_loglikelihoods(model, tokenizer, table, batch_size=3)
+    for row, values in zip(table.itertuples(), scores, strict=True):
+        expected = [one_by_one(plain, tokenizer, row.prompt, choice) for choice in row.choices]
+        assert values == pytest.approx(expected, abs=1e-4)
+    readiness.require_causal(model, tokenizer, tokenizer.encode("Tom has 12 apples"))
+
+
+@pytest.mark.parametrize("forward", [too_few, too_narrow])
+def test_logits_of_another_shape_are_refused(folder, forward):
+    model, _, tokenizer = with_forward(forward)
+    table = load_task("sst2", "train", data_dir=folder)
+    with pytest.raises(ValueError, match="OtherForCausalLM's logits are .* were expected"):
+        choice_loglikelihoods(model, tokenizer, table, batch_size=3)
+
+
+def sees_what_follows(self, input_ids, **kwargs):
+    return self.llama[0](input_ids.flip(1), **kwargs)
+
+
+@pytest.mark.parametrize("forward", [last_ones, sees_what_follows])
+def test_scores_of_other_positions_are_refused_although_their_shape_is_right(forward):
+    model, _, tokenizer = with_forward(forward)
+    for text in ("Tom has 12 apples", "a", "aa"):
+        with pytest.raises(ValueError, match="OtherForCausalLM is not causal .*choose a causal"):
+            readiness.require_causal(model, tokenizer, tokenizer.encode(text))
+
+
+@pytest.mark.parametrize("decoder", [True, False])
+def test_a_bert_is_causal_only_as_a_decoder(decoder):
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer(begin=True)
+    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    config = BertConfig(
+        vocab_size=len(tokenizer), is_decoder=decoder, initializer_range=0.3, **sizes
+    )
+    model, ids = BertLMHeadModel(config).eval(), tokenizer.encode("Tom has 12 apples")
+    if decoder:
+        readiness.require_causal(model, tokenizer, ids)
+    else:
+        with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
+            readiness.require_causal(model, tokenizer, ids)
+
+
+def test_tokens_beyond_the_models_are_refused_before_the_first_pass(pair, table):
+    tokenizer = pair[1]
+    model = tiny_model(tokenizer)
+    model.resize_token_embeddings(270)  # the pieces of several bytes have higher ids
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model was run"))
+    for task in ("sst2", "gsm8k"):
+        with pytest.raises(ValueError, match=r"gives .* the id \d+, and Llama.* the ids below 270"):
+            evaluate(model, tokenizer, table[table["task"] == task], batch_size=4)
+
+
+def test_a_context_length_is_where_the_model_has_it(pair):
+    from transformers import Gemma3Config, MambaConfig, MptConfig
+
+    from kd_utils.evaluation.generation import context_length
+
+    tokenizer = pair[1]
+    for config, expected in (
+        (pair[0].config, 512),
+        (Gemma3Config(text_config={"max_position_embeddings": 300}), 300),
+        (MptConfig(max_seq_len=70), 70),
+        (MambaConfig(), 2048),
+    ):
+        model = type("Model", (), {"config": config})
+        assert context_length(model, tokenizer) == expected
+    tokenizer.model_max_length, known = 90, tokenizer.model_max_length
+    assert context_length(model, tokenizer) == 90
+    tokenizer.model_max_length = known
+
+
+def test_a_chat_template_that_is_not_used_is_said(model_dir, folder, tmp_path):
+    out, place = tmp_path / "o.parquet", tmp_path / "m"
+    shutil.copytree(model_dir, place)
+    (place / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.warns(UserWarning, match="has a chat template, which is not used") as said:
+        evaluate_folder(place, "sst2", "train", out, data_dir=folder)
+    assert [str(one.message) for one in said] == [
+        f"{place} has a chat template, which is not used: prompts are plain text"
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate_folder(model_dir, "sst2", "train", out, data_dir=folder)
