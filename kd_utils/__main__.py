@@ -69,22 +69,50 @@ def sweep(
     gpus_per_trial: Annotated[
         float | None, Option(help="GPUs for each trial. Default: 1 if a machine has one.")
     ] = None,
+    cpus: Annotated[
+        int | None,
+        Option(min=1, help="CPU cores of this machine in all. Default: those it may use."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="A folder with the hub's files. Default: PARAMS.yaml's."),
+    ] = None,
     dry_run: Annotated[
         bool, Option("--dry-run", help="Show each trial's state and run nothing.")
     ] = False,
+    strict: Annotated[
+        bool, Option("--strict", help="Refuse a notebook whose defaults are not the project's.")
+    ] = False,
 ) -> int:
     """Run all trials of a parameter file and grid; finished trials are not run again."""
+    from kd_utils.cluster import machines
     from kd_utils.config import parameter_files, stages
     from kd_utils.records import check, run_folder
     from kd_utils.sweep.planning import default_run_dir
     from kd_utils.sweep.sweep import Sweep
 
     values, lists = parameter_files.load_parameters(parameters), parameter_files.load_grid(grid)
+    if data_dir is not None:
+        values["data_dir"] = str(data_dir)
     if executor == "local" and address is not None:
         raise ValueError(
             "--address names a Ray cluster, which --executor local does not use: leave one out"
         )
+    if cpus is not None and address is not None:
+        raise ValueError(
+            "--cpus limits this machine, and --address names a Ray cluster, which says itself what "
+            "it has: leave one out"
+        )
+    machines.limit_cores(cpus)
     planned = Sweep(values, lists, run_dir or default_run_dir(values, grid), only)
+    changed = parameter_files.changed_defaults(stages.SWEPT)
+    if strict and changed:
+        raise ValueError(
+            f"{'; '.join(changed)}: restore notebooks/ (as with `git checkout`), write the values "
+            "into a parameter file, or leave out --strict"
+        )
+    for line in changed:
+        print(line, file=sys.stderr)
     if dry_run:
         print(*planned.dry_run(), sep="\n")
         return 0
@@ -132,6 +160,8 @@ def bench(
     from kd_utils.sweep.execution import execute_stage
 
     values = parameter_files.load_parameters(parameters) if parameters else {}
+    for line in parameter_files.changed_defaults([SPEED]):
+        print(line, file=sys.stderr)
     default = project_paths.project_path(parameter_files.notebook_config(SPEED, values).run_dir)
     folder = Path(run_dir or default).expanduser().absolute()
     place = project_paths.short_path(folder)

@@ -25,18 +25,80 @@ def problem_with_files(files: dict[str, str]) -> str:
     return ""
 
 
-def cores(limits: Path = Path("/sys/fs/cgroup")) -> int:
-    """CPU cores that this process may use: a container often has fewer than its machine.
+#: What `--cpus` sets for this process and all that it starts: kernels, trials, Ray.
+CPUS = "KD_CPUS"
 
-    Args:
-        limits: where the system tells them, in the form of cgroups 2 or 1.
+#: How a batch system says how many cores of this machine a job has: Slurm, PBS and Torque, Grid
+#: Engine, LSF. Not each of them also keeps a job from the other cores.
+GIVEN = (
+    *("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"),
+    *("NCPUS", "PBS_NUM_PPN", "NSLOTS", "LSB_DJOB_NUMPROC"),
+)
+
+
+#: Where the system tells quotas of control groups, in the form of cgroups 2 or 1, and the groups
+#: of this process.
+LIMITS, GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def cores(limits: Path = LIMITS, groups: Path = GROUPS) -> int:
+    """CPU cores that this process may use: what `--cpus` says, or what a batch system gave to the
+    job; never more than the system lets it use (see `available_cores`).
+    """
+    of_job = _numbers(CPUS) or _numbers(*GIVEN)
+    return min([available_cores(limits, groups), *of_job])
+
+
+def available_cores(limits: Path = LIMITS, groups: Path = GROUPS) -> int:
+    """CPU cores that the system lets this process use: fewer than the machine has under `taskset`,
+    in a cpuset, or where a control group has a quota of CPU time, as in a container.
     """
     number = len(os.sched_getaffinity(0))
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
-        with suppress(OSError, ValueError):  # no such file, or "max"
-            quota, period = map(int, " ".join((limits / f).read_text() for f in files).split())
-            number = min(number, max(1, quota // period)) if quota > 0 else number
+    for folder in _group_folders(limits, groups):
+        for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with suppress(OSError, ValueError):  # no such file, or "max"
+                quota, period = map(int, " ".join((folder / f).read_text() for f in files).split())
+                number = min(number, max(1, quota // period)) if quota > 0 else number
     return number
+
+
+def _group_folders(limits: Path, groups: Path) -> list[Path]:
+    """The folders of this process's control groups that may limit its CPU time, and of the groups
+    around them. In a container the path in `groups` may be the host's; then the root stands for it.
+    """
+    found = {limits: [limits], limits / "cpu": [limits / "cpu"]}
+    with suppress(OSError, ValueError):
+        for line in groups.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers or "cpu" in controllers.split(","):
+                root = limits / controllers
+                inner = root / path.lstrip("/")
+                around = [inner, *inner.parents]
+                found[root] = around[: around.index(root) + 1] if ".." not in path else [root]
+    return [folder for folders in found.values() for folder in folders]
+
+
+def _numbers(*names: str) -> list[int]:
+    """The whole numbers above 0 that these environment variables hold."""
+    texts = [os.environ.get(name, "") for name in names]
+    return [int(text) for text in texts if text.isdecimal() and int(text)]
+
+
+def limit_cores(cpus: int | None) -> None:
+    """Let this process, and all that it starts, use `cpus` cores; None: as many as it may.
+
+    torch uses as many threads as it may use cores by `taskset`, but knows of no other limit: where
+    there is one, OMP_NUM_THREADS says so, unless it is set.
+
+    Raises:
+        ValueError: the system does not let this process use so many.
+    """
+    if cpus is not None:
+        if cpus > (available := available_cores()):
+            raise ValueError(f"--cpus {cpus}, but this process may use {available}: ask for less")
+        os.environ[CPUS] = str(cpus)
+    if (number := cores()) < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(number))
 
 
 def fitting_gpus(

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
+from kd_utils.cluster import machines
 from kd_utils.config import project_paths
 from kd_utils.records.provenance import git_commit
 
@@ -113,12 +114,16 @@ def _start_ray(address: str | None, sockets: str, gpus: int | None) -> None:
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     # Ray would still print twenty lines of its log for every machine that is lost.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    # Under `uv run` Ray would start each worker by that command too, in a copy of the project
+    # without its environment: workers run this Python, as they do without uv.
+    ray._private.ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
     try:
         if address in (None, "local"):
             # Trials hand over a few numbers and a pool of teachers gets tokens, so the object store
             # does not need a third of the memory, which is Ray's default.
             ray.init(
                 address="local",
+                num_cpus=machines.cores(),
                 num_gpus=gpus,
                 include_dashboard=False,
                 object_store_memory=128 * 2**20,

@@ -32,8 +32,11 @@ class Config(BaseModel):
     #: The notebook whose parameters these are.
     notebook: ClassVar[str] = ""
 
-    name: fields.Name
-    artifacts_dir: fields.Place
+    #: Parameters that `add_parameter` added, which a notebook may leave out.
+    added: ClassVar[set[str]] = set()
+
+    name: fields.Name = "toy"
+    artifacts_dir: fields.Place = "artifacts"
 
     _execution: Execution | None = PrivateAttr(None)
 
@@ -47,8 +50,13 @@ class Config(BaseModel):
     @classmethod
     def _no_conversion(cls, value: Any, info: Any) -> Any:
         """Refuse what pydantic would convert, and text that files and libraries cannot hold."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation in (int, float):
+        kind = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and kind in (int, float):
             raise ValueError("Input should be a number, not true or false")
+        if kind is bool and str(value).lower() not in ("true", "false"):  # papermill's -p has text
+            raise ValueError(f"Input should be true or false, got {fields.kind_of(value)}")
+        if isinstance(value, bytes) and kind in (int, float):
+            raise ValueError(f"Input should be a number, got {fields.kind_of(value)}")
         if isinstance(value, bytes) or (
             isinstance(value, str) and re.search(r"[\0\ud800-\udfff]", value)
         ):
@@ -64,6 +72,7 @@ class Config(BaseModel):
             annotation: type and marks, such as `Annotated[Weight, UsedBy("my_term")]`.
             default: the value where a notebook's `parameters` cell does not assign the name.
         """
+        cls.added.add(name)
         cls.__annotations__[name] = annotation
         cls.__pydantic_fields__[name] = FieldInfo.from_annotated_attribute(annotation, default)
         cls.model_rebuild(force=True)
@@ -74,13 +83,16 @@ class Config(BaseModel):
 
         Raises:
             ValueError: a value is wrong, a parameter is missing, or an injected key is declared by
-                no notebook.
+                no notebook or was assigned again.
         """
-        injected = notebook_files.injected_names(namespace.get("In", []))
-        notebook_files.refuse_unknown_keys(injected, "injected parameters", cls.model_fields)
-        required = [key for key, field in cls.model_fields.items() if field.is_required()]
-        if missing := ", ".join(key for key in required if key not in namespace):
+        cells = namespace.get("In", [])
+        known = {*notebook_files.declared_names(), *cls.model_fields}
+        notebook_files.refuse_unknown_keys(
+            notebook_files.injected_names(cells), "injected parameters", known
+        )
+        if missing := cls.not_in(namespace):
             raise ValueError(f"the parameters cell does not define {missing}: restore it")
+        notebook_files.refuse_overwritten(cells, namespace)
         config = cls(**{key: namespace[key] for key in cls.model_fields if key in namespace})
         config._execution = Execution(cls.notebook, f"{cls.__name__}.from_notebook(globals())")
         return config
@@ -94,6 +106,12 @@ class Config(BaseModel):
         """
         if self._execution:
             self._execution.require_unbroken()
+
+    @classmethod
+    def not_in(cls, values: dict[str, Any]) -> str:
+        """The parameters that a notebook must assign and that `values` lacks, or ""."""
+        missing = (key for key in cls.model_fields if key not in {*values, *cls.added})
+        return ", ".join(missing)
 
     def __str__(self) -> str:
         width = max(map(len, type(self).model_fields))

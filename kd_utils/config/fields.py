@@ -88,11 +88,42 @@ def shown(value: Any) -> str:
     return text if len(text) <= 150 else f"{text[:120]}... ({len(text):,} characters)"
 
 
+#: What users call the types that a value may have.
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "nothing",
+}
+
+
+def kind_of(value: Any) -> str:
+    """The type of a value, in words and as Python names it: "text (str)"."""
+    kind = type(value)
+    return f"{KINDS.get(kind, 'a value')} ({kind.__name__})"
+
+
+#: Errors of a wrong type, as pydantic names them -> what should have come.
+EXPECTED = {
+    "int_type": "a valid integer",
+    "int_parsing": "a valid integer",
+    "int_from_float": "a valid integer",
+    "float_type": "a valid number",
+    "float_parsing": "a valid number",
+    "string_type": "text",
+}
+
+
 def in_one_line(error: ValidationError, config: type[BaseModel]) -> str:
     """Everything that is wrong with a config: each parameter's name, value and allowed values."""
     parts = []
     for item in error.errors():
         key, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+        if expected := EXPECTED.get(item["type"]):
+            quotes = ": put it in quotes" * isinstance(item["input"], (bool, int, float))
+            message = f"Input should be {expected}, got {kind_of(item['input'])}"
+            message += quotes * (item["type"] == "string_type")
         if item["type"] == "int_parsing_size":  # pydantic's message does not name the limit
             message = "Input should be positive and less than 2147483648"
         if item["type"] == "extra_forbidden":

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,73 @@ import yaml
 
 from kd_utils.config import notebook_files
 from kd_utils.config.base import NEVER_IN_A_RESULT
-from kd_utils.config.fields import shown
+from kd_utils.config.fields import kind_of, shown
 from kd_utils.config.project_paths import CODE_ROOT
-from kd_utils.config.stages import NOTEBOOKS, TRAIN, TrialConfig
+from kd_utils.config.stages import NOTEBOOKS, SWEPT, TrialConfig, parameter_names
 
 #: No parameter file is longer than this, and no sweep with more trials comes to its end.
 MOST_BYTES, MOST_TRIALS = 1_000_000, 10_000
 
 
 def notebook_config(stem: str, parameters: dict[str, Any]) -> Any:
-    """The `NOTEBOOKS[stem]` of its own defaults and of those `parameters` that it declares."""
-    config = NOTEBOOKS[stem]
-    known = {key: value for key, value in parameters.items() if key in config.model_fields}
-    return config(**{**notebook_files.notebook_defaults(stem), **known})
+    """The `NOTEBOOKS[stem]` of what its cell assigns and of those `parameters` that it declares."""
+    own = own_config(stem).model_dump()
+    return NOTEBOOKS[stem](**{**own, **_declared(stem, parameters)})
+
+
+def _declared(stem: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return {k: value for k, value in parameters.items() if k in NOTEBOOKS[stem].model_fields}
+
+
+def check_values(parameters: dict[str, Any]) -> None:
+    """Raise a ValueError for a value that a notebook refuses. What the cells of notebooks that a
+    sweep does not execute hold does not matter.
+    """
+    for stem, config in NOTEBOOKS.items():
+        own = own_config(stem).model_dump() if stem in SWEPT else {}
+        config(**{**own, **_declared(stem, parameters)})
+
+
+def own_config(stem: str) -> Any:
+    """The `NOTEBOOKS[stem]` of what its `parameters` cell assigns, which a sweep runs as it is.
+
+    Raises:
+        ValueError: names notebook and cell: a value is wrong or of a wrong type, a parameter is
+            missing or unknown (see also `notebook_defaults`).
+    """
+    config, values = NOTEBOOKS[stem], notebook_files.notebook_defaults(stem)
+    wrong = [
+        f"{key} = {shown(values[key])} must be {kind_of(default)}, got {kind_of(values[key])}"
+        for key, default in config().model_dump().items()
+        if key in values and not _fits(values[key], default)
+    ]
+    if missing := config.not_in(values):
+        wrong.append(f"{missing} must be assigned: restore what the project has")
+    try:
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return config(**values)
+    except ValueError as error:
+        number = notebook_files.parameters_cell(stem, notebook_files.read_cells(stem))
+        raise ValueError(f"{notebook_files.place(stem, number)}: {error}") from None
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of its default's type; a whole number is a number too."""
+    return type(value) is type(default) or (type(value), type(default)) == (int, float)
+
+
+def changed_defaults(stems: Iterable[str]) -> list[str]:
+    """In one line each, what notebooks assign in place of the project's defaults."""
+    lines = []
+    for stem in stems:
+        project = NOTEBOOKS[stem]().model_dump()
+        lines += [
+            f"{stem}: {key} = {value!r} in the notebook, the project's default is {project[key]!r}"
+            for key, value in own_config(stem).model_dump().items()
+            if value != project[key]
+        ]
+    return lines
 
 
 def load_parameters(path: str | Path) -> dict[str, Any]:
@@ -34,7 +89,7 @@ def load_parameters(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such file; the error lists the files that are there.
     """
     loader, nodes = _read_yaml(Path(path), "parameter")
-    notebook_files.refuse_unknown_keys(nodes, str(path))
+    notebook_files.refuse_unknown_keys(nodes, str(path), parameter_names())
     return {key: _scalar(loader, node, f"{path}: {key}") for key, node in nodes.items()}
 
 
@@ -54,7 +109,7 @@ def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
     if not nodes:
         raise ValueError(f"{path} must hold `key: [value, ...]` lines")
     swept = [key for key in TrialConfig.model_fields if key not in NEVER_IN_A_RESULT]
-    defaults, grid = notebook_files.notebook_defaults(TRAIN), {}
+    grid: dict[str, list[Any]] = {}
     for key, node in nodes.items():
         if key not in swept:
             raise ValueError(
@@ -66,7 +121,7 @@ def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
                 f"{path}: {key} must be a list of one or more scalars, got {_source(loader, node)}"
             )
         values = [_scalar(loader, item, f"{path}: each value of {key}") for item in node.value]
-        grid[key] = [_grid_value(key, value, defaults, path) for value in values]
+        grid[key] = [_grid_value(key, value, path) for value in values]
     trials = math.prod(map(len, grid.values()))
     if trials > MOST_TRIALS:
         raise ValueError(
@@ -75,14 +130,14 @@ def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
     return grid
 
 
-def _grid_value(key: str, value: Any, defaults: dict[str, Any], path: Path) -> Any:
+def _grid_value(key: str, value: Any, path: Path) -> Any:
     """The value that a trial's config will have: YAML reads 1e-4 as text, and 3.0 is no seed."""
     if isinstance(value, str) and not re.fullmatch("[ -~]+", value):
         raise ValueError(
             f"{path}: in {key}: {shown(value)} must be ASCII: it becomes part of a trial's name"
         )
     try:
-        checked = getattr(TrialConfig(**{**defaults, key: value}), key)
+        checked = getattr(TrialConfig(**{key: value}), key)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return value if isinstance(checked, float) and isinstance(value, int) else checked  # 1 stays 1

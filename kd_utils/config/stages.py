@@ -1,8 +1,8 @@
 """Typed parameters: one frozen config per notebook, checked before anything is loaded.
 
-The defaults are in the notebooks' cells tagged `parameters` and nowhere else; the classes here
-say which keys exist, of what type and in which range. A file in `papermill_params/` holds what
-differs from the defaults.
+The classes here say which keys exist, of what type, in which range, and with which default. A
+notebook's cell tagged `parameters` assigns the same defaults (a test keeps them equal), and a file
+in `papermill_params/` holds what differs from them.
 """
 
 import re
@@ -39,13 +39,13 @@ class DataConfig(Config):
 
     notebook = "01_prepare_data"
 
-    build: Literal["toy", "smol", "smol-cross", "none"]
-    data_dir: fields.PlaceOrBlank
-    tokenizer: fields.Place
-    max_length: fields.PositiveInt
-    data_seed: fields.Seed
-    train_rows: TaskRows
-    validation_rows: TaskRows
+    build: Literal["toy", "smol", "smol-cross", "none"] = "toy"
+    data_dir: fields.PlaceOrBlank = "artifacts/embedded/toy/data"
+    tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
+    max_length: fields.PositiveInt = 64
+    data_seed: fields.Seed = 0
+    train_rows: TaskRows = "sst2:600 mmlu:730 gsm8k:600"
+    validation_rows: TaskRows = "sst2:120 mmlu:120 gsm8k:120"
 
     def rows(self, split: str) -> dict[str, int]:
         """How many rows of each task go into `split` ("train" or "validation")."""
@@ -62,28 +62,28 @@ class CacheConfig(Config):
 
     notebook = "02_cache_teacher"
 
-    teacher: fields.Place
-    teacher_revision: str
-    tokenizer: fields.Place
-    teacher_epochs: fields.Count
-    teacher_learning_rate: fields.PositiveFloat
-    teacher_batch_size: fields.PositiveInt
-    teacher_prompt_weight: fields.Weight
-    teacher_seed: fields.Seed
-    signals: Annotated[str, Field(pattern=r"^(white_box|top_k)( [a-z]+(_[a-z]+)*)*$")]
-    hidden_layers: fields.Layers
-    attention_layers: fields.Layers
-    paired_layers: fields.PositiveInt
-    attention_dtype: Literal["float16", "uint8"]
-    top_k: fields.PositiveInt
-    temperature: fields.PositiveFloat
-    shard_examples: fields.PositiveInt
-    batch_tokens: fields.PositiveInt
-    eval_batch_size: fields.PositiveInt
-    max_new_tokens: fields.PositiveInt
-    precision: Literal["auto", "float32", "bfloat16"]
-    device: fields.Device
-    workers: fields.Count
+    teacher: fields.Place = "artifacts/embedded/toy/teacher"
+    teacher_revision: str = ""
+    tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
+    teacher_epochs: fields.Count = 20
+    teacher_learning_rate: fields.PositiveFloat = 1.5e-3
+    teacher_batch_size: fields.PositiveInt = 16
+    teacher_prompt_weight: fields.Weight = 1.0
+    teacher_seed: fields.Seed = 0
+    signals: Annotated[str, Field(pattern=r"^(white_box|top_k)( [a-z]+(_[a-z]+)*)*$")] = "white_box"
+    hidden_layers: fields.Layers = "last"
+    attention_layers: fields.Layers = "last"
+    paired_layers: fields.PositiveInt = 2
+    attention_dtype: Literal["float16", "uint8"] = "float16"
+    top_k: fields.PositiveInt = 64
+    temperature: fields.PositiveFloat = 2.0
+    shard_examples: fields.PositiveInt = 256
+    batch_tokens: fields.PositiveInt = 8192
+    eval_batch_size: fields.PositiveInt = 64
+    max_new_tokens: fields.PositiveInt = 24
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: fields.Device = "auto"
+    workers: fields.Count = 0
 
 
 class AnalysisConfig(Config):
@@ -91,8 +91,8 @@ class AnalysisConfig(Config):
 
     notebook = "04_analyse_results"
 
-    run_dir: fields.PlaceOrBlank
-    margin_points: fields.PositiveFloat
+    run_dir: fields.PlaceOrBlank = ""
+    margin_points: fields.PositiveFloat = 1.0
 
 
 class SpeedConfig(Config):
@@ -100,27 +100,27 @@ class SpeedConfig(Config):
 
     notebook = "05_measure_speed"
 
-    shapes: Literal["tiny", "small", "llama2"]
-    bench_rows: Annotated[int, Field(ge=8, lt=2**31)]
-    size_rows: fields.Count
-    growth_rows: fields.PositiveInt
-    naive_length: Annotated[int, Field(ge=496, lt=2**31)]
-    repeats: fields.PositiveInt
-    sweep_trials: fields.Count
-    trial_rows: fields.Count
-    trial_epochs: fields.PositiveInt
-    generate_prompts: fields.Count
-    max_new_tokens: fields.PositiveInt
-    budget_tokens: fields.Count
-    compile_backend: Literal["", "eager", "inductor"]
-    seconds: fields.Count
-    batch_size: fields.PositiveInt
-    batch_tokens: fields.PositiveInt
-    temperature: fields.PositiveFloat
-    seed: fields.Seed
-    precision: Literal["auto", "float32", "bfloat16"]
-    device: fields.Device
-    run_dir: fields.Place
+    shapes: Literal["tiny", "small", "llama2"] = "small"
+    bench_rows: Annotated[int, Field(ge=8, lt=2**31)] = 48
+    size_rows: fields.Count = 14
+    growth_rows: fields.PositiveInt = 400
+    naive_length: Annotated[int, Field(ge=496, lt=2**31)] = 512
+    repeats: fields.PositiveInt = 4
+    sweep_trials: fields.Count = 16
+    trial_rows: fields.Count = 0
+    trial_epochs: fields.PositiveInt = 3
+    generate_prompts: fields.Count = 0
+    max_new_tokens: fields.PositiveInt = 24
+    budget_tokens: fields.Count = 0
+    compile_backend: Literal["", "eager", "inductor"] = ""
+    seconds: fields.Count = 0
+    batch_size: fields.PositiveInt = 8
+    batch_tokens: fields.PositiveInt = 8192
+    temperature: fields.PositiveFloat = 2.0
+    seed: fields.Seed = 0
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: fields.Device = "auto"
+    run_dir: fields.Place = "runs/bench"
 
 
 class AlignmentConfig(Config):
@@ -128,12 +128,12 @@ class AlignmentConfig(Config):
 
     notebook = "06_any_teacher"
 
-    student_tokenizer: fields.Place
-    teacher_tokenizers: fields.NamedPlaces
-    example: Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=64)]
-    map_head: fields.Count
-    mass_rows: fields.PositiveInt
-    temperature: fields.PositiveFloat
+    student_tokenizer: fields.Place = "artifacts/embedded/toy/teacher-subwords"
+    teacher_tokenizers: fields.NamedPlaces = ""
+    example: Annotated[str, Field(pattern=r"^[0-9a-f]*$", max_length=64)] = ""
+    map_head: fields.Count = 0
+    mass_rows: fields.PositiveInt = 40
+    temperature: fields.PositiveFloat = 2.0
 
     @property
     def other_teachers(self) -> dict[str, str]:
@@ -161,3 +161,12 @@ NOTEBOOKS: dict[str, type[Config]] = {
 }
 
 PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN, *_ = NOTEBOOKS
+
+
+def parameter_names() -> set[str]:
+    """The parameters of all notebooks."""
+    return {key for config in NOTEBOOKS.values() for key in config.model_fields}
+
+
+#: The notebooks that a sweep executes.
+SWEPT = (PREPARE, CACHE, TRAIN, ANALYSE)

@@ -56,40 +56,40 @@ class TrialConfig(Config):
 
     notebook = "03_train_student"
 
-    distill_type: Annotated[str, AfterValidator(_known_method)]
-    seed: Annotated[fields.Seed, UsedBy(TRAINING)]
-    student: fields.Place
-    student_init: Literal["pretrained", "layers", "random"]
-    student_layers: fields.PositiveInt
-    teacher: fields.Place
-    more_teachers: Annotated[fields.MoreTeachers, UsedBy(TEACHER)]
-    tokenizer: fields.Place
-    alpha: Annotated[fields.Weight, UsedBy(TRAINING)]
-    beta: fields.Weight
-    gamma_hidden: fields.Weight
-    gamma_attention: fields.Weight
-    temperature: Annotated[fields.PositiveFloat, UsedBy("kd")]
-    logit_loss: Annotated[Literal["kl", "uld"], UsedBy("kd")]
-    distill_tokens: Annotated[Literal["all", "answer"], UsedBy(TEACHER)]
-    attention_normaliser: Annotated[Literal["entries", "queries"], UsedBy("attention")]
-    head_mapping: Annotated[Literal["none", "mean_groups", "learned"], UsedBy("attention")]
-    hidden_layers: Annotated[fields.Layers, UsedBy("hidden")]
-    attention_layers: Annotated[fields.Layers, UsedBy("attention")]
-    paired_layers: fields.PositiveInt
-    epochs: Annotated[fields.PositiveInt, UsedBy(TRAINING)]
-    batch_size: fields.PositiveInt
-    micro_batch_size: Annotated[fields.PositiveInt, UsedBy(TRAINING)]
-    learning_rate: Annotated[fields.PositiveFloat, UsedBy(TRAINING)]
-    weight_decay: Annotated[fields.Weight, UsedBy(TRAINING)]
-    max_grad_norm: Annotated[fields.PositiveFloat, UsedBy(TRAINING)]
-    eval_batch_size: fields.PositiveInt
-    max_new_tokens: fields.PositiveInt
-    precision: Literal["auto", "float32", "bfloat16"]
-    device: fields.Device
-    save_student: bool
-    checkpoint_seconds: fields.Count
-    run_dir: fields.Place
-    trial: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._=+-]*)?$", max_length=200)]
+    distill_type: Annotated[str, AfterValidator(_known_method)] = "black_box"
+    seed: Annotated[fields.Seed, UsedBy(TRAINING)] = 0
+    student: fields.Place = "artifacts/embedded/toy/student"
+    student_init: Literal["pretrained", "layers", "random"] = "pretrained"
+    student_layers: fields.PositiveInt = 2
+    teacher: fields.Place = "artifacts/embedded/toy/teacher"
+    more_teachers: Annotated[fields.MoreTeachers, UsedBy(TEACHER)] = ""
+    tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
+    alpha: Annotated[fields.Weight, UsedBy(TRAINING)] = 1.0
+    beta: fields.Weight = 0.5
+    gamma_hidden: fields.Weight = 0.1
+    gamma_attention: fields.Weight = 0.1
+    temperature: Annotated[fields.PositiveFloat, UsedBy("kd")] = 2.0
+    logit_loss: Annotated[Literal["kl", "uld"], UsedBy("kd")] = "kl"
+    distill_tokens: Annotated[Literal["all", "answer"], UsedBy(TEACHER)] = "all"
+    attention_normaliser: Annotated[Literal["entries", "queries"], UsedBy("attention")] = "entries"
+    head_mapping: Annotated[Literal["none", "mean_groups", "learned"], UsedBy("attention")] = "none"
+    hidden_layers: Annotated[fields.Layers, UsedBy("hidden")] = "last"
+    attention_layers: Annotated[fields.Layers, UsedBy("attention")] = "last"
+    paired_layers: fields.PositiveInt = 2
+    epochs: Annotated[fields.PositiveInt, UsedBy(TRAINING)] = 3
+    batch_size: fields.PositiveInt = 8
+    micro_batch_size: Annotated[fields.PositiveInt, UsedBy(TRAINING)] = 8
+    learning_rate: Annotated[fields.PositiveFloat, UsedBy(TRAINING)] = 1e-3
+    weight_decay: Annotated[fields.Weight, UsedBy(TRAINING)] = 0.01
+    max_grad_norm: Annotated[fields.PositiveFloat, UsedBy(TRAINING)] = 1.0
+    eval_batch_size: fields.PositiveInt = 64
+    max_new_tokens: fields.PositiveInt = 24
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: fields.Device = "auto"
+    save_student: bool = True
+    checkpoint_seconds: fields.Count = 0
+    run_dir: fields.Place = "runs/explore"
+    trial: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._=+-]*)?$", max_length=200)] = ""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

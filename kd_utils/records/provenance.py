@@ -25,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from kd_utils.config import notebook_files, project_paths
+from kd_utils.config import notebook_files, project_paths, stages
 from kd_utils.records.arithmetic import cpu_name
 from kd_utils.store.files import sha256_json
 
@@ -97,8 +97,8 @@ def listed(names: list[str], most: int = 4) -> str:
 def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
     """Digests of notebook `stem` and of the modules of `kd_utils` that it imports, at any depth.
 
-    Comments, docstrings, layout and text cells cannot change a result and do not count. Nor does
-    the `parameters` cell, whose values are part of every config.
+    Comments, docstrings, layout and text cells cannot change a result and do not count. Nor do
+    parameters that the first `parameters` cell assigns: their values are part of every config.
 
     Args:
         start: count only these modules, and what they import ("data.hub").
@@ -106,14 +106,7 @@ def code_of(stem: str, start: Collection[str] | None = None) -> dict[str, str]:
     Returns:
         "notebooks/STEM.ipynb" and "kd_utils/ROOM/MODULE.py" -> twelve hex digits.
     """
-    cells = json.loads(notebook_files.notebook_path(stem).read_text(encoding="utf-8"))["cells"]
-    source = "\n".join(
-        "".join(cell["source"])
-        for cell in cells
-        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
-    )
-    # IPython's own lines are not Python.
-    source = re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE)
+    source = notebook_files.code_without(stem, stages.parameter_names())
     todo, modules = set(_imported(source) if start is None else start), {}
     while todo:
         file = _file(todo.pop())

@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from kd_utils.cluster import machines
 from kd_utils.config import project_paths, stages, trial
 from kd_utils.cost.work import best_rate
 from kd_utils.records.trial_record import read_record
@@ -208,7 +208,7 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
     )
     grid.write_text(f"distill_type: [{', '.join(trial.DISTILLATIONS)}]\nseed: {list(seeds)}\n")
     sweep = ["-m", "kd_utils", "sweep", parameters, "--grid", grid, "--run-dir", folder / "sweep"]
-    sweep += ["--cpus-per-trial", (os.cpu_count() or 2) / 2]
+    sweep += ["--cpus-per-trial", machines.cores() / 2]
     _seconds(*sweep, "--only", "distill_type=black_box,seed=0")
     wall = _seconds(*sweep)
     names = [trial.trial_name(method, seed) for method in trial.DISTILLATIONS for seed in seeds]

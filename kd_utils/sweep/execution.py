@@ -18,6 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from traitlets import default
 from traitlets.config import Config
 
 from kd_utils.config import notebook_files, project_paths
@@ -34,6 +37,16 @@ FULL = {
 
 #: For a kernel to start or to send an output: papermill's 60 and 4 are too short beside 27 others.
 KERNEL_SECONDS = 300
+
+
+class OwnKernel(AsyncKernelManager):
+    """Starts kernels of this very Python: Jupyter would take whatever the first `python3` of its
+    folders (JUPYTER_PATH, the user's, the environment's) names, or nothing that exists.
+    """
+
+    @default("kernel_spec_manager")
+    def _of_this_python(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])  # what is left is ipykernel's own, for this Python
 
 
 class NotebookFailed(RuntimeError):
@@ -117,19 +130,20 @@ def execute(
 
 
 def kernel_settings(folder: str) -> dict[str, Any]:
-    """How papermill talks to its kernel: patiently, and through sockets in `folder`, which only
-    their owner can read.
+    """Which kernel papermill starts, and how it talks to it: patiently, and through sockets in
+    `folder`, which only their owner can read.
 
     By default it uses TCP ports, which are chosen first and bound by the kernel later: of kernels
     that start side by side two may choose the same port, and the later one dies. Ports remain where
     there can be no socket: the path is too long, or the file system has none.
     """
     settings: dict[str, Any] = {"start_timeout": KERNEL_SECONDS, "iopub_timeout": KERNEL_SECONDS}
+    settings["kernel_manager_class"] = OwnKernel
     connection = os.path.join(folder, "kernel.json")
     with suppress(OSError, AttributeError), socket.socket(socket.AF_UNIX) as probe:
         probe.bind(f"{connection}-probe")  # a longer name than any of the kernel's sockets
         sockets = {"transport": "ipc", "connection_file": connection}
-        settings["config"] = Config(KernelManager=sockets)
+        settings["config"] = Config(KernelManager=sockets)  # of which OwnKernel is a kind
     return settings
 
 
@@ -209,8 +223,17 @@ def _cause(error: Any) -> str:
     if hasattr(error, "ename"):  # raised in a cell
         text = f"{error.ename}: {error.evalue}"
         text = _out_of_memory(text) or text
-    elif text.startswith("DeadKernelError") or str(error).startswith("Kernel died"):
+        if error.ename in ("ModuleNotFoundError", "ImportError"):
+            text += f" (in {sys.executable})"
+    elif text.startswith("DeadKernelError"):
         text = "the kernel was killed or ran out of memory"
+    elif str(error).startswith("Kernel died"):
+        text = (
+            "the kernel was killed or ran out of memory while it started: see whether "
+            f"`{sys.executable} -m ipykernel_launcher --version` answers"
+        )
+    elif text.startswith("NoSuchKernel"):
+        text = f"{sys.executable} has no ipykernel: install it there"
     return " ".join(text.split())[:500]
 
 

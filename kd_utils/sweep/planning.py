@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_utils.config import fields, project_paths, stages
-from kd_utils.config.parameter_files import notebook_config
+from kd_utils.config.parameter_files import check_values, notebook_config
 from kd_utils.config.trial import trial_name
 from kd_utils.sweep.execution import injected
 
@@ -39,8 +39,7 @@ def plan(
     Raises:
         ValueError: a value that a notebook refuses, or two combinations that are the same trial.
     """
-    for stem in stages.NOTEBOOKS:  # 03 too: a value that the grid overrides must be right as well
-        notebook_config(stem, parameters)
+    check_values(parameters)  # of 03 too: a value that the grid overrides must be right as well
     trials: list[Trial] = []
     known: dict[str, Trial] = {}  # by name and by config
     for values in itertools.product(*grid.values()):

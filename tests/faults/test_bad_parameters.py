@@ -559,7 +559,9 @@ def test_any_object_in_a_notebooks_parameters(times, tried):
             )
         )
         by_hand = data.draw(
-            st.sampled_from(["x, y = 1, 2", "# Parameters\nseed = = 1", "# Parameters\nseed = 1"])
+            st.sampled_from(
+                ["x, y = 1, 2", "# Parameters\nseed = = 1", "# Parameters\nname = 'toy'"]
+            )
         )
         try:
             made = kind.from_notebook({**notebook_defaults(stem), "In": ["", by_hand], **changed})
@@ -665,9 +667,11 @@ def test_papermill_writes_every_value_as_it_is(times, tried):
 
 
 def test_a_string_cannot_pass_for_an_injected_parameter():
-    cell = PythonTranslator.codify({"teacher_revision": 'a"\n# Parameters\nstranger = 1\n'})
+    revision = 'a"\n# Parameters\nstranger = 1\n'
+    cell = PythonTranslator.codify({"teacher_revision": revision})
     values = {
         **notebook_defaults("02_cache_teacher"),
+        "teacher_revision": revision,
         "In": [cell, TransformerManager().transform_cell(cell)],
     }
     assert NOTEBOOKS["02_cache_teacher"].from_notebook(values)
