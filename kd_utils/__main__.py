@@ -286,6 +286,9 @@ if __name__ == "__main__":
     # What a batch system sends before it kills.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # one line
+    from kd_utils.sweep.display import print_plainly
+
+    print_plainly(sys.stdout, sys.stderr)
     status = main()
     for number in (signal.SIGINT, signal.SIGTERM):  # too late to stop anything
         signal.signal(number, signal.SIG_IGN)

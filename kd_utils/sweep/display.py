@@ -1,10 +1,41 @@
 """Live progress of a sweep: a table that refreshes in a terminal, plain lines elsewhere."""
 
+import codecs
 import sys
 import time
+import unicodedata
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, TextIO
+
+#: Signs of the tables and verdicts -> what a terminal shows that does not have them.
+PLAIN = {
+    "\u00b1": "+/-",
+    "\u2013": "-",
+    "\u2212": "-",
+    "\u00d7": "x",
+    "\u00b7": "-",
+    "\u2026": "...",
+}
+
+
+def print_plainly(*streams: TextIO) -> None:
+    """Let these streams replace what their encoding does not have, as in ASCII terminals and logs,
+    where printing it would end the command.
+    """
+    codecs.register_error("plain", _plain)
+    for stream in streams:
+        stream.reconfigure(errors="plain")  # type: ignore[attr-defined]
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """What stands for text that an encoding lacks: letters without accents, or a question mark."""
+    assert isinstance(error, UnicodeEncodeError)
+    shown = ""
+    for sign in error.object[error.start : error.end]:
+        letters = unicodedata.normalize("NFKD", sign).encode("ascii", "ignore").decode()
+        shown += PLAIN.get(sign) or letters or "?"
+    return shown, error.end
 
 
 def say(text: str) -> None:

@@ -5,10 +5,12 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from kd_utils.cluster import session
+from kd_utils.config.project_paths import CODE_ROOT
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,29 @@ with ray_running(None, 2):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-aa,MIG-bb,MIG-xx")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert ran.stdout == "MIG-aa MIG-aa MIG-bb MIG-bb ''\n", ran.stderr
+
+
+def test_under_uv_run_workers_are_this_python(tmp_path):
+    """Ray has a hook that starts every worker with the command that started the driver."""
+    uv = Path(sys.prefix, "bin", "uv")
+    if not uv.exists():
+        pytest.skip("uv is not installed")
+    code = """
+import os, sys, ray
+from kd_utils.cluster.session import ray_running
+with ray_running(None):
+    look = ray.remote(num_cpus=1)(lambda: (sys.executable, os.getcwd()))
+    print(ray.cluster_resources()["CPU"], *ray.get(look.remote()))
+"""
+    (tmp_path / "pyproject.toml").write_text("[project]\nname = 'x'\nversion = '0'\n")
+    command = [uv, "run", "--no-sync", "--offline", "--active", "python", "-c", code]
+    ran = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(CODE_ROOT), "KD_CPUS": "1", "VIRTUAL_ENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    cpus, python, folder = ran.stdout.split()
+    assert (cpus, folder, Path(python).parent) == ("1.0", str(tmp_path), uv.parent), ran.stderr

@@ -2,7 +2,9 @@
 its kernel.
 """
 
+import json
 import socket
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,3 +145,35 @@ def test_memory_that_ends_is_told_in_one_line_with_the_remedy(name, message, who
 def test_other_errors_are_told_as_they_are(name, message):
     error = SimpleNamespace(ename=name, evalue=message)
     assert execution._cause(error) == f"{name}: {message}".strip()
+
+
+@pytest.mark.parametrize("argv", [["/no/such/python"], ["/bin/false"]], ids=["missing", "another"])
+@pytest.mark.parametrize("variable", ["JUPYTER_PATH", "JUPYTER_DATA_DIR"])
+def test_kernels_are_of_this_python_whatever_kernelspec_stands_first(
+    notebook, tmp_path, monkeypatch, variable, argv
+):
+    target, does = notebook
+    does("import sys\nsys.executable")
+    spec = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"
+    spec.parent.mkdir(parents=True)
+    spec.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
+    monkeypatch.setenv(variable, str(tmp_path / "jupyter"))
+    execution.execute("04_analyse_results", target, {}, dict)
+    [shown] = nbformat.read(target, 4).cells[-1].outputs
+    assert shown.data["text/plain"] == repr(sys.executable)
+
+
+def test_a_failed_import_names_the_interpreter():
+    error = SimpleNamespace(ename="ModuleNotFoundError", evalue="No module named 'torch'")
+    assert execution._cause(error) == (
+        f"ModuleNotFoundError: No module named 'torch' (in {sys.executable})"
+    )
+
+
+def test_a_python_without_ipykernel_is_named(notebook, monkeypatch):
+    target, _ = notebook
+    monkeypatch.setitem(sys.modules, "ipykernel.kernelspec", None)
+    with pytest.raises(
+        execution.NotebookFailed, match=f"failed: {sys.executable} has no ipykernel: install it"
+    ):
+        execution.execute("04_analyse_results", target, {}, dict)
