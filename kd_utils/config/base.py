@@ -53,7 +53,8 @@ class Config(BaseModel):
         kind = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and kind in (int, float):
             raise ValueError("Input should be a number, not true or false")
-        if kind is bool and str(value).lower() not in ("true", "false"):  # papermill's -p has text
+        is_word = isinstance(value, str) and value.lower() in ("true", "false")  # papermill's -p
+        if kind is bool and not isinstance(value, bool) and not is_word:
             raise ValueError(f"Input should be true or false, got {fields.kind_of(value)}")
         if isinstance(value, bytes) and kind in (int, float):
             raise ValueError(f"Input should be a number, got {fields.kind_of(value)}")
