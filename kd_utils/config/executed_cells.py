@@ -7,12 +7,11 @@ only what one whole, unbroken execution of its config made, so a cell that write
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from typing import Any
 
-from kd_utils.config.notebook_files import notebook_path
+from kd_utils.config import notebook_files
 
 
 @dataclass
@@ -42,13 +41,12 @@ class Execution:
     """
 
     def __init__(self, stem: str, maker: str) -> None:
-        self.file, self.maker = f"notebooks/{stem}.ipynb", maker
+        self.file, self.maker = notebook_files.place(stem), maker
         self._first = _record_runs()
         self._cells: list[str] = []
         if self._first is not None:
-            cells = json.loads(notebook_path(stem).read_text(encoding="utf-8"))["cells"]
-            sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-            sources = [source.strip() for source in sources if source.strip()]
+            sources = [source.strip() for source, _ in notebook_files.read_cells(stem).values()]
+            sources = [source for source in sources if source]
             made = [number for number, source in enumerate(sources) if maker in source]
             self._cells = sources[made[0] :] if made else []
 

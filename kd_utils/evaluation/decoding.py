@@ -110,10 +110,12 @@ def row_by_row(rules: list[Any], starts: list[int]) -> Any:
         """(B, T) ids and (B, V) scores to (B, V) scores."""
 
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if not any(rules):
+                return scores
             rows = [
                 rule(input_ids[b : b + 1, start:], scores[b : b + 1])
                 for b, (rule, start) in enumerate(zip(rules, starts, strict=True))
             ]
-            return torch.cat(rows) if any(rules) else scores
+            return torch.cat(rows)
 
     return RowByRow()

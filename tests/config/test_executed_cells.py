@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kd_utils.config import executed_cells
+from kd_utils.config import executed_cells, notebook_files
 from kd_utils.config.executed_cells import Execution
 
 CONFIG = "config = TrialConfig.from_notebook(globals())"
@@ -40,7 +40,7 @@ def kernel(monkeypatch, tmp_path):
     """A kernel, and a saved notebook with `CELLS`."""
     cells = [{"cell_type": "code", "source": cell, "metadata": {}} for cell in CELLS]
     (tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
-    monkeypatch.setattr(executed_cells, "notebook_path", lambda stem: tmp_path / "n.ipynb")
+    monkeypatch.setattr(notebook_files, "notebook_path", lambda stem: tmp_path / "n.ipynb")
     kernel = Kernel()
     monkeypatch.setattr("IPython.get_ipython", lambda: kernel)
     monkeypatch.setattr(executed_cells, "_runs", [])
