@@ -1,6 +1,7 @@
-"""Files that prove to be unchanged: JSON with a checksum of its own text, and folders of files.
+"""Files that prove to be unchanged: JSON with a digest of its own content, and folders of files.
 
-Notebooks are JSON too. Any later change of a sealed file is found when it is read.
+Notebooks are JSON too. A sealed file is whole as long as it says what was written: any tool may
+write it anew, and any change of what it says is found when it is read.
 """
 
 import hashlib
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from kd_utils.store.content import content_digest, dict_at
 from kd_utils.store.files import sha256_file, written_aside, written_folder
 
 
@@ -19,40 +21,53 @@ class RecordError(ValueError):
 
 
 def seal(document: dict[str, Any], holder: str) -> str:
-    """The text of a JSON document with the SHA-256 of the rest of that text in it.
+    """The text of a JSON document with the digest of its content in it (`content_digest`).
 
     Args:
         holder: where the digest goes, as `sha256`: the dotted place of a dict in the document
             ("metadata.kd_utils"), which is created if it is missing.
+
+    Raises:
+        ValueError: a number is not finite.
     """
-    inside = document
-    for key in holder.split("."):
-        inside = inside.setdefault(key, {})
-    inside.pop("sha256", None)
-    inside["sha256"] = hashlib.sha256(_dump(document).encode()).hexdigest()
+    inside = dict_at(document, holder)
+    inside["sha256"] = content_digest(_dump(document), holder)
     return _dump(document)
 
 
 def read_sealed(path: Path, holder: str) -> dict[str, Any]:
-    """Read a document that `write_sealed` wrote.
+    """Read a document that `write_sealed` wrote; any tool may have written it anew since.
 
     Raises:
-        RecordError: the file is missing, is not JSON, or any byte of it changed.
+        RecordError: the file is missing, is not JSON, or what it says changed.
     """
     try:
-        text = path.read_bytes().decode()
-        document = json.loads(text)
-        sealed = seal(document, holder)
+        data = path.read_bytes()
+        document = json.loads(data)
+        unchanged = (
+            content_digest(data, holder) == dict_at(document, holder).get("sha256")
+            or _older_seal(document, holder) == data
+        )
     except OSError as error:
         raise RecordError(f"{path.name} {_unreadable(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise RecordError(f"{path.name} is damaged: it is not a sealed JSON file") from None
-    # The texts are compared, since JSON with other blanks or digits can have the same values.
-    if sealed != text:
+    if not unchanged:
         raise RecordError(
             f"{path.name} was changed after it was written, or another version of the code wrote it"
         )
     return document
+
+
+def _older_seal(document: dict[str, Any], holder: str) -> bytes:
+    """The file as older versions wrote it: with the digest of the rest of its very text."""
+    inside = dict_at(document, holder)
+    given = inside.pop("sha256", None)
+    text = _dump(document)
+    inside["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    sealed = _dump(document).encode()
+    inside["sha256"] = given
+    return sealed
 
 
 def write_sealed(path: Path, document: dict[str, Any], holder: str) -> None:

@@ -4,12 +4,14 @@ use, and named.
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -156,6 +158,14 @@ def require_found(path: Path, data: bytes | None, opens: Callable[[], object], w
     assert len(message.splitlines()) == 1 and re.search("run (notebook )?0[12]", message), message
 
 
+def says_the_same(path: Path, data: bytes) -> bool:
+    """Whether JSON was only written another way: 1E-05 for 1e-05, no line break at its end."""
+    if path.suffix == ".json":
+        with suppress(ValueError):
+            return json.loads(data) == json.loads(path.read_bytes())
+    return False
+
+
 def test_every_flipped_bit_is_found_before_use(places, times, tried):
     rng, all_files = random.Random(0), files(places)
     for number in range(times(200, 2000)):
@@ -163,23 +173,28 @@ def test_every_flipped_bit_is_found_before_use(places, times, tried):
         data = bytearray(path.read_bytes())
         place, bit = rng.randrange(len(data)), rng.randrange(8)
         data[place] ^= 1 << bit
-        require_found(path, bytes(data), opens, f"byte {place}, bit {bit}")
+        if not says_the_same(path, bytes(data)):
+            require_found(path, bytes(data), opens, f"byte {place}, bit {bit}")
     for _, _, opens in all_files:
         opens()
     tried("byte of cache or prepared data flipped", number + 1)
 
 
-def test_a_number_written_another_way_is_found_too(places, tried):
+def test_a_number_written_another_way_is_the_same_and_another_number_is_found(places, tried):
     """0.95238095238095231 and 1E-05 are read as the very numbers that were written."""
     for path, _, opens in files(places):
         if path.name == "manifest.json" and "cache" in path.parts:
-            for old, new in (
-                (b"0.9523809523809523", b"0.95238095238095231"),
-                (b"1e-05", b"1E-05"),
-                (b"{", b"{ "),
+            whole = path.read_bytes()
+            for old, same, other in (
+                (b"0.9523809523809523", b"0.95238095238095231", b"0.9523809523809524"),
+                (b"1e-05", b"1E-05", b"1e-06"),
+                (b"{", b"{ ", b"{{"),
             ):
-                assert old in path.read_bytes()
-                require_found(path, path.read_bytes().replace(old, new, 1), opens, new.decode())
+                assert old in whole
+                path.write_bytes(whole.replace(old, same, 1))
+                opens()
+                path.write_bytes(whole)
+                require_found(path, whole.replace(old, other, 1), opens, other.decode())
                 tried("byte of cache or prepared data flipped", 1)
 
 
@@ -187,7 +202,7 @@ def test_a_cut_missing_or_foreign_file_is_found_before_use(places, times, tried)
     rng, count = random.Random(0), 0
     for path, counterpart, opens in files(places):
         size = path.stat().st_size
-        for length in [0, 1, size - 1, *(rng.randrange(size) for _ in range(times(3, 100)))]:
+        for length in [0, 1, size - 2, *(rng.randrange(size) for _ in range(times(3, 100)))]:
             require_found(path, path.read_bytes()[:length], opens, f"cut to {length} of {size}")
             count += 1
         require_found(path, path.read_bytes() + b"\0", opens, "one byte more")

@@ -2,8 +2,10 @@
 by a sweep.
 """
 
+import json
 import random
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -40,13 +42,31 @@ def require_found(path, run_dir, what):
         )
 
 
+def says_the_same(path, whole, changed):
+    """Whether JSON was only written another way (1E-05 for 1e-05), or the minor version of a
+    notebook's format changed.
+    """
+    if path.suffix not in (".json", ".ipynb"):
+        return False
+    with suppress(ValueError):
+        before, after = json.loads(whole), json.loads(changed)
+        if path.suffix == ".ipynb":
+            keys = ("cells", "metadata", "nbformat")
+            before, after = ({key: n.get(key) for key in keys} for n in (before, after))
+        return before == after
+    return False
+
+
 def flip(run_dir, n, seed):
     randomly, files = random.Random(seed), files_of(run_dir)
     for _ in range(n):
         path = randomly.choice(files)
         whole = path.read_bytes()
         at, bit = randomly.randrange(len(whole)), randomly.randrange(8)
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+        flipped = whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
+        if says_the_same(path, whole, flipped):
+            continue
+        path.write_bytes(flipped)
         require_found(path, run_dir, f"bit {bit} of byte {at}")
         path.write_bytes(whole)
     assert check.check_run(run_dir) == []
@@ -77,10 +97,12 @@ def test_whatever_is_cut_off_or_missing_is_found(run_dir, times, tried):
         for data in [
             *(whole[:cut] for cut in cuts),
             whole + b"\0",
-            whole + b" ",
+            whole + b"0",
             whole + whole,
             b"\0" * len(whole),
         ]:
+            if says_the_same(path, whole, data):  # without its last line break
+                continue
             path.write_bytes(data)
             require_found(path, run_dir, f"{len(data)} bytes in place of {len(whole)}")
             n += 1

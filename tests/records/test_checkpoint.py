@@ -147,7 +147,7 @@ def test_a_damaged_state_is_not_read(tmp_path, name):
     for number, at in enumerate(np.linspace(0, len(whole) - 1, 60).astype(int)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << number % 8)]) + whole[at + 1 :])
         assert trial.checkpoint.load() is None, f"byte {at}"
-    for damaged in (whole[:-1], whole + b" ", whole[: len(whole) // 2], b""):
+    for damaged in (whole[:-2], whole + b"0", whole[: len(whole) // 2], b""):
         path.write_bytes(damaged)
         assert trial.checkpoint.load() is None, f"{len(damaged)} bytes"
     path.unlink()

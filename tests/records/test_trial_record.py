@@ -137,7 +137,7 @@ def test_a_sealed_record_of_another_shape_is_one_line(tmp_path, changes, message
 def test_a_damaged_or_missing_part_is_named(tmp_path, name):
     trial_record.write_record(tmp_path / "t", metrics_of(), PREDICTIONS)
     path = tmp_path / "t" / name
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-2])
     with pytest.raises(RecordError, match=f"t/{name} (is|was)"):
         trial_record.read_record(tmp_path / "t")
     path.unlink()
