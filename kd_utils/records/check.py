@@ -1,5 +1,8 @@
 """`python -m kd_utils check RUN_DIR`: whether a run folder is whole, also one from others."""
 
+import csv
+import hashlib
+import io
 import json
 import os
 from collections import Counter
@@ -13,7 +16,7 @@ from pydantic import Field
 from kd_utils.records import provenance, run_folder
 from kd_utils.records.run_folder import PLAN, SUMMARY, Status, trials_with_status
 from kd_utils.records.trial_record import PREDICTIONS, Metrics, Shape, read_record, require_shape
-from kd_utils.store.files import sha256_file
+from kd_utils.store.files import matching
 from kd_utils.store.sealed import RecordError
 
 STAGES = ("01_prepare_data", "02_cache_teacher", "04_analyse_results")
@@ -77,7 +80,7 @@ def _problems(run_dir: Path) -> Iterator[str]:
     summary = run_dir / SUMMARY
     if not summary.is_file():
         yield f"{SUMMARY} is missing: run the sweep again"
-    elif summary.read_bytes() != run_folder.collect(run_dir).to_csv(index=False).encode():
+    elif _cells(summary.read_bytes()) != _cells(run_folder.collect(run_dir).to_csv(index=False)):
         yield f"{SUMMARY} does not agree with the records: run the sweep again to write it anew"
 
 
@@ -154,7 +157,7 @@ def _check_stages(run_dir: Path) -> Iterator[str]:
         yield from (
             f"{name} is not the file that {stage}.ipynb wrote: run the sweep again to write it anew"
             for name, checksum in about.kd_utils.wrote.items()
-            if not (run_dir / name).is_file() or sha256_file(run_dir / name) != checksum
+            if not (run_dir / name).is_file() or checksum not in _digests(run_dir / name)
         )
     yield from (
         f"{STAGES[0]}.ipynb, {STAGES[1]}.ipynb and {PLAN} are not from one run: the {what} differs"
@@ -163,11 +166,31 @@ def _check_stages(run_dir: Path) -> Iterator[str]:
     )
 
 
+def _digests(path: Path) -> list[str]:
+    """Of a text file as it is, and with the line ends that it was written with (on Windows, git may
+    have changed them).
+    """
+    data = path.read_bytes()
+    return [hashlib.sha256(d).hexdigest() for d in (data, data.replace(b"\r\n", b"\n"))]
+
+
+def _cells(table: str | bytes) -> list[list[tuple[str, str]]] | None:
+    """The cells of a CSV table, row by row, each with its column's name; the order of columns is
+    that of the keys in a record, which does not count. None for what is no such table.
+    """
+    text = table.decode(errors="replace") if isinstance(table, bytes) else table
+    try:
+        header, *rows = csv.reader(io.StringIO(text, newline=""))
+        return [sorted(zip(header, row, strict=True)) for row in rows]
+    except (ValueError, csv.Error):
+        return None
+
+
 def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> Iterator[str]:
     """What is in `trials/` and should not be."""
     names = Counter(planned["trial"] for planned, _ in trials)
     yield from (f"{name} is planned {count} times" for name, count in names.items() if count > 1)
-    for path in sorted((run_dir / "trials").glob("*")):
+    for path in matching(run_dir / "trials", "*"):
         if path.name.startswith("."):
             yield f"trials/{path.name} is left over from an execution that was stopped: remove it"
         elif path.name.removesuffix(".ipynb").removesuffix(".failed") not in names:

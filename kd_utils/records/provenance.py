@@ -186,7 +186,10 @@ def _with_packages(name: str) -> set[str]:
         if init.name != "__init__.py" or not init.is_file():
             continue
         if len(ast.parse(init.read_text(encoding="utf-8")).body) > 1:
-            found |= {package, *(f"{package}.{file.stem}" for file in init.parent.glob("[!_]*.py"))}
+            found |= {
+                package,
+                *(f"{package}.{file.stem}" for file in init.parent.glob("[!_.]*.py")),
+            }
     return found
 
 

@@ -8,10 +8,30 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+#: What file browsers, network drives, editors and JupyterLab leave in any folder, in lower case.
+STRAY = (
+    ".ds_store",
+    "._*",  # macOS, beside each file on a drive of another system
+    ".nfs*",
+    ".fuse_hidden*",
+    ".smbdelete*",
+    ".directory",
+    ".ipynb_checkpoints",
+    "thumbs.db",
+    "desktop.ini",
+    "*~",
+    "~$*",
+    "#*#",
+    ".#*",
+    ".~lock.*#",
+    ".*.sw[a-z]",
+)
 
 FULL_DISK = {
     errno.ENOSPC: "no space left on device",
@@ -90,6 +110,20 @@ def full_disk_named(path: Path) -> Iterator[None]:
                     "same command again, finished files are kept",
                 ) from None
         raise
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file or folder of this name means nothing, wherever it is: see `STRAY`."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in STRAY)
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What `folder.glob` finds, sorted; without strays: "*.json" matches ".#a.json" too."""
+    return [
+        path
+        for path in sorted(folder.glob(pattern))
+        if not any(map(is_stray, path.relative_to(folder).parts))
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:

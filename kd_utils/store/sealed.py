@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_utils.store.content import content_digest, dict_at
-from kd_utils.store.files import sha256_file, written_aside, written_folder
+from kd_utils.store.files import matching, sha256_file, written_aside, written_folder
 
 
 class RecordError(ValueError):
@@ -106,7 +106,7 @@ class SealedFolder:
         """Yield an empty folder to write files to; then seal it and let it replace this one."""
         with written_folder(self.path) as aside:
             yield aside
-            files = [path for path in sorted(aside.rglob("*")) if path.is_file()]
+            files = [path for path in matching(aside, "**/*") if path.is_file()]
             checksums = {str(path.relative_to(aside)): sha256_file(path) for path in files}
             SealedFolder(aside, self.document).seal(document, checksums)
 

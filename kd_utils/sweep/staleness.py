@@ -13,7 +13,7 @@ from kd_utils.config import fields, notebook_files, project_paths, stages
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.data import prepared_data
 from kd_utils.records import provenance, run_folder
-from kd_utils.store.files import sha256_file
+from kd_utils.store.files import matching, sha256_file
 from kd_utils.store.sealed import RecordError
 from kd_utils.sweep.planning import Trial
 
@@ -107,7 +107,7 @@ def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
         for name in (student, notebook_config(stages.CACHE, parameters).teacher):
             place = project_paths.project_path(name)
             embedded = place.is_relative_to(settings.artifacts / "embedded")
-            if embedded and not list(place.glob("*.safetensors")):
+            if embedded and not matching(place, "*.safetensors"):
                 return f"{name} is missing"
     return prepared_data.why_stale(settings.data_path, settings)
 

@@ -27,7 +27,7 @@ from kd_utils.sweep.execution import execute_stage
 from kd_utils.sweep.executor import Executor, Job, run_trials
 
 #: What 04 writes into the run folder.
-ANALYSES = (f"{ANALYSE}.ipynb", run_folder.VERDICT, "comparisons.csv", "analysis.csv")
+ANALYSES = (run_folder.VERDICT, "comparisons.csv", "analysis.csv")
 
 
 class Sweep:
@@ -164,7 +164,7 @@ class Sweep:
                 parameters = self.parameters | {"run_dir": self.place}
                 execute_stage(ANALYSE, self.run_dir, parameters, self._written)
             else:  # an earlier plan's trials showed them
-                for name in ANALYSES:
+                for name in (f"{ANALYSE}.ipynb", *ANALYSES):
                     (self.run_dir / name).unlink(missing_ok=True)
         return results
 
@@ -203,8 +203,8 @@ class Sweep:
 
     def _written(self) -> dict[str, Any]:
         """Checksums of the tables and the verdict, for the record of 04."""
-        paths = sorted([*self.run_dir.glob("*.csv"), *self.run_dir.glob(run_folder.VERDICT)])
-        return {"wrote": {path.name: files.sha256_file(path) for path in paths}}
+        paths = [self.run_dir / name for name in (run_folder.SUMMARY, *ANALYSES)]
+        return {"wrote": {p.name: files.sha256_file(p) for p in paths if p.is_file()}}
 
     def _write_summary(self) -> pd.DataFrame:
         results = run_folder.collect(self.run_dir)

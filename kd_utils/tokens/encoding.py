@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kd_utils.store.files import sha256_file
+from kd_utils.store.files import matching, sha256_file
 from kd_utils.tokens.vocabulary import Vocabulary, byte_ends
 
 
@@ -100,7 +100,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 def tokenizer_files(folder: Path) -> dict[str, str]:
     """Digests by name of the files in a folder that a tokenizer is read from, not of a model's."""
     starts = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges")
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for path in matching(folder, "*") if path.is_file()]
     return {path.name: sha256_file(path) for path in files if path.name.startswith(starts)}
 
 

@@ -173,7 +173,9 @@ def test_it_is_whole_after_all_of_them(path):
 
 def test_outputs_that_were_stripped_are_found(path):
     strip = pytest.importorskip("nbstripout").strip_output
-    document = strip(nbformat.read(path, as_version=4), keep_output=False, keep_count=False, keep_id=True)
+    document = strip(
+        nbformat.read(path, as_version=4), keep_output=False, keep_count=False, keep_id=True
+    )
     nbformat.write(document, path)
     with pytest.raises(RecordError, match=r"n.ipynb was changed after it was written"):
         read_sealed(path, HOLDER)
@@ -285,7 +287,15 @@ def test_a_number_is_the_same_however_it_is_written(spellings):
 
 
 def test_numbers_that_differ_are_not_the_same():
-    numbers = ("1", "2", "1.0000000000000002", "-1", "9007199254740992", "9007199254740993", "1e300")
+    numbers = (
+        "1",
+        "2",
+        "1.0000000000000002",
+        "-1",
+        "9007199254740992",
+        "9007199254740993",
+        "1e300",
+    )
     numbers += ("true", "false", "null", '"1"', "[1]", "1" * 400, "1" * 399 + "2", "0")
     assert len({digest('{"x": %s}' % number) for number in numbers}) == len(numbers)
 

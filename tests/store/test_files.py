@@ -14,6 +14,7 @@ import pytest
 
 from kd_utils.store.files import (
     full_disk_named,
+    matching,
     sha256_file,
     sha256_json,
     write_json,
@@ -153,6 +154,24 @@ def test_digests(tmp_path):
         == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     )
     assert sha256_json({"a": 1, "b": 2}) == sha256_json({"b": 2, "a": 1}) != sha256_json({"a": 1})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(".DS_Store", "._model.safetensors", ".nfs0000000001", ".fuse_hidden0001", "Thumbs.db"),
+        *("desktop.ini", "a.safetensors~", "~$a.xlsx", "#a.safetensors#", ".#a.safetensors"),
+        *(".~lock.a.csv#", ".a.safetensors.swp", ".ipynb_checkpoints/a.safetensors"),
+    ],
+)
+def test_what_tools_leave_is_not_taken_for_ours(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    for own in ("model.safetensors", ".model.safetensors.partial-7", name):
+        (tmp_path / own).touch()
+    names = [".model.safetensors.partial-7", "model.safetensors"]
+    assert [path.name for path in matching(tmp_path, "*")] == names
+    assert [path.name for path in matching(tmp_path, "**/*")] == names
+    assert [path.name for path in matching(tmp_path, "*.safetensors")] == names[1:]
 
 
 def test_a_second_process_is_refused_and_told_who_holds_until_that_is_killed(tmp_path):

@@ -3,5 +3,5 @@
 from importlib import import_module
 from pathlib import Path
 
-for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+for file in sorted(Path(__file__).parent.glob("[!_.]*.py")):
     import_module(f"{__name__}.{file.stem}")
