@@ -18,6 +18,7 @@ from kd_utils.sweep.sweep import Sweep
 from kd_utils.tokens.encoding import tokenizer_files
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore:Cell is missing an id field")
 STRAY = (".DS_Store", "._x.csv", ".nfs00000001", "Thumbs.db", "desktop.ini", "x~", ".x.csv.swp")
 
 

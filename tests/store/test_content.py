@@ -283,7 +283,7 @@ def digest(text):
     ],
 )
 def test_a_number_is_the_same_however_it_is_written(spellings):
-    assert len({digest('{"x": %s}' % spelling) for spelling in spellings}) == 1
+    assert len({digest(f'{{"x": {spelling}}}') for spelling in spellings}) == 1
 
 
 def test_numbers_that_differ_are_not_the_same():
@@ -297,12 +297,12 @@ def test_numbers_that_differ_are_not_the_same():
         "1e300",
     )
     numbers += ("true", "false", "null", '"1"', "[1]", "1" * 400, "1" * 399 + "2", "0")
-    assert len({digest('{"x": %s}' % number) for number in numbers}) == len(numbers)
+    assert len({digest(f'{{"x": {number}}}') for number in numbers}) == len(numbers)
 
 
 @pytest.mark.parametrize("text", ["NaN", "Infinity", "-Infinity", "1e999", '{"a": 1, "a": 1}'])
 def test_what_readers_take_differently_is_refused(tmp_path, text):
-    (tmp_path / "a.json").write_text('{"x": %s, "checksums": {"sha256": "0"}}' % text)
+    (tmp_path / "a.json").write_text(f'{{"x": {text}, "checksums": {{"sha256": "0"}}}}')
     with pytest.raises(ValueError):
         digest((tmp_path / "a.json").read_bytes())
     with pytest.raises(RecordError, match="a.json is damaged: it is not a sealed JSON file"):
