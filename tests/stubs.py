@@ -55,9 +55,11 @@ from kd_utils.store import files, sealed
 config = CacheConfig.from_notebook(globals())
 prepared = data.read_manifest(config.data_path)
 manifest = {"format": cache.FORMAT_VERSION, "teacher": config.teacher, "base_teacher": config.teacher,
-            "data_hash": prepared["data_hash"], "code": cache.cache_code()}
+            "data_hash": prepared["data_hash"], "code": cache.cache_code(), "shards": []}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
-sealed.write_sealed(folder / "manifest.json", manifest, "checksums")""",
+sealed.write_sealed(folder / "manifest.json", manifest, "checksums")
+cache.sealed_cache(folder, "verified.json").seal(
+    {"content_hash": cache.read_manifest(folder)["content_hash"]}, {})""",
     "03_train_student": """
 import os, time
 import pandas as pd

@@ -45,7 +45,7 @@ def verify(
             (folder / "verified.json").unlink(missing_ok=True)
         cache = TeacherCache(folder, memory_bytes=0)
         if (folder / "verified.json").exists():
-            _require_verified(cache)
+            _require_verified(folder, cache.manifest)
         checks = {"files": f"{len(cache.manifest['shards'])} shards, checksums equal"}
         for split, table in (data or {}).items():
             wanted, cached = set(table["example_id"]), set(cache.splits.get(split, []))
@@ -144,17 +144,30 @@ def open_verified(folder: Path, *, data_hash: str, teacher: str | None) -> Teach
         CacheError: what is wrong, and the remedy.
     """
     cache = TeacherCache(folder)
-    if not (folder / "verified.json").is_file():
-        raise CacheError(f"{folder.name} has not been verified: run 02 again to verify it")
-    _require_verified(cache)
+    _require_verified(folder, cache.manifest)
     if reasons := why_stale(cache.manifest, data_hash=data_hash, teacher=teacher):
         raise CacheError(f"{folder.name} is stale: {reasons}: run 02 again")
     return cache
 
 
-def _require_verified(cache: TeacherCache) -> None:
-    sealed = manifests.sealed_cache(cache.folder, "verified.json")
-    if sealed.read().get("content_hash") != cache.manifest["content_hash"]:
+def why_not_verified(folder: Path, *, every_byte: bool) -> str:
+    """Why a finished cache cannot be trained from, whatever it was made from; "" if it can.
+
+    Args:
+        every_byte: as `open_verified` looks at it; otherwise no large file is read.
+    """
+    try:
+        _require_verified(folder, manifests.check_files(folder, every_byte=every_byte))
+    except CacheError as error:
+        return str(error)
+    return ""
+
+
+def _require_verified(folder: Path, manifest: dict[str, Any]) -> None:
+    if not (folder / "verified.json").is_file():
+        raise CacheError(f"{folder.name} has not been verified: run 02 again to verify it")
+    sealed = manifests.sealed_cache(folder, "verified.json")
+    if sealed.read().get("content_hash") != manifest["content_hash"]:
         raise sealed.problem("verified.json is from another cache")
 
 

@@ -191,10 +191,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def why_stale(folder: str | Path, config: stages.DataConfig) -> str:
     """Why the prepared data is not what `01_prepare_data` would make now; "" if it is.
 
-    It compares config, code, and the local files of rows and tokenizer, and reads no table.
+    It compares config, code, the local files of rows and tokenizer, and the bytes of the tables.
     """
     try:
         made_from = provenance.Ingredients(read_manifest(folder)["made_from"])
+        _sealed(folder).check()
         return made_from.why_stale(ingredients(config))
     except (sealed.RecordError, FileNotFoundError) as error:
         return str(error)

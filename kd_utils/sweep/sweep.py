@@ -63,9 +63,11 @@ class Sweep:
                 "give another --run-dir, or remove that folder"
             )
 
-    def why_to_run(self, stem: str) -> str:
+    def why_to_run(self, stem: str, *, every_byte: bool = False) -> str:
         """Why 01 or 02 must be executed (again), in one line; "" if not."""
-        return staleness.why_to_run(stem, self.run_dir, self.parameters)
+        return staleness.why_to_run(
+            stem, self.run_dir, self.parameters, self.chosen, every_byte=every_byte
+        )
 
     def states(self, trials: list[planning.Trial]) -> dict[str, run_folder.Status]:
         """Whether each trial is done with its config and with today's code, student and cache."""
@@ -160,6 +162,8 @@ class Sweep:
                 self._write_plan()
                 say(f"{len(self.chosen)} of {len(self.chosen)} trials: already done")
                 results = self._write_summary()
+            if (results["status"] == "done").all():
+                self._remove_leftovers()
             if (results["status"] == "done").any():
                 parameters = self.parameters | {"run_dir": self.place}
                 execute_stage(ANALYSE, self.run_dir, parameters, self._written)
@@ -173,7 +177,7 @@ class Sweep:
         self._write_plan()
         executor.require_same_view(self._shared_files())  # before the teacher runs for hours
         for stem in (PREPARE, CACHE):
-            why = self.why_to_run(stem)
+            why = self.why_to_run(stem, every_byte=True)  # as each trial will look at it
             say(f"{stem}: running ({why})" if why else f"{stem}: already done")
             if why:
                 made = partial(staleness.stage_key, stem, self.parameters)
@@ -194,12 +198,16 @@ class Sweep:
                 run_trials(executor, jobs, progress)
         finally:  # after Ctrl-C too: the table says what is done so far
             results = self._write_summary()
-        if (results["status"] == "done").all():
-            # A trial that was killed after it wrote its record leaves a checkpoint.
-            artifacts = notebook_config(TRAIN, self.parameters).artifacts
-            checkpoints = artifacts / "checkpoints" / project_paths.run_label(self.run_dir)
-            shutil.rmtree(checkpoints, ignore_errors=True)
         return results
+
+    def _remove_leftovers(self) -> None:
+        """What trials left that were killed after they wrote their records, when all are done."""
+        artifacts = notebook_config(TRAIN, self.parameters).artifacts
+        checkpoints = artifacts / "checkpoints" / project_paths.run_label(self.run_dir)
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        for trial in self.trials:
+            for leftover in (self.run_dir / "trials").glob(f".{trial.trial}.partial-*.ipynb"):
+                leftover.unlink(missing_ok=True)
 
     def _written(self) -> dict[str, Any]:
         """Checksums of the tables and the verdict, for the record of 04."""

@@ -48,9 +48,12 @@ sealed.write_sealed(config.data_path / "manifest.json", {
 prepared = data.read_manifest(config.data_path)
 manifest = {"format": cache.FORMAT_VERSION, "code": cache.cache_code(), "teacher": config.teacher,
             "base_teacher": config.teacher, "base_fingerprint": model_fingerprint(config.teacher),
-            "tokenizer_files": tokenizer_files(project_path(config.teacher)), "data_hash": prepared["data_hash"]}
+            "tokenizer_files": tokenizer_files(project_path(config.teacher)), "data_hash": prepared["data_hash"],
+            "shards": []}
 folder = config.artifacts / "cache" / f"{config.name}-2026-01-01-{files.sha256_json(manifest)[:8]}"
-sealed.write_sealed(folder / "manifest.json", manifest, "checksums")""",
+sealed.write_sealed(folder / "manifest.json", manifest, "checksums")
+cache.sealed_cache(folder, "verified.json").seal(
+    {"content_hash": cache.read_manifest(folder)["content_hash"]}, {})""",
     "03_train_student": FIRST.format("TrialConfig")
     + """
 import pandas as pd

@@ -6,7 +6,6 @@ import dataclasses
 
 from stubs import metrics_of, write_trial
 
-from kd_utils.config.stages import PREPARE
 from kd_utils.records import run_folder
 from kd_utils.sweep import planning, staleness
 from kd_utils.sweep.sweep import Sweep
@@ -47,7 +46,7 @@ def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
         folder.mkdir(parents=True)
         (folder / "model.safetensors").touch()
     parameters = {key: f"artifacts/embedded/toy/{key}" for key in models} | {"build": "toy"}
-    assert "student is missing" not in staleness._why_stale(PREPARE, parameters)
+    assert "student is missing" not in staleness._why_data_stale(parameters)
     (models["student"] / "model.safetensors").unlink()
-    assert staleness._why_stale(PREPARE, parameters) == "artifacts/embedded/toy/student is missing"
-    assert "student is missing" not in staleness._why_stale(PREPARE, parameters | {"build": "none"})
+    assert staleness._why_data_stale(parameters) == "artifacts/embedded/toy/student is missing"
+    assert "student is missing" not in staleness._why_data_stale(parameters | {"build": "none"})
