@@ -25,6 +25,13 @@ app = typer.Typer(
 )
 
 
+What = Annotated[
+    list[str] | None,
+    Argument(metavar="[KIND | NAME]...", help="Kinds such as cache, or names. Default: all."),
+]
+Artifacts = Annotated[Path, Option(metavar="DIR", help="The folder that 01 to 03 write to.")]
+
+
 @app.command()
 def sweep(
     parameters: Annotated[
@@ -250,6 +257,36 @@ def check(
     whole = f"{done} of {planned} trials whole" + f"; {len(problems)} problems" * bool(problems)
     print(*problems, whole, sep="\n")
     return 1 if problems else 0
+
+
+@app.command("ls")
+def list_artifacts(what: What = None, artifacts: Artifacts = Path("artifacts")) -> int:
+    """List what is in artifacts/: kind, name, size, last use, and who needs it."""
+    from kd_utils.config.project_paths import project_path
+    from kd_utils.storage import cleaning
+
+    found = cleaning.entries(project_path(artifacts), project_path("runs"), what or ())
+    print(*cleaning.table(found), sep="\n")
+    return 0
+
+
+@app.command()
+def clean(
+    what: What = None,
+    yes: Annotated[bool, Option("--yes", help="Remove; otherwise only say what.")] = False,
+    force: Annotated[bool, Option("--force", help="Remove what is needed too.")] = False,
+    artifacts: Artifacts = Path("artifacts"),
+) -> int:
+    """Remove from artifacts/ what nobody needs; says what, and removes only with --yes."""
+    from kd_utils.config.project_paths import project_path
+    from kd_utils.storage import cleaning
+
+    found = cleaning.entries(project_path(artifacts), project_path("runs"), what or ())
+    status = 0
+    for line in cleaning.clean(found, yes=yes, force=force, all_kept=bool(what)):
+        print(line)
+        status |= line.startswith(cleaning.FAILED)
+    return status
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -145,7 +145,7 @@ def _why_cache_stale(
 ) -> str:
     """Why the cache is not one from which these trials can be trained now; "" if it is."""
     from kd_utils.cache import verification  # brings torch, which a wrong input never needs
-    from kd_utils.models import students
+    from kd_utils.models import loading
 
     settings = notebook_config(stages.CACHE, parameters)
     data_hash = prepared_data.read_manifest(settings.data_path)["data_hash"]
@@ -156,9 +156,11 @@ def _why_cache_stale(
     tuned = cache["teacher"] != settings.teacher  # 02 made it, and can make it again
     if not why and tuned and any(t.parameters.get("student") == "teacher" for t in trials):
         try:
-            students.student_source("teacher", cache)
+            found = loading.model_fingerprint(cache["teacher"], cache["teacher_revision"])
         except (ValueError, OSError) as error:
             return str(error)
+        if found != cache["key"]["teacher"]:
+            return f"the weights of {cache['teacher']} are not those that were cached"
     return why
 
 

@@ -12,7 +12,13 @@ from test_teacher_cache import HEADER, write_named
 from tiny import example_rows, tiny_llama, tiny_model, tiny_tokenizer
 
 from kd_utils.cache.manifest import CacheError
-from kd_utils.cache.verification import check_row, open_verified, verify, what_changed
+from kd_utils.cache.verification import (
+    check_row,
+    open_verified,
+    verify,
+    what_changed,
+    why_not_verified,
+)
 from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.models.attention_maps import encode_map
 from kd_utils.models.loading import model_fingerprint, save_model
@@ -60,6 +66,25 @@ def test_what_is_not_verified_does_not_open(tmp_path):
     verify(make(tmp_path / "c"))  # a look without the data and the teacher vouches for too little
     with pytest.raises(CacheError, match="has not been verified"):
         open_verified(tmp_path / "c", data_hash="d", teacher="m")
+
+
+def test_why_a_cache_is_not_verified_is_what_training_would_say(tmp_path):
+    folder = make(tmp_path / "c")
+    assert "c has not been verified" in why_not_verified(folder, every_byte=False)
+    verify(folder, ALL, RUN)
+    shards = sorted(folder.glob("*.parquet"))
+    for path in (*shards, folder / "lm_head.safetensors"):
+        whole = path.read_bytes()
+        for every_byte in (True, False):
+            assert why_not_verified(folder, every_byte=every_byte) == ""
+        path.write_bytes(whole[:-9] + b"x" * 9)
+        assert f"{path.name} is damaged" in why_not_verified(folder, every_byte=True)
+        assert why_not_verified(folder, every_byte=False) == ""
+        path.unlink()
+        assert f"{path.name} is missing" in why_not_verified(folder, every_byte=False)
+        path.write_bytes(whole)
+    shards[0].write_bytes(shards[0].read_bytes()[:-1])
+    assert f"{shards[0].name} has " in why_not_verified(folder, every_byte=False)
 
 
 @pytest.mark.parametrize(

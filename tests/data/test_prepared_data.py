@@ -391,6 +391,12 @@ def test_why_prepared_data_is_stale(folder, tmp_path):
         "config changed (data_seed was 0, is 2, max_length was 512, is 99)"
     )
     assert "manifest.json is missing" in why_stale(tmp_path / "nowhere", now)
+    whole = (place / "train.parquet").read_bytes()
+    (place / "train.parquet").write_bytes(whole[:-1] + b"x")
+    assert "train.parquet is damaged" in why_stale(place, now)
+    (place / "train.parquet").unlink()
+    assert "train.parquet is missing" in why_stale(place, now)
+    (place / "train.parquet").write_bytes(whole)
     table = pd.read_parquet(folder / "mmlu" / "dev.parquet")
     table.iloc[:-1].to_parquet(folder / "mmlu" / "dev.parquet")
     assert why_stale(place, now) == "source changed (mmlu/dev.parquet)"

@@ -7,6 +7,8 @@ import dataclasses
 from stubs import metrics_of, write_trial
 
 from kd_utils.records import run_folder
+from kd_utils.store.files import sha256_file
+from kd_utils.store.sealed import SealedFolder
 from kd_utils.sweep import planning, staleness
 from kd_utils.sweep.sweep import Sweep
 
@@ -47,6 +49,14 @@ def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
         (folder / "model.safetensors").touch()
     parameters = {key: f"artifacts/embedded/toy/{key}" for key in models} | {"build": "toy"}
     assert "student is missing" not in staleness._why_data_stale(parameters)
+    sealed = SealedFolder(models["student"].parent, "toy.json")
+    (models["teacher"] / "config.json").write_text("{}")
+    sealed.seal({}, {"teacher/config.json": sha256_file(models["teacher"] / "config.json")})
+    assert "toy" not in staleness._why_data_stale(parameters).split("data/")[0]
+    (models["teacher"] / "config.json").write_text("[]")
+    assert staleness._why_data_stale(parameters).startswith(
+        "artifacts/embedded/toy/teacher/config.json is damaged"
+    )
     (models["student"] / "model.safetensors").unlink()
     assert staleness._why_data_stale(parameters) == "artifacts/embedded/toy/student is missing"
     assert "student is missing" not in staleness._why_data_stale(parameters | {"build": "none"})

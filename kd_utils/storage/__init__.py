@@ -1,0 +1,1 @@
+"""What is in `artifacts/`, who needs it, and what can go?"""
