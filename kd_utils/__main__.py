@@ -262,10 +262,9 @@ def check(
 @app.command("ls")
 def list_artifacts(what: What = None, artifacts: Artifacts = Path("artifacts")) -> int:
     """List what is in artifacts/: kind, name, size, last use, and who needs it."""
-    from kd_utils.config.project_paths import project_path
     from kd_utils.storage import cleaning
 
-    found = cleaning.entries(project_path(artifacts), project_path("runs"), what or ())
+    found = cleaning.entries(artifacts, Path("runs"), what or ())
     print(*cleaning.table(found), sep="\n")
     return 0
 
@@ -278,10 +277,9 @@ def clean(
     artifacts: Artifacts = Path("artifacts"),
 ) -> int:
     """Remove from artifacts/ what nobody needs; says what, and removes only with --yes."""
-    from kd_utils.config.project_paths import project_path
     from kd_utils.storage import cleaning
 
-    found = cleaning.entries(project_path(artifacts), project_path("runs"), what or ())
+    found = cleaning.entries(artifacts, Path("runs"), what or ())
     status = 0
     for line in cleaning.clean(found, yes=yes, force=force, all_kept=bool(what)):
         print(line)

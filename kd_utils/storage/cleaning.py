@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
-from kd_utils.config.project_paths import short_path
+from kd_utils.config.project_paths import project_path, short_path
 from kd_utils.storage.inventory import BENCH, KINDS, LEFTOVER, OTHER, Item, inventory
 from kd_utils.storage.needs import Use, runs_in, uses
 from kd_utils.store.locks import locked
@@ -38,13 +38,14 @@ def entries(artifacts: Path, runs: Path, what: Iterable[str] = ()) -> list[Entry
     """What is in `artifacts`, with who needs it, all or what is chosen.
 
     Args:
-        runs: the folder of all run folders.
+        artifacts, runs: the folder, and that of all run folders, seen from the project's root.
         what: kinds or names; none for everything.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: nothing has a kind or name of `what`.
     """
+    artifacts, runs = project_path(artifacts), project_path(runs)
     if not artifacts.is_dir():
         raise FileNotFoundError(f"no folder {short_path(artifacts)}: nothing was made yet")
     items = inventory(artifacts)

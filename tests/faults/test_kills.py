@@ -86,6 +86,32 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(
         tried(f"kill -9 of a {kind}", count)
 
 
+def test_killed_between_the_caches_manifest_and_its_verification_the_same_command_goes_on(
+    undisturbed, prepared, tried
+):
+    """The record of an earlier 02 names the same content, and the cache is not verified."""
+    caches, run_dir = prepared / "artifacts" / "cache", prepared / "runs" / "toy-2"
+    shutil.rmtree(caches)
+    command = sweep(prepared)
+    kernels, looked = [], 0.0
+    while not list(caches.glob("*/manifest.json")):
+        assert command.process.poll() is None
+        if caches.exists() and time.monotonic() - looked > 1:
+            kernels, looked = command.alive("kernel"), time.monotonic()
+        time.sleep(0.001)
+    for kernel in kernels:
+        kernel.kill()
+    status, output = command.wait()
+    assert status == 1 and "02_cache_teacher failed: the kernel was killed" in output
+    assert not list(caches.glob("*/verified.json")), "too late: this shows nothing"
+    tried("kill -9 of a kernel")
+    status, output = sweep(prepared).wait()
+    assert status == 0, output[-2000:]
+    assert "02_cache_teacher: running (" in output and "has not been verified" in output
+    assert results(run_dir).equals(results(undisturbed / "runs" / "toy-2"))
+    assert check_run(run_dir) == []
+
+
 @pytest.mark.parametrize("how", ["Ctrl-C", "to the driver", "SIGTERM"])
 def test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process(
     undisturbed, prepared, times, tried, how
