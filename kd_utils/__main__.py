@@ -264,8 +264,7 @@ def list_artifacts(what: What = None, artifacts: Artifacts = Path("artifacts")) 
     """List what is in artifacts/: kind, name, size, last use, and who needs it."""
     from kd_utils.storage import cleaning
 
-    found = cleaning.entries(artifacts, Path("runs"), what or ())
-    print(*cleaning.table(found), sep="\n")
+    print(*cleaning.table(cleaning.entries(artifacts, Path("runs"), what or ())), sep="\n")
     return 0
 
 
