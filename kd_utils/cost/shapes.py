@@ -7,7 +7,7 @@ import torch
 
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
-from kd_utils.models import students
+from kd_utils.models.initial.layers import kept_config
 
 #: The sizes of a decoder of Llama's kind, by the names that `transformers` uses.
 Shape = Mapping[str, int]
@@ -48,7 +48,7 @@ def local_model(name: str, revision: str = "", layers: int = 0) -> torch.nn.Modu
 
     Args:
         name: a folder, or a model in the hub's local cache; the network is not used.
-        layers: how many layers to keep, as `students.build_student` does; 0: all.
+        layers: how many layers to keep, the first ones; 0: all.
 
     Raises:
         ValueError: the model is not on this machine, or it is none that can be sized, in one line.
@@ -59,9 +59,9 @@ def local_model(name: str, revision: str = "", layers: int = 0) -> torch.nn.Modu
     options: Any = {"revision": revision or "main", "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder if folder.is_dir() else name, **options)
+        config = kept_config(config, list(range(layers))) if layers else config
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        return students.keep_layers(model, list(range(layers))) if layers else model
+            return AutoModelForCausalLM.from_config(config)
     except OSError:
         raise ValueError(f"{name} is not on this machine") from None
     except Exception as error:  # a folder that somebody else made may be wrong in every way

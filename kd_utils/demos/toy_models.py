@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from kd_utils.data.tasks import TASKS
 from kd_utils.demos import toy
+from kd_utils.models import loading
 from kd_utils.records.provenance import Ingredients, code_of
 from kd_utils.store import files, sealed
 from kd_utils.teacher.preparation import fine_tune
@@ -221,8 +222,7 @@ def _write(folder: Path, seed: int) -> None:
         model = build_model(tokenizer, sizes, seed)
         if name == "student":
             pretrain(model, tokenizer, text, seed)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        loading.save_model(model, tokenizer, folder / name)
 
 
 def _pairs(tables: dict[str, list[toy.Row]]) -> list[tuple[str, str]]:

@@ -2,6 +2,9 @@
 
 import os
 import resource
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -43,6 +46,22 @@ def choose_device(name: str) -> torch.device:
             )
         torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def reproducible() -> Iterator[None]:
+    """Meanwhile the same operations on the same tensors give the same bits, on a GPU too.
+
+    Without it sums over the experts of a mixture, for one, are taken in any order there.
+    """
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode(max(before, 1))
+    try:
+        with warnings.catch_warnings():  # about operations that have no such form
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.set_deterministic_debug_mode(before)
 
 
 def to_device(array: np.ndarray, device: torch.device | str) -> torch.Tensor:

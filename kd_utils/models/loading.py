@@ -9,7 +9,7 @@ import torch
 
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
-from kd_utils.models import folder_checks
+from kd_utils.models import devices, folder_checks
 from kd_utils.store.files import matching, sha256_file, sha256_json, written_folder
 
 #: What is read from a model's output is there under its name, whatever its config.json asks for.
@@ -107,13 +107,69 @@ def with_soft_capping(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write a plain `transformers` folder (safetensors), which loads without this project."""
+    """Write a plain `transformers` folder (safetensors), which loads without this project.
+
+    The written folder is loaded once and compared with `model` before it takes its place.
+
+    Raises:
+        ValueError: what is loaded is another model; what was at `folder` before stays there.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     with written_folder(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+        if why := _why_another(model, aside):
+            # The folder may itself be beside the one that it will be.
+            name = folder.name.removeprefix(".").partition(".partial-")[0]
+            raise ValueError(
+                f"{name} is not saved: what would be loaded is not the {type(model).__name__} in "
+                f"memory ({why}): use another model; a trial with save_student = False needs none"
+            )
+
+
+def _why_another(model: torch.nn.Module, folder: Path) -> str:
+    """What a folder's model has that `model` has not, or "": weights, ties and, to the bit, logits.
+
+    The loaded model computes with the tensors of `model`, on its device: where a tensor lies in
+    memory can change the last bits of a product, and a GPU holds one copy only.
+    """
+    try:
+        loaded = load_causal_lm(str(folder), dtype=model.dtype).eval()
+    except ValueError as error:
+        return str(error)
+    in_memory, in_file = model.state_dict(), loaded.state_dict()
+    for name in sorted(in_memory.keys() ^ in_file.keys()):
+        return f"{name} is only in {'memory' if name in in_memory else 'the loaded model'}"
+    for name, tensor in in_memory.items():
+        if not same(tensor.cpu(), in_file[name]):
+            return f"{name} has other values when it is loaded"
+    tied = {name for name, _ in model.named_parameters()}
+    for name in sorted(tied ^ {name for name, _ in loaded.named_parameters()}):
+        return f"{name} is tied to another weight in one of them only"
+    loaded.load_state_dict(in_memory, assign=True)
+    loaded.to(model.device).set_attn_implementation(model.config._attn_implementation)
+    return "" if same(probe_logits(model), probe_logits(loaded)) else "it gives other logits"
+
+
+@torch.no_grad()
+def probe_logits(model: torch.nn.Module) -> torch.Tensor:
+    """(1, 16, V) logits of ids spread over the vocabulary, the same in each call, no dropout."""
+    size, training = model.get_input_embeddings().weight.shape[0], model.training
+    ids = torch.arange(16, device=model.device)[None] * (size // 16)
+    model.eval()
+    try:
+        with devices.reproducible():
+            return model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.train(training)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether type, shape and all values are equal; NaN equals NaN."""
+    alike = a.dtype == b.dtype and a.shape == b.shape
+    return alike and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def model_fingerprint(name: str, revision: str = "") -> str:
@@ -135,4 +191,16 @@ def model_fingerprint(name: str, revision: str = "") -> str:
         )
     # A repetition penalty or an end token in this file changes generated answers.
     files += folder.glob("generation_config.json")
-    return sha256_json({path.name: sha256_file(path) for path in files})
+    return fingerprint_of({path.name: sha256_file(path) for path in files})
+
+
+def fingerprint_of(checksums: dict[str, str]) -> str:
+    """`model_fingerprint` of a folder whose files, or some of them, have these SHA-256 digests."""
+    told = {"config.json", "generation_config.json"}
+    return sha256_json(
+        {
+            name: checksum
+            for name, checksum in checksums.items()
+            if name in told or name.endswith(".safetensors")
+        }
+    )

@@ -1,86 +1,114 @@
-"""Students: their initial weights, layers taken from a larger model, and projectors."""
+"""Students: the folder of their initial weights, and projectors.
 
-from typing import Any, NamedTuple
+Every initial student is a plain `transformers` folder, from which all trials of all machines read
+the same bytes. With student_init "pretrained" it is the source's own folder. In any other way of
+`initial.ways` it is made once and kept in `artifacts/initial_students/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from kd_utils.config.project_paths import short_path
 from kd_utils.models import loading
-from kd_utils.models.signals import decoder_layers
+from kd_utils.models.initial.ways import WAYS
+from kd_utils.records.provenance import Ingredients, code_of, environment
+from kd_utils.store.locks import locked
+from kd_utils.store.sealed import SealedFolder
+from kd_utils.tokens.encoding import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from kd_utils.config.trial import TrialConfig
 
 
 class StudentSource(NamedTuple):
-    """Where the student's initial weights come from; `fingerprint` is that of their content."""
+    """Where a student comes from.
+
+    Attributes:
+        name, revision: the model that the parameter `student` names.
+        fingerprint: of that model's content.
+        folder, folder_revision: where the initial weights are: a folder, or the hub's model.
+        initial: fingerprint of the initial student's content.
+    """
 
     name: str
     revision: str
     fingerprint: str
+    folder: str
+    folder_revision: str
+    initial: str
 
 
-def student_source(name: str, manifest: dict[str, Any]) -> StudentSource:
-    """The source that the parameter `student` names; "teacher" is that of this cache's manifest.
+def student_source(config: TrialConfig, manifest: dict[str, Any], tokenizer: Any) -> StudentSource:
+    """The model that the parameter `student` names, and the initial student that is made of it.
+
+    An initial student that does not exist yet is made; other trials that need it wait meanwhile.
+
+    Args:
+        manifest: of the trial's teacher cache, whose teacher is what "teacher" names.
+        tokenizer: the student's, which is written beside the weights.
 
     Raises:
-        ValueError: the teacher's weights changed after they were cached.
+        ValueError: the teacher's weights changed after they were cached, the student cannot be made
+            in this way, or a file of an initial student changed after it was written.
     """
-    if name != "teacher":
-        return StudentSource(name, "", loading.model_fingerprint(name))
-    name, revision = manifest["teacher"], manifest["teacher_revision"]
+    name, revision = config.student, ""
+    if config.student == "teacher":
+        name, revision = manifest["teacher"], manifest["teacher_revision"]
     fingerprint = loading.model_fingerprint(name, revision)
-    if fingerprint != manifest["key"]["teacher"]:
+    if config.student == "teacher" and fingerprint != manifest["key"]["teacher"]:
         raise ValueError(
             f"the weights of {name} are not those that were cached: run 02_cache_teacher again"
         )
-    return StudentSource(name, revision, fingerprint)
+    if config.student_init == "pretrained":
+        return StudentSource(name, revision, fingerprint, name, revision, fingerprint)
+    way = WAYS[config.student_init]
+    settings = {key: getattr(config, key) for key in way.settings}
+    made_from = Ingredients(
+        source={"fingerprint": fingerprint},
+        config={"student_init": config.student_init, **settings},
+        tokenizer={"fingerprint": tokenizer_fingerprint(tokenizer)},
+        code=_code(),
+    )
+    label = (Path(name).name[:80], config.student_init, *settings.values(), made_from.digest)
+    place = config.artifacts / "initial_students" / "-".join(map(str, label))
+    folder = SealedFolder(
+        place,
+        "initial_student.json",
+        label=f"{place.parent.name}/{place.name}",
+        remedy="remove this folder, then the next trial makes it again",
+    )
+    if not place.exists():
+        document = {"made_from": made_from, "source": name, "versions": environment()["versions"]}
+        _make(folder, document, tokenizer, lambda: way.build(name, revision, **settings))
+    initial = loading.fingerprint_of(folder.check("config.json")["checksums"])
+    return StudentSource(name, revision, fingerprint, short_path(place), "", initial)
 
 
-def build_student(name: str, init: str, layers: int, revision: str = "") -> torch.nn.Module:
-    """A float32 causal LM with the student's initial weights, the same in every trial.
+def _make(
+    folder: SealedFolder, document: dict[str, Any], tokenizer: Any, build: Callable[[], Any]
+) -> None:
+    """Write an initial student, unless another process does so first: then wait until it is done.
 
-    Args:
-        name: a folder or hub name.
-        init: "pretrained" takes the weights unchanged; "layers" keeps that many evenly spaced
-            layers, the first and the last among them (as DistilBERT, Sanh et al. 2019); "random"
-            keeps the architecture only.
-
-    Raises:
-        ValueError: more layers than there are, or fewer than two.
+    The lock is beside the folder, which appears as a whole.
     """
-    if init == "random":
-        from transformers import AutoModelForCausalLM
-
-        config = loading.load_pretrained("AutoConfig", name, ("*.json",), revision)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        return loading.with_soft_capping(model).eval()  # no dropout, as a model that was loaded
-    model = loading.load_causal_lm(name, revision)
-    if init == "pretrained":
-        return model
-    total = model.config.num_hidden_layers
-    if not 2 <= layers <= total:
-        raise ValueError(
-            f"student_layers = {layers}: choose 2 to {total}, the model has {total} layers"
-        )
-    # Of 30 layers, 6 are 0 6 12 17 23 29.
-    return keep_layers(model, [round(i * (total - 1) / (layers - 1)) for i in range(layers)])
+    lock = folder.path.with_name(f".{folder.path.name}.lock")
+    with locked(lock, "a trial that makes this student", wait=True):
+        if not folder.path.exists():
+            with folder.replaced(document) as aside:
+                loading.save_model(build(), tokenizer, aside)
 
 
-def keep_layers(model: torch.nn.Module, indices: list[int]) -> torch.nn.Module:
-    """Drop all decoder layers but `indices` (rising, from 0), in place; the rest are renumbered."""
-    layers = decoder_layers(model)
-    total = len(layers)
-    for i in sorted(set(range(total)) - set(indices), reverse=True):
-        del layers[i]
-    for position, layer in enumerate(layers):
-        for module in layer.modules():
-            if hasattr(module, "layer_idx"):
-                module.layer_idx = position
-    model.config.num_hidden_layers = len(layers)
-    # Lists with one entry per layer: `layer_types`, SmolLM3's `no_rope_layers`.
-    for name, value in vars(model.config).items():
-        if "layer" in name and isinstance(value, list) and len(value) == total:
-            setattr(model.config, name, [value[i] for i in indices])
-    return model
+def _code() -> dict[str, str]:
+    """Digests of the code that makes initial students."""
+    stem = "03_train_student"
+    code = code_of(stem, {"models.initial.ways"})
+    del code[f"notebooks/{stem}.ipynb"]  # which only reads them
+    return code
 
 
 def make_projector(student_width: int, teacher_width: int, seed: int) -> torch.nn.Linear:

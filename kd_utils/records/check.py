@@ -22,7 +22,7 @@ from kd_utils.store.sealed import RecordError
 STAGES = ("01_prepare_data", "02_cache_teacher", "04_analyse_results")
 
 #: What paired trials must have in common beside their config.
-ALIKE = ("cache", "student", "precision", "arithmetic", "code", "git_commit", "versions")
+ALIKE = ("cache", "student", "initial", "precision", "arithmetic", "code", "git_commit", "versions")
 
 LONGEST = 1000  # characters of a line, which may quote a stranger's file
 
@@ -209,9 +209,7 @@ def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> l
             # Its digests say more than the commit, which changes with every text.
             del metrics["git_commit"]
         for key in ALIKE:
-            # Students that are swept differ by intention.
-            student = metrics["config"].get("student")
-            kind = f"initial weights of {student}" if key == "student" else key
+            kind = _made_in_this_way(metrics["config"]).get(key, key)
             value = json.dumps(metrics.get(key), sort_keys=True)
             kinds.setdefault(kind, {}).setdefault(value, []).append(planned["trial"])
     return [
@@ -220,3 +218,13 @@ def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> l
         for kind, values in kinds.items()
         if len(values) > 1
     ]
+
+
+def _made_in_this_way(config: dict[str, Any]) -> dict[str, str]:
+    """Names for what differs by intention between trials whose students are swept."""
+    student, way = config.get("student"), config.get("student_init", "pretrained")
+    layers = f" {config.get('student_layers')}" if way == "layers" else ""
+    return {
+        "student": f"initial weights of {student}",
+        "initial": f"the initial student ({way}{layers}) of {student}",
+    }

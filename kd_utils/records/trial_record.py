@@ -53,6 +53,7 @@ class Metrics(Shape):
     epochs: list[dict[str, float]] = Field(min_length=1)
     final: dict[str, float]
     student: dict[str, str] = {}
+    initial: str = ""
     tokenizer: str = ""
     more_caches: dict[str, str] = {}
     code: dict[str, str] = {}
@@ -132,7 +133,8 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
 
     Args:
         config, caches: the trial's `TrialConfig`, and the `TeacherCache` of each of its teachers.
-        student: where the initial weights come from (`models.students.StudentSource`).
+        student: the model that the student was made of, and its initial weights
+            (`models.students.StudentSource`).
         precision: of matrix products.
         device: "cuda" or "cpu", whose arithmetic rounds the sums.
 
@@ -145,6 +147,7 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
         "config": config.fingerprint(),
         "cache": [cache.manifest["content_hash"] for cache in caches],
         "student": {"name": student.name, "fingerprint": student.fingerprint},
+        "initial": student.initial,
         "precision": precision,
         "code": code,
         "versions": provenance.environment()["versions"],
@@ -174,6 +177,7 @@ def metrics_document(
         "cache": contents.pop(config.name),
         "more_caches": {name: cache["content_hash"] for name, cache in contents.items()},
         "student": made["student"],
+        "initial": made["initial"],
         "tokenizer": tokenizer,
         "code": made["code"],
         "precision": made["precision"],

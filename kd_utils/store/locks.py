@@ -1,4 +1,4 @@
-"""One writer per folder: a second process gets an error at once."""
+"""One writer per folder: a second process gets an error at once, or waits."""
 
 import errno
 import os
@@ -17,7 +17,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextmanager
 def locked(
-    folder: Path, what: str, remedy: str = "wait for it, or stop it and run the same command again"
+    folder: Path,
+    what: str,
+    remedy: str = "wait for it, or stop it and run the same command again",
+    *,
+    wait: bool = False,
 ) -> Iterator[None]:
     """Hold `folder` for this process alone; the system frees it when the process dies.
 
@@ -27,13 +31,14 @@ def locked(
     Args:
         what: what holds the folder ("a sweep"), for the error that another process gets.
         remedy: what the other process can do.
+        wait: until the folder is free, instead of an error.
 
     Raises:
         ValueError: another process holds the folder; the message says which one and since when.
         OSError: the file system has no locks, or the disk is full.
     """
     path = folder / ".lock"
-    lock = FileLock(path, blocking=False, fallback_to_soft=False)
+    lock = FileLock(path, blocking=wait, fallback_to_soft=False)
     with full_disk_named(folder):
         _acquire(lock, folder, remedy)
     lock_stat = path.stat()

@@ -108,7 +108,8 @@ from dataclasses import replace
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 from kd_utils.data import task_rows, tasks
-from kd_utils.models import loading, students
+from kd_utils.models import loading
+from kd_utils.models.initial.ways import random_weights
 from kd_utils.__main__ import main
 from kd_utils.tokens.encoding import tokenizer_fingerprint
 
@@ -128,7 +129,7 @@ def command(name, revision):
 calls = {"data": data, "command": command, "fingerprint": loading.model_fingerprint,
          "tokenizer": lambda *name: tokenizer_fingerprint(loading.load_tokenizer(*name)),
          "model": lambda *name: float(sum(p.sum() for p in loading.load_causal_lm(*name).parameters())),
-         "config": lambda *name: students.build_student(name[0], "random", 1, name[1]).config.hidden_size}
+         "config": lambda *name: random_weights(*name).config.hidden_size}
 for line in sys.stdin:
     call, *name = json.loads(line)
     start = time.perf_counter()

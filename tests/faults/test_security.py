@@ -25,8 +25,8 @@ from tiny import tiny_model, tiny_tokenizer, write_task_files
 from kd_utils.config.parameter_files import load_grid, load_parameters
 from kd_utils.data.task_rows import load_task
 from kd_utils.evaluation.scoring import evaluate_folder
+from kd_utils.models.initial.ways import random_weights, some_layers
 from kd_utils.models.loading import load_causal_lm, load_tokenizer, save_model
-from kd_utils.models.students import build_student
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORDS = sorted(ROOT.glob("runs/[0-9]*/**/*.ipynb"))
@@ -89,7 +89,7 @@ def test_weights_that_are_no_safetensors_are_refused_and_not_unpickled(
     data = write_task_files(folder.parent / "data")
     for call in (
         lambda: load_causal_lm(str(folder)),
-        lambda: build_student(str(folder), "layers", 2),
+        lambda: some_layers(str(folder), student_layers=2),
         lambda: evaluate_folder(
             folder, "sst2", "train", folder.parent / "out.parquet", data_dir=data
         ),
@@ -147,7 +147,7 @@ def test_a_models_own_code_is_never_run(folder, touched, model_type, monkeypatch
     calls = [
         lambda: load_tokenizer(str(folder)),
         lambda: load_causal_lm(str(folder)),
-        lambda: build_student(str(folder), "random", 2),
+        lambda: random_weights(str(folder)),
         lambda: evaluate_folder(
             folder, "sst2", "train", folder.parent / "out.parquet", data_dir=data
         ),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kd_utils.models.initial.layers import keep_layers
 from kd_utils.models.loading import load_causal_lm, with_soft_capping
 from kd_utils.models.output_head import output_head, require_known_head
 from kd_utils.models.signals import IMPLEMENTATION, decoder_layers, forward_signals
-from kd_utils.models.students import keep_layers
 
 LAYERS, TOKENS, WINDOW = 4, 17, 5
 ALL = range(1, LAYERS + 1)

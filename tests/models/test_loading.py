@@ -9,28 +9,27 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from kd_utils.data import hub
-from kd_utils.models import loading, students
 from kd_utils.models.devices import amp_dtype, autocast, choose_device
+from kd_utils.models.initial.layers import evenly_spaced, keep_layers
+from kd_utils.models.initial.ways import random_weights, some_layers
 from kd_utils.models.loading import load_causal_lm, load_tokenizer, model_folder, save_model
 from kd_utils.models.signals import forward_signals
-from kd_utils.models.students import build_student, keep_layers
 
 
 @pytest.mark.parametrize(
     "total, indices", [(30, [0, 6, 12, 17, 23, 29]), (4, [0, 1, 2, 3]), (9, [0, 8])]
 )
-def test_layers_are_first_last_and_evenly_spaced(monkeypatch, total, indices):
-    monkeypatch.setattr(loading, "load_causal_lm", lambda *_: tiny_llama(layers=total))
-    monkeypatch.setattr(students, "keep_layers", lambda model, kept: kept)
-    assert build_student("m", "layers", len(indices)) == indices
+def test_layers_are_first_last_and_evenly_spaced(total, indices):
+    model = tiny_llama(layers=total)
+    assert evenly_spaced(model, len(indices)) == indices
     with pytest.raises(ValueError, match=f"student_layers = {total + 1}: choose 2 to {total}"):
-        build_student("m", "layers", total + 1)
+        evenly_spaced(model, total + 1)
 
 
 def test_a_student_of_chosen_layers_computes_what_those_layers_compute(tmp_path):
     teacher = tiny_llama(layers=4)
     save_model(teacher, tiny_tokenizer(begin=False), tmp_path / "teacher")
-    made = build_student(str(tmp_path / "teacher"), "layers", 2)
+    made = some_layers(str(tmp_path / "teacher"), student_layers=2)
     assert made.config.num_hidden_layers == 2 and made.model.layers[1].self_attn.layer_idx == 1
     for kept, original in ((0, 0), (1, 3)):
         torch.testing.assert_close(
@@ -61,13 +60,13 @@ def test_saved_student_loads_without_this_code(tmp_path):
 
 def test_random_students_are_alike(tmp_path):
     save_model(tiny_llama(seed=9), tiny_tokenizer(begin=False), tmp_path / "m")
-    one = build_student(str(tmp_path / "m"), "random", 1)
+    one = random_weights(str(tmp_path / "m"))
     torch.rand(5)
-    two = build_student(str(tmp_path / "m"), "random", 1)
+    two = random_weights(str(tmp_path / "m"))
     assert torch.equal(one.lm_head.weight, two.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, tiny_llama(seed=9).lm_head.weight)
     assert not one.training  # nobody asked for dropout yet
-    loaded = build_student(str(tmp_path / "m"), "pretrained", 1)
+    loaded = load_causal_lm(str(tmp_path / "m"))
     assert torch.equal(loaded.lm_head.weight, tiny_llama(seed=9).lm_head.weight)
 
 

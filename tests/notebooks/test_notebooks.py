@@ -346,7 +346,7 @@ def test_03_refuses_bad_parameters_before_any_model_is_loaded(home, tmp_path, pa
         if cell.cell_type == "code" and cell.execution_count
     ]
     assert not any(
-        "build_student(" in cell.source and "import" not in cell.source for cell in executed
+        "load_causal_lm(" in cell.source and "import" not in cell.source for cell in executed
     )
 
 

@@ -1,0 +1,1 @@
+"""How is a student made of another model, before it is trained?"""
