@@ -109,24 +109,30 @@ def with_soft_capping(model: torch.nn.Module) -> torch.nn.Module:
 def save_model(model: torch.nn.Module, tokenizer: Any, folder: Path) -> None:
     """Write a plain `transformers` folder (safetensors), which loads without this project.
 
-    The written folder is loaded once and compared with `model` before it takes its place.
-
     Raises:
         ValueError: what is loaded is another model; what was at `folder` before stays there.
+    """
+    with written_folder(folder) as aside:
+        write_model(model, tokenizer, aside)
+
+
+def write_model(model: torch.nn.Module, tokenizer: Any, aside: Path) -> None:
+    """Fill an empty folder that will take its place; it is loaded once and compared with `model`.
+
+    Raises:
+        ValueError: what is loaded is another model.
     """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    with written_folder(folder) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        if why := _why_another(model, aside):
-            # The folder may itself be beside the one that it will be.
-            name = folder.name.removeprefix(".").partition(".partial-")[0]
-            raise ValueError(
-                f"{name} is not saved: what would be loaded is not the {type(model).__name__} in "
-                f"memory ({why}): use another model; a trial with save_student = False needs none"
-            )
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    if why := _why_another(model, aside):
+        name = aside.name.removeprefix(".").partition(".partial-")[0]  # of `files.written_folder`
+        raise ValueError(
+            f"{name} is not saved: what would be loaded is not the {type(model).__name__} in "
+            f"memory ({why}): use another model; a trial with save_student = False needs none"
+        )
 
 
 def _why_another(model: torch.nn.Module, folder: Path) -> str:

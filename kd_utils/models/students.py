@@ -100,7 +100,7 @@ def _make(
     with locked(lock, "a trial that makes this student", wait=True):
         if not folder.path.exists():
             with folder.replaced(document) as aside:
-                loading.save_model(build(), tokenizer, aside)
+                loading.write_model(build(), tokenizer, aside)
 
 
 def _code() -> dict[str, str]:

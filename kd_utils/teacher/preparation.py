@@ -85,7 +85,7 @@ def prepare_teacher(
                 progress=progress,
             )
             with folder.replaced({"history": history}) as aside:
-                loading.save_model(model, tokenizer, aside)
+                loading.write_model(model, tokenizer, aside)
     return name, pd.DataFrame(history)
 
 

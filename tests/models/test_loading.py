@@ -95,6 +95,57 @@ def test_a_model_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [path.name for path in folder.parent.iterdir()] == ["m"]
 
 
+def double_scaling(model):
+    model.model.layers[0].self_attn.scaling *= 2
+
+
+def another_epsilon(model):
+    model.config.rms_norm_eps = 0.1  # it was built with another
+
+
+def a_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.ones(97))  # no config says so
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (double_scaling, "it gives other logits"),
+        (another_epsilon, "it gives other logits"),
+        (a_bias, "lm_head.bias is only in memory"),
+    ],
+)
+def test_a_model_that_would_be_loaded_as_another_is_not_saved(tmp_path, change, why):
+    model, tokenizer, folder = tiny_llama(), tiny_tokenizer(begin=True), tmp_path / "m"
+    save_model(model, tokenizer, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    change(model)
+    with pytest.raises(ValueError, match=f"m is not saved: .*LlamaForCausalLM in memory .{why}"):
+        save_model(model, tokenizer, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_saved_as_it_is_after_training_and_stays_so(tmp_path, dtype):
+    save_model(tiny_llama(attention_dropout=0.5), tiny_tokenizer(begin=True), tmp_path / "m")
+    model = load_causal_lm(str(tmp_path / "m"), dtype=dtype).train()
+    forward_signals(model, torch.arange(5)[None])  # which changes how attention is computed
+    state = torch.get_rng_state()
+    save_model(model, tiny_tokenizer(begin=True), tmp_path / "m")
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert load_causal_lm(str(tmp_path / "m"), dtype=dtype).dtype == dtype
+
+
+def test_a_head_of_its_own_is_saved_whatever_the_config_says(tmp_path):
+    model = tiny_llama()
+    model.config.tie_word_embeddings = True
+    save_model(model, tiny_tokenizer(begin=True), tmp_path / "m")
+    loaded = load_causal_lm(str(tmp_path / "m"))
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(loaded.lm_head.weight, loaded.model.embed_tokens.weight)
+
+
 def test_missing_and_damaged_folders_and_a_hub_out_of_reach_are_one_line(tmp_path):
     with pytest.raises(
         FileNotFoundError, match="no model folder artifacts/nothing: run notebook 01"

@@ -195,6 +195,7 @@ def test_a_results_table_that_says_something_else_is_named(run_dir):
     ("key", "value", "named"),
     [
         ("student", {"name": "tiny", "fingerprint": "0"}, "initial weights of tiny"),
+        ("initial", "0" * 64, "the initial student (pretrained) of tiny"),
         ("precision", "torch.bfloat16", "precision"),
         ("code", {"kd_utils/losses.py": "1" * 12}, "code"),
         ("versions", metrics_of()["versions"] | {"torch": "1.0"}, "versions"),

@@ -44,7 +44,8 @@ def keep_layers(model: nn.Module, kept: list[int]) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             made = type(model)(kept_config(model.config, kept)).eval()
         made.load_state_dict(_kept_weights(model.state_dict(), name, kept), assign=True)
-        made.tie_weights()
+        if _has_ties(model):
+            made.tie_weights()  # undone by `assign`
         made.to(model.device).set_attn_implementation(model.config._attn_implementation)
         made.generation_config = model.generation_config
         with _passed_over(layer for number, layer in enumerate(layers) if number not in kept):
@@ -53,7 +54,7 @@ def keep_layers(model: nn.Module, kept: list[int]) -> nn.Module:
         if not why and not loading.same(wanted, loading.probe_logits(made)):
             why = "other logits"
     except Exception as error:  # every family has its own
-        why = hub.one_line(error)
+        why = hub.one_line(error)[:150]
     if why:
         raise ValueError(
             f"{len(kept)} of {total} layers of {type(model).__name__} are no model of their "
@@ -98,6 +99,12 @@ def _kept_weights(weights: dict[str, torch.Tensor], name: str, kept: list[int]) 
         elif int(inside[1]) in kept:
             found[f"{name}.{kept.index(int(inside[1]))}.{inside[2]}"] = tensor
     return found
+
+
+def _has_ties(model: nn.Module) -> bool:
+    """Whether a weight has two names; a config may say so of a head that the file has."""
+    every = [id(weight) for _, weight in model.named_parameters(remove_duplicate=False)]
+    return len(every) > len({*every})
 
 
 @contextmanager

@@ -1,0 +1,133 @@
+"""Initial students: made once, read by all trials, refused where a file changed."""
+
+import json
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+
+from kd_utils.config.parameter_files import notebook_config
+from kd_utils.models.initial import ways
+from kd_utils.models.loading import load_causal_lm, model_fingerprint, save_model
+from kd_utils.models.students import student_source
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def project(tmp_path):
+    """`project(**parameters)`: the trial's config and student, of a source of four layers."""
+    tokenizer = tiny_tokenizer(begin=False)
+    model = tiny_llama(layers=4, vocab=len(tokenizer))
+    save_model(model, tokenizer, tmp_path / "models" / "large")
+
+    def source(**parameters):
+        values = {"student": str(tmp_path / "models" / "large"), "student_init": "layers"}
+        values |= {"artifacts_dir": str(tmp_path / "artifacts")} | parameters
+        return student_source(notebook_config("03_train_student", values), {}, tokenizer)
+
+    source.folders = tmp_path / "artifacts" / "initial_students"
+    source.large = tmp_path / "models" / "large"
+    return source
+
+
+def listed(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_pretrained_student_is_its_own_folder_and_nothing_is_copied(project):
+    source = project(student_init="pretrained")
+    assert source.folder == source.name == str(project.large)
+    assert source.initial == source.fingerprint == model_fingerprint(source.name)
+    assert not project.folders.exists()
+
+
+def test_an_initial_student_is_made_once_and_says_of_what(project, monkeypatch):
+    source = project()
+    [name] = listed(project.folders)
+    assert name.startswith("large-layers-2-") and source.folder.endswith(name)
+    assert source.fingerprint == model_fingerprint(str(project.large)) != source.initial
+    assert source.initial == model_fingerprint(source.folder)
+    made_from = json.loads((project.folders / name / "initial_student.json").read_text())[
+        "made_from"
+    ]
+    assert made_from["source"] == {"fingerprint": source.fingerprint}
+    assert made_from["config"] == {"student_init": "layers", "student_layers": 2}
+    assert {"kd_utils/models/initial/ways.py", "kd_utils/models/loading.py"} <= made_from[
+        "code"
+    ].keys()
+    assert load_causal_lm(source.folder).config.num_hidden_layers == 2
+    monkeypatch.setitem(ways.WAYS, "layers", ways.Way(None, ("student_layers",)))
+    assert project() == source  # read, not made
+    monkeypatch.undo()
+    assert project(student_layers=3).initial != source.initial and len(listed(project.folders)) == 2
+
+
+def test_trials_that_start_side_by_side_read_one_folder(project, tmp_path, monkeypatch):
+    start, found = FORK.Barrier(3), FORK.Queue()
+    build = ways.random_weights
+
+    def slow(*source):
+        (tmp_path / f"made-{os.getpid()}").touch()
+        model = build(*source)
+        with torch.no_grad():
+            model.lm_head.weight.add_(os.getpid())  # another machine's random weights
+        return model
+
+    def trial():
+        start.wait()
+        source = project(student_init="random")
+        found.put((source.initial, float(load_causal_lm(source.folder).lm_head.weight[0, 0])))
+
+    monkeypatch.setitem(ways.WAYS, "random", ways.Way(slow))
+    trials = [FORK.Process(target=trial) for _ in range(3)]
+    for process in trials:
+        process.start()
+    results = [found.get(timeout=60) for _ in trials]
+    for process in trials:
+        process.join()
+    assert len(set(results)) == 1
+    assert len(listed(project.folders)) == 1 and len(list(tmp_path.glob("made-*"))) == 1
+
+
+def test_a_killed_writer_leaves_nothing_that_is_read(project, monkeypatch):
+    def dies(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def trial():
+        monkeypatch.setattr(type(tiny_tokenizer(begin=False)), "save_pretrained", dies)
+        project()  # the weights are written by then
+
+    process = FORK.Process(target=trial)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert all(name.startswith(".") for name in listed(project.folders))
+    source = project()
+    assert load_causal_lm(source.folder).config.num_hidden_layers == 2
+    assert len(listed(project.folders)) == 1
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "config.json", "generation_config.json", "initial_student.json"]
+)
+def test_a_folder_that_changed_is_refused_in_one_line(project, file):
+    path = project.folders / os.path.basename(project().folder) / file
+    whole = path.read_bytes()
+    for change in (lambda: path.write_bytes(whole[:-2] + b" }"), path.unlink):
+        change()
+        with pytest.raises(
+            ValueError, match=rf"initial_students/large-layers-2-\w+/{file} (is|was)"
+        ) as raised:
+            project()
+        assert "remove this folder, then the next trial makes it" in str(raised.value)
+        assert "\n" not in str(raised.value)
+
+
+def test_a_student_that_cannot_be_made_leaves_no_folder(project):
+    with pytest.raises(ValueError, match="student_layers = 5: choose 2 to 4"):
+        project(student_layers=5)
+    assert listed(project.folders) == []
