@@ -1,4 +1,4 @@
-"""Students: the folder of their initial weights, and projectors.
+"""Students: the folder of their initial weights.
 
 Every initial student is a plain `transformers` folder, from which all trials of all machines read
 the same bytes. With student_init "pretrained" it is the source's own folder. In any other way of
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
 
 from kd_utils.config.project_paths import short_path
 from kd_utils.models import loading
@@ -109,10 +107,3 @@ def _code() -> dict[str, str]:
     code = code_of(stem, {"models.initial.ways"})
     del code[f"notebooks/{stem}.ipynb"]  # which only reads them
     return code
-
-
-def make_projector(student_width: int, teacher_width: int, seed: int) -> torch.nn.Linear:
-    """`Linear(d_student, d_teacher, bias=False)` with initial weights from this seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return torch.nn.Linear(student_width, teacher_width, bias=False)

@@ -186,10 +186,16 @@ def _unlike(metrics: Metrics, newest: Metrics) -> str:
         "code": newest.get("code"),
     }
     reasons = [why_stale(metrics, metrics["config_hash"], made)]
+    ways = [
+        {key: record["config"].get(key) for key in ("student", "student_init", "student_layers")}
+        for record in (metrics, newest)
+    ]
     sides = [
         Ingredients(
             versions={name: record["versions"].get(name) for name in COMPUTING},
             arithmetic={"precision": record.get("precision")},
+            # Students that are made in different ways differ by intention.
+            student={"the initial student": record.get("initial") if ways[0] == ways[1] else None},
         )
         for record in (metrics, newest)
     ]

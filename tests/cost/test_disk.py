@@ -11,7 +11,8 @@ from tiny import example_rows, tiny_llama
 from kd_utils.cache import writer
 from kd_utils.cost import disk
 from kd_utils.cost.shapes import shape_of
-from kd_utils.models import signal_kinds, students
+from kd_utils.distill.terms.hidden import make_projector
+from kd_utils.models import signal_kinds
 from kd_utils.records.checkpoint import Checkpoint
 from kd_utils.teacher import extraction
 
@@ -70,7 +71,7 @@ def test_signals_before_compression_are_counted_exactly(teacher):
 
 
 def test_a_saved_state_and_a_saved_model_have_the_estimated_size(tmp_path):
-    student, projector = tiny_llama(), students.make_projector(32, 48, seed=0)
+    student, projector = tiny_llama(), make_projector(32, 48, seed=0)
     parameters = [*student.parameters(), *projector.parameters()]
     optimizer = torch.optim.AdamW(parameters)
     for parameter in parameters:

@@ -23,6 +23,7 @@ from kd_utils.distill.teacher_terms import (
     teacher_terms_of,
 )
 from kd_utils.distill.terms.attention import AttentionMaps, head_mix
+from kd_utils.distill.terms.hidden import make_projector
 from kd_utils.distill.terms.kd import KD
 from kd_utils.distill.training import loss_terms, weighted_sum
 from kd_utils.models.attention_maps import decode_map
@@ -30,7 +31,6 @@ from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signal_kinds import columns_of
 from kd_utils.models.signals import forward_signals
-from kd_utils.models.students import make_projector
 from kd_utils.speed.step import cosine
 from kd_utils.teacher.extraction import signal_function, stored_lm_head
 from kd_utils.tokens.alignment import merge_map

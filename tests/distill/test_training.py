@@ -13,6 +13,7 @@ from tiny import all_terms, example_rows, late_copy, tiny_llama
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
 from kd_utils.distill.meter import Mean, Meter
+from kd_utils.distill.terms.hidden import make_projector
 from kd_utils.distill.training import (
     gradient_shares,
     loss_terms,
@@ -23,7 +24,6 @@ from kd_utils.distill.training import (
 from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import forward_signals
-from kd_utils.models.students import make_projector
 from kd_utils.speed.step import cosine, exact_rows
 from kd_utils.teacher.extraction import signal_function
 

@@ -131,6 +131,7 @@ def test_parameters_that_differ_are_settings_and_only_like_is_compared(explore):
         ({"cache": {"name": "c", "content_hash": "0" * 64}}, "teacher cache changed (toy)"),
         ({"code": {"kd_utils/losses.py": "1" * 12}}, "code changed (kd_utils/losses.py)"),
         ({"tokenizer": "0" * 16}, "student changed (tokenizer)"),
+        ({"initial": "0" * 64}, "student changed (the initial student)"),
         ({"precision": "torch.bfloat16"}, "precision was 'torch.float32', is 'torch.bfloat16'"),
         (
             {"versions": {"torch": "1.0"}},

@@ -9,8 +9,8 @@ import pytest
 import torch
 from tiny import tiny_llama
 
+from kd_utils.distill.terms.hidden import make_projector
 from kd_utils.distill.training import seed_step
-from kd_utils.models.students import make_projector
 from kd_utils.records.checkpoint import Checkpoint
 from kd_utils.store.sealed import read_sealed, write_sealed
 

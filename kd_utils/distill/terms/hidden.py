@@ -2,12 +2,12 @@
 
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from kd_utils.distill.targets import Targets
 from kd_utils.distill.teacher_terms import LayerTerm, TermSetup, register
 from kd_utils.models.signals import Signals
-from kd_utils.models.students import make_projector
 
 
 @register
@@ -65,3 +65,10 @@ def hidden_mse(
         projected_student.float(), teacher_hidden.float(), reduction="sum"
     )
     return total / ((normaliser or max(len(teacher_hidden), 1)) * teacher_hidden.shape[-1])
+
+
+def make_projector(student_width: int, teacher_width: int, seed: int) -> nn.Linear:
+    """`Linear(d_student, d_teacher, bias=False)` with initial weights from this seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(student_width, teacher_width, bias=False)
