@@ -134,7 +134,7 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
     Args:
         config, caches: the trial's `TrialConfig`, and the `TeacherCache` of each of its teachers.
         student: the model that the student was made of, and its initial weights
-            (`models.students.StudentSource`).
+            (`models.initial.students.StudentSource`).
         precision: of matrix products.
         device: "cuda" or "cpu", whose arithmetic rounds the sums.
 

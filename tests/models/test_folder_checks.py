@@ -9,8 +9,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd_utils.models import folder_checks
+from kd_utils.models.initial.ways import random_weights
 from kd_utils.models.loading import load_causal_lm, load_tokenizer, model_fingerprint, save_model
-from kd_utils.models.students import build_student
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -160,11 +160,11 @@ def test_other_files_with_weights_do_no_harm(folder):
     load_causal_lm(str(folder))
 
 
-@pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_what_a_config_wants_returned_changes_nothing(folder, init, tmp_path):
-    expected = build_student(str(folder), init, 2)(IDS).logits
+@pytest.mark.parametrize("build", [load_causal_lm, random_weights])
+def test_what_a_config_wants_returned_changes_nothing(folder, build, tmp_path):
+    expected = build(str(folder))(IDS).logits
     edit(folder, return_dict=False, output_attentions=True, output_hidden_states=True)
-    model = build_student(str(folder), init, 2)
+    model = build(str(folder))
     output = model(IDS)
     assert torch.equal(output.logits, expected)
     assert output.attentions is None and output.hidden_states is None

@@ -11,8 +11,8 @@ from tiny import tiny_llama, tiny_tokenizer
 
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.models.initial import ways
+from kd_utils.models.initial.students import student_source
 from kd_utils.models.loading import load_causal_lm, model_fingerprint, save_model
-from kd_utils.models.students import student_source
 
 FORK = multiprocessing.get_context("fork")
 
