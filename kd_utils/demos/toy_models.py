@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from kd_utils.data.tasks import TASKS
 from kd_utils.demos import toy
 from kd_utils.models import loading
+from kd_utils.records.arithmetic import arithmetic
 from kd_utils.records.provenance import Ingredients, code_of
 from kd_utils.store import files, sealed
 from kd_utils.teacher.preparation import fine_tune
@@ -189,7 +190,9 @@ def build(folder: Path, seed: int = 1) -> None:
             f"{folder} holds files that no toy build wrote: move them, or set another artifacts_dir"
         )
     try:
-        with target.replaced({"made_from": made_from}) as aside:
+        # Another arithmetic gives other weights, which are no worse: it is told, and not compared.
+        about = {"made_from": made_from, "arithmetic": arithmetic("cpu")}
+        with target.replaced(about) as aside:
             _write(aside, seed)
     except OSError:
         # Another process may have built the same toy meanwhile.

@@ -12,6 +12,7 @@ from kd_utils.config import project_paths, stages
 from kd_utils.distill import batches, meter, training
 from kd_utils.evaluation import readiness
 from kd_utils.models import devices, loading, output_head, signals
+from kd_utils.records.arithmetic import arithmetic
 from kd_utils.records.provenance import Ingredients
 from kd_utils.store import files, locks, sealed
 from kd_utils.tokens.encoding import Example, right_padded
@@ -84,7 +85,8 @@ def prepare_teacher(
                 device=device,
                 progress=progress,
             )
-            with folder.replaced({"history": history}) as aside:
+            about = {"history": history, "arithmetic": arithmetic(device.type)}
+            with folder.replaced(about) as aside:
                 loading.write_model(model, tokenizer, aside)
     return name, pd.DataFrame(history)
 
