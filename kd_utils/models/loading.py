@@ -144,7 +144,7 @@ def _why_another(model: torch.nn.Module, folder: Path) -> str:
     try:
         loaded = load_causal_lm(str(folder), dtype=model.dtype).eval()
     except ValueError as error:
-        return str(error)
+        return str(error).removeprefix(f"cannot load {folder}: ")
     in_memory, in_file = model.state_dict(), loaded.state_dict()
     for name in sorted(in_memory.keys() ^ in_file.keys()):
         return f"{name} is only in {'memory' if name in in_memory else 'the loaded model'}"

@@ -112,7 +112,7 @@ def a_bias(model):
     [
         (double_scaling, "it gives other logits"),
         (another_epsilon, "it gives other logits"),
-        (a_bias, "lm_head.bias is only in memory"),
+        (a_bias, "its config has no place for lm_head.bias"),
     ],
 )
 def test_a_model_that_would_be_loaded_as_another_is_not_saved(tmp_path, change, why):
