@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors.torch import load_file
 
 from kd_utils.cache.manifest import CacheError, check_files, sealed_cache
+from kd_utils.models.output_head import OutputHead
 from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import Vocabulary
@@ -118,7 +120,23 @@ class TeacherCache:
 
     def lm_head(self) -> Any:
         """(V, d) the teacher's output layer; None in a top-k cache. The file is checked again."""
+        return self._head_file().get("lm_head")
+
+    def head_bias(self) -> Any:
+        """(V,) the bias of the teacher's output layer, if it has one. The file is checked again."""
+        return self._head_file().get("bias")
+
+    def _head_file(self) -> dict[str, Any]:
         if "lm_head.safetensors" not in self.manifest["checksums"]:
-            return None
-        file = sealed_cache(self.folder).file("lm_head.safetensors", self.manifest)
-        return load_file(file)["lm_head"]
+            return {}
+        return load_file(sealed_cache(self.folder).file("lm_head.safetensors", self.manifest))
+
+
+def output_head(cache: TeacherCache, device: torch.device | str = "cpu") -> OutputHead | None:
+    """The teacher's output layer in float32; None in a top-k cache."""
+    if (weight := cache.lm_head()) is None:
+        return None
+    how = dict(cache.manifest["head"])
+    # Only where there is a bias, the manifest mentions it.
+    bias = cache.head_bias().float().to(device) if how.pop("bias", False) else None
+    return OutputHead(weight.float().to(device), **how, bias=bias)

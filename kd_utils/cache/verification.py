@@ -88,14 +88,14 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
                 "delete the cache's folder and run 02 again"
             )
         if not np.isfinite(array).all():
-            remedy = (
-                f"{kind.name}_layers to other layers"
-                if column != kind.name
-                else "signals to 'top_k'"
-            )
+            remedy = "set signals to 'top_k'"
+            if column != kind.name:
+                remedy = f"set {kind.name}_layers to other layers"
+            elif kind.name in signal_kinds.SIGNAL_SETS["top_k"]:
+                remedy = "set precision to 'float32', or choose another teacher,"
             raise CacheError(
                 f"row {row.example_id}: {column} has values that are not finite: the teacher "
-                f"overflowed {array.dtype}; set {remedy} and run 02 again"
+                f"overflowed {array.dtype}; {remedy} and run 02 again"
             )
         if kind.check:
             try:

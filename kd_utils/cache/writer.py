@@ -62,6 +62,7 @@ def assemble_cache(
     *,
     shard_examples: int,
     vocabulary: Vocabulary | None = None,
+    head_bias: Tensor | None = None,
 ) -> dict[str, Any]:
     """Write what is missing of a cache.
 
@@ -73,6 +74,7 @@ def assemble_cache(
         header: what the manifest says besides files and counts.
         shard_examples: examples in one shard; the unit that a killed run repeats.
         vocabulary: what the teacher's ids spell, for a student with another tokenizer.
+        head_bias: (V,) of an output layer that has one.
 
     Returns:
         The manifest.
@@ -94,7 +96,8 @@ def assemble_cache(
                     checksums["vocabulary.parquet"] = files.sha256_file(aside)
             if lm_head is not None:
                 with files.written_aside(folder / "lm_head.safetensors") as aside:
-                    save_file({"lm_head": lm_head}, aside)
+                    bias = {} if head_bias is None else {"bias": head_bias}
+                    save_file({"lm_head": lm_head, **bias}, aside)
                     checksums["lm_head.safetensors"] = files.sha256_file(aside)
             about = {
                 "format": manifest.FORMAT_VERSION,

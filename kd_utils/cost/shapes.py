@@ -22,14 +22,20 @@ def shape_of(model: torch.nn.Module) -> Shape:
         once.
     """
     config = model.config.get_text_config()
-    width, heads = config.hidden_size, config.num_attention_heads
+
+    def most(name: str, otherwise: int) -> int:
+        """A size; of one that is given layer by layer the largest."""
+        value = getattr(config, name, None) or otherwise
+        return max(value) if isinstance(value, list | tuple) else value
+
+    width, heads = config.hidden_size, most("num_attention_heads", 1)  # a state space has none
     return {
         "hidden_size": width,
-        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * width,
+        "intermediate_size": most("intermediate_size", 4 * width),
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or width // heads,
+        "num_key_value_heads": most("num_key_value_heads", heads),
+        "head_dim": most("head_dim", width // heads),
         "vocab_size": config.vocab_size,
         "weights": sum(parameter.numel() for parameter in model.parameters()),
     }

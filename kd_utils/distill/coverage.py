@@ -7,9 +7,8 @@ from collections.abc import Iterable
 import pandas as pd
 import torch
 
-from kd_utils.cache.teacher_cache import TeacherCache
+from kd_utils.cache.teacher_cache import TeacherCache, output_head
 from kd_utils.distill.targets import groups_of
-from kd_utils.models.output_head import OutputHead
 from kd_utils.tokens import encoding, vocabulary
 
 
@@ -67,7 +66,8 @@ def shared_mass(
         cache: with the teacher's final hidden states and its head.
         temperature: T of softmax(z / T).
     """
-    head = OutputHead(cache.lm_head().float(), **cache.manifest["head"])
+    head = output_head(cache)
+    assert head, "a top-k cache has no output layer"
     states = (torch.from_numpy(cache[i].signals["hidden"].astype("float32")) for i in example_ids)
     return [
         float((head.logits(hidden) / temperature).softmax(-1)[:, pieces.teacher].sum(-1).mean())

@@ -93,7 +93,7 @@ def kd_loss(
     teachers = list(zip(_listed(teacher_hidden), heads, mixture or [1.0], strict=True))
     head, limit = _as_head(student_head), 2**25 // max(len(teacher.weight) for teacher in heads)
     options = temperature, shared, max(16, min(chunk_tokens, limit)), torch.is_grad_enabled()
-    total = _SummedKL.apply(student_hidden, head.weight, head, teachers, *options)
+    total = _SummedKL.apply(student_hidden, head.weight, head.bias, head, teachers, *options)
     return total / (normaliser or max(len(student_hidden), 1))
 
 
@@ -111,6 +111,7 @@ class _SummedKL(torch.autograd.Function):
         ctx,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        bias: torch.Tensor | None,
         head: OutputHead,
         teachers: list[tuple[torch.Tensor, OutputHead, float]],
         temperature: float,
@@ -119,7 +120,10 @@ class _SummedKL(torch.autograd.Function):
         wants_gradient: bool,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
-        gradients = (torch.empty_like(hidden), torch.zeros_like(weight)) if wants_gradient else None
+        leaves = (weight,) if bias is None else (weight, bias)
+        gradients = (
+            [torch.empty_like(hidden), *map(torch.zeros_like, leaves)] if wants_gradient else []
+        )
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = head.logits(hidden[rows])
@@ -140,7 +144,10 @@ class _SummedKL(torch.autograd.Function):
             total += temperature**2 * gap.sum()
             if gradients:  # of T^2 KL with respect to the student's logits: T (q - p)
                 slope = student_log.exp_().sub_(teacher_probs).mul_(temperature)
-                slope = (slope if head.is_plain else slope * by_raw_logits).to(hidden.dtype)
+                slope = slope if head.is_plain else slope * by_raw_logits
+                if bias is not None:  # summed in float32
+                    gradients[2].add_(slope.sum(0))
+                slope = slope.to(hidden.dtype)
                 gradients[0][rows] = slope @ weight
                 gradients[1].add_(slope.T @ hidden[rows])
         if gradients:
@@ -149,8 +156,9 @@ class _SummedKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope: torch.Tensor):
-        hidden, head = ctx.saved_tensors
-        return slope * hidden, slope * head, None, None, None, None, None, None
+        hidden, weight, *bias = ctx.saved_tensors
+        for_bias = slope * bias[0] if bias else None
+        return slope * hidden, slope * weight, for_bias, None, None, None, None, None, None
 
 
 def _log_probs(

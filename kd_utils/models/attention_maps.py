@@ -1,10 +1,21 @@
-"""Attention maps, computed from a layer's queries and keys, and packed as a cache stores them."""
+"""Attention maps: queries and keys are kept, maps computed from them, and packed for a cache."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor, nn
+
+# Without "sdpa" in the name: transformers refuses such names to families that soft-cap.
+IMPLEMENTATION = "keeps_queries"
+
+#: What can be done with a model that has no maps.
+NO_MAPS = (
+    "as a student, use distill_type 'hidden_state' or 'black_box'; as a teacher, set signals to "
+    "'top_k hidden' or 'top_k'"
+)
 
 #: Arguments of an attention module that change its map in a way that `Attention.map` lacks.
 UNKNOWN_TO_MAPS = {
@@ -68,6 +79,71 @@ class Attention:
         """(B, H, Q, K) derivative of the capped scores by the scaled ones, 1 - tanh^2."""
         assert self.softcap is not None
         return 1 - torch.tanh(self._scores() * (self.scaling / self.softcap)) ** 2
+
+
+def keeps_queries(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+):
+    """The attention function that transformers calls in every layer after a model was switched.
+
+    A module with an attribute `keep` hands it the `Attention`, the values and the output. The
+    arguments have transformers' names, since some families pass the mask by name.
+
+    Raises:
+        ValueError: the family changes its maps in a way that `Attention.map` lacks.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    for name, meaning in UNKNOWN_TO_MAPS.items():
+        if kwargs.get(name) is not None:  # SDPA would drop sinks without a word
+            raise ValueError(
+                f"{type(module).__name__} uses {meaning}, so its maps cannot be captured: {NO_MAPS}"
+            )
+    softcap = kwargs.get("softcap")
+    attend = sdpa_attention_forward if softcap is None else _softcapped_attention
+    output = attend(module, query, key, value, attention_mask, **kwargs)
+    if keep := getattr(module, "keep", None):
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        keep(Attention(query, key, attention_mask, scaling, softcap), value, output[0])
+    return output
+
+
+def _softcapped_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+):
+    """Gemma 2's eager attention, with an additive mask: SDPA has no soft-capping."""
+    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
+
+    if mask is None and query.shape[2] > 1:
+        mask = torch.ones(
+            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
+        ).tril_()
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(
+            ~mask, torch.finfo(query.dtype).min
+        )
+    return eager_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """||found - expected|| / ||expected||; infinite where the shapes differ."""
+    if found.shape != expected.shape:
+        return float("inf")
+    return float((found - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+
+
+def compare_map(differences: list[float], found: Attention, value: Tensor, output: Tensor) -> None:
+    """Add how far map times values is from the (B, T, H, d_v) output of the attention function."""
+    weights = found.map()
+    value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1).float()
+    seen = weights.sum(-1).gt(0)[..., None]  # not of a row of padding
+    product, output = (weights @ value) * seen, output.transpose(1, 2).float() * seen
+    differences.append(relative_difference(product, output))
 
 
 def causal_places(

@@ -1,34 +1,48 @@
-"""From the final hidden state to logits: a matrix product, perhaps scaled or soft-capped."""
+"""From the final hidden state to logits: a matrix product, perhaps with bias, scale or cap."""
 
 from dataclasses import dataclass
 
 import torch
 
-from kd_utils.models.signals import forward_signals
+from kd_utils.models.signals import forward_signals, require_shape
+
+#: Names in configurations of what logits are multiplied with, and divided by.
+FACTORS, DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+#: HyperCLOVAX multiplies by what it calls `logits_scaling`, as Granite calls its divisor.
+MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
+#: Names in configurations of the cap.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass
 class OutputHead:
-    """How the final hidden state h becomes logits z: u = h W^T, then z = cap tanh(scale u / cap).
+    """How the final hidden state h becomes logits z.
+
+    u = h W^T + b, then z = cap tanh(scale u / cap).
 
     Attributes:
         weight: W, (V, d).
-        scale: 1 but for Granite and Cohere.
-        cap: None (z = scale u) but for Gemma 2.
+        scale: 1 but for Granite, Cohere and a few others.
+        cap: None (z = scale u) but for Gemma 2 and a few others.
+        bias: b, (V,); None but for GPT-J, Phi and a few others.
     """
 
     weight: torch.Tensor
     scale: float = 1.0
     cap: float | None = None
+    bias: torch.Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Nothing but a matrix product."""
+        """Whether z is u: neither scaled nor capped."""
         return self.scale == 1.0 and self.cap is None
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., d) -> (..., V), with the operations in the models' own order."""
-        logits = hidden @ self.weight.T
+        if self.bias is None:
+            logits = hidden @ self.weight.T
+        else:  # in one operation, as in the model: bfloat16 is rounded once
+            logits = torch.nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
@@ -43,46 +57,97 @@ class OutputHead:
 def output_head(model: torch.nn.Module) -> OutputHead:
     """The model's head, tied or not, by its configuration; `require_known_head` tests it.
 
-    Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps at
-    `final_logit_softcapping`.
+    Raises:
+        ValueError: the model has no output layer that is one matrix.
+    """
+    layer, config = model.get_output_embeddings(), model.config.get_text_config()
+    if getattr(getattr(layer, "weight", None), "ndim", 0) != 2:
+        raise ValueError(f"{type(model).__name__} has no output layer that is one matrix")
+
+    def product(names: tuple[str, ...]) -> float:
+        found = 1.0
+        for name in names:
+            found *= getattr(config, name, None) or 1.0
+        return found
+
+    multiplies = config.model_type in MULTIPLIES_BY_LOGITS_SCALING
+    factors, divisors = (FACTORS + DIVISORS, ()) if multiplies else (FACTORS, DIVISORS)
+    caps = [cap for name in CAPS if (cap := getattr(config, name, None))]
+    scale = product(factors) / product(divisors)
+    return OutputHead(layer.weight, scale, caps[0] if caps else None, getattr(layer, "bias", None))
+
+
+def model_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """(B, T, V) as the model itself computes them, whatever its output layer does.
 
     Raises:
-        ValueError: the head has a bias, which hidden state times weight would lose.
+        ValueError: they have another shape.
     """
-    layer, config = model.get_output_embeddings(), model.config
-    if getattr(layer, "bias", None) is not None:
-        raise ValueError(
-            f"{type(model).__name__}'s lm_head has a bias: as a teacher, set signals to 'top_k' "
-            "and teacher_epochs to 0; it cannot be a student"
-        )
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (
-        getattr(config, "logits_scaling", None) or 1.0
-    )
-    return OutputHead(layer.weight, scale, getattr(config, "final_logit_softcapping", None))
+    logits = getattr(model(input_ids=input_ids, use_cache=False), "logits", None)
+    vocabulary = model.config.get_text_config().vocab_size
+    require_shape(model, "logits", logits, (*input_ids.shape, vocabulary))
+    return logits
+
+
+NO_STUDENT = "it cannot be a student, choose another model"
 
 
 @torch.no_grad()
-def require_known_head(model: torch.nn.Module, input_ids: torch.Tensor) -> float:
-    """Check that `output_head` turns the hidden state into the model's own logits.
+def require_causal(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Check that a position's logits do not depend on later tokens, and return all logits.
+
+    An encoder such as BERT sees them: its loss would be that of a model that reads the answer.
+
+    Args:
+        input_ids: (B, T), right-padded; the second half of the columns is changed.
+
+    Raises:
+        ValueError: logits of the first half change with it, or have another shape.
+    """
+    logits = model_logits(model, input_ids).float()
+    half = (input_ids.shape[1] + 1) // 2
+    changed = input_ids.clone()
+    changed[:, half:] = (changed[:, half:] + 1) % logits.shape[-1]
+    first, again = logits[:, :half], model_logits(model, changed)[:, :half].float()
+    rounding = 1e-4 if model.dtype == torch.float32 else 2e-2
+    if not float((first - again).norm()) <= rounding * float(first.norm()):
+        raise ValueError(
+            f"{type(model).__name__} sees tokens that come later, so it is no causal language "
+            "model: choose another (an encoder such as BERT needs is_decoder in its config.json)"
+        )
+    return logits
+
+
+@torch.no_grad()
+def require_known_head(
+    model: torch.nn.Module, input_ids: torch.Tensor, remedy: str = NO_STUDENT
+) -> float:
+    """Check that the model is causal, and that `output_head` gives its own logits.
 
     Losses and caches rely on it. The operations are the same, so even rounding hardly differs.
 
     Args:
         input_ids: (B, T), right-padded.
+        remedy: how the error ends: what the caller can do with a model whose head is unknown.
 
     Returns:
         ||z - z'|| / ||z|| of the model's logits z and the rebuilt ones z'.
 
     Raises:
-        ValueError: it is above 1e-5: the head does something that `OutputHead` lacks.
+        ValueError: it is above 1e-5: the head does something that `OutputHead` lacks; or what
+            `require_causal` and `forward_signals` raise.
     """
-    logits = model(input_ids=input_ids, use_cache=False).logits.float()
-    rebuilt = output_head(model).logits(forward_signals(model, input_ids).hidden).float()
-    difference = float((logits - rebuilt).norm() / logits.norm())
+    logits, hidden = require_causal(model, input_ids), forward_signals(model, input_ids).hidden
+    try:
+        head = output_head(model)
+    except ValueError as error:
+        raise ValueError(f"{error}: {remedy}") from None
+    difference = torch.inf
+    if head.weight.shape == (logits.shape[-1], hidden.shape[-1]):
+        difference = float((logits - head.logits(hidden).float()).norm() / logits.norm())
     if not difference <= 1e-5:
         raise ValueError(
-            f"{type(model).__name__}: the output head does more than a matrix product, scaling and "
-            f"soft-capping (rebuilt logits differ by {difference:.2%}): as a teacher, set signals "
-            "to 'top_k' and teacher_epochs to 0; it cannot be a student"
+            f"{type(model).__name__}: the output head does more than a matrix product, a bias, "
+            f"scaling and soft-capping (rebuilt logits differ by {difference:.2%}): {remedy}"
         )
     return difference

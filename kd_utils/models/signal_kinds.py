@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from kd_utils.models.attention_maps import encode_map
+from kd_utils.models.output_head import model_logits
 from kd_utils.models.signals import Signals, forward_signals
 
 
@@ -45,7 +46,7 @@ class TeacherPass:
 
     @cached_property
     def logits(self) -> torch.Tensor:
-        return self.model(input_ids=self.input_ids, use_cache=False).logits
+        return model_logits(self.model, self.input_ids)
 
     def largest(self, b: int, n: int) -> Any:
         """(values, indices) of the k largest logits of example b, each (n, k), computed once."""

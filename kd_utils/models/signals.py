@@ -1,21 +1,27 @@
 """The forward pass of a decoder, teacher or student, with the signals that are distilled.
 
-Attention runs fused (SDPA), except in families that soft-cap their scores. Queries and keys are
-kept for the layers that are asked for; maps are computed from them one example at a time, so that
-training builds no (B, H, T, T) tensor. Layers are numbered from 1 to L, by their output.
+Where no map is asked for, the model computes attention, or what it has in its place, as it does
+anyway. For maps attention runs fused (SDPA), except in families that soft-cap their scores. Queries
+and keys are kept for the layers that are asked for; maps are computed from them one example at a
+time, so that training builds no (B, H, T, T) tensor. Layers are numbered from 1 to L, by their
+output.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kd_utils.models.attention_maps import UNKNOWN_TO_MAPS, Attention
-
-# Without "sdpa" in the name: transformers refuses such names to families that soft-cap.
-IMPLEMENTATION = "keeps_queries"
+from kd_utils.models.attention_maps import (
+    IMPLEMENTATION,
+    NO_MAPS,
+    Attention,
+    compare_map,
+    keeps_queries,
+    relative_difference,
+)
 
 
 class Signals(NamedTuple):
@@ -33,42 +39,6 @@ class Signals(NamedTuple):
     attentions: dict[int, Attention]
 
 
-def _keeps_queries(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-):
-    """The attention function that transformers calls in every layer, after `_switch_attention`."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    for name, meaning in UNKNOWN_TO_MAPS.items():
-        if kwargs.get(name) is not None:  # SDPA would drop sinks without a word
-            raise ValueError(
-                f"{type(module).__name__} uses {meaning}, which are not captured: as a teacher, "
-                "set signals to 'top_k' and teacher_epochs to 0; it cannot be a student"
-            )
-    softcap = kwargs.get("softcap")
-    if keep := getattr(module, "keep", None):
-        keep(Attention(query, key, mask, kwargs.get("scaling") or query.shape[-1] ** -0.5, softcap))
-    attend = sdpa_attention_forward if softcap is None else _softcapped_attention
-    return attend(module, query, key, value, mask, **kwargs)
-
-
-def _softcapped_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-):
-    """Gemma 2's eager attention, with an additive mask: SDPA has no soft-capping."""
-    from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
-
-    if mask is None and query.shape[2] > 1:
-        mask = torch.ones(
-            query.shape[2], key.shape[2], dtype=torch.bool, device=query.device
-        ).tril_()
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(
-            ~mask, torch.finfo(query.dtype).min
-        )
-    return eager_attention_forward(module, query, key, value, mask, **kwargs)
-
-
 def attention_module(layer: nn.Module) -> nn.Module | None:
     """The attention module of a decoder layer; None for a layer without, such as a state space."""
     found = (
@@ -79,30 +49,74 @@ def attention_module(layer: nn.Module) -> nn.Module | None:
     return next(found, None)
 
 
+def text_model(model: nn.Module) -> nn.Module:
+    """What turns token ids into the final hidden state; of a model that sees pictures, the text."""
+    nested = model.config.get_text_config() is not model.config
+    return model.get_decoder() if nested else model.base_model
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's decoder layers: the list whose members have attention; else a ValueError."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and any(attention_module(layer) for layer in module):
+    """The list of the text model's layers, with or without attention; else a ValueError."""
+    total = model.config.get_text_config().num_hidden_layers
+    for module in text_model(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
             return module
-    raise _not_captured(model)
-
-
-def _not_captured(model: nn.Module) -> ValueError:
-    return ValueError(
-        f"{type(model).__name__} does not use transformers' attention interface, so its maps "
-        "cannot be captured: use a decoder of transformers >= 5 (Llama, Mistral, Qwen, Gemma, ...)"
+    raise ValueError(
+        f"{type(model).__name__} has no list of {total} layers, so nothing of single layers can be "
+        "captured: set hidden_layers to 'last', or use distill_type 'black_box'"
     )
 
 
-def _switch_attention(model: nn.Module) -> None:
+def _no_maps(model: nn.Module, why: str) -> ValueError:
+    return ValueError(f"{type(model).__name__} {why}, so its maps cannot be captured: {NO_MAPS}")
+
+
+def _switch_attention(
+    model: nn.Module, attending: Collection[Any], hidden_of: Callable[[], Tensor]
+) -> None:
+    """From now on the model's attention modules call `keeps_queries`, which is tried first.
+
+    A family may hand its attention function what must not be ignored. Its maps would be wrong, and
+    they would be compared all the same.
+
+    Args:
+        attending: the modules whose maps are wanted.
+        hidden_of: computes the final hidden state of a small batch.
+
+    Raises:
+        ValueError: the hidden state changes, or a map is not what weighs the values.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 
-    if model.config._attn_implementation != IMPLEMENTATION:
-        AttentionInterface.register(IMPLEMENTATION, _keeps_queries)
-        AttentionMaskInterface.register(IMPLEMENTATION, masking_utils.sdpa_mask)
-        model.set_attn_implementation(IMPLEMENTATION)
-    if model.config._attn_implementation != IMPLEMENTATION:
-        raise _not_captured(model)
+    text, differences = text_model(model).config, list[float]()
+    if (usual := text._attn_implementation) == IMPLEMENTATION:
+        return
+    AttentionInterface.register(IMPLEMENTATION, keeps_queries)
+    AttentionMaskInterface.register(IMPLEMENTATION, masking_utils.sdpa_mask)
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # without dropout
+    try:
+        with torch.no_grad():
+            expected = hidden_of()
+            model.set_attn_implementation(IMPLEMENTATION)
+            for module in attending:
+                module.keep = partial(compare_map, differences)
+            differences.append(relative_difference(hidden_of(), expected))
+        if text._attn_implementation != IMPLEMENTATION or len(differences) <= len(attending):
+            raise _no_maps(model, "does not use transformers' attention interface")
+        half = expected.dtype != torch.float32 or torch.is_autocast_enabled(expected.device.type)
+        if not max(differences) <= (5e-2 if half else 1e-3):
+            raise _no_maps(
+                model, "computes attention in a way that a map of queries and keys lacks"
+            )
+    except BaseException:
+        model.set_attn_implementation(usual)
+        raise
+    finally:
+        for module in attending:
+            module.keep = None
+        for module in training:
+            module.training = True
 
 
 def forward_signals(
@@ -126,45 +140,93 @@ def forward_signals(
             final hidden state always is.
 
     Raises:
-        ValueError: there is no such layer, or its attention cannot be captured.
+        ValueError: there is no such layer, its attention cannot be captured, or the model's forward
+            pass gives something else than it is asked for.
     """
-    _switch_attention(model)
-    layers = decoder_layers(model)
+    text = model.config.get_text_config()
+    total = text.num_hidden_layers
     for number in (*hidden_layers, *map_layers):
-        if not 1 <= number <= len(layers):
+        if not 1 <= number <= total:
             raise ValueError(
-                f"layer {number}: {type(model).__name__} has {len(layers)} layers, numbered from 1"
+                f"layer {number}: {type(model).__name__} has {total} layers, numbered from 1"
             )
+    inner = {*hidden_layers} - {total}
+    layers = decoder_layers(model) if inner or map_layers else nn.ModuleList()
     attending: dict[int, Any] = {n: attention_module(layers[n - 1]) for n in map_layers}
     if lacking := [number for number, module in attending.items() if module is None]:
+        attends = [n for n, layer in enumerate(layers, 1) if attention_module(layer)]
         raise ValueError(
-            f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map: "
-            "choose other attention_layers"
+            f"layer {lacking[0]} of {type(model).__name__} has no attention that could be "
+            "captured, so it has no map: "
+            + (
+                f"choose attention_layers among {', '.join(map(str, attends))}; or, "
+                * bool(attends)
+            )
+            + NO_MAPS
         )
+    if map_layers:
+        few = input_ids[:1], None if attention_mask is None else attention_mask[:1]
+        _switch_attention(model, attending.values(), lambda: _final_hidden(model, *few))
     states: dict[int, Tensor] = {}
     attentions: dict[int, Attention] = {}
     hooks = [
         layers[number - 1].register_forward_hook(partial(_keep_state, states, number))
-        for number in {*hidden_layers} - {len(layers)}
+        for number in inner
     ]
     try:
         for number, module in attending.items():
-            module.keep = partial(attentions.__setitem__, number)
-        hidden = model.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+            module.keep = partial(_keep_attention, attentions, number)
+        hidden = states[total] = _final_hidden(model, input_ids, attention_mask)
     finally:
         for hook in hooks:
             hook.remove()
         for module in attending.values():
             module.keep = None
     if len(attentions) < len(attending):
-        raise _not_captured(model)
-    states[len(layers)] = hidden  # after the last norm
+        raise _no_maps(model, "does not use transformers' attention interface")
+    for number in hidden_layers:
+        what, width = f"hidden state of layer {number}", text.hidden_size
+        require_shape(model, what, states.get(number), (*input_ids.shape, width))
+    for number, found in attentions.items():
+        sizes = (len(input_ids), text.num_attention_heads, input_ids.shape[1], None)
+        require_shape(model, f"queries of layer {number}", found.query, sizes)
+        require_shape(model, f"keys of layer {number}", found.key, (sizes[0], None, *sizes[2:]))
     return Signals(hidden, states, attentions)
+
+
+def _final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """(B, T, d) after the last norm."""
+    output = text_model(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)
+    require_shape(model, "final hidden state", hidden, (*input_ids.shape, None))
+    return hidden
+
+
+def _keep_attention(
+    kept: dict[int, Attention], number: int, found: Attention, _value: Tensor, _output: Tensor
+) -> None:
+    kept[number] = found
 
 
 def _keep_state(
     states: dict[int, Tensor], number: int, _layer: nn.Module, _args: tuple, output: Any
 ) -> None:
     states[number] = output[0] if isinstance(output, tuple) else output
+
+
+def require_shape(
+    model: nn.Module, what: str, found: Any, expected: tuple[int | None, ...]
+) -> None:
+    """Check a part of a forward pass before it is indexed; None stands for any size.
+
+    Raises:
+        ValueError: it is no tensor, or has another shape.
+    """
+    shape = tuple(found.shape) if isinstance(found, Tensor) else ()
+    if len(shape) != len(expected) or any(b not in (None, a) for a, b in zip(shape, expected)):
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        raise ValueError(
+            f"{type(model).__name__}: the {what} has the shape {shape or type(found).__name__}, "
+            f"expected ({sizes}): it cannot be compared or cached; choose another model, or "
+            "signals that do without it ('top_k', distill_type 'black_box')"
+        )

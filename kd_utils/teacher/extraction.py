@@ -80,9 +80,11 @@ def cache_header(
         head = output_head.output_head(model)
         specific |= {
             "hidden_size": shape["hidden_size"],
-            "heads": shape["num_attention_heads"],
-            "head": {"scale": head.scale, "cap": head.cap},
+            "head": {"scale": head.scale, "cap": head.cap}
+            | ({} if head.bias is None else {"bias": True}),
         }
+    if "attention" in kinds:
+        specific["heads"] = shape["num_attention_heads"]
     folder = project_paths.project_path(config.teacher)
     return {
         "name": config.name,
@@ -192,3 +194,9 @@ def _rows(
 def stored_lm_head(model: torch.nn.Module) -> torch.Tensor:
     """(V, d) the output layer's weight on the CPU, as the model holds it."""
     return output_head.output_head(model).weight.detach().cpu().contiguous()
+
+
+def stored_head_bias(model: torch.nn.Module) -> torch.Tensor | None:
+    """(V,) the output layer's bias on the CPU, if it has one."""
+    bias = output_head.output_head(model).bias
+    return None if bias is None else bias.detach().cpu().contiguous()

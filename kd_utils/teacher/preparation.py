@@ -12,6 +12,7 @@ from kd_utils.config import project_paths, stages
 from kd_utils.distill import batches, meter, training
 from kd_utils.evaluation import readiness
 from kd_utils.models import devices, loading, output_head, signals
+from kd_utils.models.signal_kinds import kinds_of
 from kd_utils.records.arithmetic import arithmetic
 from kd_utils.records.provenance import Ingredients
 from kd_utils.store import files, locks, sealed
@@ -72,7 +73,8 @@ def prepare_teacher(
             model = loading.load_causal_lm(config.teacher, config.teacher_revision).to(device)
             readiness.require_ready(model, tokenizer, {"train": train})
             probe = torch.from_numpy(right_padded(train[:8])[0]).to(device)
-            output_head.require_known_head(model, probe)
+            also = " and signals to 'top_k'" * ("hidden" in kinds_of(config.signals))
+            output_head.require_known_head(model, probe, f"set teacher_epochs to 0{also}")
             history = fine_tune(
                 model,
                 train,

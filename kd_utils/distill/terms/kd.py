@@ -5,6 +5,7 @@ from typing import Self
 
 import torch
 
+from kd_utils.cache import teacher_cache
 from kd_utils.distill import logit_losses
 from kd_utils.distill.targets import Spans, Targets
 from kd_utils.distill.teacher_terms import Term, TermSetup, register
@@ -46,8 +47,8 @@ class KD(Term):
     @classmethod
     def of(cls, setup: TermSetup) -> Self:
         manifest, config = setup.cache.manifest, setup.config
-        weight = setup.cache.lm_head()
-        if weight is None:
+        head = teacher_cache.output_head(setup.cache, setup.device)
+        if head is None:
             _require_top_k(setup)
             return cls(None, config.temperature, temperatures=manifest["temperatures"])
         teacher, shared = setup.cache.vocabulary(), None
@@ -56,7 +57,6 @@ class KD(Term):
         if sizes[0] != sizes[1] or not same_pieces(teacher, setup.vocabulary):
             pieces = logit_losses.shared_output_rows(teacher, setup.vocabulary, *sizes)
             shared = logit_losses.Shared.of(pieces.teacher, pieces.student, *sizes, setup.device)
-        head = OutputHead(weight.float().to(setup.device), **manifest["head"])
         return cls(head, config.temperature, shared=shared, logit_loss=config.logit_loss)
 
     def about(self) -> str:
