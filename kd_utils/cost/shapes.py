@@ -8,6 +8,7 @@ import torch
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
 from kd_utils.models.initial.layers import kept_config
+from kd_utils.models.signals import size_of
 
 #: The sizes of a decoder of Llama's kind, by the names that `transformers` uses.
 Shape = Mapping[str, int]
@@ -23,19 +24,14 @@ def shape_of(model: torch.nn.Module) -> Shape:
     """
     config = model.config.get_text_config()
 
-    def most(name: str, otherwise: int) -> int:
-        """A size; of one that is given layer by layer the largest."""
-        value = getattr(config, name, None) or otherwise
-        return max(value) if isinstance(value, list | tuple) else value
-
-    width, heads = config.hidden_size, most("num_attention_heads", 1)  # a state space has none
+    width, heads = config.hidden_size, size_of(model, "num_attention_heads") or 1
     return {
         "hidden_size": width,
-        "intermediate_size": most("intermediate_size", 4 * width),
+        "intermediate_size": size_of(model, "intermediate_size") or 4 * width,
         "num_hidden_layers": config.num_hidden_layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": most("num_key_value_heads", heads),
-        "head_dim": most("head_dim", width // heads),
+        "num_key_value_heads": size_of(model, "num_key_value_heads") or heads,
+        "head_dim": size_of(model, "head_dim") or width // heads,
         "vocab_size": config.vocab_size,
         "weights": sum(parameter.numel() for parameter in model.parameters()),
     }

@@ -85,7 +85,8 @@ def model_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tenso
     """
     logits = getattr(model(input_ids=input_ids, use_cache=False), "logits", None)
     vocabulary = model.config.get_text_config().vocab_size
-    require_shape(model, "logits", logits, (*input_ids.shape, vocabulary))
+    remedy = "choose another model"
+    require_shape(model, "logits", logits, (*input_ids.shape, vocabulary), remedy)
     return logits
 
 
@@ -137,9 +138,9 @@ def require_known_head(
         ValueError: it is above 1e-5: the head does something that `OutputHead` lacks; or what
             `require_causal` and `forward_signals` raise.
     """
-    logits, hidden = require_causal(model, input_ids), forward_signals(model, input_ids).hidden
+    logits = require_causal(model, input_ids)
     try:
-        head = output_head(model)
+        hidden, head = forward_signals(model, input_ids).hidden, output_head(model)
     except ValueError as error:
         raise ValueError(f"{error}: {remedy}") from None
     difference = torch.inf

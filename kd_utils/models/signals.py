@@ -52,18 +52,33 @@ def attention_module(layer: nn.Module) -> nn.Module | None:
 def text_model(model: nn.Module) -> nn.Module:
     """What turns token ids into the final hidden state; of a model that sees pictures, the text."""
     nested = model.config.get_text_config() is not model.config
-    return model.get_decoder() if nested else model.base_model
+    body = model.get_decoder() if nested else model.base_model
+    return getattr(model, "model", model) if body is model else body  # Llama 4 names it wrongly
+
+
+def size_of(model: nn.Module, name: str) -> int | None:
+    """A size by its name in the text model's configuration; None: it has no such size.
+
+    Of one that differs from layer to layer, the largest.
+    """
+    config = model.config.get_text_config()
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to tell one number
+        value = [getattr(layer, name) for layer in config.per_layer_config]
+    return max(value) if isinstance(value, list | tuple) else value
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of the text model's layers, with or without attention; else a ValueError."""
-    total = model.config.get_text_config().num_hidden_layers
+    total, parts = model.config.get_text_config().num_hidden_layers, ("Attention", "Norm", "FFN")
     for module in text_model(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
-            return module
+            if not type(module[0]).__name__.endswith(parts):  # XLM has a list of each part
+                return module
     raise ValueError(
         f"{type(model).__name__} has no list of {total} layers, so nothing of single layers can be "
-        "captured: set hidden_layers to 'last', or use distill_type 'black_box'"
+        f"captured: set hidden_layers to 'last'; where maps are asked for, {NO_MAPS}"
     )
 
 
@@ -155,14 +170,11 @@ def forward_signals(
     attending: dict[int, Any] = {n: attention_module(layers[n - 1]) for n in map_layers}
     if lacking := [number for number, module in attending.items() if module is None]:
         attends = [n for n, layer in enumerate(layers, 1) if attention_module(layer)]
+        if not attends:
+            raise _no_maps(model, "has no attention that transformers could hand over")
         raise ValueError(
-            f"layer {lacking[0]} of {type(model).__name__} has no attention that could be "
-            "captured, so it has no map: "
-            + (
-                f"choose attention_layers among {', '.join(map(str, attends))}; or, "
-                * bool(attends)
-            )
-            + NO_MAPS
+            f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map: "
+            f"choose attention_layers among {', '.join(map(str, attends))}; or, {NO_MAPS}"
         )
     if map_layers:
         few = input_ids[:1], None if attention_mask is None else attention_mask[:1]
@@ -185,12 +197,15 @@ def forward_signals(
     if len(attentions) < len(attending):
         raise _no_maps(model, "does not use transformers' attention interface")
     for number in hidden_layers:
-        what, width = f"hidden state of layer {number}", text.hidden_size
-        require_shape(model, what, states.get(number), (*input_ids.shape, width))
+        what, sizes = f"hidden state of layer {number}", (*input_ids.shape, text.hidden_size)
+        remedy = "use distill_type 'black_box', and signals 'top_k' if it is the teacher"
+        require_shape(model, what, states.get(number), sizes, remedy)
+    batch, length = input_ids.shape
     for number, found in attentions.items():
-        sizes = (len(input_ids), text.num_attention_heads, input_ids.shape[1], None)
-        require_shape(model, f"queries of layer {number}", found.query, sizes)
-        require_shape(model, f"keys of layer {number}", found.key, (sizes[0], None, *sizes[2:]))
+        heads = size_of(model, "num_attention_heads")
+        for what, part, count in (("queries", found.query, heads), ("keys", found.key, None)):
+            what = f"{what} of layer {number}"
+            require_shape(model, what, part, (batch, count, length, None), NO_MAPS)
     return Signals(hidden, states, attentions)
 
 
@@ -215,9 +230,12 @@ def _keep_state(
 
 
 def require_shape(
-    model: nn.Module, what: str, found: Any, expected: tuple[int | None, ...]
+    model: nn.Module, what: str, found: Any, expected: tuple[int | None, ...], remedy: str = ""
 ) -> None:
     """Check a part of a forward pass before it is indexed; None stands for any size.
+
+    Args:
+        remedy: how the error ends.
 
     Raises:
         ValueError: it is no tensor, or has another shape.
@@ -227,6 +245,5 @@ def require_shape(
         sizes = ", ".join("any" if size is None else str(size) for size in expected)
         raise ValueError(
             f"{type(model).__name__}: the {what} has the shape {shape or type(found).__name__}, "
-            f"expected ({sizes}): it cannot be compared or cached; choose another model, or "
-            "signals that do without it ('top_k', distill_type 'black_box')"
+            f"expected ({sizes}){remedy and ': '}{remedy}"
         )

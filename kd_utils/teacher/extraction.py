@@ -10,7 +10,7 @@ from kd_utils.cache.manifest import cache_code
 from kd_utils.cache.writer import SignalsOf
 from kd_utils.config import project_paths, stages
 from kd_utils.data.prepared_data import PreparedData
-from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
+from kd_utils.models import devices, layer_pairs, output_head, signal_kinds, signals
 from kd_utils.records import provenance
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens import encoding
@@ -51,8 +51,9 @@ def cache_header(
         model, tokenizer: the teacher, loaded.
         accuracy: of the teacher on the validation rows.
     """
-    kinds, text = signal_kinds.kinds_of(config.signals), model.config.get_text_config()
-    shape = {name: getattr(text, name) for name in SHAPE if hasattr(text, name)}
+    kinds = signal_kinds.kinds_of(config.signals)
+    sizes = {name: signals.size_of(model, name) for name in SHAPE}
+    shape = {name: size for name, size in sizes.items() if size is not None}
     temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
     code, layers = cache_code(), cached_layers(config, model)
     provenance.require_loaded(code)

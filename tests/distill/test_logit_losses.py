@@ -56,6 +56,57 @@ def test_kl_over_shared_pieces_and_a_rest_equals_torch_with_gradients(temperatur
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
 
 
+def biased(size, seed, *how):
+    """A head with a bias as large as its logits."""
+    return OutputHead(random(size, 4, seed=seed), *how, bias=3 * random(size, seed=seed + 1))
+
+
+@pytest.mark.parametrize("how", [(), (2.0, 3.0)])
+@pytest.mark.parametrize("across", [False, True])
+def test_the_loss_of_heads_with_a_bias_equals_torch_with_gradients(across, how):
+    teacher = biased(9 if across else 7, 1)
+    pieces = shared([4, 0, 7, 2], [1, 5, 0, 3], 9, 7) if across else None
+    theirs, results = random(40, 4, seed=2), []
+    for by_torch in (True, False):
+        hidden, head = random(40, 4, seed=3).requires_grad_(), biased(7, 4, *how)
+        leaves = (hidden, head.weight.requires_grad_(), head.bias.requires_grad_())
+        if by_torch:
+            logits = [(hidden @ head.weight.T + head.bias) * head.scale, theirs @ teacher.weight.T]
+            if head.cap:
+                logits[0] = head.cap * torch.tanh(logits[0] / head.cap)
+            logits[1] = logits[1] + teacher.bias
+            q, p = ((side / 2).log_softmax(-1) for side in logits)
+            if pieces:
+                q, p = bucketed(q, pieces.student), bucketed(p, pieces.teacher)
+            loss = 4 * F.kl_div(q, p, log_target=True, reduction="batchmean")
+        else:
+            loss = kd_loss(hidden, head, theirs, teacher, 2.0, shared=pieces, chunk_tokens=16)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+    assert results[0][-1].abs().max() > 0.1
+    assert kd_loss(theirs, teacher, theirs, teacher, 2.0).abs() < 1e-5
+
+
+def test_a_groups_probability_and_uld_count_a_bias():
+    hidden, head, teacher = random(5, 4).requires_grad_(), biased(7, 1), biased(9, 5)
+    head.bias.requires_grad_()
+    logits = (hidden @ head.weight.T + head.bias) / 2
+    targets, span = torch.tensor([0, 3, 6, 1, 2]), torch.arange(5)
+    log = span_log_probs(hidden, head, targets, span, 5, 2.0)
+    by_torch = -F.cross_entropy(logits, targets, reduction="none")
+    theirs = ((hidden.detach() @ teacher.weight.T + teacher.bias) / 2).softmax(-1)
+    sides = [side.sort(-1, descending=True)[0] for side in (logits.softmax(-1), theirs)]
+    uld = (F.pad(sides[0], (0, 2)) - sides[1]).abs().sum(-1).mean()
+    found = uld_loss(hidden, head, hidden.detach(), teacher, 2.0)
+    for one, other in ((log.sum(), by_torch.sum()), (found, uld)):
+        torch.testing.assert_close(one, other)
+        gradients = (
+            torch.autograd.grad(side, [hidden, head.bias], retain_graph=True)
+            for side in (one, other)
+        )
+        torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
 def test_shared_pieces_by_hand():
     """Teacher 1/2 1/4 1/4 (the last unshared), student 1/4 1/4 1/2: shared 1/2 and 1/4, rests 1/4
     and 1/2.

@@ -1,11 +1,34 @@
 """Captured signals against eager attention's own, and the logits rebuilt from hidden states."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import eager_signals, tiny_llama
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaForCausalLM,
+)
 
-from kd_utils.models.attention_maps import Attention, causal_slice, decode_map, encode_map
-from kd_utils.models.output_head import OutputHead, output_head, require_known_head
+from kd_utils.models.attention_maps import (
+    IMPLEMENTATION,
+    Attention,
+    causal_slice,
+    decode_map,
+    encode_map,
+)
+from kd_utils.models.output_head import (
+    OutputHead,
+    model_logits,
+    output_head,
+    require_causal,
+    require_known_head,
+)
 from kd_utils.models.signals import attention_module, decoder_layers, forward_signals
 
 
@@ -171,8 +194,6 @@ def test_a_capped_head_by_hand():
 
 
 def test_a_head_that_does_something_unknown_is_refused():
-    from transformers import HyperCLOVAXConfig, HyperCLOVAXForCausalLM, LlamaForCausalLM
-
     class Shifted(LlamaForCausalLM):
         def forward(self, *args, **kwargs):
             output = super().forward(*args, **kwargs)
@@ -180,34 +201,66 @@ def test_a_head_that_does_something_unknown_is_refused():
             return output
 
     torch.manual_seed(0)
-    ids = torch.randint(3, 97, (1, 6))
-    multiplies = HyperCLOVAXConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        logits_scaling=8.0,
-    )  # Granite's name for another operation
-    for model in (Shifted(tiny_llama().config).eval(), HyperCLOVAXForCausalLM(multiplies).eval()):
-        with pytest.raises(
-            ValueError,
-            match="^[^\n]*more than a matrix product, scaling and soft-capping .*set signals to "
-            ".top_k.*$",
-        ):
-            require_known_head(model, ids)
-
-
-def test_a_head_with_a_bias_is_refused():
-    model = tiny_llama()
-    model.lm_head = torch.nn.Linear(32, 97)
-    with pytest.raises(ValueError, match="lm_head has a bias: as a teacher, set signals to .top_k"):
+    model, ids = Shifted(tiny_llama().config).eval(), torch.randint(3, 97, (1, 6))
+    more = "^Shifted: the output head does more than a matrix product, a bias, scaling and soft-cap"
+    with pytest.raises(ValueError, match=f"{more}.*%\\): it cannot be a student[^\n]*$"):
+        require_known_head(model, ids)
+    with pytest.raises(ValueError, match=f"{more}.*%\\): set teacher_epochs to 0$"):
+        require_known_head(model, ids, "set teacher_epochs to 0")
+    model.lm_head = torch.nn.Identity()
+    with pytest.raises(ValueError, match="^Shifted has no output layer that is one matrix$"):
         output_head(model)
 
 
-def test_attention_sinks_are_refused():
-    from transformers import GptOssConfig, GptOssForCausalLM
+def test_a_model_that_sees_later_tokens_is_refused():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_attention_heads=4)
+    ids = torch.randint(3, 97, (2, 9))
+    for decoder in (False, True):
+        model = BertLMHeadModel(BertConfig(**sizes, num_hidden_layers=2, is_decoder=decoder)).eval()
+        if decoder:
+            assert require_causal(model, ids).shape == (2, 9, 97)
+        else:
+            with pytest.raises(ValueError, match="^BertLMHeadModel sees tokens that come later.*$"):
+                require_causal(model, ids)
 
+
+def test_what_has_another_shape_is_told_and_not_indexed():
+    class Last(LlamaForCausalLM):
+        """It gives the last position's logits, whatever it is asked for."""
+
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits[:, -1:]
+            return output
+
+    ids = torch.tensor([[3, 4, 5]])
+    wrong = r"^Last: the logits has the shape \(1, 1, 97\), expected \(1, 3, 97\): choose another"
+    with pytest.raises(ValueError, match=wrong):
+        model_logits(Last(tiny_llama().config).eval(), ids)
+    model = tiny_llama()
+    model.model.norm = torch.nn.Flatten()
+    wrong = r"^LlamaForCausalLM: the final hidden state has the shape \(1, 96\), expected .*any\)"
+    with pytest.raises(ValueError, match=f"{wrong}$"):
+        forward_signals(model, ids)
+    with pytest.raises(ValueError, match=f"{wrong}: it cannot be a student.*$"):
+        model.lm_head = torch.nn.Flatten(0, 1)  # never mind the logits
+        model.forward = lambda **_: SimpleNamespace(logits=torch.ones(1, 3, 97))
+        require_known_head(model, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_with_a_bias_gives_the_models_logits(dtype):
+    model, ids = tiny_llama(), torch.randint(3, 97, (2, 6))
+    model.lm_head = torch.nn.Linear(32, 97)
+    model = model.to(dtype)
+    assert require_known_head(model, ids) == 0  # one operation: bfloat16 is rounded once
+    head, hidden = output_head(model), forward_signals(model, ids).hidden
+    assert head.bias is model.lm_head.bias and head.is_plain
+    assert torch.equal(head.logits(hidden), model(ids).logits)
+
+
+def test_attention_sinks_have_no_maps_and_everything_else():
     config = GptOssConfig(
         vocab_size=97,
         hidden_size=32,
@@ -222,8 +275,49 @@ def test_attention_sinks_are_refused():
         eos_token_id=1,
         rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )
-    with pytest.raises(ValueError, match="^GptOssAttention uses attention sinks.*top_k.*$"):
-        forward_signals(GptOssForCausalLM(config).eval(), torch.tensor([[3, 4]]))
+    model, ids = GptOssForCausalLM(config).eval(), torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        before = model(ids).logits
+        assert require_known_head(model, ids) < 1e-6
+        with pytest.raises(
+            ValueError, match="^GptOssAttention uses attention sinks.*'black_box'.*$"
+        ):
+            forward_signals(model, ids, map_layers=[2])
+        assert torch.equal(model(ids).logits, before)  # it attends as it did
+
+
+def test_maps_that_the_model_does_not_attend_with_are_refused():
+    """DeepSeek V3.2 picks a few keys for each query, and only its own attention knows them."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "deepseek_v32",
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_head_dim=8,
+        index_n_heads=2,
+        index_topk=3,
+        initializer_range=0.2,
+    )
+    model, ids = AutoModelForCausalLM.from_config(config).train(), torch.randint(3, 97, (2, 12))
+    with pytest.raises(ValueError, match="^DeepseekV32ForCausalLM computes attention .*'top_k'$"):
+        forward_signals(model, ids, map_layers=[2])
+    assert model.config._attn_implementation != IMPLEMENTATION
+    assert all(module.training for module in model.modules())
+    assert require_known_head(model.eval(), ids) < 1e-6
 
 
 def test_a_soft_capped_map_by_hand():
