@@ -21,6 +21,7 @@ from kd_utils.teacher.extraction import (
     cache_header,
     cached_layers,
     signal_function,
+    stored_head_bias,
     stored_lm_head,
 )
 from kd_utils.tokens.encoding import encode_table
@@ -101,8 +102,9 @@ def cache(parameters: dict[str, Any], **changes: Any) -> tuple[Path, pd.Series]:
         layers=cached_layers(config, model),
     )
     write = partial(write_shards, folder, signals_of=run_teacher, batch_tokens=config.batch_tokens)
-    lm_head = stored_lm_head(model) if "hidden" in header["dtypes"] else None
-    assemble_cache(
-        folder, examples, write, lm_head, header, shard_examples=16, vocabulary=vocabulary
-    )
+    has_hidden = "hidden" in header["dtypes"]
+    lm_head = stored_lm_head(model) if has_hidden else None
+    bias = stored_head_bias(model) if has_hidden else None
+    sizes = dict(shard_examples=16, vocabulary=vocabulary, head_bias=bias)
+    assemble_cache(folder, examples, write, lm_head, header, **sizes)
     return folder, verify(folder, data, run_teacher).set_index("check")["result"]

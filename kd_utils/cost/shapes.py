@@ -9,6 +9,7 @@ from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
 from kd_utils.models.initial.layers import kept_config
 from kd_utils.models.signals import size_of
+from kd_utils.models.signals import layer_count, size_of
 
 #: The sizes of a decoder of Llama's kind, by the names that `transformers` uses.
 Shape = Mapping[str, int]
@@ -28,7 +29,7 @@ def shape_of(model: torch.nn.Module) -> Shape:
     return {
         "hidden_size": width,
         "intermediate_size": size_of(model, "intermediate_size") or 4 * width,
-        "num_hidden_layers": config.num_hidden_layers,
+        "num_hidden_layers": layer_count(model),
         "num_attention_heads": heads,
         "num_key_value_heads": size_of(model, "num_key_value_heads") or heads,
         "head_dim": size_of(model, "head_dim") or width // heads,

@@ -69,9 +69,19 @@ def size_of(model: nn.Module, name: str) -> int | None:
     return max(value) if isinstance(value, list | tuple) else value
 
 
+def layer_count(model: nn.Module) -> int:
+    """How many layers the text model has, by its configuration; else a ValueError."""
+    if (count := size_of(model, "num_hidden_layers")) is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say in its configuration how many layers it has: it "
+            "can be neither teacher nor student, choose another model"
+        )
+    return count
+
+
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of the text model's layers, with or without attention; else a ValueError."""
-    total, parts = model.config.get_text_config().num_hidden_layers, ("Attention", "Norm", "FFN")
+    total, parts = layer_count(model), ("Attention", "Norm", "FFN")
     for module in text_model(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
             if not type(module[0]).__name__.endswith(parts):  # XLM has a list of each part
@@ -158,8 +168,7 @@ def forward_signals(
         ValueError: there is no such layer, its attention cannot be captured, or the model's forward
             pass gives something else than it is asked for.
     """
-    text = model.config.get_text_config()
-    total = text.num_hidden_layers
+    total, width = layer_count(model), size_of(model, "hidden_size")
     for number in (*hidden_layers, *map_layers):
         if not 1 <= number <= total:
             raise ValueError(
@@ -197,7 +206,7 @@ def forward_signals(
     if len(attentions) < len(attending):
         raise _no_maps(model, "does not use transformers' attention interface")
     for number in hidden_layers:
-        what, sizes = f"hidden state of layer {number}", (*input_ids.shape, text.hidden_size)
+        what, sizes = f"hidden state of layer {number}", (*input_ids.shape, width)
         remedy = "use distill_type 'black_box', and signals 'top_k' if it is the teacher"
         require_shape(model, what, states.get(number), sizes, remedy)
     batch, length = input_ids.shape

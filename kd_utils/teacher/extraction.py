@@ -10,8 +10,9 @@ from kd_utils.cache.manifest import cache_code
 from kd_utils.cache.writer import SignalsOf
 from kd_utils.config import project_paths, stages
 from kd_utils.data.prepared_data import PreparedData
-from kd_utils.models import devices, layer_pairs, output_head, signal_kinds, signals
+from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
 from kd_utils.records import provenance
+from kd_utils.models.signals import layer_count, size_of
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens import encoding
 
@@ -21,7 +22,7 @@ SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads v
 
 def cached_layers(config: stages.CacheConfig, model: torch.nn.Module) -> dict[str, list[int]]:
     """The layers, counted from 1, that the cache holds of each kind that is stored per layer."""
-    total = model.config.get_text_config().num_hidden_layers  # of a model that sees pictures too
+    total = layer_count(model)
     wanted, layers = signal_kinds.kinds_of(config.signals), {}
     for name, kind in signal_kinds.SIGNAL_KINDS.items():
         if kind.captures:
@@ -52,7 +53,7 @@ def cache_header(
         accuracy: of the teacher on the validation rows.
     """
     kinds = signal_kinds.kinds_of(config.signals)
-    sizes = {name: signals.size_of(model, name) for name in SHAPE}
+    sizes = {name: size_of(model, name) for name in SHAPE}
     shape = {name: size for name, size in sizes.items() if size is not None}
     temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
     code, layers = cache_code(), cached_layers(config, model)
@@ -143,9 +144,7 @@ def signal_function(
         ValueError: an unknown kind of signal, or a k above the size of the vocabulary.
     """
     device, text = next(model.parameters()).device, model.config.get_text_config()
-    columns = signal_kinds.columns_of(
-        signals, layers or {}, text.num_hidden_layers, attention_dtype
-    )
+    columns = signal_kinds.columns_of(signals, layers or {}, layer_count(model), attention_dtype)
     if "top_logits" in columns and top_k > text.vocab_size:
         raise ValueError(
             f"top_k = {top_k}, but the teacher's vocabulary has {text.vocab_size} tokens: set "

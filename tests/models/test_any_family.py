@@ -60,10 +60,6 @@ FAMILIES = {
     ),
     "nanochat": (GROUPED, [1, 2, 3, 4]),
     "hyperclovax": (dict(GROUPED, logits_scaling=8.0), [1, 2, 3, 4]),
-    "falcon_h1": (
-        dict(GROUPED, mamba_n_heads=4, mamba_d_head=16, mamba_d_ssm=64, lm_head_multiplier=0.5),
-        [1, 2, 3, 4],
-    ),
     "llama4_text": (
         dict(GROUPED, num_local_experts=2, intermediate_size_mlp=64, interleave_moe_layer_step=2),
         [1, 2, 3, 4],

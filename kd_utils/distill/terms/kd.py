@@ -158,5 +158,5 @@ def _require_top_k(setup: TermSetup) -> None:
     if other:
         raise ValueError(
             f"the teacher has {other} and its cache holds top-k logits: set signals to 'white_box' "
-            "and run 02 again"
+            "(or 'top_k hidden' for a teacher without maps) and run 02 again"
         )
