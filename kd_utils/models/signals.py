@@ -96,6 +96,42 @@ def _no_maps(model: nn.Module, why: str) -> ValueError:
     return ValueError(f"{type(model).__name__} {why}, so its maps cannot be captured: {NO_MAPS}")
 
 
+NO_INTERFACE = "does not use transformers' attention interface"
+
+
+def _attend_with(model: nn.Module, implementation: str) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+
+    AttentionInterface.register(IMPLEMENTATION, keeps_queries)
+    AttentionMaskInterface.register(IMPLEMENTATION, masking_utils.sdpa_mask)
+    model.set_attn_implementation(implementation)
+    if text_model(model).config._attn_implementation != implementation:
+        raise _no_maps(model, NO_INTERFACE)
+
+
+def attention_modules(model: nn.Module, numbers: Collection[int]) -> dict[int, Any]:
+    """The attention modules of these layers, whose maps can be captured as far as can be seen.
+
+    The model is not run, and may be on the `meta` device.
+
+    Raises:
+        ValueError: a layer has no attention, or the model does not take our attention function.
+    """
+    layers = decoder_layers(model)
+    attends = [number for number, layer in enumerate(layers, 1) if attention_module(layer)]
+    if not attends:
+        raise _no_maps(model, "has no attention that transformers could hand over")
+    if lacking := sorted({*numbers} - {*attends}):
+        raise ValueError(
+            f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map: "
+            f"choose attention_layers among {', '.join(map(str, attends))}; or, {NO_MAPS}"
+        )
+    if (usual := text_model(model).config._attn_implementation) != IMPLEMENTATION:
+        _attend_with(model, IMPLEMENTATION)
+        _attend_with(model, usual)
+    return {number: attention_module(layers[number - 1]) for number in numbers}
+
+
 def _switch_attention(
     model: nn.Module, attending: Collection[Any], hidden_of: Callable[[], Tensor]
 ) -> None:
@@ -111,31 +147,27 @@ def _switch_attention(
     Raises:
         ValueError: the hidden state changes, or a map is not what weighs the values.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
-
-    text, differences = text_model(model).config, list[float]()
-    if (usual := text._attn_implementation) == IMPLEMENTATION:
+    differences: list[float] = []
+    if (usual := text_model(model).config._attn_implementation) == IMPLEMENTATION:
         return
-    AttentionInterface.register(IMPLEMENTATION, keeps_queries)
-    AttentionMaskInterface.register(IMPLEMENTATION, masking_utils.sdpa_mask)
     training = [module for module in model.modules() if module.training]
     model.eval()  # without dropout
     try:
         with torch.no_grad():
             expected = hidden_of()
-            model.set_attn_implementation(IMPLEMENTATION)
+            _attend_with(model, IMPLEMENTATION)
             for module in attending:
                 module.keep = partial(compare_map, differences)
             differences.append(relative_difference(hidden_of(), expected))
-        if text._attn_implementation != IMPLEMENTATION or len(differences) <= len(attending):
-            raise _no_maps(model, "does not use transformers' attention interface")
+        if len(differences) <= len(attending):
+            raise _no_maps(model, NO_INTERFACE)
         half = expected.dtype != torch.float32 or torch.is_autocast_enabled(expected.device.type)
         if not max(differences) <= (5e-2 if half else 1e-3):
             raise _no_maps(
                 model, "computes attention in a way that a map of queries and keys lacks"
             )
     except BaseException:
-        model.set_attn_implementation(usual)
+        _attend_with(model, usual)
         raise
     finally:
         for module in attending:
@@ -175,16 +207,8 @@ def forward_signals(
                 f"layer {number}: {type(model).__name__} has {total} layers, numbered from 1"
             )
     inner = {*hidden_layers} - {total}
-    layers = decoder_layers(model) if inner or map_layers else nn.ModuleList()
-    attending: dict[int, Any] = {n: attention_module(layers[n - 1]) for n in map_layers}
-    if lacking := [number for number, module in attending.items() if module is None]:
-        attends = [n for n, layer in enumerate(layers, 1) if attention_module(layer)]
-        if not attends:
-            raise _no_maps(model, "has no attention that transformers could hand over")
-        raise ValueError(
-            f"layer {lacking[0]} of {type(model).__name__} has no attention, so it has no map: "
-            f"choose attention_layers among {', '.join(map(str, attends))}; or, {NO_MAPS}"
-        )
+    layers = decoder_layers(model) if inner else nn.ModuleList()
+    attending = attention_modules(model, map_layers) if map_layers else {}
     if map_layers:
         few = input_ids[:1], None if attention_mask is None else attention_mask[:1]
         _switch_attention(model, attending.values(), lambda: _final_hidden(model, *few))
@@ -204,7 +228,7 @@ def forward_signals(
         for module in attending.values():
             module.keep = None
     if len(attentions) < len(attending):
-        raise _no_maps(model, "does not use transformers' attention interface")
+        raise _no_maps(model, NO_INTERFACE)
     for number in hidden_layers:
         what, sizes = f"hidden state of layer {number}", (*input_ids.shape, width)
         remedy = "use distill_type 'black_box', and signals 'top_k' if it is the teacher"

@@ -13,6 +13,7 @@ from kd_utils.data.prepared_data import PreparedData
 from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
 from kd_utils.records import provenance
 from kd_utils.models.signals import layer_count, size_of
+from kd_utils.models.signals import attention_modules, layer_count, size_of
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens import encoding
 
@@ -21,7 +22,14 @@ SHAPE = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads v
 
 
 def cached_layers(config: stages.CacheConfig, model: torch.nn.Module) -> dict[str, list[int]]:
-    """The layers, counted from 1, that the cache holds of each kind that is stored per layer."""
+    """The layers, counted from 1, that the cache holds of each kind that is stored per layer.
+
+    Args:
+        model: the teacher, or one of its kind on the `meta` device.
+
+    Raises:
+        ValueError: it has no maps, or no such layers.
+    """
     total = layer_count(model)
     wanted, layers = signal_kinds.kinds_of(config.signals), {}
     for name, kind in signal_kinds.SIGNAL_KINDS.items():
@@ -30,6 +38,8 @@ def cached_layers(config: stages.CacheConfig, model: torch.nn.Module) -> dict[st
             chosen = layer_pairs.teacher_layers(choice, count, total) if name in wanted else []
             # The last hidden state gives the logits.
             layers[name] = sorted({*chosen, total}) if chosen and name == "hidden" else chosen
+            if chosen and kind.captures == "map":
+                attention_modules(model, chosen)
     return layers
 
 
