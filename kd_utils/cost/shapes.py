@@ -25,14 +25,14 @@ def shape_of(model: torch.nn.Module) -> Shape:
     """
     config = model.config.get_text_config()
 
-    width, heads = config.hidden_size, size_of(model, "num_attention_heads") or 1
+    width, heads = config.hidden_size, size_of(model.config, "num_attention_heads") or 1
     return {
         "hidden_size": width,
-        "intermediate_size": size_of(model, "intermediate_size") or 4 * width,
+        "intermediate_size": size_of(model.config, "intermediate_size") or 4 * width,
         "num_hidden_layers": layer_count(model),
         "num_attention_heads": heads,
-        "num_key_value_heads": size_of(model, "num_key_value_heads") or heads,
-        "head_dim": size_of(model, "head_dim") or width // heads,
+        "num_key_value_heads": size_of(model.config, "num_key_value_heads") or heads,
+        "head_dim": size_of(model.config, "head_dim") or width // heads,
         "vocab_size": config.vocab_size,
         "weights": sum(parameter.numel() for parameter in model.parameters()),
     }

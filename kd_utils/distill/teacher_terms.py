@@ -15,7 +15,7 @@ from kd_utils.cache import manifest, teacher_cache, verification
 from kd_utils.config.trial import TrialConfig
 from kd_utils.distill.targets import Targets
 from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
-from kd_utils.models.signals import Signals
+from kd_utils.models.signals import Signals, attention_modules
 from kd_utils.tokens.vocabulary import Vocabulary
 
 
@@ -240,9 +240,15 @@ def all_teacher_terms(
         caches: as `open_caches` gives them.
         model, vocabulary: the student's.
         device: where the loss is computed.
+
+    Raises:
+        ValueError: as `teacher_terms_of`; or the student has no maps.
     """
     student, weights = model.config.get_text_config(), config.teachers.values()
-    return torch.nn.ModuleList(
+    teachers = torch.nn.ModuleList(
         teacher_terms_of(TermSetup(config, cache, student, vocabulary, device, index), weight)
         for index, (cache, weight) in enumerate(zip(caches, weights, strict=True))
     )
+    if mapped := layers_needed(teachers)["map_layers"]:
+        attention_modules(model, mapped)  # told here, and not in the first step
+    return teachers

@@ -56,12 +56,12 @@ def text_model(model: nn.Module) -> nn.Module:
     return getattr(model, "model", model) if body is model else body  # Llama 4 names it wrongly
 
 
-def size_of(model: nn.Module, name: str) -> int | None:
-    """A size by its name in the text model's configuration; None: it has no such size.
+def size_of(config: Any, name: str) -> int | None:
+    """A size by its name in the text model's part of a configuration; None: there is none.
 
     Of one that differs from layer to layer, the largest.
     """
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     try:
         value = getattr(config, name, None)
     except RuntimeError:  # transformers refuses to tell one number
@@ -71,7 +71,7 @@ def size_of(model: nn.Module, name: str) -> int | None:
 
 def layer_count(model: nn.Module) -> int:
     """How many layers the text model has, by its configuration; else a ValueError."""
-    if (count := size_of(model, "num_hidden_layers")) is None:
+    if (count := size_of(model.config, "num_hidden_layers")) is None:
         raise ValueError(
             f"{type(model).__name__} does not say in its configuration how many layers it has: it "
             "can be neither teacher nor student, choose another model"
@@ -200,7 +200,7 @@ def forward_signals(
         ValueError: there is no such layer, its attention cannot be captured, or the model's forward
             pass gives something else than it is asked for.
     """
-    total, width = layer_count(model), size_of(model, "hidden_size")
+    total, width = layer_count(model), size_of(model.config, "hidden_size")
     for number in (*hidden_layers, *map_layers):
         if not 1 <= number <= total:
             raise ValueError(
@@ -235,7 +235,7 @@ def forward_signals(
         require_shape(model, what, states.get(number), sizes, remedy)
     batch, length = input_ids.shape
     for number, found in attentions.items():
-        heads = size_of(model, "num_attention_heads")
+        heads = size_of(model.config, "num_attention_heads")
         for what, part, count in (("queries", found.query, heads), ("keys", found.key, None)):
             what = f"{what} of layer {number}"
             require_shape(model, what, part, (batch, count, length, None), NO_MAPS)

@@ -63,7 +63,7 @@ def cache_header(
         accuracy: of the teacher on the validation rows.
     """
     kinds = signal_kinds.kinds_of(config.signals)
-    sizes = {name: size_of(model, name) for name in SHAPE}
+    sizes = {name: size_of(model.config, name) for name in SHAPE}
     shape = {name: size for name, size in sizes.items() if size is not None}
     temperatures = sorted({1.0, config.temperature}) if "log_mass" in kinds else []
     code, layers = cache_code(), cached_layers(config, model)

@@ -79,3 +79,17 @@ def test_advice_that_is_followed_already_is_not_given(tmp_path):
         asked = {**project.parameters, "teacher_epochs": 1, "signals": signals}
         with pytest.raises(ValueError, match=f"^BertLMHeadModel: the output head .*: {remedy}$"):
             prepare_teacher(notebook_config("02_cache_teacher", asked), train, "data")
+
+
+def test_a_student_without_maps_is_told_before_it_trains(tmp_path):
+    project = small_project(tmp_path, train_rows="sst2:6", validation_rows="sst2:3")
+    cache = TeacherCache(project.cache(signals="white_box")[0])
+    config = notebook_config("03_train_student", {**project.parameters, "distill_type": "combined"})
+    for family, why in (
+        ("mamba", r"^the student \(mamba\) has no attention heads, so it has no maps: use dist"),
+        ("gptj", "^GPTJForCausalLM does not use transformers' attention interface, so its maps "),
+    ):
+        save_family(family, project.tokenizer, tmp_path / family)
+        student, pieces = load_causal_lm(str(tmp_path / family)), Vocabulary.of(project.tokenizer)
+        with pytest.raises(ValueError, match=f"{why}[^\n]*'hidden_state' or 'black_box'[^\n]*$"):
+            all_teacher_terms([cache], student, pieces, config, torch.device("cpu"))

@@ -98,7 +98,7 @@ def test_head_hidden_states_and_maps_are_the_models_own(family):
     for number in range(1, LAYERS):
         expected = whole.hidden_states[first + number - 1]
         torch.testing.assert_close(found.layers[number], expected, atol=1e-5, rtol=1e-4)
-    assert len(decoder_layers(model)) == LAYERS and size_of(model, "hidden_size") == 32
+    assert len(decoder_layers(model)) == LAYERS and size_of(model.config, "hidden_size") == 32
     if isinstance(maps, str):
         with pytest.raises(ValueError, match=f"^[^\n]* {maps}, [^\n]*use distill_type[^\n]*$"):
             forward_signals(model, ids, map_layers=[LAYERS])

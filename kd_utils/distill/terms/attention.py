@@ -8,7 +8,7 @@ import torch
 from kd_utils.distill.targets import Maps, Targets
 from kd_utils.distill.teacher_terms import LayerTerm, TermSetup, register
 from kd_utils.models.attention_maps import Attention, decode_map
-from kd_utils.models.signals import Signals
+from kd_utils.models.signals import Signals, size_of
 
 
 @register
@@ -45,12 +45,21 @@ class AttentionMaps(LayerTerm):
 
     @classmethod
     def of(cls, setup: TermSetup) -> Self:
-        config, heads = setup.config, setup.shape["num_attention_heads"]
+        config, pairs = setup.config, setup.pairs("attention", setup.config.attention_layers)
+        heads, student_heads = (
+            setup.shape["num_attention_heads"],
+            size_of(setup.student, "num_attention_heads"),
+        )
+        if student_heads is None:
+            raise ValueError(
+                f"the student ({setup.student.model_type}) has no attention heads, so it has no "
+                "maps: use distill_type 'hidden_state' or 'black_box'"
+            )
         return cls(
-            setup.pairs("attention", config.attention_layers),
+            pairs,
             setup.shape["num_hidden_layers"],
             heads,
-            head_mix(config.head_mapping, setup.student.num_attention_heads, heads),
+            head_mix(config.head_mapping, student_heads, heads),
             learned=config.head_mapping == "learned",
             normaliser=config.attention_normaliser,
         )
