@@ -130,14 +130,14 @@ def _softcapped_attention(
     return eager_attention_forward(module, query, key, value, mask, **kwargs)
 
 
-def relative_difference(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||; infinite where the shapes differ."""
+def relative_difference(found: Tensor, expected: Tensor) -> Tensor:
+    """||found - expected|| / ||expected||, a scalar; infinite where the shapes differ."""
     if found.shape != expected.shape:
-        return float("inf")
-    return float((found - expected).float().norm() / expected.float().norm().clamp(min=1e-30))
+        return torch.tensor(torch.inf, device=expected.device)
+    return (found - expected).float().norm() / expected.float().norm().clamp(min=1e-30)
 
 
-def compare_map(differences: list[float], found: Attention, value: Tensor, output: Tensor) -> None:
+def compare_map(differences: list[Tensor], found: Attention, value: Tensor, output: Tensor) -> None:
     """Add how far map times values is from the (B, T, H, d_v) output of the attention function."""
     weights = found.map()
     value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1).float()

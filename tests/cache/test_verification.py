@@ -278,3 +278,17 @@ def test_a_flat_map_in_uint8_passes_at_any_length_and_a_wrong_one_does_not(lengt
     row.signals["attention"][1, -length:] = 255
     with pytest.raises(CacheError, match="an attention row's sum differs from 1 by"):
         check_row(manifest, row)
+
+
+def test_advice_for_values_that_are_not_finite_is_not_what_is_done_already():
+    """`signals` is top_k where the largest logits are stored."""
+    tokens, logits = np.ones(3, np.int32), np.full((3, 2), np.inf, np.float32)
+    for kind, dtype, remedy in (
+        ("top_logits", "float32", "set precision to 'float32', or choose another teacher,"),
+        ("hidden", "float16", "set signals to 'top_k'"),
+        ("hidden_1", "float16", "set hidden_layers to other layers"),
+    ):
+        manifest = {"hidden_size": 2, "top_k": 2, "dtypes": {kind: dtype}}
+        row = Example("a", tokens, 1, signals={kind: logits.astype(dtype)})
+        with pytest.raises(CacheError, match=f"overflowed {dtype}; {remedy} and run 02 again$"):
+            check_row(manifest, row)
