@@ -8,7 +8,6 @@ import torch
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
 from kd_utils.models.initial.layers import kept_config
-from kd_utils.models.signals import size_of
 from kd_utils.models.signals import layer_count, size_of
 
 #: The sizes of a decoder of Llama's kind, by the names that `transformers` uses.

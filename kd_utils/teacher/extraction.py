@@ -11,9 +11,8 @@ from kd_utils.cache.writer import SignalsOf
 from kd_utils.config import project_paths, stages
 from kd_utils.data.prepared_data import PreparedData
 from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
-from kd_utils.records import provenance
-from kd_utils.models.signals import layer_count, size_of
 from kd_utils.models.signals import attention_modules, layer_count, size_of
+from kd_utils.records import provenance
 from kd_utils.store.files import sha256_json
 from kd_utils.tokens import encoding
 
