@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kd_utils.evaluation import decoding
-from kd_utils.models import folder_checks
+from kd_utils.models import folder_checks, output_head
 from kd_utils.tokens.encoding import Example
 
 
@@ -30,28 +30,26 @@ def require_ready(model: Any, tokenizer: Any, encoded: dict[str, list[Example]])
 
 @torch.no_grad()
 def require_causal(model: Any, tokenizer: Any, ids: list[int]) -> None:
-    """Compare scores before two unlike last tokens, which a causal model has not seen yet.
+    """Check that scores do not depend on later tokens, and are read at the positions asked for.
 
     Args:
         ids: of any text; its first tokens are used.
 
     Raises:
-        ValueError: they differ by more than rounding, or are not those of the same position when
-            the model computes all positions.
+        ValueError: they do (`output_head.require_causal`), or are of other positions.
     """
     start = ids[:7]
     folder_checks.require_known_ids(model, tokenizer, start)
-    rows = torch.tensor([[*start, last] for last in (0, 1)], device=model.device)
-    place = len(start) - 1
-    first, second = logits_at(model, rows, [place])[:, 0].float()
-    whole = model(input_ids=rows, use_cache=False).logits[0, place].float()
-    for other in (second, whole):
-        # bfloat16 rounds to 1 %; what is not a number is told where it is scored.
-        if (first - other).norm() > 0.02 * first.norm():
-            raise ValueError(
-                f"{type(model).__name__} is not causal (its scores depend on later tokens), or "
-                "gives scores of other positions than it is asked for: choose a causal model"
-            )
+    # A token follows, so that the position asked for is not the last one.
+    rows, place = torch.tensor([[*start, 0]], device=model.device), len(start) - 1
+    expected = output_head.require_causal(model, rows)[:, place]
+    found = logits_at(model, rows, [place])[:, 0].float()
+    # bfloat16 rounds to 1 %; what is not a number is told where it is scored.
+    if (found - expected).norm() > 0.02 * expected.norm():
+        raise ValueError(
+            f"{type(model).__name__} gives scores of other positions than it is asked for: choose "
+            "another model"
+        )
 
 
 def logits_at(model: Any, input_ids: torch.Tensor, kept: list[int]) -> torch.Tensor:

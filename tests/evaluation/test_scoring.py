@@ -303,11 +303,17 @@ def sees_what_follows(self, input_ids, **kwargs):
     return self.llama[0](input_ids.flip(1), **kwargs)
 
 
-@pytest.mark.parametrize("forward", [last_ones, sees_what_follows])
-def test_scores_of_other_positions_are_refused_although_their_shape_is_right(forward):
+@pytest.mark.parametrize(
+    "forward, told",
+    [
+        (last_ones, "gives scores of other positions than it is asked for"),
+        (sees_what_follows, "sees tokens that come later"),
+    ],
+)
+def test_scores_of_other_positions_are_refused_although_their_shape_is_right(forward, told):
     model, _, tokenizer = with_forward(forward)
     for text in ("Tom has 12 apples", "a", "aa"):
-        with pytest.raises(ValueError, match="OtherForCausalLM is not causal .*choose a causal"):
+        with pytest.raises(ValueError, match=f"OtherForCausalLM {told}.*: choose another"):
             readiness.require_causal(model, tokenizer, tokenizer.encode(text))
 
 
@@ -325,7 +331,7 @@ def test_a_bert_is_causal_only_as_a_decoder(decoder):
     if decoder:
         readiness.require_causal(model, tokenizer, ids)
     else:
-        with pytest.raises(ValueError, match="BertLMHeadModel is not causal"):
+        with pytest.raises(ValueError, match="BertLMHeadModel sees tokens that come later"):
             readiness.require_causal(model, tokenizer, ids)
 
 
