@@ -11,6 +11,7 @@ from torch import nn
 from kd_utils.data import hub
 from kd_utils.models import loading
 from kd_utils.models.initial.renumbering import renumbered
+from kd_utils.models.signals import decoder_layers
 
 
 def evenly_spaced(model: nn.Module, count: int) -> list[int]:
@@ -81,12 +82,9 @@ def _total(model: nn.Module) -> int:
 
 
 def _layer_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the first list with as many as the config says."""
-    total = _total(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == total:
-            return name, module
-    raise ValueError(f"{type(model).__name__} has no list of {total} layers")
+    """Name and list of the decoder layers."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers), layers
 
 
 def _kept_weights(weights: dict[str, torch.Tensor], name: str, kept: list[int]) -> dict[str, Any]:
