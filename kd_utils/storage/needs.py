@@ -50,11 +50,12 @@ class Run(NamedTuple):
 
 
 def runs_in(folder: Path) -> list[Run]:
-    """Every run folder of `folder` (`runs/`)."""
+    """Every run folder in `folder` (`runs/`), at any depth."""
+    found = {path for path in matching(folder, "[!.]*") if path.is_dir()}
+    found |= {path.parent for name in ("sweep.json", "trials") for path in folder.rglob(name)}
     return [
         Run(path, _text(file for name in RECORDS for file in path.glob(name)), *_holder(path))
-        for path in matching(folder, "[!.]*")
-        if path.is_dir()
+        for path in sorted(found)
     ]
 
 
@@ -75,6 +76,8 @@ def uses(items: list[Item], runs: list[Run], artifacts: Path) -> dict[Path, Use]
     for item in items:
         if item.kind in ("students", "checkpoints", "analysis"):
             needed[item.path] = _of_run(item, runs)
+            if item.kind == "students":  # of another run the teacher, or the initial student
+                needed[item.path] = needed[item.path] or _named(item, sources)
         elif item.kind == OTHER:
             needed[item.path] = ["not made by this project"]
     return {
@@ -98,7 +101,7 @@ def _named(item: Item, sources: list[tuple[str, str]]) -> list[str]:
     patterns = [rf"(?<![\w.-]){name}(?![\w.-])"]
     if item.kind == "data":
         patterns = [rf'"name":\s*"{name}"']
-    elif item.kind in ("teacher", "embedded"):
+    elif item.kind in ("teacher", "embedded", "students"):
         patterns = [rf"\b{item.path.parent.name}/{name}(?![\w.-])"]
     try:
         if item.kind == "cache":
@@ -124,10 +127,12 @@ def _fingerprint(checksums: dict[str, str]) -> str:
 def _of_run(item: Item, runs: list[Run]) -> list[str]:
     """Who needs a folder that has the label of a run."""
     owners = [run for run in runs if run_label(run.folder) == item.name]
+    todo = {path.stem for path in matching(item.path, "*.json")}
+    if not owners and item.kind == "checkpoints" and todo:
+        return ["a trial that was not done"]  # a first trial by hand has no run folder yet
     if not owners:
         return ["perhaps a run folder elsewhere"] if ELSEWHERE.fullmatch(item.name) else []
     if item.kind == "checkpoints":
-        todo = {path.stem for path in matching(item.path, "*.json")}
         with suppress(RecordError):  # a plan that cannot be read: all of them are kept
             states = run_folder.trials_with_status(owners[0].folder)
             todo -= {planned["trial"] for planned, state in states if state.state == "done"}

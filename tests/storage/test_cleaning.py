@@ -154,6 +154,30 @@ def test_checkpoints_of_trials_that_are_done_are_free(artifacts):
     assert ("checkpoints", "toy") not in free(artifacts), "what is planned is not known"
 
 
+def test_a_checkpoint_of_a_first_trial_by_hand_is_needed_before_there_is_a_run_folder(artifacts):
+    (artifacts / "checkpoints" / "gone" / "black_box_seed0.json").touch()
+    assert ("checkpoints", "gone") not in free(artifacts)
+
+
+def test_a_student_that_another_run_or_a_needed_cache_names_is_needed(artifacts):
+    """Its own run was removed, since it is another one's teacher or initial student."""
+    for name in ("taught", "teaches"):
+        write(artifacts / "students" / name)
+    cache(artifacts, "own-2026-01-01-ffffffff", 1, teacher="artifacts/students/teaches/a_seed0")
+    write_plan(artifacts.parent / "runs" / "next", students={"artifacts/students/taught/a": ""})
+    assert not {("students", "taught"), ("students", "teaches")} & free(artifacts)
+
+
+def test_a_run_folder_deeper_in_runs_is_seen(artifacts):
+    deep = artifacts.parent / "runs" / "group" / "deep"
+    write_plan(deep, name="gone", students={"artifacts/embedded/gone/student": ""})
+    write(artifacts / "students" / project_paths.run_label(deep))
+    found = {entry.item.path: entry.use.by for entry in entries(artifacts)}
+    assert found[artifacts / "data" / "gone"] == ["runs/group/deep"]
+    assert found[artifacts / "embedded" / "gone"] == ["runs/group/deep"]
+    assert found[artifacts / "students" / project_paths.run_label(deep)] == ["runs/group/deep"]
+
+
 def test_a_run_folder_elsewhere_may_need_its_students(artifacts, tmp_path):
     label = project_paths.run_label(tmp_path / "elsewhere" / "toy")
     write(artifacts / "students" / label)
