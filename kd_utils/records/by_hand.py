@@ -29,32 +29,37 @@ ALWAYS = ("distill_type", "seed")
 def named_apart(config: TrialConfig) -> TrialConfig:
     """The config with a trial name under which no other trial has its record.
 
-    A trial without a name is METHOD_seedN. Where that is the record of a trial with other
+    The name is what `trial` gives, or METHOD_seedN. Where that is the record of a trial with other
     parameters, these are appended (`black_box_seed0_temperature=4.0`), so that nothing is
-    overwritten but an earlier record of this very trial. A name that was given is kept.
+    overwritten but an earlier record of this very trial. A sweep's names are kept.
+
+    03 asks twice, before it trains and before it writes: meanwhile another kernel may have written.
 
     Raises:
         ValueError: no sweep runs this trial, but the run folder is a sweep's, whose records it
             would replace.
     """
-    by_sweep = "KD_PROGRESS" in os.environ
-    if not by_sweep and (project_path(config.run_dir) / PLAN).exists():
+    if "KD_PROGRESS" in os.environ:  # a sweep runs it
+        return config
+    if (project_path(config.run_dir) / PLAN).exists():
         raise ValueError(
             f"run_dir = {config.run_dir!r} has the records of a sweep, which a trial by hand would "
             "replace: set run_dir to another folder, such as 'runs/explore'"
         )
-    holder = None if config.trial else _recorded(config)
+    holder = _recorded(config)
     if holder is None or _is_same(holder, config):
         return config
     now, was = config.model_dump(), holder["config"]
     free = ({*now} - NEVER_IN_A_RESULT - {*ALWAYS} - config.without_effect) | {"name"}
     others = {key: now[key] for key in free if was.get(key) != now[key]}
-    name = trial_name(config.distill_type, config.seed, **others)
-    apart = config.model_copy(update={"trial": name})
-    taken = len(name) > 100 or not others or not _is_same(_recorded(apart), config)
     plain = trial_name(config.distill_type, config.seed)
+    unlike = trial_name(config.distill_type, config.seed, **others).removeprefix(plain)
+    name = config.trial_name[:100] + unlike
+    apart = config.model_copy(update={"trial": name})
+    taken = len(name) > 150 or not others or not _is_same(_recorded(apart), config)
     digest = Ingredients(config={"name": config.name, "config": config.fingerprint()}).digest
-    return config.model_copy(update={"trial": f"{plain}_{digest}"}) if taken else apart
+    whole = f"{config.trial_name[:100]}_{digest}"
+    return config.model_copy(update={"trial": whole}) if taken else apart
 
 
 def _recorded(config: TrialConfig) -> Metrics | None:
@@ -145,8 +150,10 @@ def found_trials(run_dir: str | Path, experiment: str = "") -> list[tuple[Metric
     newest_first = sorted(whole, key=lambda name: _started(whole[name]), reverse=True)
     newest = next((name for name in newest_first if name in own), (newest_first or [""])[0])
     seen: dict[str, str] = {}
+    known: dict[Any, Any] = {}
     for name in newest_first:
-        why = _unlike(whole[name], whole[newest])
+        if not (why := _unlike(whole[name], whole[newest], known)):
+            known = _initial_weights(whole[name]) | known
         first = seen.setdefault(whole[name]["config_hash"], name) if not why else name
         states[name] = Status("stale", why) if why else Status("done")
         if first != name:
@@ -173,31 +180,40 @@ def _started(metrics: Metrics) -> float:
         return 0.0
 
 
-def _unlike(metrics: Metrics, newest: Metrics) -> str:
-    """Why a trial cannot stand in one table with the newest one; "" if it can."""
+def _initial_weights(metrics: Metrics) -> dict[Any, Any]:
+    """The model that a trial names -> its fingerprint; how the initial student is made -> its."""
+    config, model = metrics["config"], metrics["config"].get("student")
+    way = (model, config.get("student_init"), config.get("student_layers"))
+    return {model: metrics.get("student", {}).get("fingerprint"), way: metrics.get("initial")}
+
+
+def _unlike(metrics: Metrics, newest: Metrics, known: dict[Any, Any]) -> str:
+    """Why a trial cannot stand in one table with the newest one; "" if it can.
+
+    Args:
+        known: `_initial_weights` of newer trials. Students that are named or made in other ways
+            differ by intention, but one way gives one student.
+    """
     experiments = metrics["config"].get("name"), newest["config"].get("name")
     if experiments[0] != experiments[1]:
         return "it is of experiment {!r}, this table is of {!r}".format(*experiments)
+    own = _initial_weights(metrics)
+    model, way = own
     made = {
         "cache": newest["cache"],
         "more_caches": newest.get("more_caches", {}),
         "tokenizer": newest.get("tokenizer"),
-        "students": {newest["config"].get("student"): newest.get("student", {}).get("fingerprint")},
+        "students": {model: known.get(model)},
         "code": newest.get("code"),
     }
     reasons = [why_stale(metrics, metrics["config_hash"], made)]
-    ways = [
-        {key: record["config"].get(key) for key in ("student", "student_init", "student_layers")}
-        for record in (metrics, newest)
-    ]
     sides = [
         Ingredients(
             versions={name: record["versions"].get(name) for name in COMPUTING},
             arithmetic={"precision": record.get("precision")},
-            # Students that are made in different ways differ by intention.
-            student={"the initial student": record.get("initial") if ways[0] == ways[1] else None},
+            student={"the initial student": initial},
         )
-        for record in (metrics, newest)
+        for record, initial in ((metrics, own[way]), (newest, known.get(way, own[way])))
     ]
     return "; ".join(filter(None, [*reasons, sides[0].why_stale(sides[1])]))
 

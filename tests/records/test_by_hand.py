@@ -77,10 +77,26 @@ def test_a_name_that_is_taken_too_or_too_long_gets_a_digest(explore):
     assert len(list((explore / "trials").iterdir())) == 5 - 1  # one has lost its metrics: replaced
 
 
-def test_a_given_name_and_a_damaged_record_are_left_alone(explore):
+def test_a_given_name_that_is_another_trials_is_not_taken_from_it(explore):
+    assert record(explore, trial="mine") == "mine"
+    assert record(explore, trial="mine", temperature=4.0) == "mine_temperature=4.0"
+    assert record(explore, trial="mine", method="attention").startswith("mine_")
+    assert record(explore, trial="mine") == "mine" and states(explore)["mine"].state == "done"
+    long = [record(explore, trial="m" * 200), record(explore, trial="m" * 200, epochs=2)]
+    assert len(set(long)) == 2 and max(map(len, long)) == 200
+
+
+def test_a_name_that_another_kernel_took_meanwhile_is_given_up(explore):
+    """Two kernels make their configs before either of them writes."""
+    first, second = named_apart(config_of()), named_apart(config_of(temperature=4.0))
+    assert first.trial_name == second.trial_name == "black_box_seed0"
     record(explore)
-    given = config_of(temperature=4.0, trial="black_box_seed0")
-    assert named_apart(given) is given
+    assert named_apart(first).trial_name == "black_box_seed0"
+    assert named_apart(second).trial_name == "black_box_seed0_temperature=4.0"
+
+
+def test_a_damaged_record_is_replaced(explore):
+    record(explore)
     (explore / "trials" / "black_box_seed0" / "metrics.json").write_text("{}")
     assert named_apart(config_of(temperature=4.0)).trial == ""
 
@@ -146,6 +162,19 @@ def test_what_was_made_from_something_else_than_the_newest_trial_is_named(explor
     assert found[new] == ("done", "") and found[old].state == "stale"
     assert why in found[old].why
     assert tables.coverage(run_folder.collect(explore, "toy")).startswith("1 of 2 trials are done")
+
+
+def test_one_students_weights_are_the_same_also_where_the_newest_trial_has_another(explore):
+    """Swept students: of each the newest trial decides."""
+
+    def one(method, initial, **changes):
+        return record(explore, method, made={"initial": initial * 64}, **changes)
+
+    old = one("black_box", "0", student="big")
+    like, new = one("attention", "1", student="big"), one("attention", "2")
+    found = states(explore)
+    assert found[like].state == found[new].state == "done"
+    assert found[old] == ("stale", "student changed (the initial student)")
 
 
 def test_another_experiment_in_the_folder_is_named_and_left_out(explore):
