@@ -34,6 +34,11 @@ class Shape(BaseModel):
 class Metrics(Shape):
     """What every `metrics.json` has; keys with a default are missing in older records."""
 
+    class Config(Shape):
+        __pydantic_extra__: dict[str, str | int | float | bool]
+        distill_type: str
+        seed: int
+
     class Cache(Shape):
         name: str
         content_hash: str
@@ -41,7 +46,7 @@ class Metrics(Shape):
     class Seconds(Shape):
         total: float
 
-    config: dict[str, str | int | float | bool]
+    config: Config
     config_hash: str
     cache: Cache
     git_commit: str

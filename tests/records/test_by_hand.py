@@ -201,6 +201,12 @@ def test_a_damaged_record_is_named_beside_the_others(explore):
     (explore / "trials" / broken / "metrics.json").write_text("{}")
     assert states(explore)[broken].state == "broken" and states(explore)[whole].state == "done"
     assert found_trials(explore / "nothing") == []
+    path = explore / "trials" / record(explore, trial="seedless")
+    metrics = trial_record.read_record(path)
+    del metrics["config"]["seed"], metrics["checksums"]
+    trial_record.write_record(path, metrics, PREDICTIONS)
+    why = "seedless/metrics.json: config.seed: Field required"
+    assert states(explore)[path.name] == ("broken", why)
     results = run_folder.collect(explore)
     assert comparisons.compare_metrics(results, ["validation_accuracy"]).empty
     assert len(run_folder.predictions(explore)) == len(PREDICTIONS)

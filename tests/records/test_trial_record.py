@@ -102,7 +102,10 @@ def test_a_failed_write_leaves_the_old_record_and_a_full_disk_is_named(tmp_path,
     [
         ({"format": 2}, "t/metrics.json is not a record of format 1"),
         ({"config": None}, "t/metrics.json: config: "),
-        ({"config": {"student": ["tiny"]}}, "t/metrics.json: config.student"),
+        (
+            {"config": {"distill_type": "black_box", "seed": 0, "student": ["tiny"]}},
+            "t/metrics.json: config.student",
+        ),
         ({"config_hash": 7}, "t/metrics.json: config_hash: "),
         ({"cache": {"name": "toy"}}, "t/metrics.json: cache.content_hash: Field required"),
         ({"student": "tiny"}, "t/metrics.json: student: "),
