@@ -108,6 +108,15 @@ class Config(BaseModel):
         if self._execution:
             self._execution.require_unbroken()
 
+    def require_as_saved(self) -> None:
+        """Refuse to name a notebook's code that is not what runs (`Execution.require_as_saved`).
+
+        Raises:
+            ValueError: the notebook was saved with other cells after this config was made.
+        """
+        if self._execution:
+            self._execution.require_as_saved()
+
     @classmethod
     def not_in(cls, values: dict[str, Any]) -> str:
         """The parameters that a notebook must assign and that `values` lacks, or ""."""

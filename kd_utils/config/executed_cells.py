@@ -43,12 +43,28 @@ class Execution:
     def __init__(self, stem: str, maker: str) -> None:
         self.file, self.maker = notebook_files.place(stem), maker
         self._first = _record_runs()
-        self._cells: list[str] = []
-        if self._first is not None:
-            sources = [source.strip() for source, _ in notebook_files.read_cells(stem).values()]
-            sources = [source for source in sources if source]
-            made = [number for number, source in enumerate(sources) if maker in source]
-            self._cells = sources[made[0] :] if made else []
+        self._stem = stem
+        self._earlier, self._cells = self._saved() if self._first is not None else ([], [])
+
+    def _saved(self) -> tuple[list[str], list[str]]:
+        """The notebook's cells now: those before the one that makes the config, and the others."""
+        cells = [source.strip() for source, _ in notebook_files.read_cells(self._stem).values()]
+        cells = [source for source in cells if source]
+        made = next((at for at, source in enumerate(cells) if self.maker in source), len(cells))
+        return cells[:made], cells[made:]
+
+    def require_as_saved(self) -> None:
+        """Refuse if the notebook was saved with other cells since: what is read of the file now is
+        not what runs. JupyterLab saves by itself, and runs cells as they were when it was asked to.
+
+        Raises:
+            ValueError: says so, and from which cell to run again.
+        """
+        if self._first is not None and self._saved()[1] != self._cells:
+            raise ValueError(
+                f"{self.file} was saved with other cells after the config was made: run again from "
+                f"the cell with `{self.maker}` on"
+            )
 
     def require_unbroken(self) -> None:
         """Refuse unless each cell, up to the one that runs, ran once after the one before it.
@@ -75,6 +91,8 @@ class Execution:
 
     def _problem(self, run: Run, at: int, before: Run) -> str:
         """Why `run` may not follow cell `at`, which `before` ran last."""
+        if run.source in self._earlier:
+            return f"the cell {_named(run.source)} was run after the config was made"
         if run.source not in self._cells:
             return (
                 f"the cell {_named(run.source)} is not in {self.file} as it was saved when the "

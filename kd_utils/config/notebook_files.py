@@ -19,6 +19,10 @@ from kd_utils.config.project_paths import CODE_ROOT
 #: The tags of a notebook's own values, and of the cell that papermill writes after them.
 TAG, INJECTED = "parameters", "injected-parameters"
 
+#: IPython's own lines are not Python, but code: `%run` and `!` may do anything, `%%script false`
+#: keeps a cell from running. Those that only time or show what runs are none.
+IPYTHON = re.compile(r"(?m)^([ \t]*)((?=[%!])(%%(?:time|capture)\b|%matplotlib\b)?.*)$")
+
 
 def notebook_path(stem: str) -> Path:
     """A source notebook: it lies beside the package, with which it travels on a cluster."""
@@ -146,8 +150,7 @@ def code_without(stem: str, parameters: Collection[str]) -> str:
     """
     first, code = True, []
     for number, (source, tags) in read_cells(stem).items():
-        # IPython's own lines are not Python.
-        source = re.sub(r"(?m)^\s*[%!].*$", "", source)
+        source = IPYTHON.sub(lambda line: "" if line[3] else f"{line[1]}({line[2]!r},)", source)
         try:
             body = ast.parse(source).body
         except SyntaxError as error:

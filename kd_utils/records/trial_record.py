@@ -144,8 +144,10 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
         device: "cuda" or "cpu", whose arithmetic rounds the sums.
 
     Raises:
-        ValueError: a module was changed after this process loaded it.
+        ValueError: a module was changed after this process loaded it, or the notebook after the
+            config was made.
     """
+    config.require_as_saved()
     code = provenance.code_of("03_train_student")
     provenance.require_loaded(code)
     return {

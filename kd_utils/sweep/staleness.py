@@ -164,8 +164,21 @@ def _why_cache_stale(
     return why
 
 
-def stage_key(stem: str, parameters: dict[str, Any]) -> provenance.Ingredients:
+def asked_of(stem: str, parameters: dict[str, Any]) -> provenance.Ingredients:
+    """What 01 or 02 is executed with: the code, and all parameters."""
+    return provenance.Ingredients(
+        code=provenance.code_of(stem), parameters=notebook_config(stem, parameters).model_dump()
+    )
+
+
+def stage_key(
+    stem: str, parameters: dict[str, Any], asked: provenance.Ingredients | None = None
+) -> provenance.Ingredients:
     """What the record of 01 or 02 must name.
+
+    Args:
+        asked: `asked_of` as it was before the stage was executed: code and notebook may have been
+            edited meanwhile. None: as it is now.
 
     Raises:
         RecordError: what the stage makes is missing.
@@ -173,9 +186,7 @@ def stage_key(stem: str, parameters: dict[str, Any]) -> provenance.Ingredients:
     artifact, settings = artifact_of(stem, parameters), notebook_config(stem, parameters)
     if artifact is None:
         raise RecordError(f"what {stem} writes to {settings.artifacts_dir} is missing or damaged")
-    return provenance.Ingredients(
-        code=provenance.code_of(stem), parameters=settings.model_dump(), artifact=artifact
-    )
+    return provenance.Ingredients(asked or asked_of(stem, parameters), artifact=artifact)
 
 
 def artifact_of(stem: str, parameters: dict[str, Any]) -> dict[str, Any] | None:

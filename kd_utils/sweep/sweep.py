@@ -180,7 +180,8 @@ class Sweep:
             why = self.why_to_run(stem, every_byte=True)  # as each trial will look at it
             say(f"{stem}: running ({why})" if why else f"{stem}: already done")
             if why:
-                made = partial(staleness.stage_key, stem, self.parameters)
+                asked = staleness.asked_of(stem, self.parameters)
+                made = partial(staleness.stage_key, stem, self.parameters, asked)
                 execute_stage(stem, self.run_dir, self.parameters, made)
         self._write_plan()
         states = self.states(self.trials)

@@ -105,6 +105,26 @@ def test_whatever_else_is_refused_and_told_from_where_to_run(kernel, sources, wo
     assert "\n" not in told
 
 
+def test_a_cell_before_the_config_is_not_said_to_be_missing(kernel):
+    assert run(kernel, *CELLS, CELLS[1], WRITE).startswith(
+        "the cell `seed = 0` was run after the config was made: nothing is written; run again"
+    )
+
+
+def test_a_notebook_that_was_saved_with_other_cells_meanwhile_is_not_what_runs(kernel, tmp_path):
+    """Its code would be recorded, although the cells ran as they were."""
+    path = tmp_path / "n.ipynb"
+    execution = kernel.run(CONFIG, lambda: Execution("n", "from_notebook(globals())"))
+    earlier = path.read_text()
+    path.write_text(earlier.replace("seed = 0", "seed = 1"))  # the parameters of the next trial
+    execution.require_as_saved()
+    path.write_text(earlier.replace("train(model)", "train(model, 2)"))
+    with pytest.raises(ValueError, match="n.ipynb was saved with other cells after the config"):
+        execution.require_as_saved()
+    path.write_text(earlier)
+    execution.require_as_saved()
+
+
 def test_what_a_tool_runs_silently_is_no_cell(kernel):
     execution = kernel.run(CONFIG, lambda: Execution("n", "from_notebook(globals())"))
     kernel.run("dir()", silent=True)

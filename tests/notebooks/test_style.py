@@ -29,7 +29,7 @@ def loop():
 #: What leaves files that others read, by notebook: each is in a cell that asks first.
 WRITES = {
     "01_prepare_data": ["save_prepared("],
-    "02_cache_teacher": ["prepare_teacher(", "assemble_cache("],
+    "02_cache_teacher": ["prepare_teacher(", "assemble_cache(", "verification.verify("],
     "03_train_student": ["measure.epochs()", "write_record("],
     "04_analyse_results": ["written_aside("],
 }

@@ -112,7 +112,8 @@ def test_comments_docstrings_layout_and_what_is_not_imported_do_not_count(packag
         NOTEBOOK[1:],
         [*NOTEBOOK, ("markdown", "## What we saw")],
         cells(2, "parameters", "alpha = 2.0  # more"),
-        cells(1, "code", NOTEBOOK[1][1].replace("!ls\n", "")),
+        cells(1, "code", NOTEBOOK[1][1].replace("%matplotlib inline\n", "")),
+        cells(3, "code", "%%time\n" + NOTEBOOK[3][1]),
         cells(3, "code", NOTEBOOK[3][1] + "  # a sum"),
         [*NOTEBOOK, ("code", "")],
     ],
@@ -139,8 +140,17 @@ def test_a_change_of_code_in_whatever_is_reached_counts_and_is_named(package, mo
     assert changed_files(package(), after) == f"kd_utils/{module}.py"
 
 
-def test_a_change_of_the_notebook_counts_and_is_named(package):
-    after = package(cells(3, "code", NOTEBOOK[3][1].replace("+", "-")))
+@pytest.mark.parametrize(
+    "source",
+    [
+        NOTEBOOK[3][1].replace("+", "-"),
+        "%%script false\n" + NOTEBOOK[3][1],  # the cell does not run
+        NOTEBOOK[3][1] + "\n%run tweak.py",
+        NOTEBOOK[3][1] + "\nif value:\n    !cp a b",
+    ],
+)
+def test_a_change_of_the_notebook_counts_and_is_named(package, source):
+    after = package(cells(3, "code", source))
     assert changed_files(package(), after) == "notebooks/n.ipynb"
 
 

@@ -4,8 +4,9 @@ that are gone.
 
 import dataclasses
 
-from stubs import metrics_of, write_trial
+from stubs import metrics_of, write_notebook, write_trial
 
+from kd_utils.config import notebook_files
 from kd_utils.records import run_folder
 from kd_utils.store.files import sha256_file
 from kd_utils.store.sealed import SealedFolder
@@ -37,6 +38,26 @@ def test_a_plan_names_the_earlier_cache_until_there_is_another(run_dir):
         cache=metrics_of()["cache"] | {"content_hash": "other"},
     )
     assert sweep.states([other])["black_box_seed1"].why.startswith("teacher cache changed")
+
+
+def test_a_stage_whose_notebook_is_edited_while_it_runs_is_not_done(stub_notebooks):
+    """Its record names what was executed, not what the notebook is by then."""
+    run_dir, parameters = stub_notebooks / "runs" / "stub", {"name": "stub", "build": "none"}
+    asked = staleness.asked_of("01_prepare_data", parameters)
+
+    def about():
+        notebook = notebook_files.notebook_path("01_prepare_data")
+        text = notebook.read_text()
+        notebook.write_text(text.replace("from kd_utils.store", "edited = 1\\nfrom kd_utils.store"))
+        assert notebook.read_text() != text
+        return staleness.stage_key("01_prepare_data", parameters, asked)
+
+    data = stub_notebooks / "artifacts" / "data" / "stub" / "manifest.json"
+    data.parent.mkdir(parents=True)
+    data.write_text("{}")
+    write_notebook(run_dir / "01_prepare_data.ipynb", about())
+    why = staleness.why_to_run("01_prepare_data", run_dir, parameters)
+    assert why == "code changed (notebooks/01_prepare_data.ipynb)"
 
 
 def test_01_is_run_again_where_a_model_that_it_makes_is_gone(stub_notebooks):
