@@ -13,9 +13,9 @@ from typing import NamedTuple
 from kd_utils.cache import manifest
 from kd_utils.config.project_paths import run_label, short_path
 from kd_utils.records import run_folder
-from kd_utils.storage.inventory import OTHER, Item
+from kd_utils.storage.inventory import BENCH, OTHER, Item
 from kd_utils.store import locks
-from kd_utils.store.files import matching, sha256_json
+from kd_utils.store.files import is_anothers, matching, sha256_json
 from kd_utils.store.sealed import RecordError, SealedFolder
 
 #: Kinds in the order in which one needs another, the needing one first.
@@ -88,7 +88,9 @@ def uses(items: list[Item], runs: list[Run], artifacts: Path) -> dict[Path, Use]
 
 
 def _user(item: Item, by: list[str], runs: list[Run]) -> str:
-    """A sweep that runs and needs this, or may have written it: its plan does not say all yet."""
+    """What runs and uses this, or may have written it: a sweep's plan does not say all yet."""
+    if item.kind == BENCH and is_anothers(item.path):
+        return "a measurement"
     for run in runs:
         if run.held and (short_path(run.folder) in by or item.used >= run.since - 1):
             return run.held

@@ -85,11 +85,13 @@ def written_folder(folder: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left beside `folder` while they wrote it."""
     for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if not _is_another_process(leftover.name.rpartition("-")[2]):
+        if not is_anothers(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _is_another_process(number: str) -> bool:
+def is_anothers(path: Path) -> bool:
+    """Whether another process is writing this: the number of one that lives ends its name."""
+    number = path.name.rpartition("-")[2]
     try:
         return int(number) != os.getpid() and psutil.pid_exists(int(number))
     except (ValueError, OverflowError):

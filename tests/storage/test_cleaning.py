@@ -59,7 +59,7 @@ def artifacts(tmp_path, monkeypatch):
         folder = SealedFolder(write(artifacts / "initial_students" / name), "initial_student.json")
         folder.seal({}, checksums | ({"config.json": other} if other else {}))
     write(artifacts / "initial_students" / "unknown")
-    write(artifacts / "bench-1")
+    write(artifacts / "bench-k1")
     write(artifacts / "mine")
     write(artifacts / "data" / ".toy.partial-999999999")
     write(artifacts / "data" / f".toy.partial-{os.getpid()}")
@@ -84,7 +84,7 @@ UNNEEDED = {
     ("checkpoints", "gone"),
     ("analysis", "gone"),
     ("embedded", "gone"),
-    ("bench", "bench-1"),
+    ("bench", "bench-k1"),
     ("leftover", ".toy.partial-999999999"),
 }
 
@@ -176,6 +176,13 @@ def test_a_run_folder_deeper_in_runs_is_seen(artifacts):
     assert found[artifacts / "data" / "gone"] == ["runs/group/deep"]
     assert found[artifacts / "embedded" / "gone"] == ["runs/group/deep"]
     assert found[artifacts / "students" / project_paths.run_label(deep)] == ["runs/group/deep"]
+
+
+def test_the_folder_of_a_measurement_that_runs_is_in_use(artifacts):
+    write(artifacts / f"bench-a1-{os.getppid()}")
+    assert {entry for entry in free(artifacts, force=True) if entry[0] == "bench"} == {
+        ("bench", "bench-k1")
+    }
 
 
 def test_a_run_folder_elsewhere_may_need_its_students(artifacts, tmp_path):
