@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,8 +93,9 @@ def keeps_queries(
 ):
     """The attention function that transformers calls in every layer after a model was switched.
 
-    A module with an attribute `keep` hands it the `Attention`, the values and the output. The
-    arguments have transformers' names, since some families pass the mask by name.
+    A module with an attribute `keep` hands it the `Attention`, the values, and the function that
+    attends as this call does. The arguments have transformers' names, since some families pass the
+    mask by name.
 
     Raises:
         ValueError: the family changes its maps in a way that `Attention.map` lacks.
@@ -106,11 +109,11 @@ def keeps_queries(
             )
     softcap = kwargs.get("softcap")
     attend = sdpa_attention_forward if softcap is None else _softcapped_attention
-    output = attend(module, query, key, value, attention_mask, **kwargs)
     if keep := getattr(module, "keep", None):
         scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        keep(Attention(query, key, attention_mask, scaling, softcap), value, output[0])
-    return output
+        found = Attention(query, key, attention_mask, scaling, softcap)
+        keep(found, value, partial(attend, module, **kwargs))
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 def _softcapped_attention(
@@ -137,12 +140,23 @@ def relative_difference(found: Tensor, expected: Tensor) -> Tensor:
     return (found - expected).float().norm() / expected.float().norm().clamp(min=1e-30)
 
 
-def compare_map(differences: list[Tensor], found: Attention, value: Tensor, output: Tensor) -> None:
-    """Add how far map times values is from the (B, T, H, d_v) output of the attention function."""
-    weights = found.map()
-    value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1).float()
-    seen = weights.sum(-1).gt(0)[..., None]  # not of a row of padding
-    product, output = (weights @ value) * seen, output.transpose(1, 2).float() * seen
+def compare_map(
+    differences: list[Tensor], found: Attention, value: Tensor, attend: Callable[..., Any]
+) -> None:
+    """Add how far map times values is from what the attention function gives, both in float32.
+
+    In bfloat16 large scores are rounded so coarsely that every family would differ.
+    """
+    mask = found.mask
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.float()
+    with torch.autocast(value.device.type, enabled=False):
+        exact = replace(found, query=found.query.float(), key=found.key.float(), mask=mask)
+        output = attend(exact.query, exact.key, value.float(), mask)[0]  # (B, T, H, d_v)
+        weights = exact.map()
+        value = value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1).float()
+        seen = weights.sum(-1).gt(0)[..., None]  # not of a row of padding
+        product, output = (weights @ value) * seen, output.transpose(1, 2) * seen
     differences.append(relative_difference(product, output))
 
 

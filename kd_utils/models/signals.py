@@ -147,7 +147,7 @@ def _switch_attention(
     Raises:
         ValueError: the hidden state changes, or a map is not what weighs the values.
     """
-    differences: list[Tensor] = []
+    differences: list[Tensor] = []  # of the maps
     if (usual := text_model(model).config._attn_implementation) == IMPLEMENTATION:
         return
     training = [module for module in model.modules() if module.training]
@@ -158,13 +158,14 @@ def _switch_attention(
             _attend_with(model, IMPLEMENTATION)
             for module in attending:
                 module.keep = partial(compare_map, differences)
-            differences.append(relative_difference(hidden_of(), expected))
-        if len(differences) <= len(attending):
+            changed = relative_difference(hidden_of(), expected)
+        if len(differences) < len(attending):
             raise _no_maps(model, NO_INTERFACE)
         if expected.is_meta:  # a device without values
             return
         half = expected.dtype != torch.float32 or torch.is_autocast_enabled(expected.device.type)
-        if not torch.stack(differences).max() <= (5e-2 if half else 1e-3):
+        wrong = not changed <= (5e-2 if half else 1e-3)
+        if wrong or not torch.stack(differences).max() <= 1e-3:
             raise _no_maps(
                 model, "computes attention in a way that a map of queries and keys lacks"
             )
@@ -253,7 +254,7 @@ def _final_hidden(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
 
 
 def _keep_attention(
-    kept: dict[int, Attention], number: int, found: Attention, _value: Tensor, _output: Tensor
+    kept: dict[int, Attention], number: int, found: Attention, _value: Tensor, _attend: Any
 ) -> None:
     kept[number] = found
 

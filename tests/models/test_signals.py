@@ -320,6 +320,18 @@ def test_maps_that_the_model_does_not_attend_with_are_refused():
     assert require_known_head(model.eval(), ids) < 1e-6
 
 
+def test_large_scores_are_no_reason_to_refuse_maps():
+    """Scores of some hundreds, as of trained models, which bfloat16 rounds by one and more."""
+    model, ids = tiny_llama(seed=1), torch.arange(3, 20)[None]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(40)
+            layer.self_attn.k_proj.weight.mul_(40)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = forward_signals(model, ids, map_layers=[1, 2]).attentions[1]
+    assert (found.query[:, :1].float() @ found.key[:, :1].float().mT).abs().max() > 256
+
+
 def test_a_soft_capped_map_by_hand():
     query = torch.tensor(
         [[[[1.0], [2.0]]]]
