@@ -1,5 +1,6 @@
 """From the final hidden state to logits: a matrix product, perhaps with bias, scale or cap."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -92,27 +93,39 @@ def model_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tenso
 
 NO_STUDENT = "it cannot be a student, choose another model"
 
+#: Positions of a row that are tried: the logits of eight whole rows would be gigabytes.
+TRIED = 64
+
 
 @torch.no_grad()
 def require_causal(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """Check that a position's logits do not depend on later tokens, and return all logits.
+    """Check that a position's logits do not depend on later tokens, and return the logits.
 
     An encoder such as BERT sees them: its loss would be that of a model that reads the answer.
 
     Args:
-        input_ids: (B, T), right-padded; the second half of the columns is changed.
+        input_ids: (B, T), right-padded; of the first `TRIED` columns the second half is changed.
+
+    Returns:
+        (B, min(T, TRIED), V) float32.
 
     Raises:
-        ValueError: logits of the first half change with it, or have another shape.
+        ValueError: logits of the first half change with it, are not finite, or have another shape.
     """
+    input_ids = input_ids[:, :TRIED]
     logits = model_logits(model, input_ids).float()
     half = (input_ids.shape[1] + 1) // 2
     changed = input_ids.clone()
     changed[:, half:] = (changed[:, half:] + 1) % logits.shape[-1]
     first, again = logits[:, :half], model_logits(model, changed)[:, :half].float()
     exact = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
-    rounding = 1e-4 if exact else 2e-2
-    if not float((first - again).norm()) <= rounding * float(first.norm()):
+    rounding, size = 1e-4 if exact else 2e-2, float(first.norm())
+    if not math.isfinite(size):
+        raise ValueError(
+            f"{type(model).__name__} gives logits that are not finite: its weights are damaged or "
+            "its training diverged, choose another model"
+        )
+    if not float((first - again).norm()) <= rounding * size:
         raise ValueError(
             f"{type(model).__name__} sees tokens that come later, so it is no causal language "
             "model: choose another (an encoder such as BERT needs is_decoder in its config.json)"
@@ -129,7 +142,7 @@ def require_known_head(
     Losses and caches rely on it. The operations are the same, so even rounding hardly differs.
 
     Args:
-        input_ids: (B, T), right-padded.
+        input_ids: (B, T), right-padded; the first `TRIED` columns are used.
         remedy: how the error ends: what the caller can do with a model whose head is unknown.
 
     Returns:
@@ -139,6 +152,7 @@ def require_known_head(
         ValueError: it is above 1e-5: the head does something that `OutputHead` lacks; or what
             `require_causal` and `forward_signals` raise.
     """
+    input_ids = input_ids[:, :TRIED]
     logits = require_causal(model, input_ids)
     try:
         hidden, head = forward_signals(model, input_ids).hidden, output_head(model)

@@ -225,6 +225,19 @@ def test_a_model_that_sees_later_tokens_is_refused():
                 require_causal(model, ids)
 
 
+def test_a_probe_is_short_and_damaged_weights_are_called_so():
+    model, ids, widths = tiny_llama(), torch.randint(3, 97, (2, 300)), []
+    model.register_forward_pre_hook(
+        lambda _, args, options: widths.append(options["input_ids"].shape[1]), with_kwargs=True
+    )
+    assert require_known_head(model, ids) < 1e-6
+    assert len(widths) == 2 and max(widths) <= 64  # logits of whole rows would be gigabytes
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    with pytest.raises(ValueError, match="^LlamaForCausalLM gives logits that are not finite.*$"):
+        require_known_head(model, ids)
+
+
 def test_what_has_another_shape_is_told_and_not_indexed():
     class Last(LlamaForCausalLM):
         """It gives the last position's logits, whatever it is asked for."""
