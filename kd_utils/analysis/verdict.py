@@ -33,8 +33,8 @@ SCOPE = (
     "A seed varies the order of the data, the projector's initial weights and, where a model has "
     "it, dropout. p tests the seeds' differences on these validation rows by sign flips; rows p "
     "also covers other validation rows, and better or worse needs both. Both are corrected by "
-    "Holm; the 95 % intervals, over seeds and rows, are not. All trials share one teacher and one "
-    "initial student, so the intervals do not cover other teachers or students."
+    "Holm; the 95 % intervals, over seeds and rows, are not. Compared trials share one teacher and "
+    "one initial student, so the intervals do not cover other teachers or students."
 )
 
 NOT_SHOWN, NOT_TESTED = "Not shown.", "Not tested."
