@@ -16,10 +16,14 @@ from kd_utils.config import notebook_files
 
 @dataclass
 class Run:
-    """One execution of a cell; `succeeded` is None while it runs."""
+    """One execution of a cell; `succeeded` is None while it runs.
+
+    nbval runs a notebook's cells without a `history`, and so do tools that look at variables.
+    """
 
     source: str
     succeeded: bool | None = None
+    history: bool = True
 
 
 #: What cells that write begin with.
@@ -79,6 +83,8 @@ class Execution:
             return
         at, before = -1, Run("", True)
         for run in _runs[self._first :]:
+            if not run.history and run.source not in self._cells:  # a tool's
+                continue
             following = self._cells[at + 1] if at + 1 < len(self._cells) else None
             if run.source == following and before.succeeded:
                 at += 1
@@ -117,18 +123,19 @@ def _record_runs() -> int | None:
     if shell is None:
         return None
     if not _runs:
-        _runs.append(Run(shell.history_manager.input_hist_raw[-1].strip()))
+        # This cell has begun already.
+        _runs.append(Run(shell.get_parent()["content"]["code"].strip()))
         shell.events.register("pre_run_cell", _begins)
         shell.events.register("post_run_cell", _ended)
     return len(_runs) - 1
 
 
 def _begins(info: Any) -> None:
-    if info.store_history and not info.silent and info.raw_cell.strip():
-        _runs.append(Run(info.raw_cell.strip()))
+    if not info.silent and info.raw_cell.strip():
+        _runs.append(Run(info.raw_cell.strip(), history=info.store_history))
 
 
 def _ended(result: Any) -> None:
     info = getattr(result, "info", None)
-    if info is not None and info.store_history and not info.silent and info.raw_cell.strip():
+    if info is not None and not info.silent and info.raw_cell.strip():
         _runs[-1].succeeded = result.success

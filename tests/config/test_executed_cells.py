@@ -16,8 +16,10 @@ class Kernel:
     """What IPython tells of the cells that it runs."""
 
     def __init__(self):
-        self.history_manager = SimpleNamespace(input_hist_raw=[])
-        self.events, self.called = self, {}
+        self.events, self.called, self.asked = self, {}, ""
+
+    def get_parent(self):
+        return {"content": {"code": self.asked}}
 
     def register(self, event, function):
         self.called[event] = function
@@ -26,7 +28,7 @@ class Kernel:
         info = SimpleNamespace(
             **{"raw_cell": source, "silent": False, "store_history": True, **info}
         )
-        self.history_manager.input_hist_raw.append(source)
+        self.asked = source
         self.called.get("pre_run_cell", lambda info: None)(info)
         try:
             return then()
@@ -132,6 +134,18 @@ def test_what_a_tool_runs_silently_is_no_cell(kernel):
     kernel.run(" ")
     kernel.run(MODEL)
     kernel.run(TRAIN, execution.require_unbroken)
+
+
+def test_nbval_which_keeps_no_history_runs_a_notebook_like_anybody(kernel):
+    def run(source, then=lambda: None):
+        return kernel.run(source, then, store_history=False)
+
+    execution = run(CONFIG, lambda: Execution("n", "from_notebook(globals())"))
+    run(MODEL)
+    run(TRAIN, execution.require_unbroken)
+    run(MODEL)
+    with pytest.raises(ValueError, match="was run again after later cells"):
+        run(WRITE, execution.require_unbroken)
 
 
 def test_outside_of_a_kernel_nothing_is_refused(monkeypatch):
