@@ -12,6 +12,20 @@ TEXTS = (
     "apples.\n#### 42 $1,000.5",
 )
 
+#: Sizes that most decoders' configurations have, by the names that `transformers` uses.
+SIZES = dict(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    initializer_range=0.2,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
 
 def tiny_tokenizer(*, begin: bool) -> Any:
     """A byte-level BPE with `<e>` as its end token, and `<b>` put before every text if `begin`."""

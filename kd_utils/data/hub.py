@@ -9,6 +9,8 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants, errors, utils
 
+from kd_utils.store.files import sha256_json
+
 #: What is fetched from the hub to load a tokenizer, and a model: no pickle, no code.
 TOKENIZER_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
 
@@ -143,3 +145,16 @@ def _hub_problem(error: BaseException, name: str, revision: str, kind: str) -> s
 def one_line(error: BaseException) -> str:
     """An error's class and text in one line of readable length."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def fingerprint_of(checksums: dict[str, str]) -> str:
+    """What a model is by content: of a folder whose files, or some of them, have these SHA-256
+    digests."""
+    told = {"config.json", "generation_config.json"}
+    return sha256_json(
+        {
+            name: checksum
+            for name, checksum in checksums.items()
+            if name in told or name.endswith(".safetensors")
+        }
+    )

@@ -10,7 +10,7 @@ import torch
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
 from kd_utils.models import devices, folder_checks
-from kd_utils.store.files import matching, sha256_file, sha256_json, written_folder
+from kd_utils.store.files import matching, sha256_file, written_folder
 
 #: What is read from a model's output is there under its name, whatever its config.json asks for.
 PLAIN_OUTPUTS = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
@@ -198,16 +198,4 @@ def model_fingerprint(name: str, revision: str = "") -> str:
         )
     # A repetition penalty or an end token in this file changes generated answers.
     files += folder.glob("generation_config.json")
-    return fingerprint_of({path.name: sha256_file(path) for path in files})
-
-
-def fingerprint_of(checksums: dict[str, str]) -> str:
-    """`model_fingerprint` of a folder whose files, or some of them, have these SHA-256 digests."""
-    told = {"config.json", "generation_config.json"}
-    return sha256_json(
-        {
-            name: checksum
-            for name, checksum in checksums.items()
-            if name in told or name.endswith(".safetensors")
-        }
-    )
+    return hub.fingerprint_of({path.name: sha256_file(path) for path in files})

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from kd_utils.cache import manifest
 from kd_utils.config.project_paths import run_label, short_path
+from kd_utils.data import hub
 from kd_utils.records import run_folder
 from kd_utils.storage.inventory import BENCH, OTHER, Item
 from kd_utils.store import locks
-from kd_utils.store.files import is_anothers, matching, sha256_json
+from kd_utils.store.files import another_writes, matching
 from kd_utils.store.sealed import RecordError, SealedFolder
 
 #: Kinds in the order in which one needs another, the needing one first.
@@ -64,13 +65,13 @@ def uses(items: list[Item], runs: list[Run], artifacts: Path) -> dict[Path, Use]
     sources = [(short_path(run.folder), run.text) for run in runs]
     needed: dict[Path, list[str]] = {}
     for kind in CHAIN:
-        mine = [item for item in items if item.kind == kind]
-        newest = _newest(mine, artifacts) if kind == "cache" else {}
-        for item in mine:
+        of_kind = [item for item in items if item.kind == kind]
+        newest = _newest(of_kind, artifacts) if kind == "cache" else {}
+        for item in of_kind:
             needed[item.path] = newest.get(item.path, []) + _named(item, sources)
         sources += [
             (f"{kind} {item.name}", _text(item.path / name for name in DOCUMENTS))
-            for item in mine
+            for item in of_kind
             if needed[item.path]
         ]
     for item in items:
@@ -89,7 +90,7 @@ def uses(items: list[Item], runs: list[Run], artifacts: Path) -> dict[Path, Use]
 
 def _user(item: Item, by: list[str], runs: list[Run]) -> str:
     """What runs and uses this, or may have written it: a sweep's plan does not say all yet."""
-    if item.kind == BENCH and is_anothers(item.path):
+    if item.kind == BENCH and another_writes(item.path):
         return "a measurement"
     for run in runs:
         if run.held and (short_path(run.folder) in by or item.used >= run.since - 1):
@@ -110,20 +111,12 @@ def _named(item: Item, sources: list[tuple[str, str]]) -> list[str]:
             patterns.append(manifest.read_manifest(item.path)["content_hash"])
         elif item.kind == "initial student":
             sealed = SealedFolder(item.path, "initial_student.json")
-            patterns.append(_fingerprint(sealed.read()["checksums"]))
+            patterns.append(hub.fingerprint_of(sealed.read()["checksums"]))
     except ValueError:
         if item.kind == "initial student":
             return ["it does not say what it is"]
     mark = re.compile("|".join(patterns))
     return [who for who, text in sources if mark.search(text)]
-
-
-def _fingerprint(checksums: dict[str, str]) -> str:
-    """`models.loading.model_fingerprint` of a folder whose files have these digests."""
-    told = ("config.json", "generation_config.json")
-    return sha256_json(
-        {k: v for k, v in checksums.items() if k in told or k.endswith(".safetensors")}
-    )
 
 
 def _of_run(item: Item, runs: list[Run]) -> list[str]:

@@ -85,11 +85,11 @@ def written_folder(folder: Path) -> Iterator[Path]:
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left beside `folder` while they wrote it."""
     for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
-        if not is_anothers(leftover):
+        if not another_writes(leftover):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def is_anothers(path: Path) -> bool:
+def another_writes(path: Path) -> bool:
     """Whether another process is writing this: the number of one that lives ends its name."""
     number = path.name.rpartition("-")[2]
     try:

@@ -9,12 +9,14 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from kd_utils.cluster.machines import problem_with_files
 from kd_utils.config import project_paths, stages
+from kd_utils.config.parameter_files import notebook_config
 from kd_utils.records import provenance, trial_record
 from kd_utils.sweep import execution
 from kd_utils.sweep.display import Progress
@@ -81,6 +83,41 @@ class Executor(Protocol):
 
     def cancel(self) -> None:
         """Stop the jobs that run, and forget those that wait."""
+
+
+def open_executor(
+    kind: str,
+    parameters: dict[str, Any],
+    address: str | None,
+    cpus: float,
+    gpus: float | None,
+) -> AbstractContextManager[Executor]:
+    """The executor of a name: "ray", or "local" for processes of this machine.
+
+    Args:
+        parameters: of the sweep.
+        address: of a Ray cluster; None: this machine.
+        cpus, gpus: for each trial; `gpus` None: one where a machine has one.
+
+    Raises:
+        ValueError: Ray is not installed, or 02 needs it.
+    """
+    device = notebook_config(stages.TRAIN, parameters).device
+    if kind == "local":
+        from kd_utils.sweep.local_pool import local_pool
+
+        workers = notebook_config(stages.CACHE, parameters).workers
+        if workers > 1:
+            raise ValueError(f"workers = {workers} needs Ray: set workers to 0 or 1")
+        return local_pool(cpus, gpus, device)
+    try:
+        from kd_utils.sweep.ray_executor import ray_executor  # brings Ray
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        remedy = "add --executor local to run on this machine, or `pip install 'ray[data]'`"
+        raise ValueError(f"Ray is not installed: {remedy}") from None
+    return ray_executor(address, cpus, gpus, device)
 
 
 def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> None:

@@ -4,24 +4,13 @@ cannot have is one line.
 
 import pytest
 import torch
+from tiny import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd_utils.models.output_head import output_head, require_known_head
 from kd_utils.models.signals import decoder_layers, forward_signals, size_of, text_model
 
-LAYERS, TOKENS = 4, 13
-SIZES = dict(
-    vocab_size=97,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=LAYERS,
-    num_attention_heads=4,
-    max_position_embeddings=64,
-    initializer_range=0.2,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+LAYERS, TOKENS = SIZES["num_hidden_layers"], 13
 GROUPED = dict(num_key_value_heads=2, head_dim=8)
 MAMBA = dict(mamba_d_state=8, mamba_d_conv=4, mamba_expand=2)
 PICTURES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2)

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kd_utils.models.initial.layers import keep_layers
@@ -14,7 +15,7 @@ from kd_utils.models.loading import load_causal_lm, with_soft_capping
 from kd_utils.models.output_head import output_head, require_known_head
 from kd_utils.models.signals import IMPLEMENTATION, decoder_layers, forward_signals
 
-LAYERS, TOKENS, WINDOW = 4, 17, 5
+LAYERS, TOKENS, WINDOW = SIZES["num_hidden_layers"], 17, 5
 ALL = range(1, LAYERS + 1)
 GROUPED = dict(num_key_value_heads=2)
 CAPPED = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
@@ -75,19 +76,7 @@ def tiny(family, **config):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model_type = family.removesuffix("_window").removesuffix("_sequential")
-    values = dict(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    values.update(FAMILIES[family], **config)
+    values = SIZES | FAMILIES[family] | config
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values))
     model = with_soft_capping(model)
     with torch.no_grad():

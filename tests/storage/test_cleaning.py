@@ -12,10 +12,11 @@ from stubs import MADE, write_plan, write_trial
 from kd_utils.__main__ import main
 from kd_utils.cache.manifest import read_manifest, sealed_cache
 from kd_utils.config import project_paths
+from kd_utils.data import hub
 from kd_utils.models import loading
 from kd_utils.records.trial_record import read_record
-from kd_utils.storage import cleaning, needs
-from kd_utils.store.files import sha256_json
+from kd_utils.storage import cleaning
+from kd_utils.store.files import sha256_file, sha256_json
 from kd_utils.store.locks import locked
 from kd_utils.store.sealed import SealedFolder
 
@@ -107,10 +108,11 @@ def test_what_a_run_a_record_or_an_experiment_names_is_needed(artifacts):
     assert by["toy-1"] == ["cache toy-2026-01-01-aaaaaaaa"]
 
 
-def test_an_initial_student_has_the_fingerprint_that_records_name():
-    checksums = {"config.json": "0", "generation_config.json": "1", "model.safetensors": "2"}
-    more = {"tokenizer.json": "3", "sha256": "4"}
-    assert needs._fingerprint(checksums | more) == loading.fingerprint_of(checksums | more)
+def test_an_initial_student_has_the_fingerprint_that_records_name(tmp_path):
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text(name)
+    checksums = {path.name: sha256_file(path) for path in tmp_path.iterdir()} | {"sha256": "4"}
+    assert hub.fingerprint_of(checksums) == loading.model_fingerprint(str(tmp_path))
 
 
 def test_clean_removes_with_yes_only_and_nothing_that_is_needed(artifacts, capsys):

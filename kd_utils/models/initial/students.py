@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kd_utils.config.project_paths import short_path
+from kd_utils.data import hub
 from kd_utils.models import loading
 from kd_utils.models.initial.ways import WAYS
 from kd_utils.records.provenance import Ingredients, code_of, environment
@@ -83,7 +84,7 @@ def student_source(config: TrialConfig, manifest: dict[str, Any], tokenizer: Any
     if not place.exists():
         document = {"made_from": made_from, "source": name, "versions": environment()["versions"]}
         _make(folder, document, tokenizer, lambda: way.build(name, revision, **settings))
-    initial = loading.fingerprint_of(folder.check("config.json")["checksums"])
+    initial = hub.fingerprint_of(folder.check("config.json")["checksums"])
     return StudentSource(name, revision, fingerprint, short_path(place), "", initial)
 
 
