@@ -70,6 +70,7 @@ def small_project(root: Path, **parameters: Any) -> SimpleNamespace:
         "tokenizer": str(root / "student"),
         "teacher": str(root / "teacher"),
         "student": str(root / "student"),
+        "held_out_rows": 2,
         "teacher_epochs": 0,
         "device": "cpu",
     } | parameters
@@ -85,7 +86,7 @@ def cache(parameters: dict[str, Any], **changes: Any) -> tuple[Path, pd.Series]:
     config = notebook_config("02_cache_teacher", {**parameters, **changes})
     prepared, tokenizer = load_prepared(config.data_path), load_tokenizer(config.teacher)
     vocabulary = Vocabulary.of(tokenizer)
-    data = {split: getattr(prepared, split) for split in ("train", "validation")}
+    data = prepared.tables
     examples = {
         split: encode_table(tokenizer, table, split, vocabulary=vocabulary)
         for split, table in data.items()

@@ -371,6 +371,7 @@ TINY_SHAPES = {
 TINY_SMOL = {
     "max_length": 256,
     "train_rows": "sst2:8 mmlu:2 gsm8k:2",
+    "held_out_rows": 2,
     "validation_rows": "sst2:6 mmlu:2 gsm8k:2",
     "teacher_epochs": 1,
     "teacher_batch_size": 4,

@@ -6,9 +6,9 @@ in `papermill_params/` holds what differs from them.
 """
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from kd_utils.config import fields
 from kd_utils.config.base import Config
@@ -34,6 +34,45 @@ def rows_by_task(text: str) -> dict[str, int]:
 TaskRows = Annotated[str, AfterValidator(lambda text: rows_by_task(text) and text)]
 
 
+def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
+    """How many training rows of each task have a label.
+
+    Args:
+        text: a share of every task's rows, rounded, at least one row (`"0.15"`; "0" is none), or
+            counts of some tasks (`"sst2=90 mmlu=100"`; the others have all their labels).
+        rows: the training rows of each task.
+
+    Raises:
+        ValueError: the text has another form, or names a task that has not so many rows.
+    """
+    if re.fullmatch(r"0|1|0?\.\d{1,9}", text):
+        share = float(text)
+        return {task: max(round(share * n), 1) if share else 0 for task, n in rows.items()}
+    parts = [part.partition("=")[::2] for part in text.split()]
+    counts = {task: int(n) for task, n in parts if re.fullmatch(r"0|[1-9][0-9]{0,8}", n)}
+    if not counts or len(counts) < len(parts) or "" in counts:
+        raise ValueError(
+            "Input should be a share of every task's training rows, from 0 to 1 (such as '0.15'), "
+            "or TASK=ROWS, several with spaces between (such as 'sst2=90 mmlu=0'), each task once"
+        )
+    for task, count in counts.items():
+        if count > rows.get(task, 0):
+            raise ValueError(
+                f"labelled asks for {count} labels of {task}, but train_rows has "
+                f"{rows.get(task, 0)} rows of it: lower {task} in labelled"
+            )
+    return {**rows, **counts}
+
+
+def _as_text(value: Any) -> Any:
+    """A number as YAML reads it, as text: 1.0 is "1"."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.9g}" if number else value
+
+
+Labelled = Annotated[str, BeforeValidator(_as_text)]
+
+
 class DataConfig(Config):
     """Parameters of `01_prepare_data`. Which tasks there are is known to `data/tasks`."""
 
@@ -44,12 +83,26 @@ class DataConfig(Config):
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
     max_length: fields.PositiveInt = 64
     data_seed: fields.Seed = 0
-    train_rows: TaskRows = "sst2:600 mmlu:730 gsm8k:600"
+    train_rows: TaskRows = "sst2:600 mmlu:630 gsm8k:600"
+    labelled: Labelled = "1"
+    held_out_rows: fields.PositiveInt = 100
     validation_rows: TaskRows = "sst2:120 mmlu:120 gsm8k:120"
 
+    @model_validator(mode="after")
+    def _labels_are_there(self) -> Self:
+        label_counts(self.labelled, self.rows("train"))
+        return self
+
     def rows(self, split: str) -> dict[str, int]:
-        """How many rows of each task go into `split` ("train" or "validation")."""
+        """How many rows of each task go into `split` ("train", "held_out" or "validation")."""
+        if split == "held_out":
+            return dict.fromkeys(self.rows("train"), self.held_out_rows)
         return rows_by_task(getattr(self, f"{split}_rows"))
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """How many training rows of each task have a label."""
+        return label_counts(self.labelled, self.rows("train"))
 
     @property
     def tasks(self) -> set[str]:

@@ -54,18 +54,20 @@ class Rows(NamedTuple):
     """The lengths of the rows.
 
     Attributes:
-        train, validation: (tokens, answer tokens) of each row, prompt and answer together first.
+        train, held_out, validation: (tokens, answer tokens) of each row, prompt and answer together
+            first.
         question: tokens of the longest prompt whose answer is generated; 0: none is.
     """
 
     train: list[tuple[int, int]]
+    held_out: list[tuple[int, int]]
     validation: list[tuple[int, int]]
     question: int
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens of each row of both splits."""
-        return [tokens for tokens, _ in self.train + self.validation]
+        """Tokens of each row of all splits."""
+        return [tokens for tokens, _ in self.train + self.held_out + self.validation]
 
 
 def counted_rows(tables: dict[str, pd.DataFrame], examples: dict[str, list[Example]]) -> Rows:

@@ -129,8 +129,11 @@ def nearest_pairs(
     return pairs.reset_index(drop=True)
 
 
-def require_no_leak(by_task: pd.DataFrame) -> None:
+def require_no_leak(by_task: pd.DataFrame, split: str = "validation") -> None:
     """Check the table of `overlap_by_task`.
+
+    Args:
+        split: whose rows were looked for in training.
 
     Raises:
         ValueError: an exact overlap, or a task of whose rows more than `MOST_LEAKED` leaked.
@@ -138,14 +141,14 @@ def require_no_leak(by_task: pd.DataFrame) -> None:
     for line in by_task.itertuples():
         if line.exact:
             raise ValueError(
-                f"{line.task}: the content of {line.exact} of {line.rows} validation rows is in "
+                f"{line.task}: the content of {line.exact} of {line.rows} {split} rows is in "
                 "training too: run 01_prepare_data again"
             )
         if line.leaked_share > MOST_LEAKED:
             raise ValueError(
                 f"{line.task}: training has half or more of {line.leaked} of {line.rows} "
-                f"validation questions, above {MOST_LEAKED:.0%}: lower {line.task} in train_rows "
-                "or validation_rows, or set another data_seed"
+                f"{split} questions, above {MOST_LEAKED:.0%}: lower {line.task} in train_rows "
+                f"or {split}_rows, or set another data_seed"
             )
 
 
@@ -167,26 +170,29 @@ def few_shot_rows(data_dir: str, tasks: Iterable[str]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def few_shot_overlap(
-    shots: pd.DataFrame, train: pd.DataFrame, validation: pd.DataFrame
-) -> pd.DataFrame:
-    """How many prepared rows have the content of a few-shot row: `task`, `shots` (rows),
-    `in_train`, `in_validation`.
+def few_shot_overlap(shots: pd.DataFrame, tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """How many prepared rows have the content of a few-shot row: `task`, `shots` (rows), and
+    `in_SPLIT` for each of the prepared tables.
     """
     contents = set(content_keys(shots))
     table = shots["task"].value_counts(sort=False).to_frame("shots")
-    for name, prepared in (("in_train", train), ("in_validation", validation)):
-        table[name] = prepared["task"][content_keys(prepared).isin(contents)].value_counts()
+    for split, prepared in tables.items():
+        found = prepared["task"][content_keys(prepared).isin(contents)]
+        table[f"in_{split}"] = found.value_counts()
     return table.fillna(0).astype(int).reset_index()
 
 
 def require_unseen_shots(by_task: pd.DataFrame) -> None:
-    """Raise a ValueError if `few_shot_overlap` has a few-shot row in training or in validation."""
-    for line in by_task.itertuples():
-        if line.in_train or line.in_validation:
+    """Raise a ValueError if `few_shot_overlap` has a few-shot row among the prepared rows."""
+    for line in by_task.to_dict("records"):
+        places = {name: line[name] for name in line if name.startswith("in_")}
+        if any(places.values()):
+            found = ", ".join(
+                f"{count} {name.replace('_', ' ', 1)}" for name, count in places.items()
+            )
             raise ValueError(
-                f"{line.task}: few-shot rows are among the prepared rows ({line.in_train} in "
-                f"train, {line.in_validation} in validation): run 01_prepare_data again"
+                f"{line['task']}: few-shot rows are among the prepared rows ({found}): run "
+                "01_prepare_data again"
             )
 
 

@@ -1,4 +1,4 @@
-"""Prepared data: one table for training and one for validation, with no content in both.
+"""Prepared data: tables for training, for choices and for the end, with no content in two.
 
 They are kept in a folder with a manifest (a `SealedFolder`). When they are read, every row is
 looked at, so that nothing later meets a surprise.
@@ -7,6 +7,7 @@ looked at, so that nothing later meets a surprise.
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from kd_utils.records import provenance
 from kd_utils.store import files, sealed
 from kd_utils.tokens import encoding
 
-FORMAT = 3
+FORMAT = 4
 
-SPLITS = ("train", "validation")
+#: What students are trained on; what every choice (rest, stopping, settings) reads; what is used
+#: once, at the end.
+SPLITS = ("train", "held_out", "validation")
 
 KEYS = {"name", "config_fingerprint", "tokenizer_fingerprint", "data_hash", "counts", "made_from"}
 
@@ -34,7 +37,11 @@ BUILDERS = {"toy": ["demos.toy_models"], "smol": ["demos.smol"], "smol-cross": [
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What `01_prepare_data` makes: two tables with the columns of `PREPARED`, and their record.
+    """What `01_prepare_data` makes: tables with the columns of `PREPARED`, and their record.
+
+    `train` has also `labelled` (bool): whether training may use the row's own answer. Other rows
+    keep it, so that 02 can say how often the teacher's answer is right; `answers.answered` gives
+    the rows as they are trained on.
 
     `counts` has a row per task and split: `source` (the hub's split), `available` (rows there),
     `duplicates` (dropped, since their content is elsewhere in the data), `shots` (dropped, since
@@ -47,6 +54,7 @@ class PreparedData:
     """
 
     train: pd.DataFrame
+    held_out: pd.DataFrame
     validation: pd.DataFrame
     counts: pd.DataFrame
     config_fingerprint: str
@@ -56,7 +64,17 @@ class PreparedData:
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
         """Each split's table."""
-        return {"train": self.train, "validation": self.validation}
+        return {split: getattr(self, split) for split in SPLITS}
+
+    @property
+    def labels(self) -> pd.DataFrame:
+        """How many labels are used, a row per task: `train_rows`, of which `labelled`; `held_out`,
+        whose labels count too; and `labels`, the sum of the last two.
+        """
+        train = self.train.groupby("task", sort=False)["labelled"]
+        table = train.agg(train_rows="size", labelled="sum")
+        table["held_out"] = self.held_out["task"].value_counts()
+        return table.assign(labels=table["labelled"] + table["held_out"]).reset_index()
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Raise a ValueError if the lengths of the rows were counted with another tokenizer."""
@@ -68,17 +86,17 @@ class PreparedData:
 
     @property
     def data_hash(self) -> str:
-        """SHA-256 of the content of both tables, row by row, however parquet stores them."""
+        """SHA-256 of the content of all tables, row by row, however parquet stores them."""
         digest = hashlib.sha256()
         for split, table in self.tables.items():
-            for values in zip(*(table[column] for column in PREPARED), strict=True):
-                row = [value if isinstance(value, str) else list(value) for value in values]
+            for values in zip(*(table[column] for column in columns_of(split)), strict=True):
+                row = [v if isinstance(v, (str, bool)) else list(v) for v in values]
                 digest.update(json.dumps([split, *row]).encode() + b"\n")
         return digest.hexdigest()
 
 
 def save_prepared(prepared: PreparedData, folder: str | Path) -> Path:
-    """Write `train.parquet`, `validation.parquet` and `manifest.json`; returns the folder."""
+    """Write `SPLIT.parquet` for each split, and `manifest.json`; returns the folder."""
     folder = Path(folder)
     manifest = {
         "format": FORMAT,
@@ -100,44 +118,51 @@ def load_prepared(folder: str | Path) -> PreparedData:
 
     Raises:
         RecordError: a file that is missing, was changed or is another folder's, a column, type or
-            value that a prepared table cannot have, or a content or example_id in both splits.
+            value that a prepared table cannot have, or a content or example_id in two splits.
     """
     home, manifest = _sealed(folder), read_manifest(folder)
     home.check(*(f"{split}.parquet" for split in SPLITS))
     seen: dict[str, str] = {}
-    train, validation = (_read_table(home, f"{split}.parquet", seen) for split in SPLITS)
-    if both := {*task_rows.content_keys(train)} & {*task_rows.content_keys(validation)}:
-        raise home.problem(
-            f"train.parquet: {len(both)} contents are in validation.parquet too, expected none"
-        )
+    tables = {split: _read_table(home, split, seen) for split in SPLITS}
+    contents = {split: {*task_rows.content_keys(table)} for split, table in tables.items()}
+    for first, second in combinations(SPLITS, 2):
+        if both := contents[first] & contents[second]:
+            raise home.problem(
+                f"{first}.parquet: {len(both)} contents are in {second}.parquet too, expected none"
+            )
     prepared = PreparedData(
-        train,
-        validation,
-        pd.DataFrame(manifest["counts"]),
-        manifest["config_fingerprint"],
-        manifest["tokenizer_fingerprint"],
-        provenance.Ingredients(manifest["made_from"]),
+        **tables,
+        counts=pd.DataFrame(manifest["counts"]),
+        config_fingerprint=manifest["config_fingerprint"],
+        tokenizer_fingerprint=manifest["tokenizer_fingerprint"],
+        made_from=provenance.Ingredients(manifest["made_from"]),
     )
     if prepared.data_hash != manifest["data_hash"]:
         raise home.problem("manifest.json has another data_hash than the tables")
     return prepared
 
 
-def _read_table(home: sealed.SealedFolder, file: str, seen: dict[str, str]) -> pd.DataFrame:
+def columns_of(split: str) -> list[str]:
+    """The columns of a split's table."""
+    return [*PREPARED, *["labelled"] * (split == "train")]
+
+
+def _read_table(home: sealed.SealedFolder, split: str, seen: dict[str, str]) -> pd.DataFrame:
     """A prepared table whose rows were all looked at.
 
     Args:
         seen: example_id -> the file and row that has it; the rows of this table are added.
     """
+    file, columns = f"{split}.parquet", columns_of(split)
     try:
-        rows = pq.ParquetFile(home.path / file).read(columns=list(PREPARED)).to_pylist()
+        rows = pq.ParquetFile(home.path / file).read(columns=columns).to_pylist()
     except Exception as error:  # a file that somebody else made may be wrong in every way
         raise home.problem(
             f"{file} is not a complete parquet file of Unicode text ({fields.shown(str(error))})"
         ) from None
     if not rows:
         raise home.problem(f"{file} has no rows")
-    if missing := [column for column in PREPARED if column not in rows[0]]:
+    if missing := [column for column in columns if column not in rows[0]]:
         raise home.problem(
             f"{file} has no column {', '.join(missing)} (it has {', '.join(rows[0])})"
         )
@@ -149,7 +174,7 @@ def _read_table(home: sealed.SealedFolder, file: str, seen: dict[str, str]) -> p
             raise home.problem(
                 f"{place}: example_id {fields.shown(row['example_id'])} is already used by {first}"
             )
-    return pd.DataFrame(rows, columns=list(PREPARED))
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _row_problem(row: dict[str, Any]) -> str:
@@ -157,6 +182,8 @@ def _row_problem(row: dict[str, Any]) -> str:
     choices = row["choices"]
     if not isinstance(choices, list) or not all(isinstance(text, str) for text in choices):
         return f"choices = {fields.shown(choices)}, expected a list of texts"
+    if not isinstance(row.get("labelled", True), bool):
+        return f"labelled = {fields.shown(row['labelled'])}, expected true or false"
     for column in PREPARED:
         if column != "choices" and not isinstance(row[column], str):
             return f"{column} = {fields.shown(row[column])}, expected text"
@@ -216,7 +243,7 @@ def ingredients(config: stages.DataConfig) -> provenance.Ingredients:
     """
     names = {
         f"{task}/{tasks.find_task(task).splits[use]}.parquet"
-        for split in SPLITS
+        for split in ("train", "validation")  # held-out rows are from the source of training
         for task in config.rows(split)
         for use in (split, "shots")
     }

@@ -161,9 +161,47 @@ def test_rows_of_tasks_are_a_checked_text(text):
 def test_rows_of_tasks_by_split():
     data = notebook_defaults("01_prepare_data")
     config = NOTEBOOKS["01_prepare_data"](**{**data, "validation_rows": " arc:5  sst2:1"})
-    assert config.rows("train") == {"sst2": 600, "mmlu": 730, "gsm8k": 600}
+    assert config.rows("train") == {"sst2": 600, "mmlu": 630, "gsm8k": 600}
     assert config.rows("validation") == {"arc": 5, "sst2": 1}
     assert config.tasks == {"sst2", "mmlu", "gsm8k", "arc"}
+
+
+def test_labels_are_a_share_or_counts_of_tasks():
+    rows = {"train_rows": "sst2:30 mmlu:9", "validation_rows": "arc:5"}
+    expected = {
+        "1": {"sst2": 30, "mmlu": 9},
+        "0": {"sst2": 0, "mmlu": 0},
+        "0.1": {"sst2": 3, "mmlu": 1},
+        ".05": {"sst2": 2, "mmlu": 1},  # at least one
+        "mmlu=0": {"sst2": 30, "mmlu": 0},
+        "mmlu=9 sst2=2": {"sst2": 2, "mmlu": 9},
+    }
+    for text, counts in expected.items():
+        assert NOTEBOOKS["01_prepare_data"](**rows, labelled=text).labels == counts
+    for number, text in ((1, "1"), (1.0, "1"), (0.15, "0.15"), (0, "0")):  # as YAML reads them
+        config = NOTEBOOKS["01_prepare_data"](**rows, labelled=number)
+        assert config.labelled == text
+    assert config.rows("held_out") == {"sst2": 100, "mmlu": 100}  # trained on
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        ("1.5", "Input should be a share of every task's training rows, from 0 to 1 (such as"),
+        (1.5, "Input should be a share"),
+        (True, "labelled = True: Input should be text, got true or false (bool)"),
+        ("", "Input should be a share"),
+        ("sst2:5", "Input should be a share"),
+        ("sst2=5 sst2=6", "Input should be a share"),
+        ("=5", "Input should be a share"),
+        ("arc=1", "labelled asks for 1 labels of arc, but train_rows has 0 rows of it: lower arc"),
+        ("sst2=601", "labelled asks for 601 labels of sst2, but train_rows has 600 rows of it"),
+    ],
+)
+def test_bad_labels_are_one_line(value, words):
+    with pytest.raises(ValueError) as caught:
+        NOTEBOOKS["01_prepare_data"](labelled=value)
+    assert words in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
 def test_a_config_is_frozen_and_shows_every_value():

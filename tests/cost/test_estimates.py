@@ -89,7 +89,7 @@ def trial(**values):
     config = notebook_config("03_train_student", {"distill_type": "combined", **values})
     student, teacher = (shapes.shape_of(tiny_llama(width=w)) for w in (32, 48))
     split = [(30, 10)] * 20 + [(40, 2)] * 20
-    found = rows.Rows(split, split, question=20)
+    found = rows.Rows(split, [], split, question=20)
     return estimates.trial_cost(config, student, [teacher], found, MACHINE), student, teacher
 
 
@@ -112,7 +112,7 @@ def test_a_trial_costs_what_its_parts_cost():
 def test_two_teachers_cost_their_terms_twice_and_the_student_once():
     config = notebook_config("03_train_student", {"distill_type": "black_box"})
     shape = shapes.shape_of(tiny_llama())
-    found = rows.Rows([(20, 2)] * 8, [(20, 2)] * 8, question=0)
+    found = rows.Rows([(20, 2)] * 8, [], [(20, 2)] * 8, question=0)
     alone, one, two = (
         estimates.trial_cost(config, shape, [shape] * n, found, MACHINE).seconds for n in range(3)
     )
@@ -157,7 +157,7 @@ def test_a_dry_run_estimates_from_configs_alone(root):
     last = {"hidden": [2], "attention": [2]}
     planned = partial(experiment.experiment_lines, data, cache, trials, lambda config, model: last)
     first, of_02, of_03, title, table = planned(with_cache=True)
-    assert "2,290 rows" in first and of_02.startswith("02") and "4 trials" in of_03
+    assert "2,490 rows" in first and of_02.startswith("02") and "4 trials" in of_03
     assert "combined" in title and table.count("16384") == len(cards.CARDS)
     assert len([*planned(with_cache=False)]) == 4
     (root / "student" / "config.json").unlink()
@@ -170,7 +170,7 @@ def test_a_smaller_card_takes_smaller_settings():
     large = dict(zip(shapes.shape_of(tiny_llama()), sizes, strict=True))
     cache = notebook_config(stages.CACHE, {"max_new_tokens": 256})
     config = notebook_config(stages.TRAIN, {"distill_type": "black_box", "max_new_tokens": 256})
-    found = rows.Rows([(512, 300)], [(512, 300)], question=200)
+    found = rows.Rows([(512, 300)], [], [(512, 300)], question=200)
     columns = signal_kinds.columns_of("white_box", {}, 20, "float16")
     parts = {
         "02": estimates.teacher_part(cache, large, columns, found),
@@ -191,5 +191,5 @@ def test_rows_are_those_of_the_examples():
     found = rows.counted_rows(
         tables, {split: example_rows([9, 12, 6]) for split in prepared_data.SPLITS}
     )
-    assert found.train == found.validation == [(9, 3), (12, 4), (6, 2)]
-    assert found.tokens == [9, 12, 6] * 2 and found.question == 8
+    assert found.train == found.held_out == found.validation == [(9, 3), (12, 4), (6, 2)]
+    assert found.tokens == [9, 12, 6] * 3 and found.question == 8

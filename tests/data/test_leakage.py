@@ -269,8 +269,8 @@ def test_shots_are_the_first_rows_and_of_mmlu_those_of_each_subject(tmp_path, mo
 
 def test_shots_among_the_rows_are_counted_and_refused():
     shots = pd.concat([table("sst2", "a joy", "a bore"), table("gsm8k", "One?")], ignore_index=True)
-    apart = table("sst2", "a film"), table("sst2", "a plot")
-    found = leakage.few_shot_overlap(shots, *apart)
+    apart = {"train": table("sst2", "a film"), "validation": table("sst2", "a plot")}
+    found = leakage.few_shot_overlap(shots, apart)
     assert found.to_dict("list") == {
         "task": ["sst2", "gsm8k"],
         "shots": [2, 1],
@@ -278,10 +278,10 @@ def test_shots_among_the_rows_are_counted_and_refused():
         "in_validation": [0, 0],
     }
     leakage.require_unseen_shots(found)
-    for place, counts in ((0, (1, 0)), (1, (0, 1))):
-        tables = list(apart)
-        tables[place] = table("sst2", "fine", "A  JOY")  # told by content, not by id
-        found = leakage.few_shot_overlap(shots, *tables)
+    for split, counts in (("train", (1, 0)), ("validation", (0, 1))):
+        # Told by content, not by id.
+        tables = {**apart, split: table("sst2", "fine", "A  JOY")}
+        found = leakage.few_shot_overlap(shots, tables)
         assert tuple(found.loc[0, ["in_train", "in_validation"]]) == counts
         with pytest.raises(
             ValueError,

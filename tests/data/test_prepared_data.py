@@ -27,7 +27,17 @@ def folder(tmp_path):
 
 
 def with_shots(folder):
-    """Five rows in front of each `train`: the few-shot rows, which are never drawn."""
+    """Five rows in front of each `train`: the few-shot rows, which are never drawn. And one row
+    more of each task, to hold out.
+    """
+    spare = {"question": ["Which is spare?"], "subject": ["astronomy"], "answer": [0]}
+    for name, row in [
+        ("sst2/train", {"sentence": ["a spare film"], "label": [1]}),
+        ("mmlu/test", spare | {"choices": [["Io", "Sun", "Moon", "Mars"]]}),
+        ("gsm8k/train", {"question": ["9 pens. How many?"], "answer": ["That is 9.\n#### 9"]}),
+    ]:
+        path = folder / f"{name}.parquet"
+        pd.concat([pd.read_parquet(path), pd.DataFrame(row)]).to_parquet(path, index=False)
     for task, shots in [
         ("sst2", {"sentence": [f"shot {i}" for i in range(SHOTS)], "label": [0] * SHOTS}),
         ("gsm8k", {"question": [f"Shot {i}?" for i in range(SHOTS)], "answer": ["#### 1"] * SHOTS}),
@@ -46,6 +56,7 @@ def config(folder, **changes):
         tokenizer="a/hub-model",
         max_length=512,
         data_seed=0,
+        held_out_rows=1,
     )
     rows = {"train": dict(sst2=2, mmlu=2, gsm8k=2), "validation": dict(sst2=3, mmlu=3, gsm8k=1)}
     for key in changes.keys() & {f"{task}_{split}" for split in rows for task in rows[split]}:
@@ -68,10 +79,54 @@ def test_rows_are_as_many_as_asked_for_and_disjoint(folder):
         "mmlu": 3,
         "gsm8k": 1,
     }
-    assert set(prepared.train.columns) == set(COLUMNS) - {"row"}
-    assert not set(contents(prepared.train)) & set(contents(prepared.validation))
-    both = pd.concat([prepared.train, prepared.validation])
-    assert both["example_id"].is_unique
+    assert prepared.held_out["task"].value_counts().to_dict() == {"sst2": 1, "mmlu": 1, "gsm8k": 1}
+    assert set(prepared.train.columns) == set(COLUMNS) - {"row"} | {"labelled"}
+    assert set(prepared.held_out.columns) == set(COLUMNS) - {"row"}
+    together = pd.concat(prepared.tables.values())
+    assert content_keys(together).is_unique and together["example_id"].is_unique
+
+
+def test_held_out_rows_follow_the_training_rows(folder):
+    fewer = prepare(config(folder, sst2_train=1, held_out_rows=1), TOKENIZER)
+    more = prepare(config(folder, sst2_train=2, held_out_rows=1), TOKENIZER)
+    of_sst2 = [table.query("task == 'sst2'") for table in (fewer.train, fewer.held_out, more.train)]
+    assert contents(pd.concat(of_sst2[:2])) == contents(of_sst2[2])
+    with pytest.raises(
+        ValueError,
+        match=r"held_out_rows asks for gsm8k:3, but there are 2 \(train has 9 rows, of which 0 are "
+        "duplicates or in validation, 2 are in training, 5 are few-shot rows and 0 longer than .*: "
+        "lower held_out_rows, or gsm8k in train_rows$",
+    ):
+        prepare(
+            config(folder, held_out_rows=3, sst2_train=1, mmlu_train=1, mmlu_validation=1),
+            TOKENIZER,
+        )
+
+
+def test_fewer_labels_are_some_of_those_of_more(folder):
+    labelled = []
+    for text in ("sst2=0 mmlu=0 gsm8k=0", 0.3, "0.6", "sst2=2", 1):
+        prepared = prepare(config(folder, sst2_train=3, gsm8k_train=3, labelled=text), TOKENIZER)
+        labelled.append({*prepared.train.query("labelled")["example_id"]})
+        assert len(prepared.train) == 8
+    assert [len(ids) for ids in labelled] == [0, 3, 5, 7, 8]
+    assert all(fewer < more for fewer, more in zip(labelled, labelled[1:]))
+    [mmlu] = (
+        prepare(config(folder, labelled="mmlu=1"), TOKENIZER)
+        .labels.query("task == 'mmlu'")
+        .to_dict("records")
+    )
+    assert mmlu == {"task": "mmlu", "train_rows": 2, "labelled": 1, "held_out": 1, "labels": 2}
+
+
+def test_labels_are_part_of_the_hash_and_come_back(folder, tmp_path):
+    hashes = set()
+    for text in ("1", "0.5"):
+        prepared = prepare(config(folder, labelled=text), TOKENIZER)
+        loaded = load_prepared(save_prepared(prepared, tmp_path / "prepared"))
+        assert loaded.train["labelled"].tolist() == prepared.train["labelled"].tolist()
+        hashes.add(loaded.data_hash)
+    assert len(hashes) == 2
 
 
 def test_content_of_validation_is_dropped_from_training_and_counted(folder):
@@ -79,16 +134,16 @@ def test_content_of_validation_is_dropped_from_training_and_counted(folder):
     counts = prepare(config(folder, sst2_train=3), TOKENIZER).counts.set_index(["task", "split"])
     assert counts.loc[
         ("sst2", "train"), ["available", "duplicates", "shots", "taken"]
-    ].tolist() == [9, 1, 5, 3]
+    ].tolist() == [10, 1, 5, 3]
     assert counts.loc[("mmlu", "train"), "duplicates"] == 0
     with pytest.raises(
         ValueError,
-        match=r"train_rows asks for sst2:4, but there are 3 \(train has 9 rows, of which 1 are dup"
+        match=r"train_rows asks for sst2:5, but there are 4 \(train has 10 rows, of which 1 are dup"
         ".*, 5 are few-shot rows",
     ):
-        prepare(config(folder, sst2_train=4), TOKENIZER)
-    with pytest.raises(ValueError, match="for mmlu:3, but there are 2 .*lower mmlu in train_rows"):
-        prepare(config(folder, mmlu_train=3), TOKENIZER)
+        prepare(config(folder, sst2_train=5), TOKENIZER)
+    with pytest.raises(ValueError, match="for mmlu:4, but there are 3 .*lower mmlu in train_rows"):
+        prepare(config(folder, mmlu_train=4), TOKENIZER)
 
 
 def test_duplicates_within_a_split_are_dropped(folder):
@@ -97,7 +152,7 @@ def test_duplicates_within_a_split_are_dropped(folder):
     pd.concat([table, table.iloc[:2]]).to_parquet(path)
     counts = prepare(config(folder, gsm8k_train=3), TOKENIZER).counts.set_index(["task", "split"])
     assert counts.loc[("gsm8k", "train"), ["available", "duplicates", "taken"]].tolist() == [
-        10,
+        11,
         2,
         3,
     ]
@@ -116,18 +171,21 @@ def test_few_shot_rows_are_never_drawn_wherever_their_content_stands(folder):
             TOKENIZER,
         )
         shots = few_shot_rows(str(folder), ["sst2", "mmlu", "gsm8k"])
-        require_unseen_shots(few_shot_overlap(shots, prepared.train, prepared.validation))
+        require_unseen_shots(few_shot_overlap(shots, prepared.tables))
     counts = prepared.counts.set_index(["task", "split"])
     assert counts["shots"].to_dict() == {
         ("sst2", "train"): 5,
         ("mmlu", "train"): 1,
         ("gsm8k", "train"): 5,
+        ("sst2", "held_out"): 5,
+        ("mmlu", "held_out"): 1,
+        ("gsm8k", "held_out"): 5,
         ("sst2", "validation"): 0,
         ("mmlu", "validation"): 1,
         ("gsm8k", "validation"): 0,
     }
-    with pytest.raises(ValueError, match="for mmlu:3, but there are 2 .*1 are few-shot rows"):
-        prepare(config(folder, mmlu_train=3, mmlu_validation=2), TOKENIZER)
+    with pytest.raises(ValueError, match="for mmlu:4, but there are 3 .*1 are few-shot rows"):
+        prepare(config(folder, mmlu_train=4, mmlu_validation=2), TOKENIZER)
 
 
 def test_the_draw_follows_the_seed_and_not_the_counts(folder):
@@ -160,7 +218,8 @@ def test_counts_of_tokens(folder):
 
 
 def test_too_long_is_dropped_and_counted_never_cut(folder):
-    whole = prepare(config(folder, gsm8k_train=3), TOKENIZER).train.query("task == 'gsm8k'")
+    prepared = prepare(config(folder, gsm8k_train=3), TOKENIZER)
+    whole = pd.concat([prepared.train, prepared.held_out]).query("task == 'gsm8k'")
     lengths = sorted(
         sum(map(len, encode_example(TOKENIZER, row.prompt, row.answer)))
         for row in whole.itertuples()
@@ -168,16 +227,19 @@ def test_too_long_is_dropped_and_counted_never_cut(folder):
     only_gsm8k = dict(
         sst2_train=0, sst2_validation=1, mmlu_train=0, mmlu_validation=0, gsm8k_validation=0
     )
-    shorter = prepare(config(folder, max_length=lengths[1], **only_gsm8k), TOKENIZER)
-    assert shorter.counts.query("task == 'gsm8k'")["max_tokens"].item() == lengths[1]
+    shortest = only_gsm8k | {"gsm8k_train": 1}
+    shorter = prepare(config(folder, max_length=lengths[1], **shortest), TOKENIZER)
+    found = shorter.counts.query("task == 'gsm8k'")
+    # A row that is too long counts once, with the split that it was drawn for.
+    assert found["max_tokens"].max() == lengths[1] and found["too_long"].sum() <= 2
     assert all(row.answer.endswith(row.gold) for row in shorter.train.itertuples())
-    all_but_one = prepare(config(folder, max_length=lengths[2] - 1, **only_gsm8k), TOKENIZER)
+    all_but_one = prepare(config(folder, max_length=lengths[3] - 1, **only_gsm8k), TOKENIZER)
     assert len(all_but_one.train) == 2
     with pytest.raises(
-        ValueError, match="for gsm8k:3, but there are 2 .* 1 longer than max_length"
+        ValueError, match="for gsm8k:4, but there are 3 .* 1 longer than max_length"
     ):
         prepare(
-            config(folder, max_length=lengths[2] - 1, **{**only_gsm8k, "gsm8k_train": 3}), TOKENIZER
+            config(folder, max_length=lengths[3] - 1, **{**only_gsm8k, "gsm8k_train": 4}), TOKENIZER
         )
     with_shots(write_task_files(folder))
     pd.DataFrame({"question": ["1?"], "answer": ["#### 1"]}).to_parquet(
@@ -186,7 +248,7 @@ def test_too_long_is_dropped_and_counted_never_cut(folder):
     only_gsm8k |= {"sst2_validation": 0, "gsm8k_validation": 1}
     with pytest.raises(
         ValueError,
-        match=f"none of its 3 train rows fits max_length = 20 .*longest has {lengths[2]}.*, "
+        match=f"none of its 4 train rows fits max_length = 20 .*longest has {lengths[3]}.*, "
         f"the shortest {lengths[0]}.: set max_length to at least {lengths[0]}",
     ):
         prepare(config(folder, max_length=20, **only_gsm8k), TOKENIZER)
@@ -276,6 +338,11 @@ def test_what_a_seal_does_not_find_is_found_in_the_rows(folder, tmp_path):
             cell("choices", [" no"]),
             r"train.parquet, row 0: choices = \[' no'\], expected \[' negative', ' positive'\]",
         ),
+        (lambda table: table.assign(labelled=1), "row 0: labelled = 1, expected true or false"),
+        (
+            lambda table: table.drop(columns="labelled"),
+            "train.parquet has no column labelled",
+        ),
         (cell("gold", "2"), "train.parquet, row 0: gold = '2', expected a choice's number, 0 to 1"),
         (
             cell("answer", " yes\nno"),
@@ -291,7 +358,7 @@ def test_what_a_seal_does_not_find_is_found_in_the_rows(folder, tmp_path):
         ),
         (
             lambda table: pd.concat(
-                [table, prepared.validation.assign(example_id=list("abcdefg"))]
+                [table, prepared.validation.assign(example_id=list("abcdefg"), labelled=True)]
             ),
             "prepared/train.parquet: 7 contents are in validation.parquet too, expected none",
         ),
@@ -344,11 +411,11 @@ def test_damage_is_found(folder, tmp_path):
         (
             "manifest.json",
             lambda path: write_sealed(path, {"format": 1}, "checksums"),
-            "not a manifest of format 3",
+            "not a manifest of format 4",
         ),
         (
             "manifest.json",
-            lambda path: write_sealed(path, {"format": 3, "name": "x"}, "checksums"),
+            lambda path: write_sealed(path, {"format": 4, "name": "x"}, "checksums"),
             "lacks config_fingerprint, counts",
         ),
         (
@@ -483,7 +550,7 @@ def test_real_data(shared):
     assert len(prepared.train) == 500 and len(prepared.validation) == 250
     counts = prepared.counts.set_index(["task", "split"])
     shots = few_shot_rows(str(shared / "data"), ["sst2", "mmlu", "gsm8k"])
-    require_unseen_shots(few_shot_overlap(shots, prepared.train, prepared.validation))
+    require_unseen_shots(few_shot_overlap(shots, prepared.tables))
     assert (
         counts.loc[("mmlu", "validation"), "shots"] > 0
     )  # `dev` questions that stand in `test` too

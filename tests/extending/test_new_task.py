@@ -89,6 +89,7 @@ def config(folder, **changes):
         max_length=200,
         data_seed=0,
         train_rows="arc_easy:30",
+        held_out_rows=5,
         validation_rows="arc_easy:24",
     )
     return DataConfig(**{**values, **changes})
@@ -107,7 +108,7 @@ def test_from_rows_to_retention(folder, tmp_path):
     overlap = leakage.near_overlap(train, validation)
     leakage.require_no_leak(leakage.overlap_by_task(train, validation, overlap))
     shots = leakage.few_shot_rows(str(folder), ["arc_easy"])
-    leakage.require_unseen_shots(leakage.few_shot_overlap(shots, train, validation))
+    leakage.require_unseen_shots(leakage.few_shot_overlap(shots, loaded.tables))
     balance = leakage.label_balance(train, validation)
     assert balance["label"].tolist() == [f"choice {number}" for number in range(5)]
     assert balance["train"].sum() == pytest.approx(1)

@@ -21,6 +21,7 @@ LONG = os.environ.get("KD_FAULTS") == "long"  # `make faults`
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "train_rows": "sst2:24 mmlu:16 gsm8k:16",
+    "held_out_rows": 6,
     "validation_rows": "sst2:9 mmlu:8 gsm8k:7",
     "teacher_epochs": 1,
     "shard_examples": 20,

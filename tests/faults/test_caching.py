@@ -157,6 +157,7 @@ def prepared(work: Path) -> Part:
         tokenizer="a/hub-model",
         max_length=512,
         train_rows="mmlu:2",
+        held_out_rows=1,
         validation_rows="sst2:2 mmlu:2 gsm8k:1",
     )
     old, new = (prepare(DataConfig(**values, data_seed=seed), tokenizer) for seed in (1, 0))

@@ -85,6 +85,7 @@ def make_data(folder: Path, seed: int) -> Path:
         tokenizer="a/hub-model",
         data_seed=seed,
         train_rows="mmlu:2",
+        held_out_rows=1,
         validation_rows="sst2:2 mmlu:2 gsm8k:1",
     )
     return save_prepared(prepare(config, tiny_tokenizer(begin=False)), folder)
@@ -124,6 +125,7 @@ def files(places) -> list[tuple[Path, Path, Callable[[], object]]]:
         "train-00001.parquet",
         "verified.json",
         "vocabulary.parquet",
+        "held_out.parquet",
         "manifest.json",
         "train.parquet",
         "validation.parquet",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,11 +18,12 @@ from test_prepared_data import config, resealed, with_shots
 from tiny import tiny_tokenizer, write_task_files
 
 from kd_utils.data.drawing import prepare
-from kd_utils.data.prepared_data import PREPARED, PreparedData, load_prepared, save_prepared
+from kd_utils.data.prepared_data import PreparedData, columns_of, load_prepared, save_prepared
 from kd_utils.data.tasks import TASKS
 from kd_utils.tokens.encoding import encode_table
 
 TOKENIZER = tiny_tokenizer(begin=False)
+COLUMNS = columns_of("train")
 HARD = settings(
     deadline=None,
     database=None,
@@ -110,7 +112,7 @@ ODD_VALUES = st.one_of(
 
 @st.composite
 def changes(draw) -> list[tuple]:
-    column, row = st.sampled_from(PREPARED), st.integers(0, 5)
+    column, row = st.sampled_from(COLUMNS), st.integers(0, 5)
     return draw(
         st.lists(
             st.one_of(
@@ -121,7 +123,7 @@ def changes(draw) -> list[tuple]:
                 st.tuples(st.just("type"), column, st.sampled_from(TYPES)),
                 st.tuples(st.just("drop"), column),
                 st.tuples(st.just("rename"), column, st.one_of(column, st.text(max_size=9))),
-                st.tuples(st.just("order"), st.permutations(PREPARED)),
+                st.tuples(st.just("order"), st.permutations(COLUMNS)),
                 st.tuples(st.just("extra"), st.one_of(column, st.text(max_size=9)), ODD_VALUES),
                 st.tuples(
                     st.just("extra"),
@@ -203,8 +205,8 @@ def changed_table(table: pa.Table, change: tuple) -> pa.Table:
 def hash_of(train: pa.Table, whole: PreparedData) -> str:
     """What the manifest would say of such rows, if they can be hashed at all."""
     try:
-        rows = {column: train[column].to_pylist() for column in PREPARED}
-        return PreparedData(rows, whole.validation, None, "", "", {}).data_hash
+        rows = {column: train[column].to_pylist() for column in COLUMNS}
+        return replace(whole, train=rows).data_hash
     except (KeyError, ValueError, TypeError, pa.ArrowException):
         return whole.data_hash
 

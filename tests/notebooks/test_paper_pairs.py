@@ -24,6 +24,7 @@ from kd_utils.config.project_paths import ROOT
 
 SMALL = {
     "train_rows": "sst2:12 mmlu:6 gsm8k:6",
+    "held_out_rows": 2,
     "validation_rows": "sst2:4 mmlu:4 gsm8k:3",
     "epochs": 1,
     "max_new_tokens": 4,
