@@ -10,13 +10,16 @@ from typing import Any
 import pandas as pd
 from tiny import tiny_llama, tiny_tokenizer
 
+from kd_utils.cache.manifest import cache_folder
 from kd_utils.cache.verification import verify
-from kd_utils.cache.writer import assemble_cache, cache_folder, write_shards
+from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.config.parameter_files import notebook_config
+from kd_utils.data.answers import answered_tables
 from kd_utils.data.drawing import prepare
 from kd_utils.data.prepared_data import load_prepared, save_prepared
 from kd_utils.models.devices import choose_device
 from kd_utils.models.loading import load_causal_lm, load_tokenizer, model_fingerprint, save_model
+from kd_utils.teacher.answers import ask_teacher
 from kd_utils.teacher.extraction import (
     cache_header,
     cached_layers,
@@ -24,7 +27,7 @@ from kd_utils.teacher.extraction import (
     stored_head_bias,
     stored_lm_head,
 )
-from kd_utils.tokens.encoding import encode_table
+from kd_utils.tokens.encoding import encode_splits
 from kd_utils.tokens.vocabulary import Vocabulary
 
 ADJECTIVES = ("dull", "fine", "warm", "slow", "bright", "tedious", "clever", "flat")
@@ -86,13 +89,11 @@ def cache(parameters: dict[str, Any], **changes: Any) -> tuple[Path, pd.Series]:
     config = notebook_config("02_cache_teacher", {**parameters, **changes})
     prepared, tokenizer = load_prepared(config.data_path), load_tokenizer(config.teacher)
     vocabulary = Vocabulary.of(tokenizer)
-    data = prepared.tables
-    examples = {
-        split: encode_table(tokenizer, table, split, vocabulary=vocabulary)
-        for split, table in data.items()
-    }
     base, model = model_fingerprint(config.teacher), load_causal_lm(config.teacher).eval()
     model.to(choose_device(config.device))
+    said = ask_teacher(config, model, tokenizer, load_tokenizer(config.tokenizer), prepared)
+    data = answered_tables(prepared, said)
+    examples = encode_splits(tokenizer, data, vocabulary)
     header = cache_header(config, prepared, config.teacher, base, base, model, tokenizer, {})
     folder = cache_folder(config.artifacts, config.name, header["key"])
     run_teacher = signal_function(
@@ -106,6 +107,6 @@ def cache(parameters: dict[str, Any], **changes: Any) -> tuple[Path, pd.Series]:
     has_hidden = "hidden" in header["dtypes"]
     lm_head = stored_lm_head(model) if has_hidden else None
     bias = stored_head_bias(model) if has_hidden else None
-    sizes = dict(shard_examples=16, vocabulary=vocabulary, head_bias=bias)
+    sizes = dict(shard_examples=16, vocabulary=vocabulary, head_bias=bias, answers=said)
     assemble_cache(folder, examples, write, lm_head, header, **sizes)
     return folder, verify(folder, data, run_teacher).set_index("check")["result"]

@@ -4,6 +4,7 @@ The manifest (a `SealedFolder`'s document) is written last: without it the cache
 """
 
 import re
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from kd_utils.records.provenance import code_of
 from kd_utils.store.files import sha256_json
 from kd_utils.store.sealed import SealedFolder
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 FOLDER = re.compile(r"(?P<name>.+)-\d{4}-\d\d-\d\d-(?P<key>[0-9a-f]{8})")
 
@@ -24,14 +25,23 @@ class CacheError(ValueError):
 @lru_cache(maxsize=1)  # what this process imported, and not what is edited while it runs
 def cache_code() -> dict[str, str]:
     """Digests of the code that decides what a cache holds (see `provenance.code_of`)."""
-    return code_of(
-        "02_cache_teacher", ["teacher.preparation", "teacher.extraction", "cache.writer"]
-    )
+    start = ["teacher.preparation", "teacher.answers", "teacher.extraction", "cache.writer"]
+    return code_of("02_cache_teacher", start)
 
 
 def key_digest(key: dict[str, Any]) -> str:
     """The end of a cache folder's name: eight hex digits of everything that decides the content."""
     return sha256_json({"format": FORMAT_VERSION, **key})[:8]
+
+
+def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
+    """The folder for experiment `name`'s cache with this key: an earlier one, or one dated today.
+
+    The key has all that decides the content, as JSON: data, teacher, tokenizer, signals and so on.
+    """
+    caches, digest = artifacts / "cache", key_digest(key)
+    earlier = caches.glob(f"{name}-????-??-??-{digest}")
+    return max(earlier, default=caches / f"{name}-{date.today():%Y-%m-%d}-{digest}")
 
 
 def finished_caches(artifacts: Path, name: str) -> list[Path]:

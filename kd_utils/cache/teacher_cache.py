@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -126,10 +127,28 @@ class TeacherCache:
         """(V,) the bias of the teacher's output layer, if it has one. The file is checked again."""
         return self._head_file().get("bias")
 
+    def answers(self) -> pd.DataFrame:
+        """The teacher's answers to the training rows (`data.answers`); the file is checked again.
+
+        Raises:
+            CacheError: the cache has none.
+        """
+        return read_answers(self.folder)
+
     def _head_file(self) -> dict[str, Any]:
         if "lm_head.safetensors" not in self.manifest["checksums"]:
             return {}
         return load_file(sealed_cache(self.folder).file("lm_head.safetensors", self.manifest))
+
+
+def read_answers(folder: Path) -> pd.DataFrame:
+    """The teacher's answers in a finished cache, after their file was checked.
+
+    Raises:
+        CacheError: they are missing or damaged.
+    """
+    sealed = sealed_cache(folder)
+    return pd.read_parquet(sealed.file("answers.parquet", sealed.read()))
 
 
 def output_head(cache: TeacherCache, device: torch.device | str = "cpu") -> OutputHead | None:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from datetime import date
+from functools import partial
 from pathlib import Path
 from queue import Full, Queue
 from typing import Any, NamedTuple
 
+import pandas as pd
 import pyarrow.parquet as pq
 from safetensors.torch import save_file
 from torch import Tensor
@@ -43,16 +44,6 @@ class Shard(NamedTuple):
     made_for: str  # digest of the cache's ingredients and of the examples in this shard
 
 
-def cache_folder(artifacts: Path, name: str, key: dict[str, Any]) -> Path:
-    """The folder for experiment `name`'s cache with this key: an earlier one, or one dated today.
-
-    The key has all that decides the content, as JSON: data, teacher, tokenizer, signals and so on.
-    """
-    caches, digest = artifacts / "cache", manifest.key_digest(key)
-    earlier = caches.glob(f"{name}-????-??-??-{digest}")
-    return max(earlier, default=caches / f"{name}-{date.today():%Y-%m-%d}-{digest}")
-
-
 def assemble_cache(
     folder: Path,
     examples: dict[str, list[Example]],
@@ -63,11 +54,12 @@ def assemble_cache(
     shard_examples: int,
     vocabulary: Vocabulary | None = None,
     head_bias: Tensor | None = None,
+    answers: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Write what is missing of a cache.
 
     Args:
-        folder: from `cache_folder`. Finished shards of a killed run are kept.
+        folder: from `manifest.cache_folder`. Finished shards of a killed run are kept.
         examples: split -> examples with tokens and no signals.
         write: makes the missing shards, with `write_shards` here or on machines that see `folder`.
         lm_head: (V, d) or None for top-k caches.
@@ -75,6 +67,7 @@ def assemble_cache(
         shard_examples: examples in one shard; the unit that a killed run repeats.
         vocabulary: what the teacher's ids spell, for a student with another tokenizer.
         head_bias: (V,) of an output layer that has one.
+        answers: the teacher's, over which rows without a label are cached (`data.answers`).
 
     Returns:
         The manifest.
@@ -90,15 +83,19 @@ def assemble_cache(
         except manifest.CacheError:
             shards = plan_shards(examples, shard_examples, header.get("key", header))
             checksums = _write_missing(folder, shards, write)
+            beside: dict[str, Callable[[Path], object]] = {}
+            if answers is not None:
+                beside["answers.parquet"] = partial(answers.to_parquet, index=False)
             if vocabulary is not None:
-                with files.written_aside(folder / "vocabulary.parquet") as aside:
-                    pq.write_table(vocabulary.table(), aside, compression="zstd")
-                    checksums["vocabulary.parquet"] = files.sha256_file(aside)
+                table = vocabulary.table()
+                beside["vocabulary.parquet"] = partial(pq.write_table, table, compression="zstd")
             if lm_head is not None:
-                with files.written_aside(folder / "lm_head.safetensors") as aside:
-                    bias = {} if head_bias is None else {"bias": head_bias}
-                    save_file({"lm_head": lm_head, **bias}, aside)
-                    checksums["lm_head.safetensors"] = files.sha256_file(aside)
+                bias = {} if head_bias is None else {"bias": head_bias}
+                beside["lm_head.safetensors"] = partial(save_file, {"lm_head": lm_head, **bias})
+            for name, save in beside.items():
+                with files.written_aside(folder / name) as aside:
+                    save(aside)
+                    checksums[name] = files.sha256_file(aside)
             about = {
                 "format": manifest.FORMAT_VERSION,
                 "shards": [
@@ -129,13 +126,20 @@ def assemble_cache(
 def plan_shards(
     examples: dict[str, list[Example]], shard_examples: int, key: dict[str, Any]
 ) -> list[Shard]:
-    """Each split's examples by length, in shards; `key` holds the cache's ingredients."""
+    """Each split's examples by length, in shards; `key` holds the cache's ingredients. A shard is
+    made for certain tokens: those of a row without a label are whatever the teacher answered.
+    """
     return [
         Shard(
             f"{split}-{start // shard_examples:05d}.parquet",
             split,
             rows,
-            files.sha256_json({"key": key, "rows": [row.example_id for row in rows]}),
+            files.sha256_json(
+                {
+                    "key": key,
+                    "rows": [[r.example_id, r.answer_start, r.tokens.tolist()] for r in rows],
+                }
+            ),
         )
         for split, unordered in examples.items()
         for ordered in [sorted(unordered, key=lambda row: (len(row.tokens), row.example_id))]

@@ -119,6 +119,7 @@ class CacheConfig(Config):
     teacher_revision: str = ""
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
     teacher_epochs: fields.Count = 20
+    teacher_labels: Literal["all", "labelled"] = "all"
     teacher_learning_rate: fields.PositiveFloat = 1.5e-3
     teacher_batch_size: fields.PositiveInt = 16
     teacher_prompt_weight: fields.Weight = 1.0

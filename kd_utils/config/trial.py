@@ -8,11 +8,13 @@ from pydantic import AfterValidator, Field, model_validator
 from kd_utils.config import fields, project_paths
 from kd_utils.config.base import Config
 
-#: Method -> {term of its loss: the parameter that weighs the term}. The first two are references
-#: without a teacher: the student as it is, and the student trained on the labels alone.
+#: Method -> {term of its loss: the parameter that weighs the term}. The first three are
+#: references without a teacher's signals: the student as it is, trained on the labels alone, and
+#: trained on the labels and, for rows without one, on the teacher's answers.
 METHODS: dict[str, dict[str, str]] = {
     "untrained": {"task": "alpha"},
     "task_only": {"task": "alpha"},
+    "teacher_answers": {"task": "alpha"},
     "black_box": {"task": "alpha", "kd": "beta"},
     "hidden_state": {"task": "alpha", "kd": "beta", "hidden": "gamma_hidden"},
     "attention": {"task": "alpha", "kd": "beta", "attention": "gamma_attention"},
@@ -61,6 +63,7 @@ class TrialConfig(Config):
     student: fields.Place = "artifacts/embedded/toy/student"
     student_init: Literal["pretrained", "layers", "random"] = "pretrained"
     student_layers: fields.PositiveInt = 2
+    answers: Annotated[Literal["gold", "teacher"], UsedBy(TEACHER)] = "teacher"
     teacher: fields.Place = "artifacts/embedded/toy/teacher"
     more_teachers: Annotated[fields.MoreTeachers, UsedBy(TEACHER)] = ""
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
@@ -113,6 +116,15 @@ class TrialConfig(Config):
     def distils(self) -> bool:
         """Whether the method has a term that reads a teacher."""
         return len(METHODS[self.distill_type]) > 1
+
+    @property
+    def task_answers(self) -> str:
+        """What the task loss sees: the "gold" labels alone, or for rows without a label the answer
+        of the "teacher".
+        """
+        if self.distill_type == "teacher_answers":
+            return "teacher"
+        return self.answers if self.distils else "gold"
 
     @property
     def teachers(self) -> dict[str, float]:

@@ -77,8 +77,12 @@ def counted_rows(tables: dict[str, pd.DataFrame], examples: dict[str, list[Examp
         for split, found in examples.items()
     }
     generates = {name for name, task in tasks.TASKS.items() if task.generation}
-    asked = zip(tables["validation"]["task"], examples["validation"], strict=True)
-    questions = [row.answer_start for task, row in asked if task in generates]
+    questions = [
+        row.answer_start
+        for split, rows in examples.items()
+        for task, row in zip(tables[split]["task"], rows, strict=True)
+        if task in generates
+    ]
     return Rows(**lengths, question=max(questions, default=0))
 
 

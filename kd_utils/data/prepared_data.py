@@ -67,6 +67,11 @@ class PreparedData:
         return {split: getattr(self, split) for split in SPLITS}
 
     @property
+    def max_length(self) -> int:
+        """Most tokens of a row, counted with the student's tokenizer."""
+        return self.made_from["config"]["max_length"]
+
+    @property
     def labels(self) -> pd.DataFrame:
         """How many labels are used, a row per task: `train_rows`, of which `labelled`; `held_out`,
         whose labels count too; and `labels`, the sum of the last two.

@@ -3,9 +3,10 @@
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import torch
 
 from kd_utils.cache.teacher_cache import TeacherCache
@@ -23,7 +24,8 @@ class Batch:
     Attributes:
         input_ids: (B, T) int64.
         lengths: real tokens of each example.
-        predicting: (A,) flat positions b T + t that predict an answer token.
+        predicting: (A,) flat positions b T + t that predict an answer token, of the examples that
+            have an answer for the task loss.
         targets: (A,) those tokens.
         teachers: each teacher's signals.
         whole: the number of "answers" (answer tokens), in the whole batch when this is a part.
@@ -55,7 +57,7 @@ def collate(
     width = input_ids.shape[1]
     predicting = np.concatenate(
         [
-            np.arange(row.answer_start - 1, n - 1) + b * width
+            np.arange(row.answer_start - 1 if row.has_answer else n - 1, n - 1) + b * width
             for b, (row, n) in enumerate(zip(examples, lengths))
         ]
     )
@@ -125,7 +127,8 @@ class TrialData:
     """Training and validation batches, read ahead by a thread.
 
     Which examples meet, and in which order, depends on the seed and the epoch alone and not on the
-    teacher: rows start in the order of their length in the student's tokens.
+    teacher: rows start in the order of their length in the student's tokens. Rows without an answer
+    for the method's task loss (`TrialConfig.task_answers`) are in the batches all the same.
 
     Args:
         encoded: split -> its examples with the student's tokens.
@@ -147,11 +150,26 @@ class TrialData:
         self.config, self.device = config, device
         self.caches = caches if config.distils else []
         self.student_examples = {row.example_id: row for rows in encoded.values() for row in rows}
+        self._mark_answers(prepared.train)
         self.train_ids, self.validation_ids = (
             sorted(caches[0].splits[split], key=lambda i: (len(self.student_examples[i].tokens), i))
             for split in ("train", "validation")
         )
         self.table = prepared.validation
+
+    def _mark_answers(self, train: pd.DataFrame) -> None:
+        """Say which rows have an answer for the task loss; the rest of the data has its own."""
+        if self.config.task_answers == "teacher":
+            return
+        labelled = set(train["example_id"][train["labelled"]])
+        if not labelled and not self.config.distils and self.config.epoch_numbers[0]:
+            raise ValueError(
+                f"no training row has a label, and {self.config.distill_type} learns from nothing "
+                "else: set labelled in 01 above 0, or choose another distill_type"
+            )
+        for example_id in set(train["example_id"]).intersection(self.student_examples) - labelled:
+            row = self.student_examples[example_id]
+            self.student_examples[example_id] = replace(row, has_answer=False)
 
     def steps(self, epoch: int) -> Iterator[list[Batch]]:
         """The micro-batches of each optimiser step of an epoch; none in epoch 0."""

@@ -124,7 +124,8 @@ class Meter:
 
     def add(self, batch: Batch, loss: Tensor, terms: dict[str, Tensor], parts: int) -> None:
         """Add one micro-batch of the `parts` that make up an optimiser step."""
-        named = {f"train_loss/{name}": value for name, value in terms.items()}
+        counted = {name for name in terms if name != "task" or batch.whole["answers"]}
+        named = {f"train_loss/{name}": terms[name] for name in terms if name in counted}
         self._means.add({"train_loss": loss, **named}, 1 / parts)
         self._tokens += sum(batch.lengths)
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,8 +10,20 @@ from kd_utils.evaluation import decoding
 from kd_utils.models import folder_checks
 
 
+class Generated(NamedTuple):
+    """A generated text up to its stop, and whether it stopped by itself or was cut."""
+
+    text: str
+    whole: bool
+
+
+def generate_answers(*arguments: Any, **options: Any) -> list[str]:
+    """The texts of `generate`, which has the same arguments."""
+    return [generated.text for generated in generate(*arguments, **options)]
+
+
 @torch.inference_mode()
-def generate_answers(
+def generate(
     model: Any,
     tokenizer: Any,
     prompts: list[str],
@@ -20,7 +32,7 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
     progress: bool = False,
-) -> list[str]:
+) -> list[Generated]:
     """Greedy continuation of each prompt up to the first stop string or end token.
 
     The stop is not part of the text. Prompts are padded on the left. A prompt that leaves no room
@@ -49,16 +61,17 @@ def generate_answers(
             stacklevel=2,
         )
     stops = stop_strings + ((tokenizer.eos_token,) if tokenizer.eos_token else ())
-    texts = [""] * len(prompts)
+    found = [Generated("", False)] * len(prompts)
     places = range(len(prompts))
     for batch in batches(places, lambda i: len(encoded[i]), batch_size, "generating", progress):
         ids = [encoded[place][-room:] for place in batch]
         new_ids = _generate(model, tokenizer, ids, stops, max_new_tokens)
-        for place, row in zip(batch, new_ids, strict=True):
-            texts[place] = tokenizer.decode(row, skip_special_tokens=True)
+        for place, (row, whole) in zip(batch, new_ids, strict=True):
+            text = tokenizer.decode(row, skip_special_tokens=True)
             for stop in stops:
-                texts[place] = texts[place].split(stop, 1)[0]
-    return texts
+                text = text.split(stop, 1)[0]
+            found[place] = Generated(text, whole)
+    return found
 
 
 def _generate(
@@ -67,8 +80,10 @@ def _generate(
     prompts: list[list[int]],
     stop_strings: tuple[str, ...],
     max_new_tokens: int,
-) -> list[list[int]]:
-    """New ids of each row up to the step at which it stopped, whatever the other rows are."""
+) -> list[tuple[list[int], bool]]:
+    """New ids of each row up to the step at which it stopped, and whether it did, whatever the
+    other rows are.
+    """
     from transformers import (
         GenerationConfig,
         LogitsProcessorList,
@@ -117,7 +132,9 @@ def _generate(
         )
     finally:
         model.generation_config = own
-    return [row[width:end] for row, end in zip(output.tolist(), ends, strict=True)]
+    return [
+        (row[width:end], end is not None) for row, end in zip(output.tolist(), ends, strict=True)
+    ]
 
 
 def context_length(model: Any, tokenizer: Any) -> int:

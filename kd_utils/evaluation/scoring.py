@@ -1,8 +1,6 @@
 """Predictions and accuracies as lm-evaluation-harness 0.4.13 counts them."""
 
 import warnings
-from bisect import bisect_left
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ import torch
 
 from kd_utils.data import task_rows, tasks
 from kd_utils.evaluation import readiness
-from kd_utils.evaluation.generation import batches, context_length, generate_answers
+from kd_utils.evaluation.replies import replies
 from kd_utils.models import devices, folder_checks, loading
 from kd_utils.store.files import written_aside
-from kd_utils.tokens.encoding import chat_template_notes, encode_pair
+from kd_utils.tokens.encoding import chat_template_notes
 
 
 def evaluate(
@@ -52,44 +50,29 @@ def evaluate(
         ValueError: a count below 1, no room in the model's context for a prompt and
             `max_new_tokens`, an answer without a token of its own, or logits that are not finite.
     """
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"batch_size = {batch_size} and max_new_tokens = {max_new_tokens} must be at least 1"
-        )
-    answers: list[dict[str, Any]] = [{} for _ in range(len(table))]
-    golds, names = table["gold"].tolist(), table["task"].tolist()
-    chosen = [place for place, choices in enumerate(table["choices"]) if len(choices)]
-    training = model.training
-    model.eval()
-    try:
-        scores = choice_loglikelihoods(
-            model, tokenizer, table.iloc[chosen], batch_size=batch_size, progress=progress
-        )
-        for place, values in zip(chosen, scores, strict=True):
-            prediction = str(values.index(max(values)))
-            answers[place] = {
-                "prediction": prediction,
-                "correct": prediction == golds[place],
-                "loglikelihoods": values,
-            }
-        generated_places = sorted(set(range(len(table))) - set(chosen))
-        for name in tasks.task_order(names[place] for place in generated_places):
-            generation = tasks.find_task(name).generation
-            assert generation, f"{name} has neither choices nor a way to read answers"
-            task_places = [place for place in generated_places if names[place] == name]
-            texts = generate_answers(
-                model,
-                tokenizer,
-                table["prompt"].iloc[task_places].tolist(),
-                stop_strings=generation.stop_strings,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                progress=progress,
+    said = replies(
+        model,
+        tokenizer,
+        table,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        progress=progress,
+    )
+    answers: list[dict[str, Any]] = []
+    for task, gold, reply in zip(table["task"], table["gold"], said, strict=True):
+        if reply.choice is None:
+            generation = tasks.find_task(task).generation
+            assert generation, f"{task} has neither choices nor a way to read answers"
+            answers.append({"generated": reply.text, **generation.score(reply.text, gold)})
+        else:
+            prediction = str(reply.choice)
+            answers.append(
+                {
+                    "prediction": prediction,
+                    "correct": prediction == gold,
+                    "loglikelihoods": reply.loglikelihoods,
+                }
             )
-            for place, text in zip(task_places, texts, strict=True):
-                answers[place] = {"generated": text, **generation.score(text, golds[place])}
-    finally:
-        model.train(training)
     # Object columns: a missing value is None, and a bool stays a bool beside it.
     columns = {
         column: pd.Series([row.get(column) for row in answers], dtype=object)
@@ -118,75 +101,6 @@ def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
         **{f"/{task}{tasks.FLEXIBLE}": share for task, share in flexible.mean().items()},
     }
     return {f"validation_accuracy{name}": float(value) for name, value in values.items()}
-
-
-@torch.inference_mode()
-def choice_loglikelihoods(
-    model: Any, tokenizer: Any, table: pd.DataFrame, *, batch_size: int, progress: bool = False
-) -> list[list[float]]:
-    """Sums of the natural-log probabilities of each choice's tokens, a list per example.
-
-    Choices that share all their tokens but the last (" A" to " D") share one forward pass. A
-    sequence longer than the model's context loses tokens on the left, as in the harness, with a
-    warning.
-    """
-    limit = context_length(model, tokenizer)
-    requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = defaultdict(list)
-    cut, used = 0, set[int]()
-    for place, (prompt, choices) in enumerate(zip(table["prompt"], table["choices"], strict=True)):
-        for number, choice in enumerate(choices):
-            prompt_ids, choice_ids = encode_pair(tokenizer, prompt, choice)
-            ids = (prompt_ids + choice_ids)[:-1]
-            cut += len(ids) > limit
-            requests[tuple(ids[-limit:])].append((place, number, choice_ids))
-            used.update(prompt_ids, choice_ids)
-    folder_checks.require_known_ids(model, tokenizer, used)
-    if cut:
-        warnings.warn(
-            f"{cut} sequences have more than the model's {limit} tokens and lost their beginning",
-            stacklevel=2,
-        )
-    scores = [[0.0] * len(choices) for choices in table["choices"]]
-    for batch in batches(requests, len, batch_size, "scoring", progress):
-        longest = [max(len(ids) for *_, ids in requests[key]) for key in batch]
-        asked = [request for key in batch for request in requests[key]]
-        # One copy to a GPU and one back for all of them: each waits for what the GPU was given.
-        flat = torch.tensor([token for *_, ids in asked for token in ids], device=model.device)
-        tokens = iter(flat[:, None].split([len(ids) for *_, ids in asked]))
-        sums = [
-            log_probs[-len(ids) :].gather(1, next(tokens)).sum()
-            for key, log_probs in zip(batch, _continuation_log_probs(model, batch, longest))
-            for *_, ids in requests[key]
-        ]
-        for (place, number, _), score in zip(asked, torch.stack(sums).tolist()):
-            scores[place][number] = score
-    if any(value != value for values in scores for value in values):
-        raise ValueError(
-            "a log-likelihood is not a number: the model's training diverged, or its weights are "
-            "damaged"
-        )
-    return scores
-
-
-def _continuation_log_probs(
-    model: Any, batch: list[tuple[int, ...]], counts: list[int]
-) -> list[torch.Tensor]:
-    """(counts[i], V) float32 natural-log probabilities at row i's last positions."""
-    width = max(map(len, batch))
-    # Right padding needs no mask in a causal model: no real position can see it.
-    input_ids = torch.tensor(
-        [[*ids, *[0] * (width - len(ids))] for ids in batch], device=model.device
-    )
-    # Only these positions go through the head: (B, kept, V) in place of (B, T, V).
-    wanted = [range(len(ids) - n, len(ids)) for ids, n in zip(batch, counts, strict=True)]
-    kept = sorted(set().union(*wanted))
-    logits = readiness.logits_at(model, input_ids, kept)
-    # Positions that follow one another do so in `kept`, too.
-    starts = [bisect_left(kept, positions.start) for positions in wanted]
-    return [
-        logits[b, start : start + count].float().log_softmax(-1)
-        for b, (start, count) in enumerate(zip(starts, counts))
-    ]
 
 
 def evaluate_folder(

@@ -81,7 +81,11 @@ def cache_header(
         "teacher_dtype": str(model.dtype),
         "shard_examples": config.shard_examples,
         "code": sha256_json(code),
-        "max_new_tokens": config.max_new_tokens,  # the teacher's accuracy depends on it
+        # What the teacher answers depends on these: its accuracy, and rows without a label.
+        "max_new_tokens": config.max_new_tokens,
+        "eval_batch_size": None if model.dtype == torch.float32 else config.eval_batch_size,
+        "student_tokenizer": prepared.tokenizer_fingerprint,
+        "max_length": prepared.max_length,
     }
     columns = signal_kinds.columns_of(
         config.signals, layers, shape["num_hidden_layers"], config.attention_dtype

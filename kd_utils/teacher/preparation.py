@@ -21,12 +21,34 @@ from kd_utils.tokens.encoding import Example, right_padded
 #: Parameters of 02 that decide a fine-tuned teacher.
 TUNING = {
     "teacher_epochs",
+    "teacher_labels",
     "teacher_learning_rate",
     "teacher_batch_size",
     "teacher_prompt_weight",
     "teacher_seed",
     "precision",
 }
+
+
+def tuning_rows(
+    config: stages.CacheConfig, train: pd.DataFrame, examples: list[Example]
+) -> list[Example]:
+    """The training rows that the teacher may be fine-tuned on, as `teacher_labels` says.
+
+    Args:
+        train: `PreparedData.train`; examples: the same rows as tokens, with their own answers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    pairs = zip(examples, train["labelled"], strict=True)
+    rows = [row for row, labelled in pairs if labelled or config.teacher_labels == "all"]
+    if not rows and config.teacher_epochs:
+        raise ValueError(
+            "teacher_labels = 'labelled', but no training row has a label: set labelled in 01 "
+            "above 0, teacher_labels to 'all', or teacher_epochs to 0"
+        )
+    return rows
 
 
 def prepare_teacher(
@@ -41,7 +63,7 @@ def prepare_teacher(
     that it was made from changes, and no byte of it.
 
     Args:
-        train: the training rows as tokens, exactly as they will be cached.
+        train: the rows to train on, as tokens (`tuning_rows`).
         data_hash: of the prepared data.
         progress: wraps the list of steps, e.g. `tqdm`.
 

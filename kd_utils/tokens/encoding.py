@@ -113,6 +113,7 @@ class Example:
         answer_start: index of the answer's first token.
         ends: (T,) int32 of `byte_ends`; empty where the tokens do not spell the text.
         signals: by column of a cache's shards, in the shapes of `models/signal_kinds`.
+        has_answer: the task loss counts its answer; other losses never ask.
     """
 
     example_id: str
@@ -120,6 +121,7 @@ class Example:
     answer_start: int
     ends: np.ndarray | None = None
     signals: dict[str, np.ndarray] = field(default_factory=dict)
+    has_answer: bool = True
 
 
 def encode_table(

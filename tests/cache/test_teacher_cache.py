@@ -12,9 +12,16 @@ import pytest
 import torch
 from tiny import example_rows, tiny_llama
 
-from kd_utils.cache.manifest import CacheError, cache_code, check_files, find_cache, key_digest
+from kd_utils.cache.manifest import (
+    CacheError,
+    cache_code,
+    cache_folder,
+    check_files,
+    find_cache,
+    key_digest,
+)
 from kd_utils.cache.teacher_cache import TeacherCache, as_table
-from kd_utils.cache.writer import assemble_cache, cache_folder, token_batches, write_shards
+from kd_utils.cache.writer import assemble_cache, token_batches, write_shards
 from kd_utils.models.signals import forward_signals
 from kd_utils.speed import meters
 from kd_utils.teacher.extraction import signal_function, stored_lm_head
@@ -350,7 +357,7 @@ def test_memory_budget_bounds_what_is_kept(cache):
 
 def test_manifest_says_where_it_comes_from(cache):
     manifest = json.loads((cache[0].folder / "manifest.json").read_text())
-    assert manifest["rows"] == {"train": 8, "validation": 2} and manifest["format"] == 4
+    assert manifest["rows"] == {"train": 8, "validation": 2} and manifest["format"] == 5
     assert {"file", "split", "rows", "tokens", "bytes"} == set(manifest["shards"][0])
     shutil.rmtree(cache[0].folder)
 

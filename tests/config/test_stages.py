@@ -226,6 +226,8 @@ def test_fingerprint_changes_with_what_matters_only():
 
 
 OF_LOGITS = {"beta", "temperature", "logit_loss", "distill_tokens", "more_teachers"}
+#: A method that reads no teacher has its answers, or none, by itself.
+NO_TEACHER = OF_LOGITS | {"answers", "paired_layers"}
 OF_HIDDEN = {"gamma_hidden", "hidden_layers"}
 OF_ATTENTION = {"gamma_attention", "attention_normaliser", "attention_layers", "head_mapping"}
 
@@ -237,14 +239,14 @@ OF_ATTENTION = {"gamma_attention", "attention_normaliser", "attention_layers", "
         ("attention", OF_HIDDEN | {"paired_layers"}),
         ("hidden_state", OF_ATTENTION | {"paired_layers"}),
         ("black_box", OF_HIDDEN | OF_ATTENTION | {"paired_layers"}),
-        ("task_only", OF_LOGITS | OF_HIDDEN | OF_ATTENTION | {"paired_layers"}),
+        ("task_only", NO_TEACHER | OF_HIDDEN | OF_ATTENTION),
+        ("teacher_answers", NO_TEACHER | OF_HIDDEN | OF_ATTENTION),
         (
             "untrained",
-            OF_LOGITS
+            NO_TEACHER
             | OF_HIDDEN
             | OF_ATTENTION
             | {
-                "paired_layers",
                 "seed",
                 "alpha",
                 "epochs",
@@ -264,6 +266,7 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
         "logit_loss": "uld",
         "distill_tokens": "answer",
         "more_teachers": "other=0.4",
+        "answers": "gold",
         "gamma_hidden": 0.2,
         "gamma_attention": 0.2,
         "hidden_layers": "uniform",
@@ -339,11 +342,20 @@ def test_methods_have_the_terms_of_the_design():
     assert terms == {
         "untrained": {"task"},
         "task_only": {"task"},
+        "teacher_answers": {"task"},
         "black_box": {"task", "kd"},
         "hidden_state": {"task", "kd", "hidden"},
         "attention": {"task", "kd", "attention"},
         "combined": {"task", "kd", "hidden", "attention"},
     }
+
+
+def test_what_the_task_loss_sees_of_rows_without_a_label():
+    for method in METHODS:
+        for answers in ("gold", "teacher"):
+            config = TrialConfig(**{**DEFAULTS, "distill_type": method, "answers": answers})
+            own = {"untrained": "gold", "task_only": "gold", "teacher_answers": "teacher"}
+            assert config.task_answers == own.get(method, answers)
 
 
 def test_from_notebook_takes_declared_names_and_refuses_injected_strangers():

@@ -9,9 +9,9 @@ from tiny import tiny_model, tiny_tokenizer, write_task_files
 
 from kd_utils.data.task_rows import load_task
 from kd_utils.evaluation import readiness
+from kd_utils.evaluation.replies import choice_loglikelihoods
 from kd_utils.evaluation.scoring import (
     accuracies,
-    choice_loglikelihoods,
     evaluate,
     evaluate_folder,
 )

@@ -18,7 +18,7 @@ from kd_utils.distill.batches import split_batch
 from kd_utils.distill.meter import Meter
 from kd_utils.distill.training import loss_terms, seed_step, weighted_sum
 from kd_utils.evaluation.generation import generate_answers
-from kd_utils.evaluation.scoring import choice_loglikelihoods
+from kd_utils.evaluation.replies import choice_loglikelihoods
 from kd_utils.models.devices import amp_dtype, autocast, choose_device
 from kd_utils.models.output_head import OutputHead, output_head, require_known_head
 from kd_utils.models.signals import forward_signals

@@ -196,7 +196,8 @@ def test_a_generation_config_counts_as_it_changes_answers(base):
 
 def test_the_teachers_accuracy_is_of_the_caches_own_setting(base):
     """Of another longest answer it is another accuracy, so the cache is another one too."""
-    tokenizer, prepared = tiny_tokenizer(begin=False), SimpleNamespace(data_hash="d")
+    tokenizer = tiny_tokenizer(begin=False)
+    prepared = SimpleNamespace(data_hash="d", tokenizer_fingerprint="s", max_length=64)
     model = tiny_model(tokenizer)
     headers = [
         extraction.cache_header(

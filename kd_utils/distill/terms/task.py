@@ -14,7 +14,8 @@ from kd_utils.models.signals import Signals
 class Task(Term):
     """L_task = - sum_t log q(target_t) / number of answer tokens in the whole batch, in nats.
 
-    The labels in a batch take the place of a teacher's targets.
+    The labels in a batch take the place of a teacher's targets. It is 0 for a batch in which no
+    example has an answer.
     """
 
     name = "task"
@@ -25,4 +26,4 @@ class Task(Term):
     def forward(self, signals: Signals, head: OutputHead, batch: Batch) -> Tensor:
         logits = head.logits(signals.hidden.flatten(0, 1)[batch.predicting])
         total = nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
-        return total / self.count(batch.whole)
+        return total / max(self.count(batch.whole), 1)
