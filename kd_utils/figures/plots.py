@@ -26,6 +26,7 @@ from IPython.display import Image
 COLOURS = {
     "untrained": "#b3b3b3",
     "task_only": "#56b4e9",
+    "teacher_answers": "#a6cee3",
     "black_box": "#4d4d4d",
     "hidden_state": "#0072b2",
     "attention": "#e69f00",

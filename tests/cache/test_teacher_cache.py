@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -409,3 +410,30 @@ def test_a_clock_that_was_ahead_does_not_decide_which_cache_is_the_newest(tmp_pa
     assert find_cache(tmp_path, "toy") == second
     assert write_named(tmp_path, "toy", {"teacher": "a"}, model) == first
     assert find_cache(tmp_path, "toy") == first, "asked for last"
+
+
+def test_a_killed_run_keeps_no_shard_of_other_answers(tmp_path):
+    """The teacher may answer a row anew, and then its tokens are others under the same id."""
+    model, rows = tiny_llama(), example_rows([5, 6, 9, 12])
+    run = signal_function(model, signals="white_box")
+
+    def killed_after_writing(examples, most=9):
+        """The rows of the shards that were missing; `most` of them are written."""
+        missing = []
+
+        def write_some(shards):
+            missing.extend([row.example_id for row in shard.rows] for shard in shards)
+            write_shards(tmp_path / "c", shards[:most], run, batch_tokens=24)
+            raise KeyboardInterrupt
+
+        about = stored_lm_head(model), HEADER
+        with pytest.raises(KeyboardInterrupt):
+            assemble_cache(
+                tmp_path / "c", {"train": examples}, write_some, *about, shard_examples=2
+            )
+        return missing
+
+    assert killed_after_writing(rows, most=1) == [["row0", "row1"], ["row2", "row3"]]
+    assert killed_after_writing(rows) == [["row2", "row3"]]
+    other = replace(rows[0], tokens=np.append(rows[0].tokens[:-1], 3).astype(np.int32))
+    assert killed_after_writing([other, *rows[1:]]) == [["row0", "row1"]]

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from kd_utils.data.tasks import find_task
-from kd_utils.evaluation.generation import generate_answers
+from kd_utils.evaluation.generation import generate, generate_answers
 
 GSM8K = find_task("gsm8k").generation
 
@@ -189,3 +189,17 @@ def test_extraction_and_match(text, gold, strict, flexible, right, right_flexibl
 def test_normalised_number():
     assert GSM8K.normalise("12+3=15.\n#### 1,500.") == "1500"
     assert GSM8K.normalise("$[INVALID]") == "[invalid]"
+
+
+def test_a_text_is_whole_if_it_stopped_by_itself(tokenizer):
+    texts = [" one<e>", " one two", " one Question:", " one two three four five"]
+    scripts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    longest = len(scripts[0])  # it stops with its very last token
+    options = dict(stop_strings=GSM8K.stop_strings, batch_size=8)
+    model = Scripted(tokenizer, scripts)
+    found = generate(model, tokenizer, ["Answer:"] * 4, **options, max_new_tokens=longest)
+    assert found[0] == (" one", True) and not any(whole for _, whole in found[1:])
+    found = generate(
+        Scripted(tokenizer, scripts[2:3]), tokenizer, ["Answer:"], **options, max_new_tokens=60
+    )
+    assert found == [(" one ", True)]

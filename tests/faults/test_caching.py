@@ -75,6 +75,7 @@ def cache(work: Path) -> Part:
             header,
             shard_examples=2,
             vocabulary=Vocabulary([b"a", b"b"], ["piece", "piece"]),
+            answers=pd.DataFrame({"example_id": ["row0", "row1"], "answer": ["a", "b"]}),
         )
         verify(folder, data, run)
 
@@ -82,6 +83,7 @@ def cache(work: Path) -> Part:
         try:  # what can be opened is whole
             opened = open_verified(folder, data_hash="d", teacher="m")
             assert len([opened[example_id] for example_id in opened.lengths]) == 3
+            assert opened.answers()["answer"].tolist() == ["a", "b"]
         except CacheError as error:
             assert "run 02 again" in str(error)
 

@@ -8,8 +8,10 @@ import pytest
 from live_kernel import Lab
 from small_project import small_project
 
+from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.notebook_files import notebook_defaults
 from kd_utils.config.project_paths import CODE_ROOT
+from kd_utils.data.prepared_data import load_prepared
 from kd_utils.records.trial_record import read_record
 
 REFUSED = "nothing is written; run again from the cell with `{}.from_notebook(globals())` on"
@@ -20,8 +22,9 @@ def project(tmp_path_factory):
     """Prepared data, two models and a verified cache."""
     project = small_project(
         tmp_path_factory.mktemp("project"),
-        train_rows="sst2:24 gsm8k:15",
+        train_rows="sst2:24 gsm8k:13",
         validation_rows="sst2:8 gsm8k:4",
+        labelled="sst2=9",  # random weights write no answer that ends
         max_length=200,
         max_new_tokens=4,
         epochs=3,
@@ -164,7 +167,7 @@ def test_01_and_02_write_only_what_their_config_made(project):
     with lab(project, "01_prepare_data") as live:
         save = live.number("save_prepared(")
         assert live.run(last=save - 1) == ""
-        change(live, name="other", train_rows="sst2:8")
+        change(live, name="other", train_rows="sst2:10")
         assert refused(live.cell(save), "DataConfig")
         assert {path: path.read_bytes() for path in data.rglob("*") if path.is_file()} == before
     caches = project.root / "artifacts" / "cache"
@@ -179,4 +182,14 @@ def test_01_and_02_write_only_what_their_config_made(project):
         assert refused(live.cell(tune), "CacheConfig")
         assert {path.name for path in caches.iterdir()} == known
         assert live.run(live.number("from_notebook")) == ""
-    assert len({path.name for path in caches.iterdir()} - known) == 1
+    [made] = {path.name for path in caches.iterdir()} - known
+    cache = TeacherCache(caches / made)
+    prepared = load_prepared(data / project.parameters["name"])
+    rows = prepared.train.set_index("example_id")
+    said = cache.answers().set_index("example_id")["answer"]
+    for example_id in cache.splits["train"]:
+        row = cache[example_id]
+        labelled, own = rows.loc[example_id, ["labelled", "answer"]]
+        text = project.tokenizer.decode(row.tokens[row.answer_start : -1])
+        assert text == (own if labelled else said[example_id])
+    assert (said != rows["answer"])[~rows["labelled"]].any()

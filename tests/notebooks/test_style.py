@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 
 import pytest
 
@@ -39,6 +40,20 @@ WRITES = {
 def test_a_cell_that_writes_first_asks_for_one_unbroken_execution(stem, call):
     [cell] = [cell for cell in cells(stem)["code"] if call in cell]
     assert cell.splitlines()[0] == "config.require_unbroken()"
+
+
+def test_own_answers_of_rows_without_a_label_are_not_read_once_the_teacher_answered():
+    """The tables that are encoded, cached and trained on are the answered ones."""
+    for stem, allowed in (
+        ("02_cache_teacher", {"train"}),  # asked, and compared for the reader
+        ("03_train_student", {"require_tokenizer", "data_hash", "tokenizer_fingerprint"}),
+    ):
+        code = cells(stem)["code"]
+        [first] = [n for n, cell in enumerate(code) if "answered_tables(" in cell]
+        later = "\n".join(code[first:] if stem == "02_cache_teacher" else code)
+        assert set(re.findall(r"\bprepared\.(\w+)", later)) <= allowed
+        [encoded] = re.findall(r"encode_splits\(\w+, (\S+), pieces", "\n".join(code[first:]))
+        assert encoded == "tables"
 
 
 @pytest.mark.parametrize("stem", NOTEBOOKS)
