@@ -11,7 +11,7 @@ from kd_utils.config import project_paths, stages
 from kd_utils.config.trial import TrialConfig
 from kd_utils.cost import cards, disk, memory, work
 from kd_utils.cost.rows import Rows, counted_rows
-from kd_utils.cost.shapes import Shape, shape_of
+from kd_utils.cost.shapes import Shape, matrices, shape_of
 from kd_utils.models import signal_kinds
 from kd_utils.tokens.encoding import Example
 
@@ -22,7 +22,7 @@ class Cost(NamedTuple):
     """What something takes.
 
     Attributes:
-        seconds: of the teacher's pass, or of all epochs; evaluation is not counted.
+        seconds: of the teacher's answers and its pass, or of all epochs; evaluation is not counted.
         memory: bytes of the device at most.
         disk: bytes that stay.
         running: bytes of disk beside them while a trial runs: two saved states, for a moment.
@@ -104,10 +104,15 @@ def teacher_cost(
     rows: Rows,
     machine: work.Machine,
 ) -> Cost:
-    """The cost of notebook 02: the teacher's pass over these rows and its cache."""
+    """The cost of notebook 02: the teacher's answers to the training rows, each as long as
+    `max_new_tokens` allows where it is written, its pass over all rows, and its cache.
+    """
     lengths = rows.tokens
-    multiply_adds = work.forward_multiply_adds(teacher, lengths)
+    asked, written = [tokens for tokens, _ in rows.train], rows.written * config.max_new_tokens
+    multiply_adds = work.forward_multiply_adds(teacher, [*lengths, *asked])
+    multiply_adds += written * sum(matrices(teacher).values())
     batches = sum(lengths) / config.batch_tokens + len(lengths) / config.shard_examples
+    batches += (len(asked) + written) / config.eval_batch_size
     operations = batches * work.FORWARD_OPERATIONS * teacher["num_hidden_layers"]
     operations += work.ROW_OPERATIONS * len(lengths)
     tuned = disk.MODEL_BYTES * teacher["weights"] if config.teacher_epochs else 0
@@ -201,7 +206,8 @@ def teacher_lines(
         config.signals, layers, teacher["num_hidden_layers"], config.attention_dtype
     )
     cost = teacher_cost(config, teacher, columns, rows, here)
-    what = f"{len(rows.tokens):,} rows, {sum(rows.tokens):,} tokens; the teacher's pass alone"
+    counts = f"{len(rows.tokens):,} rows, {sum(rows.tokens):,} tokens"
+    what = f"{counts}; the teacher's answers and its pass"
     yield from cost.lines(what, here, config.artifacts)
     yield from cards.lines({"02": teacher_part(config, teacher, columns, rows)})
 

@@ -47,7 +47,7 @@ def experiment_lines(
     if with_cache:
         cost = estimates.teacher_cost(cache, teacher, columns, rows, here)
         before = cost.disk
-        yield from cost.lines("02, the teacher's pass", here, cache.artifacts)
+        yield from cost.lines("02, the teacher's answers and its pass", here, cache.artifacts)
     if trials:
         costs = [
             estimates.trial_cost(trial, student, [teacher], rows, here)

@@ -57,12 +57,14 @@ class Rows(NamedTuple):
         train, held_out, validation: (tokens, answer tokens) of each row, prompt and answer together
             first.
         question: tokens of the longest prompt whose answer is generated; 0: none is.
+        written: training rows whose answer is generated: the teacher writes one for each.
     """
 
     train: list[tuple[int, int]]
     held_out: list[tuple[int, int]]
     validation: list[tuple[int, int]]
     question: int
+    written: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -76,14 +78,19 @@ def counted_rows(tables: dict[str, pd.DataFrame], examples: dict[str, list[Examp
         split: [(len(row.tokens), len(row.tokens) - row.answer_start) for row in found]
         for split, found in examples.items()
     }
-    generates = {name for name, task in tasks.TASKS.items() if task.generation}
+    generates = _generated_tasks()
     questions = [
         row.answer_start
         for split, rows in examples.items()
         for task, row in zip(tables[split]["task"], rows, strict=True)
         if task in generates
     ]
-    return Rows(**lengths, question=max(questions, default=0))
+    written = int(tables["train"]["task"].isin(generates).sum())
+    return Rows(**lengths, question=max(questions, default=0), written=written)
+
+
+def _generated_tasks() -> set[str]:
+    return {name for name, task in tasks.TASKS.items() if task.generation}
 
 
 def expected_rows(config: stages.DataConfig) -> tuple[Rows, str]:
@@ -111,4 +118,6 @@ def expected_rows(config: stages.DataConfig) -> tuple[Rows, str]:
         pairs = pairs.round().clip(1, line.get("max_tokens", config.max_length))
         lengths[line["split"]] += [(int(n), int(min(answer, n))) for n, answer in pairs]
     longest = max((tokens for tokens, _ in lengths["validation"]), default=0)
-    return Rows(**lengths, question=min(longest, LONGEST_QUESTION)), source
+    train = {line["task"]: line["taken"] for line in asked if line["split"] == "train"}
+    written = sum(train[task] for task in train.keys() & _generated_tasks())
+    return Rows(**lengths, question=min(longest, LONGEST_QUESTION), written=written), source

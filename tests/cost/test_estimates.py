@@ -76,6 +76,7 @@ def test_expected_rows_have_the_real_mix_or_the_means_of_the_prepared_data(monke
     assert "Llama-2" in source
     assert len(found.train) == 120 and len(found.validation) == 10
     assert max(found.tokens) == 300 and found.question == rows.LONGEST_QUESTION
+    assert len(found.held_out) == 200 and found.written == 20
     line = {"split": "train", "task": "sst2", "taken": 50, "mean_tokens": 12.0, "max_tokens": 30}
     counts = [{**line, "mean_answer_tokens": 2.0}]
     monkeypatch.setattr(rows.prepared_data, "read_manifest", lambda folder: {"counts": counts})
@@ -184,6 +185,18 @@ def test_a_smaller_card_takes_smaller_settings():
         assert fitting == sorted(fitting)
 
 
+def test_answers_that_are_written_take_a_step_for_each_token():
+    columns = signal_kinds.columns_of("white_box", {}, 3, "float16")
+    teacher = shapes.shape_of(tiny_llama(width=48, layers=3))
+    seconds = []
+    for written, longest in ((0, 256), (16, 256), (16, 512)):
+        config = notebook_config(stages.CACHE, {"max_new_tokens": longest, "eval_batch_size": 8})
+        found = rows.Rows([(20, 2)] * 32, [], [(20, 2)] * 8, question=18, written=written)
+        seconds.append(estimates.teacher_cost(config, teacher, columns, found, MACHINE).seconds)
+    first, second, third = seconds
+    assert first > 0 and third - second == pytest.approx(second - first)
+
+
 def test_rows_are_those_of_the_examples():
     tables = {
         split: pd.DataFrame({"task": ["sst2", "gsm8k", "sst2"]}) for split in prepared_data.SPLITS
@@ -192,4 +205,5 @@ def test_rows_are_those_of_the_examples():
         tables, {split: example_rows([9, 12, 6]) for split in prepared_data.SPLITS}
     )
     assert found.train == found.held_out == found.validation == [(9, 3), (12, 4), (6, 2)]
+    assert found.written == 1
     assert found.tokens == [9, 12, 6] * 3 and found.question == 8
