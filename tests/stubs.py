@@ -78,7 +78,7 @@ for epoch in range(1, config.epochs + 1):
     time.sleep(0.3)
     rows.append({"epoch": epoch, "train_loss": 1.0, "validation_loss": 1 / epoch, "seconds": 0.3,
                  "validation_accuracy": 0.5 + 0.01 * config.seed, "validation_accuracy/sst2": 0.5})
-    records.report_epoch(rows[-1])
+    records.report_row(rows[-1])
 if (config.artifacts / f"fail-{trial}").exists():
     raise FloatingPointError("the loss is not finite")
 folder = cache.find_cache(config.artifacts, config.name)

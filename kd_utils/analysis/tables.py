@@ -193,7 +193,7 @@ def beside_each_setting(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def learning_curves(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
-    """The epoch rows of many trials as one table; an untrained student has none.
+    """What many trials measured while they trained, as one table; an untrained student has none.
 
     Args:
         records: of `run_folder.done_records`: `metrics.json` of each trial with `swept`.
@@ -206,17 +206,24 @@ def learning_curves(records: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
             "setting": setting_text(record["swept"]),
             "distill_type": record["config"]["distill_type"],
             "seed": record["config"]["seed"],
-            **epoch,
+            **row,
         }
         for record in records
-        for epoch in record["epochs"]
-        if epoch["epoch"] > 0
+        for row in record["epochs"]
+        if row["epoch"] > 0
     ]
     return pd.DataFrame(rows, columns=None if rows else [*KEYS, "seed", "epoch"])
 
 
+def while_training(curves: pd.DataFrame, quantity: str) -> str:
+    """The column that has "accuracy" or "loss" while the students trained: of the held-out rows, or
+    of the validation rows in records from before there were held-out rows.
+    """
+    return f"held_out_{quantity}" if f"held_out_{quantity}" in curves else f"validation_{quantity}"
+
+
 def curve_spread(curves: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """One metric at each epoch: setting, distill_type, epoch, n, mean over seeds, and low and high,
+    """One metric by epoch: setting, distill_type, epoch, n, mean over seeds, and low and high,
     one standard deviation (n - 1) below and above it; NaN where n = 1.
     """
     by_epoch = curves.dropna(subset=[metric]).groupby([*KEYS, "epoch"], sort=False)[metric]

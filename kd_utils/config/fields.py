@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
@@ -77,6 +77,8 @@ Count = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Count
 Weight = Annotated[float, Field(ge=0.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Schedule = Literal["constant", "linear", "cosine"]  # of a learning rate: `distill.schedules`
 
 
 def shown(value: Any) -> str:

@@ -121,6 +121,8 @@ class CacheConfig(Config):
     teacher_epochs: fields.Count = 20
     teacher_labels: Literal["all", "labelled"] = "all"
     teacher_learning_rate: fields.PositiveFloat = 1.5e-3
+    teacher_lr_schedule: fields.Schedule = "linear"
+    teacher_warmup_ratio: fields.Share = 0.05
     teacher_batch_size: fields.PositiveInt = 16
     teacher_prompt_weight: fields.Weight = 1.0
     teacher_seed: fields.Seed = 0

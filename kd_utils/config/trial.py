@@ -83,6 +83,10 @@ class TrialConfig(Config):
     batch_size: fields.PositiveInt = 8
     micro_batch_size: Annotated[fields.PositiveInt, UsedBy(TRAINING)] = 8
     learning_rate: Annotated[fields.PositiveFloat, UsedBy(TRAINING)] = 1e-3
+    lr_schedule: Annotated[fields.Schedule, UsedBy(TRAINING)] = "constant"
+    warmup_ratio: Annotated[fields.Share, UsedBy(TRAINING)] = 0.0
+    average_last: Annotated[fields.Share, UsedBy(TRAINING)] = 0.0
+    evaluations: Annotated[fields.PositiveInt, UsedBy(TRAINING)] = 10
     weight_decay: Annotated[fields.Weight, UsedBy(TRAINING)] = 0.01
     max_grad_norm: Annotated[fields.PositiveFloat, UsedBy(TRAINING)] = 1.0
     eval_batch_size: fields.PositiveInt = 64
@@ -157,9 +161,9 @@ class TrialConfig(Config):
         )
 
     @property
-    def epoch_numbers(self) -> range:
-        """Epochs that leave a row: 1 to `epochs`, or 0 alone for the untrained student."""
-        return range(1) if self.distill_type == "untrained" else range(1, self.epochs + 1)
+    def trains(self) -> bool:
+        """Whether the method takes any step: the untrained student is only measured."""
+        return self.distill_type != "untrained"
 
     @property
     def without_effect(self) -> set[str]:
@@ -168,7 +172,7 @@ class TrialConfig(Config):
         users = set(terms)
         if self.distils:
             users.add(TEACHER)
-        if self.distill_type != "untrained":
+        if self.trains:
             users.add(TRAINING)
         marks = {key: field.metadata for key, field in type(self).model_fields.items()}
         unused = {parameter for method in METHODS.values() for parameter in method.values()}

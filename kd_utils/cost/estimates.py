@@ -137,7 +137,7 @@ def trial_memory(
     answered = (config.eval_batch_size, max(rows.tokens), rows.question, config.max_new_tokens)
     held = memory.evaluation(student, *answered, size=2 if half else 4)
     held += half * memory.copies(student)
-    if config.distill_type == "untrained":
+    if not config.trains:
         return {"eval_batch_size": 4 * student["weights"] + held}
     longest, answer = map(max, zip(*rows.train))
     training = memory.training(
@@ -149,7 +149,9 @@ def trial_memory(
         pairs=max(config.paired_layers * spaced, *(len(choice.split()) for choice in choices)),
         waiting=READ_AHEAD * config.batch_size,
     )
-    return {"micro_batch_size": training, "eval_batch_size": 12 * student["weights"] + held}
+    averaged = disk.MODEL_BYTES * (config.average_last > 0) * student["weights"]
+    held += averaged + disk.STATE_BYTES * student["weights"]
+    return {"micro_batch_size": averaged + training, "eval_batch_size": held}
 
 
 def trial_part(
@@ -175,13 +177,14 @@ def trial_cost(
     steps = len(rows.train) / config.micro_batch_size
     operations = steps * work.STEP_OPERATIONS * (student["num_hidden_layers"] + len(terms))
     epoch = machine.seconds(multiply_adds, operations, work.STEP_EFFICIENCY)
-    trained = config.distill_type != "untrained"
-    states = 2 * trained * (config.epochs > 1)
+    trained = config.trains
+    averaged = disk.MODEL_BYTES * (config.average_last > 0)
+    state = trained * (disk.STATE_BYTES + averaged) * student["weights"]
     return Cost(
         trained * config.epochs * epoch,
         max(trial_memory(config, student, teachers, rows, machine.half).values()),
         config.save_student * disk.MODEL_BYTES * student["weights"],
-        states * disk.STATE_BYTES * student["weights"],
+        2 * state,  # the next is written before the last one goes
     )
 
 
@@ -230,7 +233,6 @@ def trial_lines(
     here, teachers = work.Machine.here(device, config.precision), [m["shape"] for m in manifests]
     rows, student = counted_rows(tables, encoded), shape_of(model)
     cost = trial_cost(config, student, teachers, rows, here)
-    trained = config.distill_type != "untrained"
-    what = f"training for {config.epochs} epochs" if trained else "no training"
+    what = f"training for {config.epochs} epochs" if config.trains else "no training"
     yield from cost.lines(what, here, config.artifacts)
     yield from cards.lines({"03": trial_part(config, student, teachers, rows)})

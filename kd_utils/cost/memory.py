@@ -24,7 +24,7 @@ def training(
     """Bytes of a training step with AdamW, the weights in float32.
 
     The gradient of one micro-batch is held while the next one's activations are: that is also what
-    the gradient shares after an epoch need.
+    the gradient shares after a stretch need.
 
     Args:
         batch: the largest micro-batch: examples, tokens of each, and answer tokens of each.

@@ -45,7 +45,14 @@ PHRASES = (
 #: Rows that the student is pretrained on, and how. From random weights it would not learn in a
 #: trial's few epochs to match choices and letters.
 PRETRAINING_ROWS = {"sst2": 1200, "mmlu": 6000, "gsm8k": 800}
-PRETRAINING: dict[str, Any] = dict(epochs=4, learning_rate=3e-3, batch_size=32, prompt_weight=1.0)
+PRETRAINING: dict[str, Any] = dict(
+    epochs=4,
+    learning_rate=3e-3,
+    lr_schedule="linear",
+    warmup_ratio=0.05,
+    batch_size=32,
+    prompt_weight=1.0,
+)
 
 
 def pretraining_text(tables: dict[str, list[toy.Row]], seed: int) -> list[tuple[str, str]]:

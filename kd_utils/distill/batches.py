@@ -124,7 +124,7 @@ def prefetched(make: Callable, items: Iterable, depth: int = 4) -> Iterator:
 
 
 class TrialData:
-    """Training and validation batches, read ahead by a thread.
+    """The batches of training and of measuring, read ahead by a thread.
 
     Which examples meet, and in which order, depends on the seed and the epoch alone and not on the
     teacher: rows start in the order of their length in the student's tokens. Rows without an answer
@@ -136,7 +136,8 @@ class TrialData:
 
     Attributes:
         config: the trial's.
-        table: the validation rows.
+        tables: split -> its rows.
+        total_steps: optimiser steps of the whole training.
     """
 
     def __init__(
@@ -151,18 +152,20 @@ class TrialData:
         self.caches = caches if config.distils else []
         self.student_examples = {row.example_id: row for rows in encoded.values() for row in rows}
         self._mark_answers(prepared.train)
-        self.train_ids, self.validation_ids = (
-            sorted(caches[0].splits[split], key=lambda i: (len(self.student_examples[i].tokens), i))
-            for split in ("train", "validation")
-        )
-        self.table = prepared.validation
+        self.ids = {
+            split: sorted(ids, key=lambda i: (len(self.student_examples[i].tokens), i))
+            for split, ids in caches[0].splits.items()
+        }
+        self.tables = prepared.tables
+        self._steps_per_epoch = -(-len(self.ids["train"]) // config.batch_size)
+        self.total_steps = config.epochs * self._steps_per_epoch * config.trains
 
     def _mark_answers(self, train: pd.DataFrame) -> None:
         """Say which rows have an answer for the task loss; the rest of the data has its own."""
         if self.config.task_answers == "teacher":
             return
         labelled = set(train["example_id"][train["labelled"]])
-        if not labelled and not self.config.distils and self.config.epoch_numbers[0]:
+        if not labelled and not self.config.distils and self.config.trains:
             raise ValueError(
                 f"no training row has a label, and {self.config.distill_type} learns from nothing "
                 "else: set labelled in 01 above 0, or choose another distill_type"
@@ -171,26 +174,31 @@ class TrialData:
             row = self.student_examples[example_id]
             self.student_examples[example_id] = replace(row, has_answer=False)
 
-    def steps(self, epoch: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each optimiser step of an epoch; none in epoch 0."""
-        return prefetched(self._parts, self._plan(epoch) if epoch else [])
+    def steps(self, stretch: range) -> Iterator[list[Batch]]:
+        """The micro-batches of each optimiser step of a stretch, counted from 0 over all epochs."""
+        first = stretch.start // self._steps_per_epoch
+        last = -(-stretch.stop // self._steps_per_epoch)
+        plan = [batch for epoch in range(first, last) for batch in self._plan(epoch + 1)]
+        start = stretch.start - first * self._steps_per_epoch
+        return prefetched(self._parts, plan[start : start + len(stretch)])
 
     def probe(self) -> Batch:
         """A fixed batch: the first of the first epoch, on which gradient shares are measured."""
         return self._parts(self._plan(1)[0])[0]
 
-    def validation(self) -> Iterator[tuple[Batch, list[str]]]:
-        """Each validation batch with the task of each of its examples."""
-        size, ids = self.config.batch_size, self.validation_ids
-        task_of = dict(zip(self.table["example_id"], self.table["task"], strict=True))
+    def batches(self, split: str) -> Iterator[tuple[Batch, list[str]]]:
+        """Each batch of a split with the task of each of its examples."""
+        size, ids, table = self.config.batch_size, self.ids[split], self.tables[split]
+        task_of = dict(zip(table["example_id"], table["task"], strict=True))
         plan = [ids[i : i + size] for i in range(0, len(ids), size)]
         tasks = ([task_of[i] for i in batch] for batch in plan)
         return zip(prefetched(lambda batch: self._parts(batch, size)[0], plan), tasks, strict=True)
 
     def _plan(self, epoch: int) -> list[list[str]]:
-        lengths = [len(self.student_examples[i].tokens) for i in self.train_ids]
+        ids = self.ids["train"]
+        lengths = [len(self.student_examples[i].tokens) for i in ids]
         plan = epoch_batches(lengths, self.config.batch_size, self.config.seed, epoch)
-        return [[self.train_ids[k] for k in batch] for batch in plan]
+        return [[ids[k] for k in batch] for batch in plan]
 
     def _parts(self, ids: list[str], size: int | None = None) -> list[Batch]:
         """These rows in parts of `size`; None: in micro-batches."""

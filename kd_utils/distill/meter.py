@@ -1,4 +1,4 @@
-"""What a trial's training is measured by: running means, speed, a row of metrics per epoch."""
+"""What a trial's training is measured by: running means, speed, a row of metrics per stretch."""
 
 import math
 import time
@@ -37,20 +37,21 @@ class Mean:
 
 
 class Meter:
-    """Counts a trial's steps, tokens and seconds, and collects one row of metrics per epoch.
+    """Counts a trial's steps, tokens and seconds, and collects one row of metrics per stretch.
 
-    It stops a trial whose loss or gradient is not finite, and never counts a part of an epoch. The
+    It stops a trial whose loss or gradient is not finite, and never counts a part of a stretch. The
     numbers of a step are read when the next step is added, so that a GPU always has work.
 
     Args:
         config: the trial's.
+        stretches: the steps of each, as `schedules.stretches` cuts them.
         started: when the trial began; loading is over when the meter is made.
         restore: puts student and optimizer back to the last state that was kept, and returns what
             `state` gave then; None if none was kept. Called at once, for a trial that was killed,
-            and when `epochs` begins again after an interrupt inside an epoch.
+            and when `stretches` begins again after an interrupt inside a stretch.
 
     Attributes:
-        rows: a row per epoch that is done.
+        rows: a row per stretch that is done.
         global_step: optimiser steps so far.
         resumed_after: the epoch after which training was resumed; None if it was not.
     """
@@ -58,17 +59,19 @@ class Meter:
     def __init__(
         self,
         config: TrialConfig,
+        stretches: list[range],
         started: datetime,
         restore: Callable[[], dict[str, Any] | None] = lambda: None,
     ) -> None:
         self.config, self.started, self._restore = config, started, restore
+        self._stretches = stretches
         self._loading = (datetime.now(UTC) - started).total_seconds()
         self._began = time.perf_counter()
         self.rows: list[dict[str, Any]] = []
         self.global_step, self._evaluating, self._earlier = 0, 0.0, 0.0
-        self.resumed_after: int | None = None
+        self.resumed_after: float | None = None
         self._last_step: HostCopy | None = None
-        self._within_epoch = False
+        self._within_stretch = False
         if state := restore():
             self._resume(state)
             self._earlier = state["seconds"]
@@ -77,12 +80,18 @@ class Meter:
         self.rows, self.global_step = state["rows"], state["global_step"]
         self._evaluating = state["evaluating"]
         self.resumed_after = self.rows[-1]["epoch"]
-        self._last_step, self._within_epoch = None, False
+        self._last_step, self._within_stretch = None, False
 
     @property
-    def remaining(self) -> range:
-        """The epochs that are still to do."""
-        return self.config.epoch_numbers[len(self.rows) :]
+    def remaining(self) -> list[range]:
+        """The stretches that are still to do."""
+        return self._stretches[len(self.rows) :]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """What the student is measured on now: no validation row before the last step is done."""
+        at_the_end = self.global_step == self._stretches[-1].stop
+        return ("held_out", "validation") if at_the_end else ("held_out",)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -103,24 +112,25 @@ class Meter:
             "seconds": self.seconds["total"],
         }
 
-    def epochs(self) -> Iterator[int]:
-        """The remaining epochs; the clock of each starts when it is handed out.
+    def stretches(self) -> Iterator[range]:
+        """The remaining stretches; the clock of each starts when it is handed out.
 
         Raises:
-            ValueError: an epoch was left in its middle, and no state before it was kept.
+            ValueError: a stretch was left in its middle, and no state before it was kept.
         """
-        if self._within_epoch:
+        if self._within_stretch:
             state = self._restore()
             if state is None:
+                steps = self.remaining[0]
                 raise ValueError(
-                    f"epoch {self.remaining[0]} was left in its middle, and no state before it was "
-                    "kept: run again from the cell that makes the config on"
+                    f"steps {steps.start + 1} to {steps.stop} were left in their middle, and no "
+                    "state before them was kept: run again from the cell that makes the config on"
                 )
             self._resume(state)
-        for epoch in self.remaining:
-            self._within_epoch = True
+        for stretch in self.remaining:
+            self._within_stretch = True
             self._means, self._tokens, self._start = Mean(), 0, time.perf_counter()
-            yield epoch
+            yield stretch
 
     def add(self, batch: Batch, loss: Tensor, terms: dict[str, Tensor], parts: int) -> None:
         """Add one micro-batch of the `parts` that make up an optimiser step."""
@@ -141,7 +151,7 @@ class Meter:
         self.global_step += 1
 
     def stop_training(self) -> None:
-        """The epoch's last step is done; what follows is evaluation.
+        """The stretch's last step is done; what follows is evaluation.
 
         Raises:
             FloatingPointError: the last step was not finite.
@@ -159,13 +169,19 @@ class Meter:
                 "or the weight of the term that is not finite, or set precision to 'float32'"
             )
 
-    def end_epoch(self, epoch: int, measured: dict[str, float]) -> dict[str, float]:
-        """Add the epoch's row, with what `training.validate` measured, and return it."""
-        now = time.perf_counter()
+    def end_stretch(self, measured: dict[str, float]) -> dict[str, float]:
+        """Add the stretch's row and return it.
+
+        Args:
+            measured: by `training.evaluate`, and what else belongs into the row.
+        """
+        now, steps = time.perf_counter(), self._stretches[-1].stop
         self._evaluating += now - self._trained
+        share = self.global_step / steps if steps else 0.0
         self.rows.append(
             {
-                "epoch": epoch,
+                "epoch": round(self.config.epochs * share, 4),
+                "step": self.global_step,
                 **self._means.result(),
                 **{f"weight/{name}": weight for name, weight in self.config.weights.items()},
                 **measured,
@@ -173,24 +189,28 @@ class Meter:
                 "seconds": now - self._start,
             }
         )
-        self._within_epoch = False
+        self._within_stretch = False
         return self.rows[-1]
 
     def line(self) -> str:
-        """The last epoch in one line: loss terms, accuracy, tokens per second, time left."""
-        row, last = self.rows[-1], self.config.epoch_numbers[-1]
+        """The last row in one line: loss terms, accuracy, tokens per second, time left."""
+        row, done = self.rows[-1], self._stretches[len(self.rows) - 1]
         terms = [
             f"{name} {row[f'train_loss/{name}']:.3f}"
             for name in self.config.weights
             if f"train_loss/{name}" in row
         ]
+        left = self._stretches[-1].stop - done.stop
         return " | ".join(
             [
-                f"epoch {row['epoch']} of {last}",
+                f"epoch {row['epoch']:g} of {self.config.epochs * self.config.trains}",
                 *([f"loss {', '.join(terms)}"] if terms else []),
-                f"validation loss {row['validation_loss']:.3f}",
-                f"accuracy {100 * row['validation_accuracy']:.1f} %",
+                *(
+                    f"{split.replace('_', '-')} loss {row[f'{split}_loss']:.3f}, "
+                    f"accuracy {100 * row[f'{split}_accuracy']:.1f} %"
+                    for split in self.splits
+                ),
                 f"{row['tok_per_sec']:,.0f} tokens/s",
-                f"{(last - row['epoch']) * row['seconds']:.0f} s left",
+                f"{left * row['seconds'] / max(len(done), 1):.0f} s left",
             ]
         )

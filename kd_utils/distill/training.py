@@ -90,14 +90,15 @@ def gradient_shares(
 
 
 @torch.no_grad()
-def validation_losses(
+def split_losses(
+    split: str,
     student: torch.nn.Module,
     batches: Iterable[tuple[Batch, list[str]]],
     signals_of: Callable[[torch.Tensor], Signals],
     terms_of: Callable[..., dict[str, torch.Tensor]],
     teachers: Sequence[TeacherTerms] = (),
 ) -> dict[str, float]:
-    """Unweighted loss terms over the validation rows, and token accuracy under teacher forcing.
+    """Unweighted loss terms over the rows of a split.
 
     Args:
         student: in eval mode; signals_of: its signals for input ids.
@@ -106,9 +107,10 @@ def validation_losses(
         teachers: those of `terms_of`.
 
     Returns:
-        `validation_loss/TERM`: mean over the set's elements, of the first teacher where there are
-        several; `validation_loss`: the task term, in nats per answer token; `token_accuracy/TASK`:
-        share of answer tokens that are the argmax given the true tokens before them.
+        `SPLIT_loss/TERM`: mean over the set's elements, of the first teacher where there are
+        several; `SPLIT_loss`: the task term, in nats per answer token. Of "validation" also
+        `token_accuracy/TASK`: share of answer tokens that are the argmax given the true tokens
+        before them (teacher forcing).
     """
     losses, hits, head = Mean(), Mean(), output_head(student)
     for batch, tasks in batches:
@@ -121,19 +123,21 @@ def validation_losses(
         }
         for name, value in terms_of(signals, head, batch=batch).items():
             losses.add({name: value * counts[name]}, counts[name])
-        guesses = head.logits(signals.hidden.flatten(0, 1)[batch.predicting]).argmax(-1)
-        rows = batch.predicting // batch.input_ids.shape[1]
-        for row, right in zip(rows.tolist(), (guesses == batch.targets).tolist()):
-            hits.add({tasks[row]: float(right)}, 1)
-    values = losses.result("validation_loss/")
+        if split == "validation":
+            guesses = head.logits(signals.hidden.flatten(0, 1)[batch.predicting]).argmax(-1)
+            rows = batch.predicting // batch.input_ids.shape[1]
+            for row, right in zip(rows.tolist(), (guesses == batch.targets).tolist()):
+                hits.add({tasks[row]: float(right)}, 1)
+    values = losses.result(f"{split}_loss/")
     return {
-        "validation_loss": values["validation_loss/task"],
+        f"{split}_loss": values[f"{split}_loss/task"],
         **values,
         **hits.result("token_accuracy/"),
     }
 
 
-def validate(
+def evaluate(
+    splits: Sequence[str],
     model: torch.nn.Module,
     tokenizer: Any,
     data: TrialData,
@@ -141,23 +145,30 @@ def validate(
     terms_of: Callable[..., dict[str, torch.Tensor]],
     teachers: Sequence[TeacherTerms],
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """What a trial measures after each epoch; wrap the call in autocast for mixed precision.
+    """What a trial measures after a stretch; wrap the call in autocast for mixed precision.
 
     The student, `model`, is left in eval mode.
 
+    Args:
+        splits: whose rows are read: "held_out" while the student trains, "validation" at the end.
+
     Returns:
-        `grad_share/TERM` on a fixed batch, `validation_losses`, `accuracies` and
-        `calibration_errors`; and one prediction per validation row.
+        `grad_share/TERM` on a fixed batch; of each split `split_losses` and `accuracies`, of
+        "validation" also `calibration_errors`; and one prediction per row of the last split.
     """
     model.eval()
     probe, config = data.probe(), data.config
     terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
     measured = gradient_shares(terms, config.weights, model)
-    measured |= validation_losses(model, data.validation(), signals_of, terms_of, teachers)
     sizes: dict[str, Any] = {
         "batch_size": config.eval_batch_size,
         "max_new_tokens": config.max_new_tokens,
     }
-    predictions = scoring.evaluate(model, tokenizer, data.table, **sizes)
-    measured |= scoring.accuracies(predictions) | calibration.calibration_errors(predictions)
+    for split in splits:
+        batches = data.batches(split)
+        measured |= split_losses(split, model, batches, signals_of, terms_of, teachers)
+        predictions = scoring.evaluate(model, tokenizer, data.tables[split], **sizes)
+        measured |= scoring.accuracies(predictions, split)
+        if split == "validation":
+            measured |= calibration.calibration_errors(predictions)
     return measured, predictions

@@ -82,13 +82,16 @@ def evaluate(
     return examples.assign(**columns).astype({"correct": bool})
 
 
-def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
+def accuracies(predictions: pd.DataFrame, split: str = "validation") -> dict[str, float]:
     """Fractions of right predictions, each in [0, 1].
 
+    Args:
+        split: whose rows were predicted; the keys begin with it.
+
     Returns:
-        `validation_accuracy` (over examples), `validation_accuracy/macro` (mean over tasks),
-        `validation_accuracy/TASK` for each task that is there, and
-        `validation_accuracy/TASK_flexible` for those with generated answers.
+        `SPLIT_accuracy` (over examples), `SPLIT_accuracy/macro` (mean over tasks),
+        `SPLIT_accuracy/TASK` for each task that is there, and `SPLIT_accuracy/TASK_flexible` for
+        those with generated answers.
     """
     if predictions.empty:
         raise ValueError("no predictions: an accuracy needs at least one example")
@@ -100,7 +103,7 @@ def accuracies(predictions: pd.DataFrame) -> dict[str, float]:
         **{f"/{task}": per_task[task] for task in tasks.task_order(per_task.index)},
         **{f"/{task}{tasks.FLEXIBLE}": share for task, share in flexible.mean().items()},
     }
-    return {f"validation_accuracy{name}": float(value) for name, value in values.items()}
+    return {f"{split}_accuracy{name}": float(value) for name, value in values.items()}
 
 
 def evaluate_folder(

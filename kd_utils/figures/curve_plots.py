@@ -26,7 +26,7 @@ def learning_curves(curves: pd.DataFrame, metric: str) -> alt.Chart:
 
     Args:
         curves: of `tables.learning_curves`.
-        metric: the column to draw, e.g. "validation_accuracy" or "validation_loss".
+        metric: the column to draw, e.g. "held_out_accuracy" or "held_out_loss".
     """
     if curves.empty:
         return plots.sentence(NO_CURVES)

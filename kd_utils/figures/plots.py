@@ -10,6 +10,7 @@ of the method that adds it. Subtitles say so when an axis does not start at 0.
 """
 
 import json
+import math
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -145,24 +146,24 @@ def map_cells(matrix: Any, tokens: Sequence[str]) -> alt.Chart:
 
 
 def trial_curves(rows: Sequence[Mapping[str, Any]]) -> alt.HConcatChart:
-    """The learning curve of one trial: its loss terms in training and its validation loss by epoch,
+    """The learning curve of one trial: its loss terms in training and its held-out loss by epoch,
     and the accuracy on each task.
 
     Args:
-        rows: of `metrics.json`, one per epoch: `epoch`, `train_loss/TERM`, `validation_loss`,
-            `validation_accuracy/TASK`.
+        rows: of `metrics.json`: `epoch`, `train_loss/TERM`, `held_out_loss`,
+            `held_out_accuracy/TASK`.
     """
     table = pd.DataFrame(rows).set_index("epoch")
     losses = table.filter(regex="^train_loss/").rename(columns=lambda key: key.split("/")[1])
-    losses["task, validation"] = table["validation_loss"]
-    tasks = table.filter(regex="^validation_accuracy/(?!macro|gsm8k_flexible)")
+    losses["task, held out"] = table["held_out_loss"]
+    tasks = table.filter(regex="^held_out_accuracy/(?!macro|gsm8k_flexible)")
     tasks = 100 * tasks.rename(columns=lambda key: key.split("/")[1])
-    known = TERM_COLOURS | {"task, validation": "#000000"}
+    known = TERM_COLOURS | {"task, held out": "#000000"}
     log = {"scale": alt.Scale(type="log", nice=False, padding=8), "axis": alt.Axis(format=".2~g")}
     linear = {"scale": alt.Scale(zero=False, padding=8)}
     chart = alt.hconcat(
         _trial_panel(losses[losses > 0], "loss, unweighted (log)", log, known),
-        _trial_panel(tasks, "validation accuracy (%)", linear, {}),
+        _trial_panel(tasks, "held-out accuracy (%)", linear, {}),
     )
     return finish(chart.resolve_scale(color="independent"), "Learning curve", "")
 
@@ -201,13 +202,16 @@ def method_colour(methods: Iterable[str], legend: alt.Legend | None = None) -> a
 
 
 def epoch_axis(epochs: pd.Series) -> alt.X:
-    """Whole epochs only, about ten of them labelled, with room beside the first and last point."""
-    values = sorted(int(epoch) for epoch in epochs.unique())
+    """The share of the data seen, in epochs: about ten whole ones labelled (tenths where there are
+    not two), with room beside the first and last point.
+    """
+    whole = range(math.ceil(epochs.min()), math.floor(epochs.max()) + 1)
+    ticks = {"values": list(whole[:: len(whole) // 10 + 1])} if len(whole) > 1 else {"tickCount": 5}
     return alt.X(
         "epoch:Q",
         title="epoch",
         scale=alt.Scale(zero=False, nice=False, padding=12),
-        axis=alt.Axis(values=values[:: len(values) // 10 + 1], format="d", grid=False),
+        axis=alt.Axis(**ticks, format="~g", grid=False),
     )
 
 

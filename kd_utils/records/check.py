@@ -116,14 +116,15 @@ def _check_trial(run_dir: Path, planned: dict[str, Any]) -> Iterator[str]:
     """Whether config, metrics and predictions of a record agree with each other and the plan."""
     folder = run_dir / "trials" / planned["trial"]
     metrics = read_record(folder)
-    config, final, epochs = metrics["config"], metrics["final"], len(metrics["epochs"])
+    config, final = metrics["config"], metrics["final"]
     yield from (
         f"its {key} is {config.get(key)!r}, the plan says {value!r}"
         for key, value in planned["swept"].items()
         if config.get(key) != value
     )
+    epochs = final.get("epoch") or 1  # the plan counts an untrained student's epoch 0 as one
     if planned.get("epochs", epochs) != epochs:
-        yield f"it has {epochs} epochs, the plan says {planned['epochs']}"
+        yield f"it has {epochs:g} epochs, the plan says {planned['epochs']}"
     try:
         table = pd.read_parquet(folder / PREDICTIONS)
         for task, correct in table.groupby("task")["correct"]:

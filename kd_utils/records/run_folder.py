@@ -149,7 +149,7 @@ def collect(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
 
     Returns:
         Columns `trial`, `config/<swept key>` (distill_type and seed first), `status`, `why`, one
-        per key of the last epoch's metrics (empty unless done), `seconds` (whole trial),
+        per key of the last row of metrics (empty unless done), `seconds` (whole trial),
         `peak_memory_mb`, `config_hash`.
     """
     rows, results = [], []

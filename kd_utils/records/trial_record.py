@@ -65,8 +65,8 @@ class Metrics(Shape):
     arithmetic: dict[str, Any] = {}
 
 
-def report_epoch(row: dict[str, Any]) -> None:
-    """Append an epoch's metrics as a JSON line to the file that KD_PROGRESS names, if any."""
+def report_row(row: dict[str, Any]) -> None:
+    """Append a row of metrics as a JSON line to the file that KD_PROGRESS names, if any."""
     if path := os.environ.get("KD_PROGRESS"):
         with open(path, "a", encoding="utf-8") as file:
             # JSON has no NaN.
@@ -116,7 +116,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         raise sealed.problem(f"metrics.json is not a record of format {FORMAT}")
     require_shape(Metrics, metrics, f"{Path(folder).name}/metrics.json")
     if metrics["final"] != metrics["epochs"][-1]:
-        raise sealed.problem("metrics.json: its final metrics are not those of its last epoch")
+        raise sealed.problem("metrics.json: its final metrics are not those of its last row")
     return metrics
 
 

@@ -76,15 +76,17 @@ def epochs(bench: StepBench, count: int) -> Iterator[dict[str, float]]:
     """Train with all signals for `count` epochs, with notebook 03's loop and its meter.
 
     Yields:
-        After each epoch its row of metrics, without a validation: `epoch`, `seconds`,
+        After each epoch its row of metrics, without an evaluation: `epoch`, `step`, `seconds`,
         `tok_per_sec`, `train_loss` and its terms.
 
     Raises:
         FloatingPointError: a step was not finite.
     """
     values = {"distill_type": "combined", "epochs": count, "batch_size": bench.config.batch_size}
-    measure = meter.Meter(notebook_config(stages.TRAIN, values), datetime.now(UTC))
-    for epoch in measure.epochs():
+    per_epoch = len(bench.plan)
+    stretches = [range(epoch * per_epoch, (epoch + 1) * per_epoch) for epoch in range(count)]
+    measure = meter.Meter(notebook_config(stages.TRAIN, values), stretches, datetime.now(UTC))
+    for epoch, _ in enumerate(measure.stretches(), 1):
         for batch in bench.read(bench.plan_of(epoch), METHODS["combined"]):
             training.seed_step(bench.config.seed, measure.global_step)
             terms = bench.loss_terms(batch, METHODS["combined"])
@@ -93,7 +95,7 @@ def epochs(bench: StepBench, count: int) -> Iterator[dict[str, float]]:
             measure.add(batch, loss, terms, parts=1)
             measure.step(bench.update(), terms)
         measure.stop_training()
-        yield measure.end_epoch(epoch, {})
+        yield measure.end_stretch({})
 
 
 def generate(bench: StepBench, prompts: int, max_new_tokens: int) -> dict[str, float]:

@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """Counts the trials of a sweep as they start, report an epoch, end or fail, and shows it.
+    """Counts the trials of a sweep as they start, are measured, end or fail, and shows it.
 
     Args:
         planned: trial name -> its number of epochs, for the trials to run now.
@@ -72,7 +72,7 @@ class Progress:
         )
 
     def reported(self, trial: str, row: dict[str, Any]) -> None:
-        """A trial started, with an empty row, or ended an epoch."""
+        """A trial started, with an empty row, or was measured."""
         if not (self.running or self.done or self.failed):
             self.began = time.monotonic()  # the executor's own start is over now
         self.running[trial] = row
@@ -93,7 +93,7 @@ class Progress:
         self._say(trial, why)
 
     def summary(self) -> str:
-        """The counts of trials and, after the first epoch, the time left: the time since the first
+        """The counts of trials and, after the first row, the time left: the time since the first
         trial began, scaled by the epochs to do over those done.
         """
         ended = self.done + self.failed
@@ -116,7 +116,9 @@ class Progress:
         say(f"{trial}: {text}" if self.in_terminal else f"[{self.summary()}] {trial}: {text}")
 
     def _epoch(self, trial: str, row: dict[str, Any]) -> str:
-        return f"epoch {row['epoch']}/{self.planned[trial]}{_accuracy(row)}" if row else "starting"
+        if not row:
+            return "starting"
+        return f"epoch {row['epoch']:g}/{self.planned[trial]}{_accuracy(row)}"
 
     def _table(self) -> Any:
         from rich.table import Table
@@ -129,5 +131,8 @@ class Progress:
 
 
 def _accuracy(row: dict[str, Any]) -> str:
-    value = row.get("validation_accuracy")
-    return "" if value is None else f", validation accuracy {100 * value:.1f} %"
+    for split in ("validation", "held_out"):  # validation rows are read at the end alone
+        if f"{split}_accuracy" in row:
+            named = split.replace("_", "-")
+            return f", {named} accuracy {100 * row[f'{split}_accuracy']:.1f} %"
+    return ""

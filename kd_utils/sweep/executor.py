@@ -22,7 +22,7 @@ from kd_utils.sweep import execution
 from kd_utils.sweep.display import Progress
 from kd_utils.sweep.planning import Trial
 
-RESTARTS = 3  # of a trial whose process or machine was lost; it resumes from its last epoch
+RESTARTS = 3  # of a trial whose process or machine was lost; it resumes from its last state
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,13 @@ class Report:
     Attributes:
         kind: "ended", "failed" and "lost" are the last report of a submitted job. A trial is lost
             when its process or machine is gone, and has failed when an error of its own ended it.
-        row: an epoch's metrics.
+        row: of metrics, as the trial measured it.
         cause: why it failed or was lost, in one line.
         kept: whether the failed notebook is in the run folder already.
     """
 
     trial: str
-    kind: Literal["started", "epoch", "ended", "failed", "lost"]
+    kind: Literal["started", "measured", "ended", "failed", "lost"]
     row: dict[str, Any] = field(default_factory=dict)
     cause: str = ""
     kept: bool = False
@@ -127,7 +127,7 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
     as Ctrl-C, cancels the jobs.
 
     Args:
-        progress: told of every start, epoch, end and failure.
+        progress: told of every start, row of metrics, end and failure.
     """
     unfinished = {job.name: job for job in jobs}
     losses: Counter[str] = Counter()
@@ -138,7 +138,7 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
             for report in executor.reports():
                 name, job = report.trial, unfinished[report.trial]
                 losses[name] += report.kind == "lost"
-                if report.kind in ("started", "epoch"):
+                if report.kind in ("started", "measured"):
                     progress.reported(name, report.row)
                 elif report.kind == "lost" and losses[name] <= RESTARTS:
                     again = f"starting again ({losses[name]} of {RESTARTS})"
@@ -161,7 +161,7 @@ def run_trials(executor: Executor, jobs: Iterable[Job], progress: Progress) -> N
 
 def execute_trial(job: Job, threads: int) -> Iterator[Report]:
     """Run a trial here: notebook 03 executed into `RUN_DIR/trials`; yields what an executor hands
-    on: the start, each epoch, and the end or the failure.
+    on: the start, each row of metrics, and the end or the failure.
 
     Args:
         threads: for torch and the libraries below it, so that trials side by side do not compete
@@ -176,7 +176,7 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
         yield Report(job.name, "failed", cause=problem)
         return
     with tempfile.TemporaryDirectory(prefix="kd-") as scratch:
-        reported, shown = Path(scratch) / "epochs.jsonl", 0
+        reported, shown = Path(scratch) / "rows.jsonl", 0
         os.environ.update(
             KD_PROGRESS=str(reported),
             KD_ROOT=str(project_paths.ROOT),
@@ -190,8 +190,8 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
                     stages.TRAIN, job.notebook, job.trial.parameters, lambda: _about(job)
                 )
             ):
-                rows = read_epochs(reported)
-                yield from (Report(job.name, "epoch", row) for row in rows[shown:])
+                rows = read_rows(reported)
+                yield from (Report(job.name, "measured", row) for row in rows[shown:])
                 shown = len(rows)
             yield Report(job.name, "ended")
         except execution.NotebookFailed as error:
@@ -216,7 +216,7 @@ def _about(job: Job) -> dict[str, Any]:
     return {"trial": job.name, "config_hash": job.trial.config_hash, "record": record}
 
 
-def read_epochs(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file that is still being written: only those that are complete."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith(b"\n")]

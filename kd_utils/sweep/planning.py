@@ -19,7 +19,7 @@ class Trial:
     trial: str  # its name
     swept: dict[str, Any]  # its place in the grid
     config_hash: str
-    epochs: int  # how many it reports
+    epochs: int  # how many it trains for; 1 for an untrained student, which is measured once
     parameters: dict[str, Any]  # what papermill injects into 03
     without_effect: list[str]  # keys of the grid that its method does not use
 
@@ -68,7 +68,8 @@ def plan(
             )
         place = {"run_dir": project_paths.short_path(run_dir), "trial": name}
         inject = injected(stages.TRAIN, {**parameters, **combination}) | swept | place
-        trial = Trial(name, swept, config.fingerprint(), len(config.epoch_numbers), inject, unused)
+        epochs = config.epochs if config.trains else 1
+        trial = Trial(name, swept, config.fingerprint(), epochs, inject, unused)
         trials.append(trial)
         known[name] = known[trial.config_hash] = trial
     return trials

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from kd_utils.cache import manifest
 from kd_utils.config import project_paths, stages
-from kd_utils.distill import batches, meter, training
+from kd_utils.distill import batches, meter, schedules, training
 from kd_utils.evaluation import readiness
 from kd_utils.models import devices, loading, output_head, signals
 from kd_utils.models.signal_kinds import kinds_of
@@ -23,6 +23,8 @@ TUNING = {
     "teacher_epochs",
     "teacher_labels",
     "teacher_learning_rate",
+    "teacher_lr_schedule",
+    "teacher_warmup_ratio",
     "teacher_batch_size",
     "teacher_prompt_weight",
     "teacher_seed",
@@ -102,6 +104,8 @@ def prepare_teacher(
                 train,
                 epochs=config.teacher_epochs,
                 learning_rate=config.teacher_learning_rate,
+                lr_schedule=config.teacher_lr_schedule,
+                warmup_ratio=config.teacher_warmup_ratio,
                 batch_size=config.teacher_batch_size,
                 prompt_weight=config.teacher_prompt_weight,
                 seed=config.teacher_seed,
@@ -121,6 +125,8 @@ def fine_tune(
     *,
     epochs: int,
     learning_rate: float,
+    lr_schedule: str,
+    warmup_ratio: float,
     batch_size: int,
     prompt_weight: float,
     seed: int,
@@ -128,7 +134,7 @@ def fine_tune(
     device: torch.device,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> list[dict[str, float]]:
-    """Train a model on text: AdamW, 5 % linear warm-up, then linearly to 0, clipping at 1.0.
+    """Train a model on text: AdamW, a schedule of `schedules.learning_rate`, clipping at 1.0.
 
     The loss is the task loss on the answers plus `prompt_weight` times the next-token loss over
     prompt and answer, since a model with random weights must learn to read the prompts too.
@@ -145,11 +151,7 @@ def fine_tune(
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, weight_decay=0.01, fused=True
     )
-    warmup = max(len(plan) // 20, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, (len(plan) - step) / max(len(plan) - warmup, 1)),
-    )
+    schedule = schedules.learning_rate(optimizer, lr_schedule, len(plan), warmup_ratio)
     means = [meter.Mean() for _ in range(epochs)]
     model.train()
     for step, (epoch, indices) in enumerate(progress(plan)):

@@ -303,11 +303,12 @@ def test_how_many_layers_are_paired_counts_where_they_are_not_named():
             assert ("paired_layers" not in config.without_effect) == counts
 
 
-def test_the_untrained_student_has_one_row():
-    untrained, attention = (
-        TrialConfig(**{**DEFAULTS, "distill_type": name}) for name in ("untrained", "attention")
-    )
-    assert list(untrained.epoch_numbers) == [0] and list(attention.epoch_numbers) == [1, 2, 3]
+def test_the_untrained_student_alone_is_not_trained():
+    trains = {name: TrialConfig(**{**DEFAULTS, "distill_type": name}).trains for name in METHODS}
+    assert not trains.pop("untrained") and all(trains.values())
+    untrained = TrialConfig(**{**DEFAULTS, "distill_type": "untrained"})
+    schedule = {"lr_schedule", "warmup_ratio", "average_last", "evaluations"}
+    assert schedule <= untrained.without_effect
 
 
 @pytest.mark.parametrize(

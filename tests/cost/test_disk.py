@@ -11,6 +11,7 @@ from tiny import example_rows, tiny_llama
 from kd_utils.cache import writer
 from kd_utils.cost import disk
 from kd_utils.cost.shapes import shape_of
+from kd_utils.distill import schedules
 from kd_utils.distill.terms.hidden import make_projector
 from kd_utils.models import signal_kinds
 from kd_utils.records.checkpoint import Checkpoint
@@ -78,7 +79,10 @@ def test_a_saved_state_and_a_saved_model_have_the_estimated_size(tmp_path):
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     modules = {"student": student, "teacher_terms": projector}
-    Checkpoint(tmp_path / "state" / "t.json", {}, modules, optimizer).save_if_due(1, {})
+    schedule = schedules.learning_rate(optimizer, "constant", 1, 0.0)
+    average = schedules.Average(parameters, 1, 0.0)
+    path = tmp_path / "state" / "t.json"
+    Checkpoint(path, {}, modules, optimizer, schedule, average).save_if_due(1, {})
     trained = sum(parameter.numel() for parameter in parameters)
     # The names of the tensors take a part, which a real model's weights make small.
     assert disk.STATE_BYTES * trained == pytest.approx(bytes_of(tmp_path / "state"), rel=0.05)

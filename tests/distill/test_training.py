@@ -13,12 +13,13 @@ from tiny import all_terms, example_rows, late_copy, tiny_llama
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
 from kd_utils.distill.meter import Mean, Meter
+from kd_utils.distill.schedules import stretches
 from kd_utils.distill.terms.hidden import make_projector
 from kd_utils.distill.training import (
     gradient_shares,
     loss_terms,
     seed_step,
-    validation_losses,
+    split_losses,
     weighted_sum,
 )
 from kd_utils.models.devices import autocast
@@ -212,7 +213,8 @@ def test_validation_losses_do_not_depend_on_batches():
             for i in range(0, 5, size)
         ]
         results.append(
-            validation_losses(
+            split_losses(
+                "validation",
                 student,
                 chunks,
                 partial(forward_signals, student, map_layers=[2]),
@@ -229,6 +231,13 @@ def test_validation_losses_do_not_depend_on_batches():
     for other in results[1:]:
         assert other == pytest.approx(results[0], rel=1e-4)
     assert results[0]["validation_loss"] == results[0]["validation_loss/task"]
+    signals_of = partial(forward_signals, student, map_layers=[2])
+    held_out = split_losses("held_out", student, chunks, signals_of, terms_of, teachers)
+    assert held_out == {
+        key.replace("validation", "held_out"): value
+        for key, value in results[-1].items()
+        if "accuracy" not in key
+    }
 
 
 def test_mean_weighs_by_counts_and_adds_up_parts():
@@ -331,9 +340,11 @@ NAN, INF, ONE = (torch.tensor(value) for value in (float("nan"), float("inf"), 1
         (NAN, {"task": ONE}, "gradient norm nan, task loss 1"),
     ],
 )
-def test_a_step_that_is_not_finite_stops_at_the_next_step_or_at_the_epochs_end(norm, terms, shown):
+def test_a_step_that_is_not_finite_stops_at_the_next_step_or_at_the_stretchs_end(
+    norm, terms, shown
+):
     for stops in (lambda meter: meter.stop_training(), lambda meter: meter.step(ONE, {})):
-        meter = Meter(None, datetime.now(UTC))
+        meter = Meter(None, [], datetime.now(UTC))
         for _ in range(5):
             meter.step(ONE, {"task": ONE})
         meter.step(norm, terms)  # not looked at yet: a GPU is not waited for
@@ -345,14 +356,14 @@ def test_a_step_that_is_not_finite_stops_at_the_next_step_or_at_the_epochs_end(n
 
 def test_a_steps_numbers_are_read_when_the_gpu_has_copied_them(monkeypatch):
     monkeypatch.setattr("kd_utils.distill.meter.HostCopy", late_copy())
-    meter = Meter(None, datetime.now(UTC))
+    meter = Meter(None, [], datetime.now(UTC))
     meter.step(ONE, {"task": ONE * torch.inf})
     with pytest.raises(FloatingPointError, match="at step 0: gradient norm 1, task loss inf; "):
         meter.stop_training()
 
 
 def test_finite_steps_go_on_and_hold_no_graph():
-    meter = Meter(None, datetime.now(UTC))
+    meter = Meter(None, [], datetime.now(UTC))
     meter.stop_training()
     weight = torch.ones(2, requires_grad=True)
     for _ in range(3):
@@ -361,34 +372,57 @@ def test_finite_steps_go_on_and_hold_no_graph():
     assert not any(value.requires_grad for value in meter._last_step.result().values())
 
 
-def test_an_epoch_that_was_left_in_its_middle_is_not_counted():
-    """By a meter whose first epoch was kept; the second is interrupted."""
+def test_a_stretch_that_was_left_in_its_middle_is_not_counted():
+    """By a meter whose first stretch was kept; the second is interrupted."""
     config = notebook_config("03_train_student", {"epochs": 3})
     kept = {}
-    meter = Meter(config, datetime.now(UTC), lambda: kept.get("state"))
+    parts = [range(4), range(4, 9), range(9, 10)]
 
-    def steps(count):
-        for _ in range(count):
-            meter.step(ONE, {"task": ONE})
-        meter.stop_training()
+    def made():
+        return Meter(config, parts, datetime.now(UTC), lambda: kept.get("state"))
 
-    def train(interrupted=0):
-        for epoch in meter.epochs():
-            if epoch == interrupted:
-                meter.step(INF, {"task": ONE})
-                return
-            steps(5)
-            meter.end_epoch(epoch, {})
+    meter = made()
+
+    def train(interrupted=None):
+        for stretch in meter.stretches():
+            for _ in stretch:
+                if stretch == interrupted:
+                    meter.step(INF, {"task": ONE})
+                    return
+                meter.step(ONE, {"task": ONE})
+            meter.stop_training()
+            meter.end_stretch({})
             kept.setdefault("state", json.loads(json.dumps(meter.state())))
 
-    train(interrupted=1)
-    with pytest.raises(ValueError, match="^epoch 1 was left in its middle, and no state before it"):
+    train(interrupted=parts[0])
+    with pytest.raises(ValueError, match="^steps 1 to 4 were left in their middle, and no state"):
         train()
-    meter = Meter(config, datetime.now(UTC), lambda: kept.get("state"))
-    train(interrupted=2)
-    assert meter.global_step == 6 and meter.resumed_after is None
+    meter = made()
+    train(interrupted=parts[1])
+    assert meter.global_step == 5 and meter.resumed_after is None
     train()
-    assert [row["epoch"] for row in meter.rows] == [1, 2, 3]
-    assert meter.global_step == 15 and meter.resumed_after == 1
+    assert [(row["step"], row["epoch"]) for row in meter.rows] == [(4, 1.2), (9, 2.7), (10, 3)]
+    assert meter.global_step == 10 and meter.resumed_after == 1.2
     train()  # nothing is left to do
-    assert meter.global_step == 15
+    assert meter.global_step == 10
+
+
+@pytest.mark.parametrize(("method", "steps"), [("black_box", 10), ("untrained", 0)])
+def test_validation_rows_are_measured_after_the_last_step_alone(method, steps):
+    config = notebook_config("03_train_student", {"epochs": 2, "distill_type": method})
+    meter = Meter(config, stretches(steps, 2), datetime.now(UTC))
+    seen = {}
+    for stretch in meter.stretches():
+        for _ in stretch:
+            meter.step(ONE, {"task": ONE})
+        meter.stop_training()
+        seen[stretch.stop] = meter.splits
+        losses = {f"{split}_loss": 0.5 for split in meter.splits}
+        meter.end_stretch(losses | {f"{split}_accuracy": 0.25 for split in meter.splits})
+        assert (
+            f"epoch {2 * stretch.stop / (steps or 1):g} of {2 if steps else 0} | " in meter.line()
+        )
+    assert seen.pop(steps) == ("held_out", "validation")
+    assert set(seen) == ({5, 9} if steps else set()) and set(seen.values()) <= {("held_out",)}
+    assert "held-out loss 0.500, accuracy 25.0 % | validation loss 0.500" in meter.line()
+    assert meter.line().endswith(" 0 s left")

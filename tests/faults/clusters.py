@@ -54,7 +54,7 @@ if (fault := artifacts / f"fault-{trial}").exists():
 rows = [{"epoch": epoch, "train_loss": 1.0, "validation_loss": 1 / epoch, "seconds": 0.1,
          "validation_accuracy": 0.5, "validation_accuracy/sst2": 0.5} for epoch in range(1, config.epochs + 1)]
 for row in rows:
-    records.report_epoch(row)
+    records.report_row(row)
 manifest = next(artifacts.glob(f"cache/{config.name}-*/manifest.json"))
 metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), **environment(),
            "code": code, "tokenizer": "t",

@@ -19,9 +19,9 @@ def epoch(number: int, **terms: float) -> dict:
         "epoch": number,
         "train_loss": 1.0,
         **{f"train_loss/{term}": value / number for term, value in terms.items()},
-        "validation_loss": 0.4,
-        "validation_loss/kd": 0.7,
-        **{f"validation_accuracy{task}": value for task, value in accuracy.items()},
+        "held_out_loss": 0.4,
+        "held_out_loss/kd": 0.7,
+        **{f"held_out_accuracy{task}": value for task, value in accuracy.items()},
         "tok_per_sec": 19000.0,
     }
 
@@ -39,14 +39,14 @@ def test_a_line_per_term_of_the_trial_and_per_task():
         "task": [1.0, 0.5],
         "kd": [2.0, 1.0],
         "new": [3.0, 1.5],
-        "task, validation": [0.4, 0.4],
+        "task, held out": [0.4, 0.4],
         "sst2": [10.0, 20.0],
         "gsm8k": [30.0, 30.0],
     }
 
 
 def test_an_untrained_student_has_one_point_per_line():
-    assert list(lines(trial_curves([epoch(0)]))) == ["task, validation", "sst2", "gsm8k"]
+    assert list(lines(trial_curves([epoch(0)]))) == ["task, held out", "sst2", "gsm8k"]
 
 
 def test_the_picture_for_a_record_is_small():

@@ -86,7 +86,7 @@ def step(device, precision, *, micro=2, context=nullcontext):
     optimizer = torch.optim.SGD(parameters, lr=1.0)  # its step is the gradient, unlike AdamW's
     total = torch.zeros((), device=device)
     before = [parameter.detach().clone() for parameter in parameters]
-    measure = Meter(None, datetime.now(UTC))
+    measure = Meter(None, [], datetime.now(UTC))
     forward_signals(student, before[0].new_ones(1, 3).long(), map_layers=[2])  # tries its maps
     with context():
         seed_step(0, 0)

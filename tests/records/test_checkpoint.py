@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_llama
 
+from kd_utils.distill import schedules
 from kd_utils.distill.terms.hidden import make_projector
 from kd_utils.distill.training import seed_step
 from kd_utils.records.checkpoint import Checkpoint
@@ -19,21 +20,21 @@ STEPS = 5  # of an epoch
 
 
 class Trial:
-    """A tied student with dropout, a projector, AdamW, and the losses so far."""
+    """A tied student with dropout, a projector, AdamW, a schedule, averages, the losses so far."""
 
     def __init__(self, path: Path, *, key=KEY, tied=True, initial=0):
         self.student = tiny_llama(
             vocab=31, seed=initial, tie_word_embeddings=tied, attention_dropout=0.3
         ).train()
         self.projector = make_projector(32, 16, 0)
-        self.optimizer = torch.optim.AdamW(
-            [*self.student.parameters(), *self.projector.parameters()],
-            lr=1e-2,
-            weight_decay=0.1,
-            fused=True,
-        )
+        trained = [*self.student.parameters(), *self.projector.parameters()]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1, fused=True)
+        modules = {"student": self.student, "projector": self.projector}
+        self.schedule = schedules.learning_rate(self.optimizer, "cosine", 3 * STEPS, 0.1)
+        # From the seventh step on: the first state has no averages, later ones have.
+        self.average = schedules.Average(trained, 3 * STEPS, 0.6)
         self.checkpoint = Checkpoint(
-            path, key, {"student": self.student, "projector": self.projector}, self.optimizer
+            path, key, modules, self.optimizer, self.schedule, self.average
         )
         self.losses: list[float] = []
 
@@ -45,6 +46,8 @@ class Trial:
             loss = output.loss + self.projector(output.hidden_states[-1]).square().mean()
             loss.backward()
             self.optimizer.step()
+            self.schedule.step()
+            self.average.update(step)
             self.optimizer.zero_grad(set_to_none=True)
             self.losses.append(loss.item())
 
@@ -63,6 +66,9 @@ class Trial:
             for index, values in self.optimizer.state_dict()["state"].items()
             for key, value in values.items()
         }
+        named |= {f"average.{at}": value for at, value in enumerate(self.average.values)}
+        rates = [self.schedule.get_last_lr(), [g["lr"] for g in self.optimizer.param_groups]]
+        named["rates"] = torch.tensor(rates, dtype=torch.float64)
         return {
             name: (value.dtype, value.detach().numpy().tobytes()) for name, value in named.items()
         }
@@ -80,21 +86,34 @@ def saved(path, epochs=1):
     return trial
 
 
+@pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("tied", [True, False])
-def test_going_on_gives_the_very_numbers_of_a_trial_that_was_never_stopped(tmp_path, tied):
+def test_going_on_gives_the_very_numbers_of_a_trial_that_was_never_stopped(tmp_path, tied, epochs):
     straight = Trial(tmp_path / "never.json", tied=tied)
-    straight.epoch(1)
-    straight.epoch(2)
+    for epoch in (1, 2, 3):
+        straight.epoch(epoch)
     first = Trial(tmp_path / "t.json", tied=tied)
-    first.epoch(1)
+    for epoch in range(1, epochs + 1):
+        first.epoch(epoch)
     first.save()
+    assert bool(first.average.values) == (epochs == 2)
     second = Trial(tmp_path / "t.json", tied=tied, initial=5)
     assert second.numbers() != first.numbers()
     second.losses = second.checkpoint.load()["losses"]
     assert second.numbers() == first.numbers() and second.losses == first.losses
-    second.epoch(2)
-    assert second.losses == straight.losses and len(set(straight.losses)) == 2 * STEPS
-    assert second.numbers() == straight.numbers()
+    for epoch in range(epochs + 1, 4):
+        second.epoch(epoch)
+    assert second.losses == straight.losses and len(set(straight.losses)) > 2 * STEPS
+    assert second.numbers() == straight.numbers() and second.average.values
+
+
+def test_an_interrupted_trial_goes_back_to_before_its_averages(tmp_path):
+    trial = saved(tmp_path / "t.json")
+    before = trial.numbers()
+    trial.epoch(2)
+    assert trial.average.values
+    trial.checkpoint.load()
+    assert trial.numbers() == before and not trial.average.values
 
 
 def test_without_the_moments_the_numbers_would_differ(tmp_path):
@@ -114,7 +133,7 @@ def test_a_tied_weight_is_kept_once_and_stays_tied(tmp_path):
     from safetensors import safe_open
 
     saved(tmp_path / "t.json")
-    with safe_open(tmp_path / "t-epoch1.safetensors", "pt") as file:
+    with safe_open(tmp_path / "t-step1.safetensors", "pt") as file:
         names = [name for name in file.keys() if "embed_tokens" in name or "lm_head" in name]
     assert names == ["parameter.student.model.embed_tokens.weight"]
     trial = Trial(tmp_path / "t.json", initial=5)
@@ -138,7 +157,7 @@ def test_a_state_of_something_else_is_not_read(tmp_path, key):
     assert trial.checkpoint.load() is None and trial.numbers() == before
 
 
-@pytest.mark.parametrize("name", ["t.json", "t-epoch1.safetensors"])
+@pytest.mark.parametrize("name", ["t.json", "t-step1.safetensors"])
 def test_a_damaged_state_is_not_read(tmp_path, name):
     saved(tmp_path / "t.json")
     trial = Trial(tmp_path / "t.json", initial=5)
@@ -197,12 +216,12 @@ def test_a_save_that_is_killed_before_its_last_file_leaves_the_earlier_state(tmp
     with pytest.raises(KeyboardInterrupt):
         trial.save(2)
     monkeypatch.undo()
-    assert names_in(tmp_path) == ["t-epoch1.safetensors", "t-epoch2.safetensors", "t.json"]
+    assert names_in(tmp_path) == ["t-step1.safetensors", "t-step2.safetensors", "t.json"]
     again = Trial(tmp_path / "t.json", initial=5)
     assert len(again.checkpoint.load()["losses"]) == STEPS and again.numbers() == after_one
     again.epoch(2)
     again.save(2)
-    assert names_in(tmp_path) == ["t-epoch2.safetensors", "t.json"]
+    assert names_in(tmp_path) == ["t-step2.safetensors", "t.json"]
     assert again.numbers() == trial.numbers()
 
 
@@ -241,7 +260,7 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_state_and_no_rest(
         state = again.checkpoint.load()
         assert again.numbers() == after[len(state["losses"]) // STEPS]
         again.save(3)
-        assert names_in(tmp_path) == ["t-epoch3.safetensors", "t.json"]
+        assert names_in(tmp_path) == ["t-step3.safetensors", "t.json"]
         killed_saving(trial, monkeypatch, name, nth)
         again.checkpoint.remove()
         assert not list(tmp_path.iterdir())
@@ -252,17 +271,17 @@ def test_a_save_that_is_killed_anywhere_leaves_a_whole_state_and_no_rest(
 
 def test_each_save_keeps_one_epochs_weights_and_remove_keeps_nothing(tmp_path):
     trial = saved(tmp_path / "t.json", epochs=3)
-    (tmp_path / "t2-epoch1.safetensors").touch()  # another trial's
-    assert names_in(tmp_path) == ["t-epoch3.safetensors", "t.json", "t2-epoch1.safetensors"]
+    (tmp_path / "t2-step1.safetensors").touch()  # another trial's
+    assert names_in(tmp_path) == ["t-step3.safetensors", "t.json", "t2-step1.safetensors"]
     trial.checkpoint.remove()
     trial.checkpoint.remove()
-    assert names_in(tmp_path) == ["t2-epoch1.safetensors"]
+    assert names_in(tmp_path) == ["t2-step1.safetensors"]
     assert trial.checkpoint.load() is None
 
 
 def test_nothing_is_pickled(tmp_path):
     saved(tmp_path / "t.json")
-    data = (tmp_path / "t-epoch1.safetensors").read_bytes()
+    data = (tmp_path / "t-step1.safetensors").read_bytes()
     assert data[8:10] == b'{"' and int.from_bytes(data[:8], "little") < len(data), (
         "safetensors: a length, then JSON"
     )

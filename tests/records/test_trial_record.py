@@ -21,12 +21,12 @@ def test_trial_names():
     assert trial_name("combined", 0, student="../a b") == "combined_seed0_student=..-a-b"
 
 
-def test_report_epoch_writes_lines_only_when_asked(tmp_path, monkeypatch):
+def test_report_row_writes_lines_only_when_asked(tmp_path, monkeypatch):
     monkeypatch.delenv("KD_PROGRESS", raising=False)
-    trial_record.report_epoch({"epoch": 1})
+    trial_record.report_row({"epoch": 1})
     monkeypatch.setenv("KD_PROGRESS", str(tmp_path / "p.jsonl"))
-    trial_record.report_epoch({"epoch": 1, "loss": np.float32(0.5)})
-    trial_record.report_epoch({"epoch": 2, "loss": float("nan")})
+    trial_record.report_row({"epoch": 1, "loss": np.float32(0.5)})
+    trial_record.report_row({"epoch": 2, "loss": float("nan")})
     lines = (tmp_path / "p.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [
         {"epoch": 1, "loss": 0.5},

@@ -9,7 +9,7 @@ from kd_utils.records import provenance
 from kd_utils.records.run_folder import failure_cause
 from kd_utils.sweep import display, execution, executor
 from kd_utils.sweep.display import Progress
-from kd_utils.sweep.executor import Job, Report, read_epochs, run_trials
+from kd_utils.sweep.executor import Job, Report, read_rows, run_trials
 from kd_utils.sweep.planning import Trial
 
 
@@ -51,7 +51,7 @@ def run(stub_notebooks, monkeypatch):
     return run
 
 
-EPOCH = ("epoch", {"row": {"epoch": 1, "validation_accuracy": 0.5}})
+EPOCH = ("measured", {"row": {"epoch": 1, "validation_accuracy": 0.5}})
 LOST = ("lost", {"cause": "killed, or out of memory"})
 
 
@@ -147,10 +147,10 @@ def test_a_trial_whose_files_or_code_are_others_does_not_run(stub_notebooks, mon
     assert failed.cause.startswith("the code changed (x.py) since the sweep began")
 
 
-def test_epochs_are_read_only_when_their_line_is_whole(tmp_path):
-    path = tmp_path / "epochs.jsonl"
-    assert read_epochs(path) == []
+def test_rows_are_read_only_when_their_line_is_whole(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
     path.write_text('{"epoch": 1}\n{"epo')
-    assert read_epochs(path) == [{"epoch": 1}]
+    assert read_rows(path) == [{"epoch": 1}]
     path.write_text('{"epoch": 1}\n{"epoch": 2}\n')
-    assert read_epochs(path) == [{"epoch": 1}, {"epoch": 2}]
+    assert read_rows(path) == [{"epoch": 1}, {"epoch": 2}]

@@ -90,7 +90,7 @@ def execute_trial(job, threads):
     about = {"epoch": 1, "visible": os.environ["CUDA_VISIBLE_DEVICES"], "pid": os.getpid(),
              "ray": "ray" in sys.modules, "torch": "torch" in sys.modules, "threads": threads}
     yield Report(job.name, "started")
-    yield Report(job.name, "epoch", about)
+    yield Report(job.name, "measured", about)
     exec(job.trial.parameters["do"])
     yield Report(job.name, "ended")
 """
@@ -206,7 +206,7 @@ def test_cancel_leaves_no_process_and_starts_none(run, monkeypatch):
     def interrupted():
         for report in reports():
             yield report
-            if report.kind == "epoch":
+            if report.kind == "measured":
                 time.sleep(1)  # so that its child is there
                 assert len(alive(next(iter(pool._running.values())).mark)) == 2
                 marks.extend(running.mark for running in pool._running.values())

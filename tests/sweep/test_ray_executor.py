@@ -82,9 +82,9 @@ def test_whatever_takes_a_process_or_machine_is_a_loss(run):
             [BEGIN, WorkerCrashedError()],
             [NodeDiedError("gone")],
             [BEGIN, ObjectLostError("", "", "")],
-            [BEGIN, "epoch", "ended"],
+            [BEGIN, "measured", "ended"],
         ],
-        b=[[BEGIN, "epoch", "ended"]],
+        b=[[BEGIN, "measured", "ended"]],
     )
     assert sorted(progress.done) == ["a", "b"] and progress.failed == [] and not progress.running
 

@@ -17,6 +17,8 @@ def test_fine_tuning_learns_and_repeats_itself():
             rows,
             epochs=12,
             learning_rate=1e-2,
+            lr_schedule="linear",
+            warmup_ratio=0.05,
             batch_size=2,
             prompt_weight=0.5,
             seed=0,
