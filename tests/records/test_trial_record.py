@@ -119,11 +119,11 @@ def test_a_failed_write_leaves_the_old_record_and_a_full_disk_is_named(tmp_path,
         ),
         (
             {"epochs": [{"epoch": 1}]},
-            "t/metrics.json: its final metrics are not those of its last epoch",
+            "t/metrics.json: its final metrics are not those of its last row",
         ),
         (
             {"final": {"epoch": 2}},
-            "t/metrics.json: its final metrics are not those of its last epoch",
+            "t/metrics.json: its final metrics are not those of its last row",
         ),
     ],
 )
