@@ -40,7 +40,7 @@ def trials(
     tmp_path_factory: pytest.TempPathFactory, device: torch.device
 ) -> Iterator[SimpleNamespace]:
     """Two trials side by side in a small project (`home`), while other tests compute: one is left
-    alone, the other killed after an epoch and started again. `done` waits for both.
+    alone, the other killed after a stretch and started again. `done` waits for both.
     """
     started = Trials(tmp_path_factory.mktemp("trials"), str(device))
     with ThreadPoolExecutor(2) as pool:

@@ -27,14 +27,14 @@ def left(home, run):
     return epochs, (folder / "predictions.parquet").read_bytes(), student.read_bytes(), record
 
 
-def test_a_trial_killed_after_an_epoch_resumes_to_the_same_bits(trials, device):
+def test_a_trial_killed_after_a_stretch_resumes_to_the_same_bits(trials, device):
     """With deterministic algorithms, beside another trial on the same device."""
     trials.done()
     *wanted, undisturbed = left(trials.home, "whole")
     *found, resumed = left(trials.home, "killed")
     assert found == wanted
-    assert resumed["resumed_after"] >= 1 and undisturbed["resumed_after"] is None
-    # Of the last epoch the loss is lower than of the first: something was learned.
+    assert resumed["resumed_after"] > 0 and undisturbed["resumed_after"] is None
+    # In the last stretch the loss is lower than in the first: something was learned.
     assert wanted[0][-1]["train_loss/task"] < wanted[0][0]["train_loss/task"]
     if torch.cuda.is_available():
         assert resumed["device"]["gpu"] and resumed["device"]["deterministic"]

@@ -20,7 +20,7 @@ SECONDS = 300  # for a trial of a few seconds
 
 class Trials:
     """The project, with a cache made on the device. The student drops attention weights, so that
-    random numbers count, and answers are generated after each epoch.
+    random numbers count, and answers are generated after each stretch.
 
     Args:
         home: the project's root.
@@ -44,7 +44,13 @@ class Trials:
 
     def _start(self, run: str) -> subprocess.Popen[str]:
         assert not self._stopped
-        how = {"distill_type": "combined", "epochs": 8}
+        how = {
+            "distill_type": "combined",
+            "epochs": 8,
+            "lr_schedule": "cosine",
+            "warmup_ratio": 0.2,
+            "average_last": 1.0,
+        }
         self._processes.append(start(self.home, run, how, KD_DETERMINISTIC="1"))
         return self._processes[-1]
 

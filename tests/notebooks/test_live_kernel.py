@@ -28,6 +28,7 @@ def project(tmp_path_factory):
         max_length=200,
         max_new_tokens=4,
         epochs=3,
+        evaluations=3,
     )
     project.cache()
     return project
@@ -60,7 +61,7 @@ def numbers(record):
 def test_03_records_only_what_one_whole_execution_made(project):
     trials = project.root / "runs" / "explore" / "trials"
     with lab(project, "03_train_student") as live:
-        train, write = live.number("measure.epochs()"), live.number("write_record(")
+        train, write = live.number("measure.stretches()"), live.number("write_record(")
         assert live.run() == ""
         first = read_record(trials / "black_box_seed0")
         # Another seed, and some cells again: seed 0's student would stand under seed 1's name.
@@ -89,10 +90,10 @@ def test_03_records_only_what_one_whole_execution_made(project):
     assert read_record(trials / "black_box_seed0") == first
 
 
-def test_03_interrupted_inside_an_epoch_goes_back_to_the_last_whole_one(project):
+def test_03_interrupted_inside_a_stretch_goes_back_to_the_last_whole_one(project):
     small_batches = {"batch_size": 1, "micro_batch_size": 1}
     with lab(project, "03_train_student", run_dir="runs/broken", **small_batches) as live:
-        train = live.number("measure.epochs()")
+        train = live.number("measure.stretches()")
         assert live.run(last=train - 1) == ""
         shown, error = live.cell(train, interrupt_at="epoch 1 of 3")
         assert error.startswith("KeyboardInterrupt") and "epoch 2 of 3" not in shown
@@ -100,15 +101,15 @@ def test_03_interrupted_inside_an_epoch_goes_back_to_the_last_whole_one(project)
         assert not error and shown.startswith("epoch 2 of 3")
         assert live.run(train + 1) == ""
         broken = read_record(project.root / "runs/broken/trials/black_box_seed0")
-        # Nothing is kept before the first epoch's end, or where states are kept less often.
+        # Nothing is kept before the first stretch's end, or where states are kept less often.
         change(live, run_dir="runs/whole", checkpoint_seconds=3600)
         assert live.run(live.number("from_notebook") + 1, train - 1) == ""
         assert live.cell(train, interrupt_at="epoch 1 of 3")[1].startswith("KeyboardInterrupt")
-        assert "epoch 2 was left in its middle, and no state before it" in live.cell(train)[1]
+        assert "steps 40 to 78 were left in their middle, and no state" in live.cell(train)[1]
         assert live.run(live.number("from_notebook")) == ""
     whole = read_record(project.root / "runs/whole/trials/black_box_seed0")
     assert whole["resumed_after"] is None and broken["resumed_after"] == 1
-    assert numbers(whole) == numbers(broken) and len(numbers(whole)) == 3
+    assert numbers(whole) == numbers(broken) and len(numbers(whole)) == 4
 
 
 def test_04_writes_a_runs_verdict_into_that_run_alone(project):

@@ -190,7 +190,7 @@ def test_trials_of_one_seed_are_paired(home):
     )
     assert set(records[0]["epochs"][0]) - set(records[1]["epochs"][0]) == {
         "train_loss/attention",
-        "validation_loss/attention",
+        "held_out_loss/attention",
         "grad_share/attention",
         "weight/attention",
     }

@@ -20,8 +20,8 @@ def cells(stem):
 
 
 def loop():
-    """The loop over epochs, and the source of its cell."""
-    [cell] = [cell for cell in cells("03_train_student")["code"] if "for epoch in" in cell]
+    """The loop over stretches of steps, and the source of its cell."""
+    [cell] = [cell for cell in cells("03_train_student")["code"] if "for stretch in" in cell]
     guard, tree = ast.parse(cell).body
     assert ast.unparse(guard) == "config.require_unbroken()"
     return tree, cell
@@ -31,7 +31,7 @@ def loop():
 WRITES = {
     "01_prepare_data": ["save_prepared("],
     "02_cache_teacher": ["prepare_teacher(", "assemble_cache(", "verification.verify("],
-    "03_train_student": ["measure.epochs()", "write_record("],
+    "03_train_student": ["measure.stretches()", "write_record("],
     "04_analyse_results": ["written_aside("],
 }
 
@@ -89,7 +89,7 @@ def test_lines_fit_and_cells_are_short(stem):
     assert max(map(len, lines)) <= 100
     for cell in code:
         is_figure = "alt." in cell
-        is_loop = stem.startswith("03") and "for epoch in" in cell
+        is_loop = stem.startswith("03") and "for stretch in" in cell
         assert is_figure or is_loop or len(cell.splitlines()) <= 12, cell
 
 
@@ -104,7 +104,7 @@ def test_nothing_is_defined_in_a_cell_of_03_and_its_imports_name_modules():
 
 def test_each_part_of_a_step_is_one_visible_line():
     tree, cell = loop()
-    assert isinstance(tree, ast.For) and len(cell.splitlines()) <= 24
+    assert isinstance(tree, ast.For) and len(cell.splitlines()) <= 26
     wanted = {
         "for batch in": ast.For,
         "student_signals = signals_of(batch": ast.Assign,
@@ -113,6 +113,7 @@ def test_each_part_of_a_step_is_one_visible_line():
         "loss.backward()": ast.Expr,
         "torch.nn.utils.clip_grad_norm_(parameters": ast.Assign,
         "optimizer.step()": ast.Expr,
+        "schedule.step()": ast.Expr,
         "optimizer.zero_grad(": ast.Expr,
     }
     order = []
@@ -125,7 +126,7 @@ def test_each_part_of_a_step_is_one_visible_line():
     assert [start for _, start in sorted(order)] == list(wanted)
 
 
-def test_a_line_is_printed_and_told_after_each_epoch():
+def test_a_line_is_printed_and_told_after_each_stretch():
     tree, _ = loop()
     called = [ast.unparse(node.value.func) for node in tree.body if isinstance(node, ast.Expr)]
-    assert {"print", "trial_record.report_epoch"} <= set(called)
+    assert {"print", "trial_record.report_row"} <= set(called)
