@@ -152,6 +152,18 @@ def test_learning_curves_and_their_spread():
     assert set(swept["setting"]) == {"temperature=2"}
 
 
+def test_curves_are_of_held_out_rows_and_in_older_records_of_validation_rows():
+    older = tables.learning_curves([record("black_box", 0, [2.0, 1.0])])
+    assert tables.while_training(older, "loss") == "validation_loss"
+    newer = record("black_box", 0, [2.0, 1.0])
+    for row in newer["epochs"]:
+        row["held_out_loss"] = row["validation_loss"]
+    del newer["epochs"][0]["validation_loss"]
+    curves = tables.learning_curves([newer])
+    assert tables.while_training(curves, "loss") == "held_out_loss"
+    assert tables.curve_spread(curves, "held_out_loss")["mean"].tolist() == [2.0, 1.0]
+
+
 def test_the_untrained_student_has_no_curve():
     untrained = record("untrained", 0, [1.0])
     untrained["epochs"][0]["epoch"] = 0

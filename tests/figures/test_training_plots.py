@@ -1,5 +1,7 @@
 """The figure of one trial: a line per loss term and per task, and a picture that is small."""
 
+import pandas as pd
+import pytest
 from test_result_plots import rows_of
 
 from kd_utils.figures import plots
@@ -47,6 +49,15 @@ def test_a_line_per_term_of_the_trial_and_per_task():
 
 def test_an_untrained_student_has_one_point_per_line():
     assert list(lines(trial_curves([epoch(0)]))) == ["task, held out", "sst2", "gsm8k"]
+
+
+@pytest.mark.parametrize(
+    ("seen", "labelled"),
+    [([1, 2, 3], [1, 2, 3]), ([0.3, 0.9, 1.8, 2.7, 3.0], [1, 2, 3]), ([0.1, 0.9, 1.0], None)],
+)
+def test_whole_epochs_are_labelled_where_parts_of_them_are_drawn(seen, labelled):
+    axis = plots.epoch_axis(pd.Series(seen)).to_dict()["axis"]
+    assert axis.get("values") == labelled and ("tickCount" in axis) == (labelled is None)
 
 
 def test_the_picture_for_a_record_is_small():

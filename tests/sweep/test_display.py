@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from kd_utils.sweep.display import print_plainly
+from kd_utils.sweep.display import Progress, print_plainly
 
 ENDINGS = [
     {"PYTHONIOENCODING": "ascii"},
@@ -36,6 +36,19 @@ def test_utf_8_is_left_as_it_is():
     print_plainly(stream)
     print("\u00b1", file=stream, end="", flush=True)
     assert stream.buffer.getvalue().decode() == "\u00b1"
+
+
+def test_a_trials_place_is_a_part_of_its_epochs_and_its_accuracy_that_of_the_rows_read(capsys):
+    progress = Progress({"a": 3, "b": 1})
+    progress.reported("a", {"epoch": 2.7, "held_out_accuracy": 0.5})
+    assert "a: epoch 2.7/3, held-out accuracy 50.0 %" in capsys.readouterr().err
+    progress.began -= 270  # for 2.7 of 4 epochs
+    assert progress.summary().endswith("about 0:02:10 left")
+    progress.reported("a", {"epoch": 3.0, "held_out_accuracy": 0.5, "validation_accuracy": 0.25})
+    progress.finished("a")
+    said = capsys.readouterr().err
+    assert "a: epoch 3/3, validation accuracy 25.0 %" in said
+    assert "a: done, validation accuracy 25.0 %" in said
 
 
 @pytest.mark.parametrize("variables", ENDINGS, ids=lambda variables: next(iter(variables)))
