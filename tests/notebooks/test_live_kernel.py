@@ -105,7 +105,7 @@ def test_03_interrupted_inside_a_stretch_goes_back_to_the_last_whole_one(project
         change(live, run_dir="runs/whole", checkpoint_seconds=3600)
         assert live.run(live.number("from_notebook") + 1, train - 1) == ""
         assert live.cell(train, interrupt_at="epoch 1 of 3")[1].startswith("KeyboardInterrupt")
-        assert "steps 40 to 78 were left in their middle, and no state" in live.cell(train)[1]
+        assert "steps 38 to 74 were left in their middle, and no state" in live.cell(train)[1]
         assert live.run(live.number("from_notebook")) == ""
     whole = read_record(project.root / "runs/whole/trials/black_box_seed0")
     assert whole["resumed_after"] is None and broken["resumed_after"] == 1
