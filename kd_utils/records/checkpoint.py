@@ -26,7 +26,7 @@ class Checkpoint:
             read, since the trial would not end in the same numbers.
         modules: name -> module that is trained (or saved with them, at its initial weights).
         optimizer: over parameters of these modules; schedule: of its learning rate.
-        average: has `values`, the averaged weights (`distill.schedules.Average`).
+        average: of the weights (`distill.schedules.Average`).
         every_seconds: least time from one saved state to the next (`save_if_due`).
     """
 
@@ -100,8 +100,11 @@ class Checkpoint:
                 moments.setdefault(int(index), {})[key[0]] = tensor
             elif kind == "average":
                 averaged[int(index)] = tensor
-        devices = [parameter.device for parameter in self.average.parameters]
-        self.average.values = [averaged[at].to(devices[at]) for at in range(len(averaged))]
+        # As they were first made: where a tensor lies can change the last bits of a product.
+        self.average.values = [
+            torch.empty_like(parameter).copy_(averaged[at])
+            for at, parameter in enumerate(self.average.parameters[: len(averaged)])
+        ]
         # The parameter groups have the config's values, which are in the key, but for the rate.
         groups = self.optimizer.state_dict()["param_groups"]
         self.schedule.load_state_dict(schedule)
