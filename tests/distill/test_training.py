@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tiny import all_terms, example_rows, late_copy, tiny_llama
 
 from kd_utils.config.parameter_files import notebook_config
-from kd_utils.distill.batches import collate, epoch_batches, prefetched, split_batch
+from kd_utils.distill.batches import TrialData, collate, epoch_batches, prefetched, split_batch
 from kd_utils.distill.meter import Mean, Meter
 from kd_utils.distill.schedules import stretches
 from kd_utils.distill.terms.hidden import make_projector
@@ -163,6 +164,31 @@ def test_epochs_are_permutations_fixed_by_seed_and_epoch():
     assert sorted(i for batch in one for i in batch) == list(range(203)) and max(map(len, one)) == 8
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in one)
     assert padded < 1.15 * sum(lengths)  # buckets: little padding
+
+
+def test_a_stretch_begins_and_ends_inside_an_epoch_and_changes_no_order():
+    rows = example_rows(np.random.default_rng(0).integers(5, 30, 21).tolist())
+    values = {"distill_type": "task_only", "epochs": 3, "batch_size": 4, "micro_batch_size": 3}
+    config = notebook_config("03_train_student", values)
+    cache = SimpleNamespace(splits={"train": [row.example_id for row in rows]})
+    prepared = SimpleNamespace(tables={})
+    data = TrialData(prepared, {"train": rows}, [cache], config, torch.device("cpu"))
+    by_length = sorted(rows, key=lambda row: (len(row.tokens), row.example_id))
+    lengths = [len(row.tokens) for row in by_length]
+    wanted = [
+        [len(by_length[i].tokens) for i in batch]
+        for epoch in (1, 2, 3)
+        for batch in epoch_batches(lengths, 4, config.seed, epoch)
+    ]
+    assert data.total_steps == len(wanted) == 18
+    for cuts in ([0, 18], [0, 5, 6, 11, 18], range(19)):
+        found = [
+            [length for part in parts for length in part.lengths]
+            for stretch in (range(*pair) for pair in zip(cuts, cuts[1:]))
+            for parts in data.steps(stretch)
+        ]
+        assert found == wanted
+    assert list(data.steps(range(0))) == []
 
 
 def test_dropout_is_the_same_whatever_was_drawn_before():

@@ -15,6 +15,14 @@ from kd_utils.records.trial_record import read_record
 
 TIMES = ("seconds", "tok_per_sec")
 AT_THE_END = ("validation_", "token_accuracy", "calibration_error")
+#: Means over a stretch.
+TRAINED = (
+    "train_loss",
+    "train_loss/task",
+    "train_loss/kd",
+    "train_loss/hidden",
+    "train_loss/attention",
+)
 PARAMETERS = {
     "train_rows": "sst2:16 gsm8k:8",
     "validation_rows": "sst2:8 gsm8k:4",
@@ -39,10 +47,11 @@ def scrambled(tables):
     return {**tables, "validation": table.assign(**answers.fillna(last))}
 
 
-def run(project, stem):
+def run(project, stem, **changes):
     """The notebook's cells in this process, which spares the start of a kernel."""
     known = notebook_defaults(stem).keys()
-    given = {key: value for key, value in project.parameters.items() if key in known}
+    values = project.parameters | changes
+    given = {key: value for key, value in values.items() if key in known}
     namespace = {"display": lambda shown: None}
     for cell in json.loads(notebook_path(stem).read_text())["cells"]:
         if cell["cell_type"] == "code":
@@ -93,8 +102,8 @@ def test_the_teacher_and_its_signals_are_the_same(both):
 
 
 def test_the_student_and_all_that_was_measured_while_it_trained_are_the_same(both):
-    assert weights(both[0], "students/**/model.safetensors") == weights(
-        both[1], "students/**/model.safetensors"
+    assert weights(both[0], "students/run*/*/model.safetensors") == weights(
+        both[1], "students/run*/*/model.safetensors"
     )
     found = [
         [{key: value for key, value in row.items() if key not in TIMES} for row in rows(project)]
@@ -115,3 +124,16 @@ def test_validation_rows_are_measured_in_the_last_row_alone(both):
     assert "calibration_error/sst2" in last and last["epoch"] == PARAMETERS["epochs"]
     assert last["validation_loss"] != rows(both[1])[-1]["validation_loss"]
     assert [round(row["learning_rate"], 9) for row in [*before, last]][-1] == 0.0
+
+
+def test_how_often_a_student_is_measured_changes_no_weight(both):
+    project = both[0]
+    run(project, "03_train_student", run_dir=str(project.root / "seldom"), evaluations=1)
+    record = read_record(project.root / "seldom" / "trials" / "combined_seed0")
+    assert [row["step"] for row in record["epochs"]] == [10, 12]
+    of_both = [
+        weights(project, f"students/{name}*/*/model.safetensors") for name in ("run", "seldom")
+    ]
+    assert of_both[0] == of_both[1]
+    often, seldom = rows(project)[-1], record["final"]
+    assert {k for k in often if often[k] != seldom.get(k)} <= {*TIMES, *TRAINED}
