@@ -7,6 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tiny import all_terms, example_rows, late_copy, tiny_llama
@@ -171,7 +172,8 @@ def test_a_stretch_begins_and_ends_inside_an_epoch_and_changes_no_order():
     values = {"distill_type": "task_only", "epochs": 3, "batch_size": 4, "micro_batch_size": 3}
     config = notebook_config("03_train_student", values)
     cache = SimpleNamespace(splits={"train": [row.example_id for row in rows]})
-    prepared = SimpleNamespace(tables={})
+    table = pd.DataFrame({"example_id": cache.splits["train"], "labelled": True})
+    prepared = SimpleNamespace(train=table, tables={"train": table})
     data = TrialData(prepared, {"train": rows}, [cache], config, torch.device("cpu"))
     by_length = sorted(rows, key=lambda row: (len(row.tokens), row.example_id))
     lengths = [len(row.tokens) for row in by_length]

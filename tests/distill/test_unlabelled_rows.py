@@ -78,22 +78,21 @@ def trial(project, **values):
     data = batches.TrialData(prepared, encoded, caches, config, CPU)
     needed, losses, seen = teacher_terms.layers_needed(teachers), [], []
     optimizer = torch.optim.SGD([*model.parameters(), *teachers.parameters()], lr=0.1)
-    for epoch in config.epoch_numbers:
-        for parts in data.steps(epoch):
-            for batch in parts:
-                taken = signals.forward_signals(model, batch.input_ids, **needed)
-                terms = training.loss_terms(
-                    taken,
-                    output_head(model),
-                    batch=batch,
-                    terms=tuple(config.weights),
-                    teachers=teachers,
-                )
-                training.weighted_sum(terms, config.weights).backward()
-                losses.append({name: value.item() for name, value in terms.items()})
-                seen.append(batch)
-            optimizer.step()
-            optimizer.zero_grad()
+    for parts in data.steps(range(data.total_steps)):
+        for batch in parts:
+            taken = signals.forward_signals(model, batch.input_ids, **needed)
+            terms = training.loss_terms(
+                taken,
+                output_head(model),
+                batch=batch,
+                terms=tuple(config.weights),
+                teachers=teachers,
+            )
+            training.weighted_sum(terms, config.weights).backward()
+            losses.append({name: value.item() for name, value in terms.items()})
+            seen.append(batch)
+        optimizer.step()
+        optimizer.zero_grad()
     return losses, seen
 
 
@@ -215,13 +214,13 @@ def test_a_batch_without_any_answer_is_0_and_counts_in_no_mean():
     assert loss.item() == 0
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
     config = notebook_config("03_train_student", {"epochs": 1})
-    measure = Meter(config, pd.Timestamp.now("UTC").to_pydatetime())
-    [epoch] = [measure.epochs().__next__()]
+    measure = Meter(config, [range(2)], pd.Timestamp.now("UTC").to_pydatetime())
+    next(measure.stretches())
     other = batches.collate(cached([9, 7]))
     for each, value in ((batch, 0.0), (other, 3.0)):
         terms = {"task": torch.tensor(value), "kd": torch.tensor(1.0)}
         measure.add(each, terms["task"] + terms["kd"], terms, parts=1)
     measure.stop_training()
-    row = measure.end_epoch(epoch, {})
+    row = measure.end_stretch({})
     assert row["train_loss/task"] == 3.0 and row["train_loss/kd"] == 1.0
     assert row["train_loss"] == 2.5
