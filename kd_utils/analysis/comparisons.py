@@ -29,8 +29,12 @@ from kd_utils.data.tasks import TASKS
 
 BASELINE = "black_box"
 
-#: The methods with the terms of black box and more.
-WHITE_BOX = tuple(name for name in METHODS if METHODS[name].keys() > METHODS[BASELINE].keys())
+#: The distillations with the terms of black box and more.
+WHITE_BOX = tuple(
+    name
+    for name, method in METHODS.items()
+    if method.kind == "distillation" and method.terms.keys() > METHODS[BASELINE].terms.keys()
+)
 
 #: Question -> its family: pairs of a method and its baseline.
 QUESTIONS = {

@@ -1,4 +1,4 @@
-"""The parameters of one trial, and the table of methods: which terms each method's loss has."""
+"""The parameters of one trial, and the table of methods: the terms of each method's loss."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
@@ -8,32 +8,57 @@ from pydantic import AfterValidator, Field, model_validator
 from kd_utils.config import fields, project_paths
 from kd_utils.config.base import Config
 
-#: Method -> {term of its loss: the parameter that weighs the term}. The first three are
-#: references without a teacher's signals: the student as it is, trained on the labels alone, and
-#: trained on the labels and, for rows without one, on the teacher's answers.
-METHODS: dict[str, dict[str, str]] = {
-    "untrained": {"task": "alpha"},
-    "task_only": {"task": "alpha"},
-    "teacher_answers": {"task": "alpha"},
-    "black_box": {"task": "alpha", "kd": "beta"},
-    "hidden_state": {"task": "alpha", "kd": "beta", "hidden": "gamma_hidden"},
-    "attention": {"task": "alpha", "kd": "beta", "attention": "gamma_attention"},
-    "combined": {
-        "task": "alpha",
-        "kd": "beta",
-        "hidden": "gamma_hidden",
-        "attention": "gamma_attention",
-    },
+
+class Method(NamedTuple):
+    """A row of the table of methods.
+
+    Attributes:
+        terms: term of the loss -> the parameter that weighs the term.
+        kind: a "reference" learns from answers alone; a "control" has a distillation's form without
+            what the teacher knows of the row; a "distillation" has a teacher's signals of the row.
+        answers: of training rows that L_task counts: "gold" (rows with a label alone), "teacher"
+            (the teacher's answer where there is no label), or "chosen" (the parameter `answers`).
+        signals: which row's signals of the teacher a batch has: each row's "own", those of an
+            "other" row (`data.other_rows`), or "none".
+    """
+
+    terms: dict[str, str]
+    kind: Literal["reference", "control", "distillation"] = "distillation"
+    answers: Literal["gold", "teacher", "chosen"] = "chosen"
+    signals: Literal["own", "other", "none"] = "own"
+
+
+_TASK = {"task": "alpha"}
+_LOGITS = {**_TASK, "kd": "beta"}
+_HIDDEN, _MAPS = {"hidden": "gamma_hidden"}, {"attention": "gamma_attention"}
+
+#: `untrained` is the student as it is: it has a loss to report, and no training.
+METHODS: dict[str, Method] = {
+    "untrained": Method(_TASK, "reference", answers="gold", signals="none"),
+    "task_only": Method(_TASK, "reference", answers="gold", signals="none"),
+    "teacher_answers": Method(_TASK, "reference", answers="teacher", signals="none"),
+    "label_smoothing": Method({**_TASK, "smoothing": "beta"}, "control", signals="none"),
+    "shuffled": Method({**_LOGITS, **_HIDDEN, **_MAPS}, "control", signals="other"),
+    "black_box": Method(_LOGITS),
+    "hidden_state": Method({**_LOGITS, **_HIDDEN}),
+    "attention": Method({**_LOGITS, **_MAPS}),
+    "combined": Method({**_LOGITS, **_HIDDEN, **_MAPS}),
 }
 
-DISTILLATIONS = tuple(method for method, terms in METHODS.items() if len(terms) > 1)
+DISTILLATIONS = tuple(name for name, method in METHODS.items() if method.kind == "distillation")
 
-#: Further users of a parameter, beside the terms: any term that reads a teacher; the training.
-TEACHER, TRAINING = "any teacher", "any training"
+#: Further users of a parameter, beside the terms: any term that reads a teacher; the training; a
+#: method whose answers are chosen; any term that may have a share of the gradient, and the terms of
+#: a trial whose weights are set by shares.
+TEACHER, TRAINING, CHOICE = "any teacher", "any training", "chosen answers"
+ANY_SHARE, SHARES = "any share", "weights by shares"
 
 
 class UsedBy(NamedTuple):
-    """Marks a parameter that has no effect unless the method has this term."""
+    """Marks a parameter that has no effect unless the method has this term, or the trial this user.
+
+    A parameter with several marks needs them all.
+    """
 
     user: str
 
@@ -63,7 +88,7 @@ class TrialConfig(Config):
     student: fields.Place = "artifacts/embedded/toy/student"
     student_init: Literal["pretrained", "layers", "random"] = "pretrained"
     student_layers: fields.PositiveInt = 2
-    answers: Annotated[Literal["gold", "teacher"], UsedBy(TEACHER)] = "teacher"
+    answers: Annotated[Literal["gold", "teacher"], UsedBy(CHOICE)] = "teacher"
     teacher: fields.Place = "artifacts/embedded/toy/teacher"
     more_teachers: Annotated[fields.MoreTeachers, UsedBy(TEACHER)] = ""
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
@@ -71,6 +96,9 @@ class TrialConfig(Config):
     beta: fields.Weight = 0.5
     gamma_hidden: fields.Weight = 0.1
     gamma_attention: fields.Weight = 0.1
+    weighting: Annotated[Literal["fixed", "share"], UsedBy(ANY_SHARE)] = "fixed"
+    hidden_share: Annotated[fields.Share, UsedBy("hidden"), UsedBy(SHARES)] = 0.1
+    attention_share: Annotated[fields.Share, UsedBy("attention"), UsedBy(SHARES)] = 0.1
     temperature: Annotated[fields.PositiveFloat, UsedBy("kd")] = 2.0
     logit_loss: Annotated[Literal["kl", "uld"], UsedBy("kd")] = "kl"
     distill_tokens: Annotated[Literal["all", "answer"], UsedBy(TEACHER)] = "all"
@@ -102,6 +130,14 @@ class TrialConfig(Config):
     def _consistent(self) -> Self:
         if not any(self.weights.values()):
             raise ValueError("every weight of the loss is 0: set alpha, beta or a gamma above 0")
+        if sum(self.shares.values()) >= 1 or not any(
+            weight for term, weight in self.weights.items() if term not in self.shares
+        ):
+            named = ", ".join(f"{term}_share = {share:g}" for term, share in self.shares.items())
+            raise ValueError(
+                f"weighting 'share' with {named} leaves nothing to the terms of a fixed weight: "
+                "keep the sum of the shares below 1, and alpha or beta above 0"
+            )
         if self.name in fields.teacher_weights(self.more_teachers):
             raise ValueError(
                 f"more_teachers names {self.name}, the trial's own experiment, whose teacher has "
@@ -110,25 +146,39 @@ class TrialConfig(Config):
         return self
 
     @property
+    def method(self) -> Method:
+        return METHODS[self.distill_type]
+
+    @property
     def weights(self) -> dict[str, float]:
-        """The method's terms and their weights."""
-        return {
-            term: getattr(self, parameter) for term, parameter in METHODS[self.distill_type].items()
-        }
+        """The method's terms and their weights; with `weighting` "share" until they are set."""
+        return {term: getattr(self, parameter) for term, parameter in self.method.terms.items()}
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Term -> the share of the gradient that its weight is set to give it; none where `fixed`.
+
+        A term has a share if there is a parameter `TERM_share`.
+        """
+        return self._possible_shares if self.weighting == "share" else {}
+
+    @property
+    def _possible_shares(self) -> dict[str, float]:
+        named = {term: f"{term}_share" for term in self.method.terms}
+        return {term: getattr(self, key) for term, key in named.items() if hasattr(self, key)}
 
     @property
     def distils(self) -> bool:
-        """Whether the method has a term that reads a teacher."""
-        return len(METHODS[self.distill_type]) > 1
+        """Whether the method has a term that needs a teacher's cache."""
+        return self.method.terms.keys() != {"task"}
 
     @property
     def task_answers(self) -> str:
         """What the task loss sees: the "gold" labels alone, or for rows without a label the answer
         of the "teacher".
         """
-        if self.distill_type == "teacher_answers":
-            return "teacher"
-        return self.answers if self.distils else "gold"
+        named = self.method.answers
+        return self.answers if named == "chosen" else named
 
     @property
     def teachers(self) -> dict[str, float]:
@@ -168,14 +218,17 @@ class TrialConfig(Config):
     @property
     def without_effect(self) -> set[str]:
         """Parameters that this method does not use; trials that differ in them alone are equal."""
-        terms = METHODS[self.distill_type]
-        users = set(terms)
-        if self.distils:
-            users.add(TEACHER)
-        if self.trains:
-            users.add(TRAINING)
+        terms = self.method.terms
+        users = {
+            *terms,
+            *([TEACHER] if self.distils else []),
+            *([TRAINING] if self.trains else []),
+            *([CHOICE] if self.method.answers == "chosen" else []),
+            *([ANY_SHARE] if self._possible_shares else []),
+            *([SHARES] if self.shares else []),
+        }
         marks = {key: field.metadata for key, field in type(self).model_fields.items()}
-        unused = {parameter for method in METHODS.values() for parameter in method.values()}
+        unused = {parameter for method in METHODS.values() for parameter in method.terms.values()}
         unused -= set(terms.values())
         unused |= {
             key

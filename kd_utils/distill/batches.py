@@ -1,7 +1,7 @@
 """Batches: padded examples, their order, and the teachers' signals with them."""
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -11,8 +11,9 @@ import torch
 
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.trial import TrialConfig
+from kd_utils.data.other_rows import other_rows
 from kd_utils.data.prepared_data import PreparedData
-from kd_utils.distill.targets import Targets, targets_of
+from kd_utils.distill.targets import NextTokens, Targets, next_tokens_of, targets_of
 from kd_utils.models.devices import to_device
 from kd_utils.tokens.encoding import Example, right_padded
 
@@ -27,7 +28,7 @@ class Batch:
         predicting: (A,) flat positions b T + t that predict an answer token, of the examples that
             have an answer for the task loss.
         targets: (A,) those tokens.
-        teachers: each teacher's signals.
+        teachers: what the terms of each teacher compare the student with: its signals.
         whole: the number of "answers" (answer tokens), in the whole batch when this is a part.
     """
 
@@ -35,23 +36,26 @@ class Batch:
     lengths: list[int]
     predicting: torch.Tensor
     targets: torch.Tensor
-    teachers: list[Targets]
+    teachers: Sequence[Targets | NextTokens]
     whole: Counter[str]
 
 
 def collate(
     examples: list[Example],
-    teachers: list[list[Example]] | None = None,
+    teachers: Sequence[list[Example] | None] | None = None,
     *,
     distill_tokens: str = "all",
     device: torch.device | str = "cpu",
+    other_rows: bool = False,
 ) -> Batch:
     """Examples, with the student's tokens, as tensors on `device`.
 
     Args:
         teachers: for each teacher, the rows of its cache for the same examples, in the same order.
-            None: `examples` themselves hold the signals, if any, of a teacher with their tokens.
+            None: `examples` themselves hold the signals, if any, of a teacher with their tokens;
+            in place of a teacher's rows: its terms take no signal from the batch.
         distill_tokens: compare "all" real tokens, or those that predict the "answer".
+        other_rows: the rows of the caches are others than `examples` (`targets.targets_of`).
     """
     input_ids, lengths = right_padded(examples)
     width = input_ids.shape[1]
@@ -63,12 +67,18 @@ def collate(
     )
     if teachers is None:
         teachers = [examples] if examples[0].signals else []
+    compared = [
+        next_tokens_of(examples, input_ids, distill_tokens, device)
+        if rows is None
+        else targets_of(examples, rows, width, distill_tokens, device, other_rows=other_rows)
+        for rows in teachers
+    ]
     return Batch(
         to_device(input_ids, device),
         lengths,
         to_device(predicting, device),
         to_device(input_ids.reshape(-1)[predicting + 1], device),
-        [targets_of(examples, rows, width, distill_tokens, device) for rows in teachers],
+        compared,
         Counter(answers=len(predicting)),
     )
 
@@ -76,7 +86,7 @@ def collate(
 def split_batch(
     examples: list[Example],
     micro_batch_size: int,
-    teachers: list[list[Example]] | None = None,
+    teachers: Sequence[list[Example] | None] | None = None,
     **options,
 ) -> list[Batch]:
     """The examples of one optimiser step in parts that fit the memory.
@@ -85,7 +95,7 @@ def split_batch(
     """
     slices = [slice(i, i + micro_batch_size) for i in range(0, len(examples), micro_batch_size)]
     parts = [
-        collate(examples[part], teachers and [rows[part] for rows in teachers], **options)
+        collate(examples[part], teachers and [rows and rows[part] for rows in teachers], **options)
         for part in slices
     ]
     for group in (parts, *zip(*(part.teachers for part in parts), strict=True)):
@@ -130,6 +140,10 @@ class TrialData:
     teacher: rows start in the order of their length in the student's tokens. Rows without an answer
     for the method's task loss (`TrialConfig.task_answers`) are in the batches all the same.
 
+    With the method `shuffled` a training row has the signals of another training row of its task
+    (`data.other_rows`); rows of the other splits have their own, so that the losses that are
+    measured on them mean what they mean for the other methods.
+
     Args:
         encoded: split -> its examples with the student's tokens.
         caches: one verified cache per teacher.
@@ -149,7 +163,8 @@ class TrialData:
         device: torch.device,
     ) -> None:
         self.config, self.device = config, device
-        self.caches = caches if config.distils else []
+        signals = config.method.signals != "none"
+        self.caches = [cache if signals else None for cache in caches if config.distils]
         self.student_examples = {row.example_id: row for rows in encoded.values() for row in rows}
         self._mark_answers(prepared.train)
         self.ids = {
@@ -159,6 +174,13 @@ class TrialData:
         self.tables = prepared.tables
         self._steps_per_epoch = -(-len(self.ids["train"]) // config.batch_size)
         self.total_steps = config.epochs * self._steps_per_epoch * config.trains
+        self._others: dict[str, str] = {}
+        if config.method.signals == "other":
+            train = self.tables["train"]
+            task_of = dict(zip(train["example_id"], train["task"], strict=True))
+            lengths = {i: len(self.student_examples[i].tokens) for i in self.ids["train"]}
+            tasks = {i: task_of[i] for i in self.ids["train"]}
+            self._others = other_rows(tasks, lengths, config.seed)
 
     def _mark_answers(self, train: pd.DataFrame) -> None:
         """Say which rows have an answer for the task loss; the rest of the data has its own."""
@@ -205,7 +227,11 @@ class TrialData:
         return split_batch(
             [self.student_examples[i] for i in ids],
             size or self.config.micro_batch_size,
-            [[cache[i] for i in ids] for cache in self.caches],
+            [
+                None if cache is None else [cache[self._others.get(i, i)] for i in ids]
+                for cache in self.caches
+            ],
             distill_tokens=self.config.distill_tokens,
             device=self.device,
+            other_rows=ids[0] in self._others,
         )

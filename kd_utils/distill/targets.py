@@ -59,6 +59,22 @@ class Maps:
 
 
 @dataclass
+class NextTokens:
+    """A batch's own next tokens, for a term that takes no signal of a teacher from the batch.
+
+    Attributes:
+        places: (N,) flat positions b T + t of the student that a token follows, among those that
+            `Targets` of the same rows compare: the last token of a row has none after it.
+        tokens: (N,) these tokens.
+        whole: the number of "places", in the whole batch when this is a part.
+    """
+
+    places: torch.Tensor
+    tokens: torch.Tensor
+    whole: Counter[str]
+
+
+@dataclass
 class Spans:
     """Groups of more than one token, each side as `logit_losses.span_log_probs` takes it.
 
@@ -84,7 +100,8 @@ class Targets:
         single: (S,) the places that are followed by one token on each side, so that distributions
             over the next token can be compared; None: all are.
         spans: what follows the other places; None if there are none.
-        direct: every example has the same tokens on both sides.
+        direct: every example has the same tokens on both sides, or is paired with another of its
+            length: places are all positions of the student, without merging.
         whole: the number of "places", and of "entries" and "queries" in one head's maps, in the
             whole batch when this is a part.
     """
@@ -104,6 +121,8 @@ def targets_of(
     width: int,
     distill_tokens: str,
     device: torch.device | str,
+    *,
+    other_rows: bool = False,
 ) -> Targets:
     """Line up one teacher's rows with the student's, and take the signals that are compared.
 
@@ -111,13 +130,20 @@ def targets_of(
         examples: with the student's tokens; rows: the same with the teacher's, and its signals.
         width: T of the batch.
         distill_tokens, device: as in `batches.collate`.
+        other_rows: `rows` are not `examples` but others (`data.other_rows`): their last tokens are
+            paired, and what is compared are the positions of the student's that have a partner.
     """
 
     def tensor(arrays: list[np.ndarray]) -> torch.Tensor:
         return to_device(np.concatenate(arrays), device)
 
-    groups = [groups_of(row, example) for row, example in zip(rows, examples)]
-    same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
+    if other_rows:
+        lengths = [(len(row.tokens), len(example.tokens)) for row, example in zip(rows, examples)]
+        groups = [alignment.from_the_end(*pair) for pair in lengths]
+        same = [teacher == student for teacher, student in lengths]
+    else:
+        groups = [groups_of(row, example) for row, example in zip(rows, examples)]
+        same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
     wanted = [
         (0, len(lined)) if distill_tokens == "all" else _before_answer(lined, example)
         for lined, example in zip(groups, examples)
@@ -150,6 +176,25 @@ def targets_of(
     entries = sum(end - start for start, end in (causal_slice(*part) for part in wanted))
     whole = Counter(places=len(places), entries=entries, queries=len(places))
     return Targets(places, signals, maps, single, spans, all(same), whole)
+
+
+def next_tokens_of(
+    examples: list[Example],
+    input_ids: np.ndarray,
+    distill_tokens: str,
+    device: torch.device | str,
+) -> NextTokens:
+    """Args: the padded `input_ids` (B, T) of `examples`; the others as in `batches.collate`."""
+    width = input_ids.shape[1]
+    places = np.concatenate(
+        [
+            np.arange(0 if distill_tokens == "all" else row.answer_start - 1, len(row.tokens) - 1)
+            + b * width
+            for b, row in enumerate(examples)
+        ]
+    )
+    following = to_device(input_ids.reshape(-1)[places + 1], device)
+    return NextTokens(to_device(places, device), following, Counter(places=len(places)))
 
 
 def groups_of(teacher: Example, student: Example) -> alignment.Groups:

@@ -114,6 +114,10 @@ class Term(torch.nn.Module):
         """What is compared, in a few words, for the record."""
         return self.name
 
+    def numbers(self) -> dict[str, float]:
+        """What the term fixed when it was built, for every row of the record."""
+        return {}
+
     @classmethod
     def mixes(cls, terms: Sequence[Self], targets: Sequence[Targets]) -> bool:
         """Whether these teachers are mixed; else the term is the weighted sum over them."""

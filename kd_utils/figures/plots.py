@@ -23,21 +23,24 @@ import pandas as pd
 import vl_convert
 from IPython.display import Image
 
-#: The references have quiet colours: they are what the methods are compared with.
+#: References and controls, which the distillations are compared with, have quiet colours or warm ones.
 COLOURS = {
     "untrained": "#b3b3b3",
     "task_only": "#56b4e9",
     "teacher_answers": "#a6cee3",
+    "label_smoothing": "#c9b458",
+    "shuffled": "#d55e00",
     "black_box": "#4d4d4d",
     "hidden_state": "#0072b2",
     "attention": "#e69f00",
     "combined": "#009e73",
 }
 
-FURTHER_COLOURS = ("#cc79a7", "#d55e00", "#8c6d1f", "#6a51a3")
+FURTHER_COLOURS = ("#6a51a3", "#8c6d1f", "#8dd3c7", "#a50f15")
 
 TERM_COLOURS = {
     "task": "#a6a6a6",
+    "smoothing": COLOURS["label_smoothing"],
     "kd": COLOURS["black_box"],
     "hidden": COLOURS["hidden_state"],
     "attention": COLOURS["attention"],

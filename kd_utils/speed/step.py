@@ -19,7 +19,10 @@ from kd_utils.teacher.extraction import signal_function
 from kd_utils.tokens.encoding import Example
 
 #: The loss terms of each method. "task" alone is plain fine-tuning.
-METHODS = {"task": ("task",), **{name: tuple(trial.METHODS[name]) for name in trial.DISTILLATIONS}}
+METHODS = {
+    "task": ("task",),
+    **{name: tuple(trial.METHODS[name].terms) for name in trial.DISTILLATIONS},
+}
 
 WEIGHTS = {"task": 1.0, "kd": 0.5, "hidden": 0.1, "attention": 0.1}
 

@@ -1,4 +1,7 @@
-"""Two tokenizations of one text, lined up: the groups of tokens between places where both end."""
+"""Two tokenizations of one text, lined up: the groups of tokens between places where both end.
+
+Tokens of two different texts can only be paired from their ends (`from_the_end`).
+"""
 
 from dataclasses import dataclass
 
@@ -11,10 +14,12 @@ class Groups:
 
     Attributes:
         teacher, student: (G,) int64, index of each group's last token.
+        before: how many tokens of (teacher, student) come before the first group, in none.
     """
 
     teacher: np.ndarray
     student: np.ndarray
+    before: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         return len(self.teacher)
@@ -22,7 +27,8 @@ class Groups:
     @property
     def sizes(self) -> tuple[np.ndarray, np.ndarray]:
         """(G,), (G,): how many tokens of the teacher, and of the student, each group has."""
-        return np.diff(self.teacher, prepend=-1), np.diff(self.student, prepend=-1)
+        teacher, student = (count - 1 for count in self.before)
+        return np.diff(self.teacher, prepend=teacher), np.diff(self.student, prepend=student)
 
     @property
     def single(self) -> np.ndarray:
@@ -67,6 +73,22 @@ def align(teacher_ends: np.ndarray, student_ends: np.ndarray) -> Groups:
 def identity(length: int) -> Groups:
     """The groups of a sequence with itself."""
     return Groups(np.arange(length), np.arange(length))
+
+
+def from_the_end(teacher_length: int, student_length: int) -> Groups:
+    """The last tokens of two sequences of different texts in pairs, as many as the shorter has.
+
+    Each pair is a group of one token on each side, whatever the tokens spell. The longer side's
+    other tokens come `before` the first group. A map's keys must keep their sum, so whoever merges
+    maps counts them to the first group, as `merge_map` does.
+    """
+    before = (
+        max(teacher_length - student_length, 0),
+        max(student_length - teacher_length, 0),
+    )
+    return Groups(
+        np.arange(before[0], teacher_length), np.arange(before[1], student_length), before
+    )
 
 
 def merge_map(rows: np.ndarray, last: np.ndarray) -> np.ndarray:

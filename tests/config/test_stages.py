@@ -349,6 +349,8 @@ def test_methods_have_the_terms_of_the_design():
         "untrained": {"task"},
         "task_only": {"task"},
         "teacher_answers": {"task"},
+        "label_smoothing": {"task", "smoothing"},
+        "shuffled": {"task", "kd", "hidden", "attention"},
         "black_box": {"task", "kd"},
         "hidden_state": {"task", "kd", "hidden"},
         "attention": {"task", "kd", "attention"},
@@ -395,13 +397,13 @@ def test_a_method_and_a_parameter_from_outside_change_no_other_trial():
 from typing import Annotated
 from kd_utils.config.fields import Layers, Weight
 from kd_utils.config.parameter_files import notebook_config
-from kd_utils.config.trial import METHODS, TrialConfig, UsedBy
+from kd_utils.config.trial import METHODS, Method, TrialConfig, UsedBy
 
 def fingerprint(**changes):
     return notebook_config('03_train_student', changes).fingerprint()
 
 before = fingerprint()
-METHODS['relations'] = {'task': 'alpha', 'relation': 'gamma_relation'}
+METHODS['relations'] = Method({'task': 'alpha', 'relation': 'gamma_relation'})
 TrialConfig.add_parameter('gamma_relation', Weight, 0.5)
 TrialConfig.add_parameter('relation_layers', Annotated[Layers, UsedBy('relation')], 'last')
 assert before == fingerprint() == fingerprint(gamma_relation=3.0, relation_layers='uniform')

@@ -13,7 +13,7 @@ from tiny import all_terms, example_rows, tiny_llama
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.config.notebook_files import notebook_defaults
-from kd_utils.config.trial import METHODS, TrialConfig
+from kd_utils.config.trial import METHODS, Method, TrialConfig
 from kd_utils.distill.batches import collate, split_batch
 from kd_utils.distill.logit_losses import Shared, forward_kl_top_k, outcome_kl
 from kd_utils.distill.teacher_terms import (
@@ -477,7 +477,7 @@ def test_a_top_k_teacher_of_the_same_tokenizer_may_have_fewer_output_rows(tmp_pa
 
 
 def test_a_term_that_nobody_registered_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(METHODS, "relations", {"task": "alpha", "relation": "beta"})
+    monkeypatch.setitem(METHODS, "relations", Method({"task": "alpha", "relation": "beta"}))
     cache = make_cache(tmp_path / "c", tiny_llama(width=48))
     with pytest.raises(ValueError, match="no term of the loss is called 'relation'.*known: .*kd"):
         chosen = config(distill_type="relations")

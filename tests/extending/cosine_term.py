@@ -3,11 +3,11 @@
 import torch.nn.functional as F
 
 from kd_utils.config.fields import Weight
-from kd_utils.config.trial import METHODS, TrialConfig
+from kd_utils.config.trial import METHODS, Method, TrialConfig
 from kd_utils.distill.teacher_terms import LayerTerm, register
 from kd_utils.distill.terms.hidden import make_projector
 
-METHODS["cosine"] = {"task": "alpha", "kd": "beta", "cosine": "gamma_cosine"}
+METHODS["cosine"] = Method({"task": "alpha", "kd": "beta", "cosine": "gamma_cosine"})
 TrialConfig.add_parameter("gamma_cosine", Weight, default=1.0)
 
 
