@@ -23,7 +23,7 @@ import pandas as pd
 import vl_convert
 from IPython.display import Image
 
-#: References and controls, which the distillations are compared with, have quiet colours or warm ones.
+#: References and controls, with which the distillations are compared, have light or warm colours.
 COLOURS = {
     "untrained": "#b3b3b3",
     "task_only": "#56b4e9",

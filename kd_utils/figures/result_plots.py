@@ -229,6 +229,7 @@ def reliability_diagram(table: pd.DataFrame) -> alt.Chart:
     is_first = ~data.duplicated(["row", "distill_type"])
     data["error"] = data["error"].map("error {:.3f}".format).where(is_first)
     methods, most = tables.method_order(data["distill_type"]), int(data["n"].max())
+    side = min(125, 900 // len(methods))
     axis = {
         "scale": alt.Scale(domain=[0, 100], nice=False),
         "axis": alt.Axis(values=[0, 25, 50, 75, 100]),
@@ -255,8 +256,8 @@ def reliability_diagram(table: pd.DataFrame) -> alt.Chart:
         .transform_filter("isValid(datum.error)")
         .mark_text(align="left", fontSize=10)
         .encode(x=alt.datum(4), y=alt.datum(92), text="error:N"),
-        width=125,
-        height=125,
+        width=side,
+        height=side,
     )
     return plots.finish(
         panels.facet(chart, data, "distill_type", methods, row="row"),

@@ -227,8 +227,9 @@ def test_fingerprint_changes_with_what_matters_only():
 
 OF_LOGITS = {"beta", "temperature", "logit_loss", "distill_tokens", "more_teachers"}
 #: A method that reads no teacher has its answers, or none, by itself.
-NO_TEACHER = OF_LOGITS | {"answers", "paired_layers"}
+NO_TEACHER = OF_LOGITS | {"answers", "paired_layers", "weighting"}
 OF_HIDDEN = {"gamma_hidden", "hidden_layers"}
+OF_SHARES = {"hidden_share", "attention_share"}
 OF_ATTENTION = {"gamma_attention", "attention_normaliser", "attention_layers", "head_mapping"}
 
 
@@ -236,9 +237,14 @@ OF_ATTENTION = {"gamma_attention", "attention_normaliser", "attention_layers", "
     "method, without_effect",
     [
         ("combined", {"paired_layers"}),
+        ("shuffled", {"paired_layers"}),
         ("attention", OF_HIDDEN | {"paired_layers"}),
         ("hidden_state", OF_ATTENTION | {"paired_layers"}),
-        ("black_box", OF_HIDDEN | OF_ATTENTION | {"paired_layers"}),
+        ("black_box", OF_HIDDEN | OF_ATTENTION | {"paired_layers", "weighting"}),
+        (
+            "label_smoothing",
+            OF_HIDDEN | OF_ATTENTION | {"temperature", "logit_loss", "paired_layers", "weighting"},
+        ),
         ("task_only", NO_TEACHER | OF_HIDDEN | OF_ATTENTION),
         ("teacher_answers", NO_TEACHER | OF_HIDDEN | OF_ATTENTION),
         (
@@ -278,6 +284,9 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
         "paired_layers": 7,
         "head_mapping": "learned",
         "attention_normaliser": "queries",
+        "weighting": "share",
+        "hidden_share": 0.2,
+        "attention_share": 0.3,
         "seed": 5,
         "alpha": 0.5,
         "epochs": 9,
@@ -296,7 +305,37 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
         if TrialConfig(**{**DEFAULTS, "distill_type": method, key: value}).fingerprint()
         == base.fingerprint()
     }
-    assert same == without_effect == base.without_effect
+    assert same == without_effect | OF_SHARES == base.without_effect
+
+
+@pytest.mark.parametrize(
+    "method, used",
+    [
+        ("combined", OF_SHARES),
+        ("shuffled", OF_SHARES),
+        ("hidden_state", {"hidden_share"}),
+        ("attention", {"attention_share"}),
+        ("black_box", set()),
+    ],
+)
+def test_shares_count_where_weights_are_set_by_them_and_the_method_has_the_term(method, used):
+    config = TrialConfig(**{**DEFAULTS, "distill_type": method, "weighting": "share"})
+    assert OF_SHARES - config.without_effect == used
+    assert {f"{term}_share" for term in config.shares} == used
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_share": 0.4, "attention_share": 0.6},
+        {"alpha": 0, "beta": 0},
+    ],
+)
+def test_shares_must_leave_something_to_the_other_terms(changes):
+    wrong = {**DEFAULTS, "distill_type": "combined", "weighting": "share", **changes}
+    with pytest.raises(ValueError, match="hidden_share = .*leaves nothing to the terms of a fixed"):
+        TrialConfig(**wrong)
+    TrialConfig(**{**wrong, "weighting": "fixed"})
 
 
 def test_how_many_layers_are_paired_counts_where_they_are_not_named():

@@ -1,7 +1,6 @@
 """The controls: signals of another row (`shuffled`), and uniform uncertainty (`label_smoothing`)."""
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,7 +140,10 @@ LENGTHS = [5, 9, 4, 12, 7, 7, 4, 10, 6, 8, 5, 6, 9, 7]
 CACHED = list(signal_function(TEACHER, signals="white_box")(example_rows(LENGTHS)))
 
 
-def data(method, cache=Rows({row.example_id: row for row in CACHED})):
+ROWS = Rows({row.example_id: row for row in CACHED})
+
+
+def data(method, cache=ROWS):
     rows = example_rows(LENGTHS)
     tables = {
         split: pd.DataFrame({"example_id": ids, "task": [f"task{int(i[3:]) % 2}" for i in ids]})

@@ -4,7 +4,7 @@ import pytest
 from stubs import VALUES
 
 from kd_utils.config import parameter_files, project_paths
-from kd_utils.config.trial import DISTILLATIONS, METHODS, TrialConfig
+from kd_utils.config.trial import DISTILLATIONS, TrialConfig
 from kd_utils.sweep import planning
 
 GRID = {"distill_type": ["black_box", "attention"], "seed": [0, 1, 2, 3]}
@@ -14,13 +14,14 @@ def test_the_projects_grid_is_28_trials_and_their_references(stub_notebooks):
     trials = planning.plan({}, parameter_files.load_grid(), stub_notebooks / "runs" / "stub")
     of_method = {
         method: [t.swept["seed"] for t in trials if t.swept["distill_type"] == method]
-        for method in METHODS
+        for method in parameter_files.load_grid()["distill_type"]
     }
     # Where all rows have a label, training on the teacher's answers is `task_only`.
     assert of_method.pop("teacher_answers") == []
     assert of_method == {
         method: [0] if method == "untrained" else list(range(7)) for method in of_method
     }
+    assert of_method.keys() >= {"untrained", "task_only", *DISTILLATIONS}
     assert sum(len(of_method[method]) for method in DISTILLATIONS) == 28
     assert len({t.config_hash for t in trials}) == len(trials) == 36
     assert [t.epochs for t in trials if t.swept["distill_type"] == "untrained"] == [1]
