@@ -76,7 +76,6 @@ PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]  # more overflows in one lib
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Seed = Count
 Weight = Annotated[float, Field(ge=0.0)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Schedule = Literal["constant", "linear", "cosine"]  # of a learning rate: `distill.schedules`

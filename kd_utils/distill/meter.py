@@ -183,7 +183,6 @@ class Meter:
                 "epoch": round(self.config.epochs * share, 4),
                 "step": self.global_step,
                 **self._means.result(),
-                **{f"weight/{name}": weight for name, weight in self.config.weights.items()},
                 **measured,
                 "tok_per_sec": self._tokens / (self._trained - self._start),
                 "seconds": now - self._start,

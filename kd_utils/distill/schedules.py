@@ -38,10 +38,15 @@ def learning_rate(
         warmup_ratio: share of the steps, rounded, over which the rate first rises linearly from 0
             (the first of them changes nothing).
     """
-    warmup = round(steps * warmup_ratio)
+    warmup = warmup_steps(steps, warmup_ratio)
     return transformers.get_scheduler(
         NAMES.get(name, name), optimizer, num_warmup_steps=warmup, num_training_steps=steps
     )
+
+
+def warmup_steps(steps: int, warmup_ratio: float) -> int:
+    """The share of the steps over which the rate rises, in steps."""
+    return round(steps * warmup_ratio)
 
 
 class Average:

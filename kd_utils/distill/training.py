@@ -69,6 +69,17 @@ def weighted_sum(terms: dict[str, torch.Tensor], weights: dict[str, float]) -> t
     return sum(weights[name] * term for name, term in terms.items())
 
 
+def gradient_norms(terms: dict[str, torch.Tensor], student: torch.nn.Module) -> dict[str, float]:
+    """The norm of each unweighted term's gradient on the student; the graph is kept."""
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    norms = {}
+    for name, term in terms.items():
+        gradients = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+        parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
+        norms[name] = torch.stack(parts).norm().item()
+    return norms
+
+
 def gradient_shares(
     terms: dict[str, torch.Tensor], weights: dict[str, float], student: torch.nn.Module
 ) -> dict[str, float]:
@@ -77,16 +88,10 @@ def gradient_shares(
     It shows whether a term does anything: a weight of 0.1 on a tiny squared error may not. The
     graph is kept.
     """
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    norms = {}
-    for name, term in terms.items():
-        gradients = torch.autograd.grad(
-            weights[name] * term, parameters, retain_graph=True, allow_unused=True
-        )
-        parts = [gradient.float().norm() for gradient in gradients if gradient is not None]
-        norms[f"grad_share/{name}"] = torch.stack(parts).norm().item()
-    total = sum(norms.values()) or 1.0
-    return {name: norm / total for name, norm in norms.items()}
+    norms = gradient_norms(terms, student)
+    weighted = {f"grad_share/{name}": weights[name] * norm for name, norm in norms.items()}
+    total = sum(weighted.values()) or 1.0
+    return {name: norm / total for name, norm in weighted.items()}
 
 
 @torch.no_grad()
@@ -138,6 +143,7 @@ def split_losses(
 
 def evaluate(
     splits: Sequence[str],
+    weights: dict[str, float],
     model: torch.nn.Module,
     tokenizer: Any,
     data: TrialData,
@@ -151,15 +157,20 @@ def evaluate(
 
     Args:
         splits: whose rows are read: "held_out" while the student trains, "validation" at the end.
+        weights: of the terms.
 
     Returns:
-        `grad_share/TERM` on a fixed batch; of each split `split_losses` and `accuracies`, of
-        "validation" also `calibration_errors`; and one prediction per row of the last split.
+        `weight/TERM`, what terms fixed (`Term.numbers`), `grad_share/TERM` on a fixed batch; of
+        each split `split_losses` and `accuracies`, of "validation" also `calibration_errors`; and
+        one prediction per row of the last split.
     """
     model.eval()
     probe, config = data.probe(), data.config
     terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
-    measured = gradient_shares(terms, config.weights, model)
+    measured = {f"weight/{name}": weight for name, weight in weights.items()}
+    for term in (term for teacher in teachers[:1] for term in teacher.values()):
+        measured |= term.numbers()
+    measured |= gradient_shares(terms, weights, model)
     sizes: dict[str, Any] = {
         "batch_size": config.eval_batch_size,
         "max_new_tokens": config.max_new_tokens,

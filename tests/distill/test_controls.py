@@ -150,7 +150,7 @@ def data(method, cache=ROWS):
         for split, ids in Rows.splits.items()
     }
     return TrialData(
-        SimpleNamespace(**tables),
+        SimpleNamespace(tables=tables),
         {"train": rows[:11], "validation": rows[11:]},
         [cache],
         config(method, batch_size=4, micro_batch_size=4),
@@ -164,7 +164,9 @@ def test_a_trial_trains_on_other_rows_signals_and_is_measured_with_its_own():
     others = other_rows(tasks, {row.example_id: len(row.tokens) for row in CACHED}, seed=0)
     plan = shuffled._plan(1)
     assert plan == combined._plan(1)
-    for ids, [batch], [own] in zip(plan, shuffled.steps(1), combined.steps(1), strict=True):
+    for ids, [batch], [own] in zip(
+        plan, shuffled.steps(range(3)), combined.steps(range(3)), strict=True
+    ):
         assert torch.equal(batch.input_ids, own.input_ids)
         assert torch.equal(batch.targets, own.targets)
         kept = 0
@@ -176,7 +178,7 @@ def test_a_trial_trains_on_other_rows_signals_and_is_measured_with_its_own():
             )
             kept += k
         assert kept == len(batch.teachers[0].places)
-    [(batch, _)], [(own, _)] = shuffled.validation(), combined.validation()
+    [(batch, _)], [(own, _)] = (trial.batches("validation") for trial in (shuffled, combined))
     np.testing.assert_array_equal(
         batch.teachers[0].signals["hidden"], own.teachers[0].signals["hidden"]
     )
@@ -185,7 +187,7 @@ def test_a_trial_trains_on_other_rows_signals_and_is_measured_with_its_own():
 def test_the_task_loss_of_a_first_step_is_that_of_combined_to_the_bit():
     values = []
     for method in ("shuffled", "combined"):
-        [batch] = next(iter(data(method).steps(1)))
+        [batch] = next(iter(data(method).steps(range(3))))
         terms = all_terms(OutputHead(stored_lm_head(TEACHER)))
         values.append(
             loss_terms(
@@ -318,7 +320,7 @@ def test_a_trial_with_smoothing_reads_no_row_of_the_cache():
 
     trial = data("label_smoothing", cache=Unread())
     for ids, [batch], [own] in zip(
-        trial._plan(1), trial.steps(1), data("combined").steps(1), strict=True
+        trial._plan(1), trial.steps(range(3)), data("combined").steps(range(3)), strict=True
     ):
         assert torch.equal(batch.input_ids, own.input_ids) and len(ids) == len(batch.lengths)
         assert batch.teachers[0].whole["places"] == sum(batch.lengths) - len(ids)
