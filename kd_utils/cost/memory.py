@@ -56,6 +56,8 @@ def training(
             most_heads = max(student["num_attention_heads"], teacher["num_attention_heads"])
             signals += pairs * teacher["num_attention_heads"] * length
             one_map = 24 * most_heads * length**2
+    if "smoothing" in terms:  # a chunk's logits, their log-softmax and both gradients
+        kl = 16 * vocabulary * min(512, tokens) + 4 * head
     moments_of_loss = (
         # While the KL is computed: chunks, the head's gradient, and casts of both heads.
         4 * logits + kl + bool(kl) * half * 2 * (head + heads),

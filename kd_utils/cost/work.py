@@ -127,6 +127,8 @@ def part_multiply_adds(
     if "kd" in terms and not padded_to:
         teachers_head = teacher["hidden_size"] * teacher["vocab_size"]
         parts["kd"] = tokens * (3 * size["head"] + teachers_head)
+    if "smoothing" in terms:  # its logits are computed twice
+        parts["smoothing"] = 4 * size["head"] * tokens
     if "attention" in terms and not padded_to:
         parts["attention"] = 3 * width * pairs
     return parts
