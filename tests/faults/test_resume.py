@@ -25,6 +25,7 @@ COMBINED = {
     "lr_schedule": "cosine",
     "warmup_ratio": 0.2,
     "average_last": 0.6,
+    "weighting": "share",  # set in the second epoch
 }
 
 
