@@ -31,6 +31,10 @@ from kd_utils.store.files import sha256_json
 
 PACKAGE = project_paths.CODE_ROOT / "kd_utils"
 
+#: When this process may have begun to load modules. A fork keeps the time of the process that it
+#: was forked from, whose modules it has. A process's start is known to a second or two.
+STARTED = psutil.Process().create_time() + 2
+
 #: These change no result: parameters are part of the config, figures only show results, and an
 #: estimate of the cost is only printed.
 NOT_COUNTED = (
@@ -128,16 +132,20 @@ def require_loaded(code: Collection[str]) -> None:
     Raises:
         ValueError: names the first such file.
     """
-    # The time at which a process started is known to a second or two.
-    started, now = psutil.Process().create_time() + 2, time.time()
-    for name in code:
+    for name in changed_since(STARTED, code):
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
-        changed = (PACKAGE.parent / name).stat().st_mtime
-        if module in sys.modules and started < changed <= now:
+        if module in sys.modules:
             raise ValueError(
                 f"{name} was changed after this kernel started, which still runs the earlier "
                 "code: restart the kernel and run all cells"
             )
+
+
+def changed_since(started: float, code: Collection[str]) -> list[str]:
+    """Those of these files (names as `code_of` has them) that were written after this time."""
+    now = time.time()
+    changed = {name: (PACKAGE.parent / name).stat().st_mtime for name in code}
+    return [name for name, at in changed.items() if started < at <= now]
 
 
 def _imported(source: str) -> set[str]:

@@ -25,6 +25,7 @@ from traitlets.config import Config
 
 from kd_utils.config import notebook_files, project_paths
 from kd_utils.store.sealed import write_sealed
+from kd_utils.sweep.slots import forks
 
 POLL_SECONDS = 0.2
 
@@ -41,8 +42,13 @@ KERNEL_SECONDS = 300
 
 class OwnKernel(AsyncKernelManager):
     """Starts kernels of this very Python: Jupyter would take whatever the first `python3` of its
-    folders (JUPYTER_PATH, the user's, the environment's) names, or nothing that exists.
+    folders (JUPYTER_PATH, the user's, the environment's) names, or nothing that exists. In a forked
+    trial the kernel is the fork that waits for it.
     """
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(**traits)
+        self.provisioner = forks.provisioner(self)
 
     @default("kernel_spec_manager")
     def _of_this_python(self) -> KernelSpecManager:

@@ -1,7 +1,7 @@
 """What runs the trials of a sweep: the interface of an executor, and the loop over its reports.
 
 Ray is one executor (`ray_executor`), and processes of this machine are another (`local_pool`).
-Others need the four methods of `Executor` and a way to run `execute_trial` elsewhere.
+Others need the four methods of `Executor` and a way to run `slots.slot.run_here` elsewhere.
 """
 
 import json
@@ -180,9 +180,7 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
         os.environ.update(
             KD_PROGRESS=str(reported),
             KD_ROOT=str(project_paths.ROOT),
-            TOKENIZERS_PARALLELISM="false",
-            OMP_NUM_THREADS=str(threads),
-            MKL_NUM_THREADS=str(threads),
+            **thread_variables(threads),
         )
         try:
             for _ in execution.in_thread(
@@ -198,6 +196,16 @@ def execute_trial(job: Job, threads: int) -> Iterator[Report]:
             yield Report(job.name, "failed", cause=error.cause, kept=error.kept)
         finally:
             os.environ.pop("KD_PROGRESS", None)  # its folder is gone now
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """The environment of a process whose libraries are to use so many threads each."""
+    count = str(threads)
+    return {
+        "OMP_NUM_THREADS": count,
+        "MKL_NUM_THREADS": count,
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def _about(job: Job) -> dict[str, Any]:

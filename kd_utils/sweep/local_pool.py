@@ -1,38 +1,23 @@
 """Processes of this machine as the executor of a sweep, without Ray: for a machine of your own, or
 the bare image of a rented GPU.
 
-Each trial gets a fresh process (this file, run as a program) with one slot's CUDA_VISIBLE_DEVICES.
-That costs a second of imports beside a trial's minutes, and saves all that a persistent process
-would need: a lost one takes one trial with it, and nothing of a trial stays behind.
+Each slot has a process of its own with its CUDA_VISIBLE_DEVICES, which forks its trials
+(`slots.server`).
 """
 
 import os
-import subprocess
-import sys
-import tempfile
-import threading
-import time
-import uuid
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection, wait
-from typing import IO, Any
-
-import psutil
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import Any
 
 from kd_utils.cluster import cuda, machines
-from kd_utils.config import project_paths
 from kd_utils.sweep.display import say
-from kd_utils.sweep.executor import Executor, Job, Report, execute_trial
+from kd_utils.sweep.executor import Executor, Job, Report
+from kd_utils.sweep.slots.slot import Slot
 
 WAIT_SECONDS = 0.5  # between two looks at what the trials report: Ctrl-C is answered within it
-
-END_SECONDS = 10  # for a killed process to be gone: a GPU's driver may hold it for a while
-
-MARK = "KD_SLOT"  # in the environment of a trial's process and of all that it starts
 
 
 @contextmanager
@@ -80,25 +65,6 @@ def _times(has: float, asked: float) -> int:
     return int(has * 10_000) // max(1, round(asked * 10_000))
 
 
-@dataclass
-class Running:
-    """A trial's process.
-
-    Attributes:
-        stderr: what it said; the last line is why it ended, if it did not get to say so.
-        slot: its CUDA_VISIBLE_DEVICES.
-        mark: the value of `MARK` in its environment.
-        told: whether its last report came.
-    """
-
-    job: Job
-    process: subprocess.Popen
-    stderr: IO[bytes]
-    slot: str
-    mark: str
-    told: bool = False
-
-
 class LocalPool:
     """Runs jobs on this machine, one in each slot.
 
@@ -108,9 +74,8 @@ class LocalPool:
     """
 
     def __init__(self, slots: list[str], threads: int) -> None:
-        self.free, self.threads = deque(slots), threads
-        self._waiting: deque[Job] = deque()
-        self._running: dict[Any, Running] = {}  # by the pool's end of the process's pipe
+        self.slots = [Slot(threads, {cuda.VISIBLE: visible}) for visible in slots]
+        self._free, self._waiting = deque(self.slots), deque[Job]()
 
     def require_same_view(self, files: dict[str, str]) -> None:
         """Nothing to ask: the one machine is this one, and `files` are as it sees them."""
@@ -121,103 +86,22 @@ class LocalPool:
 
     def reports(self) -> Iterator[Report]:
         """What the trials report; a process that ends before its last report is lost."""
-        stream: Any
-        for stream in wait(list(self._running), WAIT_SECONDS):
-            running = self._running[stream]
-            try:
-                report = stream.recv()
-            except (EOFError, OSError):
-                cause = self._gone(stream)
-                if not running.told:
-                    yield Report(running.job.name, "lost", cause=cause)
-            else:
-                running.told = report.kind in ("ended", "failed")
+        running: dict[Any, Slot] = {slot.pipe: slot for slot in self.slots if slot.job}
+        for pipe in wait(list(running), WAIT_SECONDS):
+            slot = running[pipe]
+            report = slot.receive()
+            if not slot.job:
+                self._free.append(slot)
+                self._start()
+            if report:
                 yield report
 
     def cancel(self) -> None:
         self._waiting.clear()
-        for running in self._running.values():
-            end_marked(running.mark)
-            running.process.poll()  # so that it is no zombie
-        self._running.clear()
+        for slot in self.slots:
+            slot.end()
 
     def _start(self) -> None:
         """Start the jobs that wait, as many as there are free slots."""
-        while self.free and self._waiting:
-            job, slot, mark = self._waiting.popleft(), self.free.popleft(), uuid.uuid4().hex
-            pool_end, trial_end = Pipe()
-            stderr = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has ended)
-            about = {MARK: mark, cuda.VISIBLE: slot, "KD_ROOT": str(project_paths.ROOT)}
-            process = subprocess.Popen(
-                [sys.executable, "-m", "kd_utils.sweep.local_pool", str(trial_end.fileno())],
-                cwd=project_paths.CODE_ROOT,  # where `-m` finds this code
-                env=os.environ | about,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                pass_fds=[trial_end.fileno()],
-                start_new_session=True,  # Ctrl-C is for the sweep alone, which ends its trials
-            )
-            self._running[pool_end] = Running(job, process, stderr, slot, mark)
-            trial_end.close()
-            with suppress(OSError):  # it is gone already
-                pool_end.send((job, self.threads))
-
-    def _gone(self, stream: Any) -> str:
-        """A process ended, and its slot is free: the next job starts. Returns why it ended."""
-        running = self._running.pop(stream)
-        stream.close()
-        status = running.process.wait()
-        if not running.told:
-            end_marked(running.mark)  # its kernel
-        self.free.append(running.slot)
-        self._start()
-        running.stderr.seek(0)
-        said = running.stderr.read().decode(errors="replace").split("\n")
-        running.stderr.close()
-        if status < 0:
-            return "the process was killed or ran out of memory"
-        last = next((f": {line.strip()[:300]}" for line in reversed(said) if line.strip()), "")
-        return f"the process ended with status {status}{last}"
-
-
-def end_marked(mark: str) -> None:
-    """Kill every process that has this mark in its environment."""
-    until = time.monotonic() + END_SECONDS
-    while time.monotonic() < until:
-        left = [process for process in psutil.process_iter() if _mark(process) == mark]
-        if not left:
-            return
-        for process in left:
-            with suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(left, timeout=1)
-
-
-def _mark(process: psutil.Process) -> str:
-    with suppress(psutil.Error):  # another user's, or gone
-        return process.environ().get(MARK, "")
-    return ""
-
-
-def main() -> None:
-    """A trial's process: it gets its job through the pipe, and ends with the sweep's process."""
-    pipe: Any = Connection(int(sys.argv[1]))
-    job, threads = pipe.recv()
-    threading.Thread(target=_end_with, args=[pipe], daemon=True).start()
-    try:
-        for report in execute_trial(job, threads):
-            pipe.send(report)
-    except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        pipe.send(Report(job.name, "failed", cause=cause))
-
-
-def _end_with(pipe: Connection) -> None:
-    with suppress(EOFError, OSError):
-        pipe.recv()  # nothing more is sent: this waits for the other end to be gone
-    os._exit(1)  # the kernel notices by itself, within a second
-
-
-if __name__ == "__main__":
-    main()
+        while self._free and self._waiting:
+            self._free.popleft().submit(self._waiting.popleft())

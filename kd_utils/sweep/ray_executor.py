@@ -10,7 +10,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from kd_utils.cluster import cuda, machines, session
 from kd_utils.sweep.display import say
-from kd_utils.sweep.executor import Executor, Job, Report, execute_trial
+from kd_utils.sweep.executor import Executor, Job, Report
+from kd_utils.sweep.slots.slot import run_here
 
 WAIT_SECONDS = 0.5  # between two looks at what the trials report: Ctrl-C is answered within it
 
@@ -58,7 +59,9 @@ class RayExecutor:
 
     def __init__(self, cpus: float, gpus: float) -> None:
         self.cpus, self.gpus = cpus, gpus
-        self._task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=0)(execute_trial)
+        # The worker itself uses no GPU, so it need not end after each trial to free one.
+        about = {"num_cpus": cpus, "num_gpus": gpus, "max_retries": 0, "max_calls": 0}
+        self._task = ray.remote(**about)(run_here)
         self._streams: dict[Any, str] = {}
 
     def require_same_view(self, files: dict[str, str]) -> None:
