@@ -31,6 +31,7 @@ PLACES = {
     "sweep/test_execution.py": "notebook",
     "sweep/test_local_pool.py": "ray",
     "sweep/test_ray_executor.py": "ray",
+    "sweep/test_slots.py": "ray",
     "sweep/test_sweep.py": "ray",
     "teacher/test_pool.py": "ray",
     "cluster/test_session.py": "ray",

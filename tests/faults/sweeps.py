@@ -63,8 +63,8 @@ class Command:
         )
 
     def alive(self, kind: str = "") -> list[psutil.Process]:
-        """Processes of the command that run: all, or its "kernel"s, or Ray's "worker"s while they
-        have a trial.
+        """Processes of the command that run: all, or its "kernel"s, the "slot"s' processes that
+        fork trials, or Ray's "worker"s while they have a trial.
         """
         found = []
         for process in psutil.process_iter():
@@ -76,7 +76,9 @@ class Command:
                     if (
                         not kind
                         or kind == "kernel"
-                        and "ipykernel_launcher" in words
+                        and (process.name() == "kd-kernel" or "ipykernel_launcher" in words)
+                        or kind == "slot"
+                        and process.name() == "kd-slot"
                         or kind == "worker"
                         and re.match("ray::.*_seed", words)
                     ):  # Ray's agents are "ray::" too
@@ -91,7 +93,7 @@ class Command:
         return self.process.returncode, output
 
     def kill(self, kind: str) -> bool:
-        """SIGKILL to the "driver", or to one "kernel" or "worker"; False where there is none just
+        """SIGKILL to the "driver", or to one "kernel", "slot" or "worker"; False where there is none just
         now.
         """
         if kind == "driver":

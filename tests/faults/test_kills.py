@@ -50,7 +50,7 @@ def test_killed_again_and_again_the_same_command_comes_to_the_same_results(
     undisturbed, prepared, times, tried
 ):
     run_dir, rng = prepared / "runs" / "toy-2", random.Random(0)
-    wanted, kills, finished = times(6, 50), {"kernel": 0, "worker": 0, "driver": 0}, {}
+    wanted, kills, finished = times(8, 50), {"kernel": 0, "slot": 0, "worker": 0, "driver": 0}, {}
     command = sweep(prepared)
     while sum(kills.values()) < wanted:
         kind = min(kills, key=lambda kind: (kills[kind] * (3 if kind == "driver" else 1), kind))

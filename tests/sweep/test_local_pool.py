@@ -20,8 +20,9 @@ from kd_utils.records.run_folder import failure_cause
 from kd_utils.sweep import display
 from kd_utils.sweep.display import Progress
 from kd_utils.sweep.executor import Job, run_trials
-from kd_utils.sweep.local_pool import MARK, LocalPool, local_pool, slots
+from kd_utils.sweep.local_pool import LocalPool, local_pool, slots
 from kd_utils.sweep.planning import Trial
+from kd_utils.sweep.slots.slot import MARK
 
 
 @pytest.mark.parametrize(
@@ -86,8 +87,9 @@ def test_what_does_not_go_together_is_told_in_one_line(
 DO = """
 
 def execute_trial(job, threads):
-    import sys
+    import sys, time
     about = {"epoch": 1, "visible": os.environ["CUDA_VISIBLE_DEVICES"], "pid": os.getpid(),
+             "slot": os.environ["KD_SLOT"], "began": time.monotonic(),
              "ray": "ray" in sys.modules, "torch": "torch" in sys.modules, "threads": threads}
     yield Report(job.name, "started")
     yield Report(job.name, "measured", about)
@@ -138,7 +140,7 @@ def alive(value: str, name: str = MARK) -> list[str]:
     for process in psutil.process_iter():
         try:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(name) == value:
-                found.append(" ".join(process.cmdline()))
+                found.append(process.name())
         except psutil.Error:
             continue
     return found
@@ -158,8 +160,10 @@ def test_each_trial_sees_its_slots_gpus_in_a_process_without_ray_or_torch(run):
     assert sorted(progress.done) == sorted(trials) and not progress.failed
     rows = pd.DataFrame([row for row in progress.rows if "pid" in row])
     assert set(rows["visible"]) == set(planned)
-    first = Counter(rows["visible"][:4])
-    assert first == Counter(planned), "a slot stayed empty, or had two trials"
+    used = Counter(rows.drop_duplicates("slot")["visible"])
+    assert used == Counter(planned), "a slot stayed empty, or had two processes"
+    for _, began in rows.groupby("slot")["began"]:
+        assert (began.diff().dropna() >= 0.5).all(), "a slot had two trials at once"
     assert rows["pid"].nunique() == len(trials) and os.getpid() not in set(rows["pid"])
     assert not rows["ray"].any() and not rows["torch"].any() and set(rows["threads"]) == {3}
 
@@ -208,8 +212,9 @@ def test_cancel_leaves_no_process_and_starts_none(run, monkeypatch):
             yield report
             if report.kind == "measured":
                 time.sleep(1)  # so that its child is there
-                assert len(alive(next(iter(pool._running.values())).mark)) == 2
-                marks.extend(running.mark for running in pool._running.values())
+                # The slot's process, the trial, the kernel that it does not use, and its child.
+                assert len(alive(pool.slots[0].mark)) == 4
+                marks.extend(slot.mark for slot in pool.slots)
                 raise KeyboardInterrupt
 
     marks = []
@@ -217,7 +222,7 @@ def test_cancel_leaves_no_process_and_starts_none(run, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(pool, **dict.fromkeys("abcd", f"{CHILD} child.wait()"))
     assert len(marks) == 2 and all(alive(mark) == [] for mark in marks)
-    assert not pool._running and not pool._waiting
+    assert not pool._waiting and not any(slot.process for slot in pool.slots)
 
 
 SWEEP = ["sweep", "p.yaml", "--grid", "grid.yaml"]
@@ -286,7 +291,7 @@ def test_whatever_ends_the_sweep_no_process_stays_not_even_a_kernel(project):
         until = time.monotonic() + 300
         while not executed.exists() and sweep.poll() is None and time.monotonic() < until:
             time.sleep(0.1)
-        kernels = [line for line in alive(mark, "KD_MARK") if "ipykernel_launcher" in line]
+        kernels = [name for name in alive(mark, "KD_MARK") if name == "kd-kernel"]
         assert kernels, sweep.stderr.read() if sweep.poll() else "no kernel"
         send(sweep.pid)
         said = sweep.communicate(timeout=60)[1]

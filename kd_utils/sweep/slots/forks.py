@@ -52,9 +52,14 @@ def fork(name: str) -> int:
     ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it ended before
+    show_as(name)
+    return 0
+
+
+def show_as(name: str) -> None:
+    """Let `ps` and `top` show this process by a name, where they can."""
     with suppress(OSError):
         Path("/proc/self/comm").write_text(name)
-    return 0
 
 
 class ForkedKernel:
@@ -113,7 +118,7 @@ def _wait_and_run(pipe: Connection) -> None:
     try:
         os.setsid()  # an interrupt goes to the kernel's whole process group
         command, cwd, environment = pipe.recv()
-        Path("/proc/self/comm").write_text("kd-kernel")
+        show_as("kd-kernel")
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(cwd or ".")

@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
+import nbformat
+
 from kd_utils.config import notebook_files, stages
 from kd_utils.records import provenance
 from kd_utils.sweep.executor import Job, Report, execute_trial
@@ -31,11 +33,17 @@ from kd_utils.sweep.slots import forks
 
 TOLD = 86  # status of a trial's process that gave its last report
 
-#: What papermill and a kernel load when they start.
-KERNEL = ("papermill", "ipykernel.kernelapp", "ipykernel_launcher", "IPython.core.completerlib")
+#: What a trial's process and its kernel load when they start.
+KERNEL = ("papermill", "ipykernel.kernelapp", "ipykernel_launcher")
 
 #: What a trial loads after its imports, by the library that its notebook imports.
-LATER = {"torch": ("transformers.models.llama.modeling_llama",)}
+LATER = {
+    "torch": (
+        "pyarrow.dataset",
+        "transformers.models.auto.tokenization_auto",
+        "transformers.models.llama.modeling_llama",
+    )
+}
 
 LOOK_SECONDS = 0.3
 
@@ -51,6 +59,7 @@ def import_all() -> None:
         for name in names if library in sys.modules else ():
             importlib.import_module(name)
     provenance.code_of(stages.TRAIN)  # it keeps what it has read of each source
+    nbformat.read(notebook_files.notebook_path(stages.TRAIN), 4)  # it keeps the schema
 
 
 def can_fork(pipe: Connection) -> bool:
@@ -70,6 +79,7 @@ def can_fork(pipe: Connection) -> bool:
 
 
 def main() -> None:
+    forks.show_as("kd-slot")
     pipe: Any = Connection(int(sys.argv[1]))
     forking = can_fork(pipe)
     while (asked := _next(pipe)) is not None:
