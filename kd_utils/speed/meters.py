@@ -33,6 +33,7 @@ GOALS = {
     "peak_memory_vs_finetune": ("<=", 1.25),
     "speedup_vs_naive": (">=", 8.0),
     "sweep_overhead_s": ("<=", 8.0),
+    "trial_start_vs_imports": ("<=", 0.5),
 }
 
 #: The paper's work, and the goals of one H100 for it.
@@ -41,6 +42,9 @@ PAPERS_GOALS = {"teacher_pass_s": ("<=", 60.0), "trial_s": ("<=", 120.0)}
 
 #: If one H100 takes more seconds than these for the paper's work, the code is at fault.
 PAPERS_FLOORS = {"teacher_pass_s": 90.0, "trial_s": 180.0}
+
+#: What every process of a trial imports, if it is a fresh one.
+IMPORTS = "import pandas, transformers.models.llama.modeling_llama"
 
 RESET_PEAK = Path("/proc/self/clear_refs")  # Linux; some sandboxes lack it
 
@@ -209,8 +213,8 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
     grid.write_text(f"distill_type: [{', '.join(trial.DISTILLATIONS)}]\nseed: {list(seeds)}\n")
     sweep = ["-m", "kd_utils", "sweep", parameters, "--grid", grid, "--run-dir", folder / "sweep"]
     sweep += ["--cpus-per-trial", machines.cores() / 2]
-    _seconds(*sweep, "--only", "distill_type=black_box,seed=0")
-    wall = _seconds(*sweep)
+    python_seconds(*sweep, "--only", "distill_type=black_box,seed=0")
+    wall = python_seconds(*sweep)
     names = [trial.trial_name(method, seed) for method in trial.DISTILLATIONS for seed in seeds]
     names.remove("black_box_seed0")
     spent = [read_record(folder / "sweep" / "trials" / name)["seconds"] for name in names]
@@ -220,11 +224,11 @@ def measure_sweep(trials: int, *, artifacts_dir: str, folder: Path) -> dict[str,
         "wall_s": wall,
         "inside_s": inside,
         "overhead_s": (2 * wall - inside) / len(names),
-        "import_s": _seconds("-c", "import pandas, transformers.models.llama.modeling_llama"),
+        "import_s": python_seconds("-c", IMPORTS),
     }
 
 
-def _seconds(*arguments: object) -> float:
+def python_seconds(*arguments: object) -> float:
     """Seconds that Python takes with these arguments."""
     start = time.perf_counter()
     command = [sys.executable, *map(str, arguments)]

@@ -111,4 +111,4 @@ def test_the_bench_file_is_for_a_gpu_and_builds():
 
 def test_a_failing_command_is_reported_with_the_end_of_its_output():
     with pytest.raises(RuntimeError, match="the toy sweep failed: .*no reason"):
-        meters._seconds("-c", "raise SystemExit('no reason')")
+        meters.python_seconds("-c", "raise SystemExit('no reason')")
