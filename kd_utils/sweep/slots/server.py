@@ -24,8 +24,6 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
 
-import nbformat
-
 from kd_utils.config import notebook_files, stages
 from kd_utils.records import provenance
 from kd_utils.sweep.executor import Job, Report, execute_trial
@@ -53,13 +51,15 @@ def import_all() -> None:
     for node in ast.walk(ast.parse(notebook_files.code_without(stages.TRAIN, ()))):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             exec(compile(ast.Module([node], []), stages.TRAIN, "exec"), {})
+    import papermill.iorw
+
     for name in KERNEL:
         importlib.import_module(name)
     for library, names in LATER.items():
         for name in names if library in sys.modules else ():
             importlib.import_module(name)
     provenance.code_of(stages.TRAIN)  # it keeps what it has read of each source
-    nbformat.read(notebook_files.notebook_path(stages.TRAIN), 4)  # it keeps the schema
+    papermill.iorw.load_notebook_node(str(notebook_files.notebook_path(stages.TRAIN)))  # its schema
 
 
 def can_fork(pipe: Connection) -> bool:
