@@ -2,7 +2,8 @@
 
 The unit is the trial (one method, one seed). Accuracies are fractions (0 to 1). A setting is the
 text of the swept keys besides method and seed that a trial uses: "temperature=4, gamma_hidden=1",
-or "". The module `comparisons` compares methods, and `formatting` formats tables for a reader.
+or "". The module `comparisons` compares methods, and `words.formatting` formats tables for a
+reader.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import comparisons, formatting, stats, tables
+from kd_utils.analysis import comparisons, stats, tables
 from kd_utils.analysis.comparisons import Answers
 from kd_utils.analysis.pairs import example_weights
+from kd_utils.analysis.words import formatting
 from kd_utils.config.parameter_files import load_grid
 from kd_utils.config.project_paths import ROOT
 from kd_utils.sweep import planning

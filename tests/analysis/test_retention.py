@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import formatting
-from kd_utils.analysis.comparisons import retention
+from kd_utils.analysis.retention import retention
+from kd_utils.analysis.words import formatting
 
 ROWS = {"sst2": 200, "mmlu": 80, "gsm8k": 30}
 

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import formatting, tables
+from kd_utils.analysis import tables
+from kd_utils.analysis.words import formatting
 
 BLACK_BOX = {0: 0.50, 1: 0.60, 2: 0.70}
 ATTENTION = {0: 0.52, 1: 0.60, 2: 0.76}  # differences 0.02, 0.00, 0.06

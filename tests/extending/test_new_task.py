@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
-from kd_utils.analysis import comparisons, formatting, tables
+from kd_utils.analysis import comparisons, retention, tables
+from kd_utils.analysis.words import formatting
 from kd_utils.config.stages import DataConfig
 from kd_utils.data import leakage
 from kd_utils.data.drawing import prepare
@@ -150,7 +151,7 @@ def test_from_rows_to_retention(folder, tmp_path):
     assert comparisons.Answers(results, predictions).metrics == ["macro", "micro", "arc_easy"]
     assert len(calibration.reliability_by_method(predictions))
     teacher = {"validation_accuracy/arc_easy": 0.75}
-    kept = comparisons.retention(results, teacher, {"arc_easy": len(validation)})
+    kept = retention.retention(results, teacher, {"arc_easy": len(validation)})
     mean = results["validation_accuracy/arc_easy"][:2].mean()
     assert kept["retention"][0] == pytest.approx((mean - 0.25) / 0.5)
     [heading] = formatting.retention(kept).columns

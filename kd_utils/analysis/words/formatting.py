@@ -68,7 +68,7 @@ def glance(results: pd.DataFrame, teacher: Mapping[str, float]) -> pd.DataFrame:
 
 
 def retention(table: pd.DataFrame) -> pd.DataFrame:
-    """`comparisons.retention`'s rows: per cent with interval, a row per method and a column per
+    """`retention.retention`'s rows: per cent with interval, a row per method and a column per
     task, whose name says the teacher's accuracy and that of chance.
     """
     shown, heads = [], {}

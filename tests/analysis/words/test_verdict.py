@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import formatting, verdict
+from kd_utils.analysis.words import formatting, verdict
 
 WHITE_BOX = [("hidden_state", "black_box"), ("attention", "black_box"), ("combined", "black_box")]
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis import comparisons, formatting, stats, tables
-from kd_utils.analysis.formatting import Row
+from kd_utils.analysis import comparisons, stats, tables
+from kd_utils.analysis.words import formatting
+from kd_utils.analysis.words.formatting import Row
 
 QUESTION_TEXTS = {
     "teacher": "Do the teacher's logits help at all, compared with the same training without a "
