@@ -1,8 +1,9 @@
 """Which trials are compared with which, and what the statistics say: tidy tables from results.
 
 Each question has a family of comparisons, fixed before any result is seen. Holm's correction is
-within one question and one metric, over its comparisons and all swept settings. Accuracies and
-differences are fractions.
+within one question and one metric, over its comparisons and all swept settings. In a joint question
+the method must beat every baseline, which needs no correction but that over settings. Accuracies
+and differences are fractions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,8 +25,13 @@ from kd_utils.analysis.pairs import (
     matches,
 )
 from kd_utils.config.trial import METHODS
+from kd_utils.data.tasks import task_order
 
 BASELINE = "black_box"
+
+#: What a signal must beat to add something: the training without a teacher, with the teacher's hard
+#: answers, with its entropy in place of its logits, and with its signals of other rows.
+REFERENCES = ("task_only", "teacher_answers", "label_smoothing", "shuffled")
 
 #: The distillations with the terms of black box and more.
 WHITE_BOX = tuple(
@@ -34,13 +40,20 @@ WHITE_BOX = tuple(
     if method.kind == "distillation" and method.terms.keys() > METHODS[BASELINE].terms.keys()
 )
 
-#: Question -> its family: pairs of a method and its baseline.
+#: Question -> its family: pairs of a method and its baseline. "teacher" is the positive control,
+#: "controls" are the negative ones.
 QUESTIONS = {
-    "teacher": (("black_box", "task_only"),),
+    "teacher": ((BASELINE, "task_only"),),
+    "hard_answers": ((BASELINE, "teacher_answers"),),
+    "references": tuple((BASELINE, reference) for reference in REFERENCES),
+    "controls": (("shuffled", "teacher_answers"), ("label_smoothing", "teacher_answers")),
     "white_box": tuple((method, BASELINE) for method in WHITE_BOX),
     "which": (("attention", "hidden_state"),),
     "combining": (("combined", "hidden_state"), ("combined", "attention")),
 }
+
+#: The questions of being better than the best of all baselines.
+JOINT = ("references",)
 
 #: The verdicts rest on the mean of the tasks: how many rows of a task were drawn should not weigh
 #: the tasks.
@@ -53,25 +66,44 @@ INTERACTION_COLUMNS = ["p", "p_rows", "p_holm", "p_rows_holm", "smallest_p"]
 COLUMNS = """question metric setting method baseline planned pairs family difference difference_sd
     low high low_90 high_90 p p_holm p_rows p_rows_holm p_equivalence p_equivalence_holm g
     sd baseline_sd sd_ratio sd_ratio_low sd_ratio_high p_spread p_spread_holm
-    smallest_p detectable equal outcome""".split()
+    smallest_p detectable detectable_seeds detectable_rows equal outcome""".split()
+
+
+def primary(metrics: Iterable[str]) -> str:
+    """The metric among these that the verdicts rest on: a task on which the teacher has nothing to
+    hand on is left out of the mean.
+    """
+    return tables.INFORMED if tables.INFORMED in set(metrics) else PRIMARY
+
+
+def family_size(question: str, rows: Sequence[dict[str, Any]]) -> int:
+    """By what a question's smallest p is multiplied: the number of its comparisons, for a joint
+    question of its settings.
+
+    0: it is not asked. A joint question that has one baseline left is another question.
+
+    Args:
+        rows: the comparisons that there are, with their `setting` and `baseline`.
+    """
+    if question not in JOINT:
+        return len(rows)
+    several = len({row["baseline"] for row in rows}) > 1
+    return len({row["setting"] for row in rows}) * several
 
 
 def reach(trials: pd.DataFrame) -> pd.DataFrame:
-    """What a plan of `tables.planned_trials` could show at best: question, comparisons (the size of
-    its family), pairs (the fewest of the family), smallest_p (after Holm).
+    """What a plan of `tables.planned_trials` could show at best: question, comparisons (how many it
+    has), family (`family_size`), pairs (the fewest of its comparisons), smallest_p (after Holm).
     """
-    planned = {
-        question: [row["planned"] for row, _ in matches(trials, compared)]
-        for question, compared in QUESTIONS.items()
-    }
-    return pd.DataFrame(
-        [
-            (question, len(pairs), min(pairs), stats.smallest_p(min(pairs), len(pairs)))
-            for question, pairs in planned.items()
-            if pairs
-        ],
-        columns=["question", "comparisons", "pairs", "smallest_p"],
-    )
+    found = []
+    for question, compared in QUESTIONS.items():
+        rows = [row for row, _ in matches(trials, compared)]
+        if family := family_size(question, rows):
+            pairs = min(row["planned"] for row in rows)
+            smallest = stats.smallest_p(pairs, family)
+            found.append((question, len(rows), family, pairs, smallest))
+    columns = ["question", "comparisons", "family", "pairs", "smallest_p"]
+    return pd.DataFrame(found, columns=columns)
 
 
 def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
@@ -82,24 +114,28 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
         margin: differences within +- margin count as equal, a fraction (0.01: one point).
 
     Returns:
-        `COLUMNS`: planned and pairs count seeds, family comparisons; difference is the mean over
-        pairs, with low, high (95 %, hierarchical bootstrap), low_90, high_90; p is of exact sign
-        flips over seeds, on these examples, p_rows over seeds and examples, p_equivalence of TOST,
-        p_spread of Brown-Forsythe, X_holm corrected; g is Hedges'; smallest_p is what pairs and
-        family allow after Holm, detectable the difference found with power 0.8; equal (bool) and
-        outcome are `judge`'s. NaN where pairs are too few.
+        `COLUMNS`: planned and pairs count seeds; family is `family_size`; difference is the mean
+        over pairs, with low, high (95 %, hierarchical bootstrap), low_90, high_90; p is of exact
+        sign flips over seeds, on these examples, p_rows over seeds and examples, p_equivalence of
+        TOST, p_spread of Brown-Forsythe, X_holm corrected (gains of a joint question by
+        `stats.joint_holm`); g is Hedges'; smallest_p is what pairs and family allow after Holm;
+        detectable is the difference found with power 0.8, the larger of detectable_seeds and
+        detectable_rows (over seeds and rows); equal (bool) and outcome are `judge`'s. NaN where
+        pairs are too few.
     """
     rows = []
     for question, compared in QUESTIONS.items():
-        family = list(answers.pairs(compared))
-        for pairs in family:
+        of_question = list(answers.pairs(compared))
+        family = family_size(question, [pairs.row for pairs in of_question])
+        for pairs in of_question if family else []:
             rows += [
-                {"question": question, "family": len(family)} | pairs.row | numbers
-                for numbers in _by_metric(pairs, answers, margin, len(family))
+                {"question": question, "family": family} | pairs.row | numbers
+                for numbers in _by_metric(pairs, answers, margin, family)
             ]
     table = _with_holm(
         pd.DataFrame(rows, columns=COLUMNS), "p", "p_rows", "p_equivalence", "p_spread"
     )
+    table = _with_joint_gains(table)
     judged = [judge(row, margin) for row in table.to_dict("records")]
     return table.assign(equal=[equal for equal, _ in judged], outcome=[word for _, word in judged])
 
@@ -114,6 +150,7 @@ def _by_metric(
         accuracy, baseline_accuracy = pairs.correct @ weight, pairs.baseline_correct @ weight
         values = np.round(accuracy - baseline_accuracy, 12)
         over_seeds = stats.interval(values)
+        found = detectable(over_seeds["sd"], error, n, family)
         centre, sd = over_seeds["mean"], over_seeds["sd"]
         (low, high), (low_90, high_90) = (
             hierarchical_interval(centre, error, pairs.difference, answers.tasks, weight, level)
@@ -133,7 +170,9 @@ def _by_metric(
             "g": stats.hedges_g(accuracy, baseline_accuracy),
             **stats.spread_comparison(accuracy, baseline_accuracy),
             "smallest_p": stats.smallest_p(n, family),
-            "detectable": detectable(sd, error, n, family),
+            "detectable": float(np.maximum(*found)),
+            "detectable_seeds": found[0],
+            "detectable_rows": found[1],
         }
 
 
@@ -142,6 +181,22 @@ def _with_holm(table: pd.DataFrame, *columns: str) -> pd.DataFrame:
     families = table.groupby(["question", "metric"], sort=False)
     corrected = {f"{column}_holm": families[column].transform(stats.holm) for column in columns}
     return table.assign(**corrected)
+
+
+def _with_joint_gains(table: pd.DataFrame) -> pd.DataFrame:
+    """The table in which the gains of joint questions have `stats.joint_holm` as p_holm and
+    p_rows_holm. To be worse than one baseline, or equal to it, is a finding about any of several,
+    which keeps Holm's correction over all of them.
+    """
+    table = table.copy()
+    is_joint, gain = table["question"].isin(JOINT), table["difference"] > 0
+    for _, rows in table[is_joint].groupby(["question", "metric"], sort=False):
+        for column in ("p", "p_rows"):
+            # A loss stands in the way of its setting, whatever its p.
+            p = rows[column].where(rows["difference"] > 0, 1.0)
+            jointly = pd.Series(stats.joint_holm(p, rows["setting"]), index=rows.index)
+            table.loc[rows.index[gain[rows.index]], f"{column}_holm"] = jointly
+    return table
 
 
 def judge(row: dict[str, Any], margin: float) -> tuple[bool, str]:
@@ -173,7 +228,7 @@ def interactions(answers: Answers) -> pd.DataFrame:
         (`stats.interaction_p`: over seeds, on these examples), p_rows (over seeds and examples),
         their Holm corrections over all rows, smallest_p.
     """
-    tasks = answers.metrics[2:]
+    tasks = task_order(answers.tasks)
     weights, rows = answers.weights(tasks), []
     for pairs in answers.pairs(QUESTIONS["white_box"]):
         by_task = pairs.difference @ weights

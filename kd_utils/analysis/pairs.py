@@ -42,17 +42,20 @@ class Answers:
     Args:
         results: the table of `run_folder.collect`.
         predictions: the table of `run_folder.predictions`.
+        informed: the tasks of the metric "informed"; none: there is no such metric.
 
     Attributes:
         trials: the table of `tables.planned_trials`.
         tasks: (N,) task of each example.
-        metrics: "macro", "micro" and the tasks, in the project's order.
+        metrics: "macro", "micro", "informed" if asked for, and the tasks, in the project's order.
 
     Raises:
         ValueError: the trials did not answer the same examples.
     """
 
-    def __init__(self, results: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    def __init__(
+        self, results: pd.DataFrame, predictions: pd.DataFrame, informed: Sequence[str] = ()
+    ) -> None:
         self.trials = tables.planned_trials(results)
         correct = predictions.pivot(index="trial", columns="example_id", values="correct")
         missing = correct.isna().sum(axis=1)
@@ -65,7 +68,7 @@ class Answers:
         self._correct = correct.astype(float)
         task_of = predictions.drop_duplicates("example_id").set_index("example_id")["task"]
         self.tasks = task_of.loc[correct.columns].to_numpy()
-        self._weights = example_weights(self.tasks)
+        self._weights = example_weights(self.tasks, informed)
         self.metrics = list(self._weights)
 
     def weights(self, metrics: Iterable[str]) -> np.ndarray:
@@ -108,15 +111,18 @@ def matches(
             yield dict(zip(("setting", "method", "baseline", "planned"), found)), both
 
 
-def example_weights(tasks: Sequence[str]) -> dict[str, np.ndarray]:
+def example_weights(tasks: Sequence[str], informed: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """The weight (N,) of each example in the metrics "macro" (mean over tasks), "micro" (over
-    examples) and every task: accuracy is the sum of weight times correct.
+    examples), "informed" (mean over these tasks, if there are any) and every task: accuracy is the
+    sum of weight times correct.
     """
     column = pd.Series(tasks)
     counts = column.map(column.value_counts())
+    some = {tables.INFORMED: column.isin(informed) / (len(informed) * counts)} if informed else {}
     return {
         "macro": (1 / (column.nunique() * counts)).to_numpy(),
         "micro": np.full(len(tasks), 1 / len(tasks)),
+        **{name: weights.to_numpy() for name, weights in some.items()},
         **{task: np.where(column == task, 1 / counts, 0.0) for task in task_order(tasks)},
     }
 
@@ -234,10 +240,11 @@ def interaction_p_rows(differences: np.ndarray, errors: np.ndarray) -> float:
     return float(scipy.stats.f.sf(ratio, free, seeds - free))
 
 
-def detectable(sd: float, error: float, n: int, family: int) -> float:
-    """The difference that both tests find with power 0.8 at Holm's first step: the larger of what
-    each needs; NaN with fewer than two pairs.
+def detectable(sd: float, error: float, n: int, family: int) -> tuple[float, float]:
+    """The differences that the tests find with power 0.8 at Holm's first step: over seeds on these
+    examples, and over seeds and examples. Better and worse need the larger. NaN with fewer than two
+    pairs.
     """
     alpha = stats.ALPHA / family
     errors = scipy.stats.t.ppf(1 - alpha / 2, n - 1) + scipy.stats.norm.ppf(stats.POWER)
-    return float(np.maximum(stats.smallest_detectable(sd, n, alpha), error * errors))
+    return stats.smallest_detectable(sd, n, alpha), float(error * errors)

@@ -1,6 +1,7 @@
 """What of a task does the teacher know, and how much of it does a student keep?"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,42 @@ import scipy
 
 from kd_utils.analysis import tables
 from kd_utils.data.tasks import TASKS
+
+
+def above_chance(name: str, accuracy: float, rows: int) -> bool | None:
+    """Whether a one-sided binomial test puts the teacher above chance on a task (p < 0.05); None
+    where the task is not in `data/tasks`, or the accuracy is not recorded (NaN).
+    """
+    task = TASKS.get(name)
+    if task is None or np.isnan(accuracy):
+        return None
+    guessed = max(task.chance, task.guessed)
+    test = scipy.stats.binomtest(round(accuracy * rows), rows, guessed, alternative="greater")
+    return bool(test.pvalue < 0.05)
+
+
+def uninformed_tasks(teacher: Mapping[str, float], rows: Mapping[str, int]) -> list[str]:
+    """The tasks on which the teacher is not shown to be above chance: it has nothing to hand on.
+
+    Args:
+        teacher, rows: as in `retention`.
+    """
+    accuracies = {task: teacher.get(f"{tables.ACCURACY}/{task}", np.nan) for task in rows}
+    return [task for task in rows if above_chance(task, accuracies[task], rows[task]) is False]
+
+
+def with_informed(values: Any, tasks: Sequence[str]) -> Any:
+    """The values with `validation_accuracy/informed`, the mean over these tasks; as they are if
+    there are none.
+
+    Args:
+        values: a results table, or metric -> fraction.
+    """
+    if not tasks:
+        return values
+    known = [values.get(f"{tables.ACCURACY}/{task}", np.nan) for task in tasks]
+    mean = {f"{tables.ACCURACY}/{tables.INFORMED}": sum(known) / len(known)}
+    return values.assign(**mean) if isinstance(values, pd.DataFrame) else {**values, **mean}
 
 
 def retention(
@@ -24,18 +61,14 @@ def retention(
         task, setting, distill_type, chance, teacher, n, retention (mean over seeds, a fraction),
         low, high (95 % t interval over seeds). `chance` is NaN for a task that is not in
         `data/tasks`, `teacher` where its accuracy is not recorded. Retention is NaN for both, and
-        where a one-sided binomial test does not put the teacher above chance (p < 0.05).
+        where the teacher is not shown to be above chance (`above_chance`).
     """
     parts = []
     for name in tables.tasks_of(results):
         metric = f"{tables.ACCURACY}/{name}"
         task, top = TASKS.get(name), float(teacher.get(metric, np.nan))
-        chance, scale = task.chance if task else np.nan, np.nan
-        if task and metric in teacher:
-            guessed = max(chance, task.guessed)
-            right = round(top * rows[name])
-            test = scipy.stats.binomtest(right, rows[name], guessed, alternative="greater")
-            scale = top - chance if test.pvalue < 0.05 else np.nan
+        chance = task.chance if task else np.nan
+        scale = top - chance if above_chance(name, top, rows.get(name, 0)) else np.nan
         table = tables.summary_table(results, metric).rename(columns={"mean": "retention"})
         numbers = ["retention", "low", "high"]
         table[numbers] = table[numbers].sub(chance).div(scale)

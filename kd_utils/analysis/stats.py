@@ -85,6 +85,24 @@ def holm(p: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.where(np.isnan(p), np.nan, np.minimum(steps, 1.0)[np.argsort(order)])
 
 
+def joint_holm(p: Sequence[float] | np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """p for "all of the group": an intersection-union test (Berger 1982), Holm's over the groups.
+
+    To be better than the best of several is to be better than each of them. So the largest p of a
+    group counts, and nothing is corrected within it. Each p is corrected as if it were its group's
+    largest, so that the largest result of a group is the group's. NaNs stay NaN and count as 1.
+    """
+    values = pd.DataFrame({"p": np.asarray(p, dtype=float), "group": list(groups)})
+    largest = values.fillna({"p": 1.0}).groupby("group", sort=False)["p"].max()
+    return np.array(
+        [
+            np.nan if np.isnan(value) else holm(largest.mask(largest.index == group, value))[at]
+            for value, group in values.itertuples(index=False)
+            for at in [largest.index.get_loc(group)]
+        ]
+    )
+
+
 def hedges_g(values: Sequence[float], baseline: Sequence[float]) -> float:
     """(mean - baseline's mean) / pooled standard deviation, corrected for few seeds (Hedges 1981).
 
@@ -160,6 +178,15 @@ def smallest_detectable(sd: float, n: int, alpha: float = ALPHA) -> float:
     """
     effect = _detectable_effect(n, alpha)
     return float(sd * effect) if np.isfinite(effect) else np.inf
+
+
+def seeds_needed(sd: float, difference: float, family: int, most: int = 99) -> int | None:
+    """The fewest pairs that find a difference with power 0.8 at Holm's first step of a family, over
+    seeds alone; None if `most` do not.
+    """
+    alpha = ALPHA / family
+    enough = (n for n in range(2, most + 1) if smallest_detectable(sd, n, alpha) <= difference)
+    return next(enough, None)
 
 
 @lru_cache

@@ -18,7 +18,16 @@ from kd_utils.data.tasks.base import FLEXIBLE
 
 ACCURACY = "validation_accuracy"
 
+#: The mean over the tasks on which the teacher has something to hand on, where some have nothing.
+INFORMED = "informed"
+
+#: The metrics over all examples or tasks; the other ones are tasks.
+MEANS = ("macro", "micro", INFORMED)
+
 KEYS = ["setting", "distill_type"]
+
+#: What a table says of each metric and method.
+SUMMARY = ["planned", "n", "mean", "sd", "low", "high"]
 
 
 def known_first(names: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -36,7 +45,7 @@ def tasks_of(results: pd.DataFrame) -> list[str]:
     """Tasks with an accuracy of their own (`validation_accuracy/TASK`), in the table's order."""
     prefix = f"{ACCURACY}/"
     found = [column.removeprefix(prefix) for column in results if column.startswith(prefix)]
-    return [task for task in found if task != "macro" and not task.endswith(FLEXIBLE)]
+    return [task for task in found if task not in MEANS and not task.endswith(FLEXIBLE)]
 
 
 def coverage(results: pd.DataFrame) -> str:
@@ -132,8 +141,7 @@ def summary_table(results: pd.DataFrame, *metrics: str) -> pd.DataFrame:
             | interval(trials)
             for (setting, method), trials in sorted(arms, key=lambda arm: order.index(arm[0][1]))
         ]
-    columns = ["metric", *KEYS, "planned", "n", "mean", "sd", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["metric", *KEYS, *SUMMARY])
 
 
 def per_task(results: pd.DataFrame, tasks: Sequence[str] = ()) -> pd.DataFrame:

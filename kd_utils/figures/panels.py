@@ -46,8 +46,9 @@ def panel_height(data: pd.DataFrame, alone: int) -> int:
 
 
 def panel_name(metric: str) -> str:
-    """The heading of a panel, for "macro", "micro" and tasks."""
-    return {"macro": "mean of tasks", "micro": "all examples"}.get(metric, metric)
+    """The heading of a panel, for "macro", "micro", "informed" and tasks."""
+    names = {"macro": "mean of tasks", "micro": "all examples", "informed": "informed tasks"}
+    return names.get(metric, metric)
 
 
 def setting_axis(data: pd.DataFrame) -> tuple[pd.DataFrame, alt.X, str | None]:

@@ -2,6 +2,7 @@
 accuracies in per cent, differences in points, a dash for no value.
 """
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.analysis import stats, tables
-from kd_utils.analysis.comparisons import PRIMARY, interaction_tasks
+from kd_utils.analysis.comparisons import interaction_tasks, primary
 
 Row = dict[str, Any]
 
@@ -50,17 +51,21 @@ def means(results: pd.DataFrame, metrics: Mapping[str, str]) -> pd.DataFrame:
 
 def glance(results: pd.DataFrame, teacher: Mapping[str, float]) -> pd.DataFrame:
     """Accuracies in per cent, every method's mean +- sd over seeds and the teacher's: n, mean of
-    tasks, all examples, a column per task.
+    tasks (and of the informed ones, where they are not all), all examples, a column per task.
 
     Args:
         results: as in `tables.planned_trials`.
         teacher: metric -> fraction, as in a trial's record.
     """
-    metrics = {"mean of tasks": f"{tables.ACCURACY}/macro", "all examples": tables.ACCURACY}
+    metrics = {"mean of tasks": f"{tables.ACCURACY}/macro"}
+    metrics["mean of informed tasks"] = f"{tables.ACCURACY}/{tables.INFORMED}"
+    metrics["all examples"] = tables.ACCURACY
     metrics |= {task: f"{tables.ACCURACY}/{task}" for task in tables.tasks_of(results)}
     shown = means(results, metrics)
     of_teacher = {
-        name: _text("{:.1f}", 100 * teacher.get(metric, np.nan)) for name, metric in metrics.items()
+        name: _text("{:.1f}", 100 * teacher.get(metric, np.nan))
+        for name, metric in metrics.items()
+        if name in shown
     }
     label = "teacher" if shown.index.nlevels == 1 else ("", "teacher")
     shown.loc[label, :] = pd.Series({"n": "1"} | of_teacher)
@@ -103,7 +108,8 @@ def comparisons(table: pd.DataFrame) -> pd.DataFrame:
             "Holm, over rows too": _text("{:.3f}", row["p_rows_holm"]),
             "TOST, Holm": _text("{:.3f}", row["p_equivalence_holm"]),
             "g": _text("{:.2f}", row["g"]),
-            "detectable": _text("{:.1f}", 100 * row["detectable"]).replace("inf", "none"),
+            "detectable": _text("{:.1f}", 100 * row["detectable_seeds"]).replace("inf", "none"),
+            "over rows too": _text("{:.1f}", 100 * row["detectable_rows"]),
             "outcome": row["outcome"],
         }
         for _, rows in table.groupby("metric", sort=False)
@@ -122,7 +128,8 @@ def spreads(table: pd.DataFrame) -> pd.DataFrame:
     """Standard deviations over seeds (points) of the methods and of black box, and their ratio's
     test, from `comparisons.compare`'s rows.
     """
-    rows = table[(table["question"] == "white_box") & (table["metric"] == PRIMARY)]
+    is_primary = table["metric"] == primary(table["metric"])
+    rows = table[is_primary & (table["question"] == "white_box")]
     columns = "sd baseline_sd sd_ratio sd_ratio_low sd_ratio_high p_spread p_spread_holm".split()
     shown = rows.set_index("method")[columns].astype(float)
     return shown.assign(sd=100 * shown["sd"], baseline_sd=100 * shown["baseline_sd"]).round(3)
@@ -155,9 +162,8 @@ def sentence(row: Row, margin: float) -> str:
         return f"{_what(row)}: not tested, {_pairs(row)} are done and a test needs two."
     size = "" if np.isnan(row["g"]) else f", g = {row['g']:.2f}"
     numbers = (
-        f"{_what(row)}: {_points(row['difference'])} points "
-        f"[{_points(row['low'])}, {_points(row['high'])}], {_p(row['p'])}, "
-        f"Holm {_p(row['p_holm'])}, rows {_p(row['p_rows_holm'])}{size}, {_pairs(row)}"
+        f"{_what(row)}: {difference(row)}, {_p(row['p'])}, Holm {_p(row['p_holm'])}, "
+        f"rows {_p(row['p_rows_holm'])}{size}, {_pairs(row)}"
     )
     within = f"equal within {margin_text(margin)}"
     if row["outcome"] == "equivalent":
@@ -169,6 +175,12 @@ def sentence(row: Row, margin: float) -> str:
     return f"{numbers}: {row['outcome']}{also}{elsewhere}."
 
 
+def difference(row: Row) -> str:
+    """A comparison's difference with its interval."""
+    low, high = _points(row["low"]), _points(row["high"])
+    return f"{_points(row['difference'])} points [{low}, {high}]"
+
+
 def _could_have(row: Row) -> str:
     """For a null result: the difference found with power 0.8, or the pairs that a finding needs."""
     if stats.smallest_p(row["pairs"]) * row["family"] > stats.ALPHA:
@@ -177,11 +189,12 @@ def _could_have(row: Row) -> str:
             f"no difference, however large, could be significant with {row['pairs']} pairs: "
             f"{needed} are needed"
         )
-    if not row["detectable"] > 0:
+    if not max(row["detectable_seeds"], row["detectable_rows"]) > 0:
         return "the accuracies are equal in every pair"
     return (
-        f"{row['pairs']} pairs detect a difference of {100 * row['detectable']:.1f} points with "
-        f"power {stats.POWER}"
+        f"{row['pairs']} pairs detect a difference of {100 * row['detectable_seeds']:.1f} points "
+        f"over seeds, {100 * row['detectable_rows']:.1f} over seeds and rows, with power "
+        f"{stats.POWER}"
     )
 
 
@@ -238,6 +251,17 @@ def _pairs(row: Row) -> str:
 
 def margin_text(margin: float) -> str:
     return f"{100 * margin:g} point{'s' * (margin != 0.01)}"
+
+
+def wrapped(text: str, indent: str = "") -> list[str]:
+    """The text in lines of at most 118 columns; what follows a dash is indented."""
+    return textwrap.wrap(
+        text,
+        118,
+        initial_indent=indent,
+        subsequent_indent=indent + "  " * text.startswith("- "),
+        break_on_hyphens=False,
+    )
 
 
 def _points(value: float) -> str:

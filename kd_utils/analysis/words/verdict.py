@@ -4,7 +4,6 @@ A difference that is not significant is never called equality. Every answer says
 rests on, and each null result says which difference so many pairs could have found.
 """
 
-import textwrap
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +16,12 @@ from kd_utils.analysis.words.formatting import Row
 QUESTION_TEXTS = {
     "teacher": "Do the teacher's logits help at all, compared with the same training without a "
     "teacher?",
+    "hard_answers": "Are the teacher's logits worth more than its hard answers?",
+    "references": "Do the logits add something, over the best of the references without them? "
+    "Better than the best is better than every one, so gains need no correction (an "
+    "intersection-union test); losses and equality are Holm's.",
+    "controls": "Negative controls: is training with no knowledge of the teacher's distribution "
+    "better than training on its answers?",
     "white_box": "Do white-box signals help beyond logits?",
     "which": "Which helps more, attention maps or hidden states?",
     "combining": "Is combining both signals better than each signal alone?",
@@ -47,6 +52,11 @@ SINGLE = {
         "worse": "No: the logits lower the accuracy.",
         "equivalent": "No additional benefit ({within}).",
     },
+    "hard_answers": {
+        "better": "Yes.",
+        "worse": "No: hard answers are worth more.",
+        "equivalent": "No ({within}).",
+    },
     "which": {
         "better": "Attention maps.",
         "worse": "Hidden states.",
@@ -67,11 +77,11 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
         question (key of `QUESTION_TEXTS`), setting, answer (a few words), evidence (sentences with
         the numbers).
     """
-    primary = table[table["metric"] == comparisons.PRIMARY]
+    primary = table[table["metric"] == comparisons.primary(table["metric"])]
     by_task = table[table["metric"].isin([*SIMILAR_ON, *BETTER_ON])]
     asked: list[tuple[str, pd.DataFrame, Callable]] = [
         (question, primary[primary["question"] == question], _by_outcome)
-        for question in ("teacher", "white_box", "which", "combining")
+        for question in comparisons.QUESTIONS
     ]
     asked += [
         ("task", interaction, _by_interaction),
@@ -89,25 +99,15 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
 def verdict_text(found: pd.DataFrame, coverage: str) -> str:
     """The rows of `verdicts` as lines to print, after the sentence of `tables.coverage`."""
     scope = SCOPE if len(found) else "There is no pair of trials to compare."
-    lines = [*_wrapped(coverage), *_wrapped(scope)]
+    lines = [*formatting.wrapped(coverage), *formatting.wrapped(scope)]
     for question, rows in found.groupby("question", sort=False):
-        lines += ["", *_wrapped(QUESTION_TEXTS[question])]
+        lines += ["", *formatting.wrapped(QUESTION_TEXTS[question])]
         for row in rows.itertuples():
             setting = f"[{row.setting}] " if row.setting else ""
-            lines += _wrapped(setting + row.answer, "  ")
+            lines += formatting.wrapped(setting + row.answer, "  ")
             for evidence in row.evidence:
-                lines += _wrapped(f"- {evidence}", "    ")
+                lines += formatting.wrapped(f"- {evidence}", "    ")
     return "\n".join(lines)
-
-
-def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(
-        text,
-        118,
-        initial_indent=indent,
-        subsequent_indent=indent + "  " * text.startswith("- "),
-        break_on_hyphens=False,
-    )
 
 
 def _by_outcome(family: list[Row], margin: float) -> tuple[str, list[str]]:
@@ -115,9 +115,7 @@ def _by_outcome(family: list[Row], margin: float) -> tuple[str, list[str]]:
     lines = [formatting.sentence(row, margin) for row in family]
     if all(row["outcome"] == "not tested" for row in family):
         return NOT_TESTED, lines
-    answer = {"white_box": _answer_white_box, "combining": _answer_combining}.get(
-        family[0]["question"], _answer_single
-    )
+    answer = SEVERAL.get(family[0]["question"], _answer_single)
     return answer(family, f"equal within {formatting.margin_text(margin)}"), lines
 
 
@@ -149,6 +147,42 @@ def _answer_combining(family: list[Row], within: str) -> str:
     if better:
         return f"Not shown: better than {better[0]} only."
     return _not_shown(family)
+
+
+def _answer_references(family: list[Row], within: str) -> str:
+    better, worse, equal = _by_word(family, "baseline")
+    asked = [row["baseline"] for row in family]
+    missing = [name for name in comparisons.REFERENCES if name not in asked]
+    partly = f" Not fully asked: this run has no {', '.join(missing)}." if missing else ""
+    against = [f"worse than {', '.join(worse)}"] * bool(worse)
+    against += [f"{within} to {', '.join(equal)}"] * bool(equal)
+    if against:
+        return f"Does not add: {'; '.join(against)}.{partly}"
+    if len(better) == len(family):
+        return f"{'Better' if missing else 'Adds: better'} than {', '.join(better)}.{partly}"
+    strongest = strongest_reference(family)
+    return f"{_not_shown(family)} The strongest reference is {strongest['baseline']}.{partly}"
+
+
+def strongest_reference(family: list[Row]) -> Row:
+    """The comparison of a joint question with the reference that is the hardest to beat."""
+    return min(family, key=lambda row: np.nan_to_num(row["difference"], nan=np.inf))
+
+
+def _answer_controls(family: list[Row], within: str) -> str:
+    better, _, _ = _by_word(family, "method")
+    if better:
+        return f"Yes, a false alarm: {', '.join(better)}."
+    return _not_shown(family)
+
+
+#: The answers to the questions that have several comparisons.
+SEVERAL: dict[str, Callable[[list[Row], str], str]] = {
+    "references": _answer_references,
+    "controls": _answer_controls,
+    "white_box": _answer_white_box,
+    "combining": _answer_combining,
+}
 
 
 def _by_word(family: list[Row], key: str) -> list[list[str]]:

@@ -32,7 +32,8 @@ def row(
         "p_equivalence_holm": 0.01,
         "equal": outcome == "equivalent",
         "g": 0.5,
-        "detectable": 0.05,
+        "detectable_seeds": 0.05,
+        "detectable_rows": 0.06,
         "smallest_p": 0.047,
         "sd": 0.02,
         "baseline_sd": 0.03,
@@ -255,17 +256,23 @@ def test_better_by_less_than_the_margin_is_still_similar():
 def test_a_null_result_says_what_could_have_been_found_and_is_no_equality():
     null = formatting.sentence(row("white_box", "attention", "black_box", "undecided"), 0.01)
     assert (
-        "neither a difference nor equality is shown; 7 pairs detect a difference of 5.0 points with power 0.8."
-        in null
+        "neither a difference nor equality is shown; 7 pairs detect a difference of 5.0 points over seeds, "
+        "6.0 over seeds and rows, with power 0.8." in null
     )
     assert "7 of 7 pairs" in null and "+0.2 points [-0.8, +1.2]" in null
-    few = row("white_box", "attention", "black_box", "undecided", pairs=4, detectable=np.inf)
+    few = row("white_box", "attention", "black_box", "undecided", pairs=4, detectable_seeds=np.inf)
     assert (
         "no difference, however large, could be significant with 4 pairs: 7 are needed."
         in formatting.sentence(few, 0.01)
     )
     two = row(
-        "white_box", "attention", "black_box", "undecided", pairs=2, detectable=np.inf, g=np.nan
+        "white_box",
+        "attention",
+        "black_box",
+        "undecided",
+        pairs=2,
+        detectable_seeds=np.inf,
+        g=np.nan,
     )
     assert "g = " not in formatting.sentence(two, 0.01)
     assert "could be significant with 2 pairs: 7 are needed" in formatting.sentence(two, 0.01)

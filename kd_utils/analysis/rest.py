@@ -1,0 +1,139 @@
+"""Has training come to rest? If not, a comparison is of speeds, not of ends.
+
+Two criteria, both on held-out rows, which choose nothing that is compared: a method's mean over
+seeds moves by less than a point in the last tenth of the steps, and with twice the steps under the
+same schedule. The first alone does not do: a rate that decays to zero stops any run.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kd_utils.analysis import stats, tables
+from kd_utils.config.base import NEVER_IN_A_RESULT
+from kd_utils.records import run_folder
+from kd_utils.records.by_hand import without_effect
+from kd_utils.store.sealed import RecordError
+
+Record = Mapping[str, Any]
+
+#: A method is at rest if its mean moves by less: a point.
+LIMIT = 0.01
+
+HELD_OUT = "held_out_accuracy/macro"
+
+#: The metrics of the two criteria, as in `analysis.csv`.
+LAST_TENTH, TWICE = f"{HELD_OUT}, last tenth", f"{HELD_OUT}, twice the steps"
+
+#: In what a trial and the one that measures its rest may differ.
+FREE = NEVER_IN_A_RESULT | {"seed", "epochs"}
+
+
+def last_tenth(records: Iterable[Record]) -> pd.DataFrame:
+    """How far each method moves between 90 and 100 % of its steps.
+
+    Args:
+        records: of `run_folder.done_records`. The epoch rows of older ones have no `step`, or no
+            held-out accuracy.
+
+    Returns:
+        metric (`LAST_TENTH`), setting, distill_type; planned (trained trials), n (those with the
+        rows); mean, sd, low, high of the change over seeds, fractions. NaN where n is 0.
+    """
+    arms = _arms(records).items()
+    return _moves(LAST_TENTH, {arm: list(map(_last_tenth, trials)) for arm, trials in arms})
+
+
+def _last_tenth(record: Record) -> float:
+    *rows, last = record["epochs"]
+    steps = last.get("step", np.nan)
+    before = [row for row in rows if abs(row.get("step", np.nan) - 0.9 * steps) < 1]
+    return last.get(HELD_OUT, np.nan) - before[0].get(HELD_OUT, np.nan) if before else np.nan
+
+
+def twice(records: Iterable[Record], measured: Iterable[Record]) -> pd.DataFrame:
+    """How far twice the steps move each method.
+
+    Args:
+        records: of the run.
+        measured: of the run that measured its rest: the same trials with `epochs` as they are and
+            with twice as many. Parameters must agree in all but `FREE`, where a method uses them.
+
+    Returns:
+        As `last_tenth`, of the metric `TWICE`; a seed counts where both its trials are done.
+    """
+    ends: dict[tuple[str, int], dict[int, float]] = {}
+    for record in measured:
+        config = record["config"]
+        of_seeds = ends.setdefault((_alike(config), config.get("epochs", 0)), {})
+        of_seeds[config["seed"]] = record["final"].get(HELD_OUT, np.nan)
+    changes = {}
+    for arm, trials in _arms(records).items():
+        config = trials[0]["config"]
+        epochs = config.get("epochs", 0)
+        once, longer = (ends.get((_alike(config), times * epochs), {}) for times in (1, 2))
+        changes[arm] = [longer[seed] - once[seed] for seed in once if seed in longer]
+    return _moves(TWICE, changes)
+
+
+def find(folder: Path, name: str, records: list[Record]) -> tuple[str, pd.DataFrame]:
+    """The run that measured the rest of `records`, and `twice` of it: the newest beside `folder`
+    that is called `NAME-rest...` or `DATE-NAME-rest...` and agrees with them; "" if there is none.
+    """
+    called = re.compile(rf"(\d{{4}}-\d\d-\d\d-)?{re.escape(name)}-rest(-.+)?")
+    found = []
+    for path in sorted(folder.parent.iterdir()):
+        if called.fullmatch(path.name) and path.is_dir():
+            with suppress(RecordError):  # damaged: as if it was not there
+                measured = run_folder.done_records(path, name)
+                found.append((max((r["started"] for r in measured), default=""), path, measured))
+    for _, path, measured in sorted(found, key=lambda one: one[0], reverse=True):
+        moved = twice(records, measured)
+        if moved["n"].any():
+            return path.name, moved
+    return "", twice(records, [])
+
+
+def at_rest(moves: pd.DataFrame) -> bool | None:
+    """Whether every method is at rest; None where that is not known.
+
+    Args:
+        moves: the rows of `last_tenth` and `twice`, one below the other.
+    """
+    if len(moving(moves)):
+        return False
+    return True if len(moves) and moves["mean"].notna().all() else None
+
+
+def moving(moves: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `moves` that show a method that is not at rest."""
+    return moves[moves["mean"].abs().round(12) >= LIMIT]
+
+
+def _arms(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
+    """(setting, method) -> its trained trials."""
+    arms: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record["final"]["epoch"] > 0:
+            arm = tables.setting_text(record["swept"]), record["config"]["distill_type"]
+            arms.setdefault(arm, []).append(record)
+    return arms
+
+
+def _alike(config: dict[str, Any]) -> str:
+    left_out = FREE | without_effect(config)
+    return repr(sorted((key, value) for key, value in config.items() if key not in left_out))
+
+
+def _moves(metric: str, changes: Mapping[tuple[str, str], list[float]]) -> pd.DataFrame:
+    rows = [
+        {"metric": metric, "setting": setting, "distill_type": method, "planned": len(values)}
+        | stats.interval(values)
+        for (setting, method), values in changes.items()
+    ]
+    return pd.DataFrame(rows, columns=["metric", *tables.KEYS, *tables.SUMMARY])
