@@ -70,11 +70,14 @@ NAMES = {
         "test_the_length_mix_is_that_of_the_real_rows",
         "test_this_machines_own_torch_is_asked_in_another_process",
         "test_vocabularies_of_one_size_share_pieces_under_other_ids",
+        "test_over_worlds_intervals_cover_and_nothing_is_found_without_an_effect",
         "test_with_two_swept_keys_a_family_keeps_together",
         "test_without_effects_whole_experiments_find_nothing_more_often_than_promised",
     },
     "slow": {
         "test_a_full_disk_is_told_and_leaves_no_half_file[2500000]",  # no room at all
+        # Sixty experiments of each kind.
+        "test_over_worlds_the_same_in_many_more_experiments",
         # The other two interrupts.
         "test_ctrl_c_once_stops_within_ten_seconds_and_leaves_no_process[to the driver]",
         "test_every_real_row_is_lined_up",  # every tenth row

@@ -116,14 +116,18 @@ def example_weights(tasks: Sequence[str], informed: Sequence[str] = ()) -> dict[
     examples), "informed" (mean over these tasks, if there are any) and every task: accuracy is the
     sum of weight times correct.
     """
-    column = pd.Series(tasks)
-    counts = column.map(column.value_counts())
-    some = {tables.INFORMED: column.isin(informed) / (len(informed) * counts)} if informed else {}
+    of_example = np.asarray(tasks)
+    by_task = {task: of_example == task for task in task_order(tasks)}
+    by_task = {task: chosen / chosen.sum() for task, chosen in by_task.items()}
+
+    def mean_over(some: Sequence[str]) -> np.ndarray:
+        return np.sum([by_task[task] for task in some], axis=0) / len(some)
+
     return {
-        "macro": (1 / (column.nunique() * counts)).to_numpy(),
+        "macro": mean_over(list(by_task)),
         "micro": np.full(len(tasks), 1 / len(tasks)),
-        **{name: weights.to_numpy() for name, weights in some.items()},
-        **{task: np.where(column == task, 1 / counts, 0.0) for task in task_order(tasks)},
+        **({tables.INFORMED: mean_over(informed)} if informed else {}),
+        **by_task,
     }
 
 
@@ -187,9 +191,8 @@ def hierarchical_interval(
     """Interval of a mean paired difference: centre +- (t(S - 1) error + the unseen part).
 
     With 7 seeds the bootstrap draws' own percentiles cover 87 %; Student's t with the draws' error
-    covers 95 %. Resampling finds no variance in a task where none of N examples was answered
-    differently. Yet the share of such examples may be 1 - (1 - level)^(1 / N), the exact form of
-    the rule of three: the unseen part, which is 0 for tasks with a difference.
+    covers 95 %. Resampling finds no variance in a task where none of its examples was answered
+    differently: there is the unseen part (`unseen`), which is 0 for tasks with a difference.
 
     Args:
         centre: the mean difference.
@@ -202,11 +205,18 @@ def hierarchical_interval(
     """
     half = scipy.stats.t.ppf((1 + level) / 2, len(difference) - 1) * error
     half += sum(
-        weights[chosen].sum() * (1 - (1 - level) ** (1 / chosen.sum()))
+        unseen(weights[chosen].sum(), chosen.sum(), level)
         for chosen in (tasks == task for task in sorted(set(tasks)))
         if not difference[:, chosen].any()
     )
     return float(centre - half), float(centre + half)
+
+
+def unseen(weight: float, examples: int, level: float) -> float:
+    """How far a task may move a mean, though none of its examples was answered differently: the
+    share of such examples may be 1 - (1 - level)^(1 / N), the exact form of the rule of three.
+    """
+    return float(weight * (1 - (1 - level) ** (1 / examples)))
 
 
 def hierarchical_p(centre: float, error: float, seeds: int) -> float:
