@@ -237,6 +237,21 @@ def check(
     return 1 if problems else 0
 
 
+@app.command()
+def findings(
+    run_dirs: Annotated[
+        list[Path] | None,
+        Argument(metavar="[RUN_DIR]...", help="Default: the newest record of each experiment."),
+    ] = None,
+) -> int:
+    """Print what records show, as the README's first table."""
+    from kd_utils.analysis.words import findings as table
+    from kd_utils.config import project_paths
+
+    print(table.markdown(run_dirs or table.newest(project_paths.ROOT / "runs")))
+    return 0
+
+
 @app.command("ls")
 def list_artifacts(what: What = None, artifacts: Artifacts = Path("artifacts")) -> int:
     """List what is in artifacts/: kind, name, size, last use, and who needs it."""

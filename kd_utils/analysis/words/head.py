@@ -93,14 +93,13 @@ def negative_line(primary: pd.DataFrame) -> str:
     rows = primary[primary["question"] == "controls"].to_dict("records")
     if not rows:
         return "Negative controls: not in this run."
-    pairs = [f"{row['method']} over {row['baseline']}" for row in rows]
+    pairs = dict.fromkeys(f"{row['method']} over {row['baseline']}" for row in rows)
     false = [_difference(row) for row in rows if row["outcome"] == "better"]
-    what = f"Negative controls ({', '.join(dict.fromkeys(pairs))})"
+    what = f"Negative controls ({', '.join(pairs)})"
     if false:
         return f"{what}: a FALSE ALARM, {', '.join(false)}: trust no other gain of this run."
-    if all(row["outcome"] == "not tested" for row in rows):
-        return f"{what}: not tested."
-    return f"{what}: quiet."
+    tested = any(row["outcome"] != "not tested" for row in rows)
+    return f"{what}: {'quiet' if tested else 'not tested'}."
 
 
 def informed_lines(uninformed: Sequence[str], tasks: Sequence[str]) -> Iterator[str]:

@@ -151,22 +151,27 @@ def _answer_combining(family: list[Row], within: str) -> str:
 
 def _answer_references(family: list[Row], within: str) -> str:
     better, worse, equal = _by_word(family, "baseline")
-    asked = [row["baseline"] for row in family]
+    asked, joint = [row["baseline"] for row in family], joint_row(family)
     missing = [name for name in comparisons.REFERENCES if name not in asked]
     partly = f" Not fully asked: this run has no {', '.join(missing)}." if missing else ""
     against = [f"worse than {', '.join(worse)}"] * bool(worse)
     against += [f"{within} to {', '.join(equal)}"] * bool(equal)
     if against:
         return f"Does not add: {'; '.join(against)}.{partly}"
-    if len(better) == len(family):
+    if joint["outcome"] == "better":
         return f"{'Better' if missing else 'Adds: better'} than {', '.join(better)}.{partly}"
-    strongest = strongest_reference(family)
-    return f"{_not_shown(family)} The strongest reference is {strongest['baseline']}.{partly}"
+    return f"{_not_shown(family)} The strongest reference is {joint['baseline']}.{partly}"
 
 
-def strongest_reference(family: list[Row]) -> Row:
-    """The comparison of a joint question with the reference that is the hardest to beat."""
-    return min(family, key=lambda row: np.nan_to_num(row["difference"], nan=np.inf))
+def joint_row(family: list[Row]) -> Row:
+    """A joint question's comparisons in one setting as one: that with the strongest baseline, whose
+    outcome is better if all are, worse or equivalent if any is, and undecided otherwise.
+    """
+    strongest = min(family, key=lambda row: np.nan_to_num(row["difference"], nan=np.inf))
+    outcomes = {row["outcome"] for row in family}
+    known = [word for word in ("worse", "equivalent") if word in outcomes]
+    outcome = outcomes.pop() if len(outcomes) == 1 else (known or ["undecided"])[0]
+    return strongest | {"outcome": outcome}
 
 
 def _answer_controls(family: list[Row], within: str) -> str:

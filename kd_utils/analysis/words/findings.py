@@ -1,0 +1,160 @@
+"""The README's first table: what the newest record of each experiment shows, by rule.
+
+Everything is read from the tables that notebook 04 wrote into the record, so old records keep
+their findings: `results_summary.csv`, `analysis.csv`, `comparisons.csv`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kd_utils.analysis import comparisons, rest, tables
+from kd_utils.analysis.words import verdict
+from kd_utils.analysis.words.formatting import Row
+from kd_utils.config.project_paths import short_path
+from kd_utils.records.run_folder import SUMMARY
+
+#: The questions of the table, in a word or two: rows of README.md have at most 120 columns.
+NAMES = {
+    "teacher": "logits",
+    "hard_answers": "over hard",
+    "references": "over best",
+    "white_box": "signals",
+}
+
+COLUMNS = (
+    "experiment",
+    "trials",
+    "`task_only`",
+    "`black_box`",
+    "shown",
+    "equal",
+    "not shown (would find)",
+    "at rest",
+    "control +",
+    "control −",
+)
+
+NOTHING = "–"
+
+
+def newest(runs: Path) -> list[Path]:
+    """The newest record of each experiment under `runs`, by the experiments' names: folders called
+    `DATE-NAME` or, a day's further ones, `DATE-NAME-2`, that notebook 04 has analysed.
+    """
+    found: dict[str, tuple[str, int, Path]] = {}
+    for path in sorted(runs.glob("20*/comparisons.csv")):
+        if match := re.fullmatch(r"(\d{4}-\d\d-\d\d)-(.+?)(?:-(\d+))?", path.parent.name):
+            date, name, number = match.groups()
+            record = date, int(number or 1), path.parent
+            found[name] = max(found.get(name, record), record)
+    return [found[name][2] for name in sorted(found)]
+
+
+def markdown(records: Iterable[Path]) -> str:
+    """The table in Markdown, with the links of its first column below it.
+
+    Raises:
+        FileNotFoundError: a folder lacks a table.
+    """
+    records = [Path(record) for record in records]
+    rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_line, records)]
+    links = [f"[{_experiment(record)}]: {short_path(record)}/" for record in records]
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *links])
+
+
+def _experiment(record: Path) -> str:
+    return re.sub(r"^\d{4}-\d\d-\d\d-|-\d+$", "", record.name)
+
+
+def _line(record: Path) -> Sequence[str]:
+    results, analysis, compared = (
+        _read(record / name) for name in (SUMMARY, "analysis.csv", "comparisons.csv")
+    )
+    metric = comparisons.primary(compared["metric"])
+    primary = compared[compared["metric"] == metric]
+    moves = analysis[analysis["metric"].isin([rest.LAST_TENTH, rest.TWICE])]
+    done = (results["status"] == "done").sum()
+    return [
+        f"[{_experiment(record)}]",
+        f"{done}" + f" of {len(results)}" * bool(done < len(results)),
+        *(_mean(analysis, metric, method) for method in ("task_only", comparisons.BASELINE)),
+        *(_cell(primary, find) for find in (_shown, _equal, _not_shown)),
+        {True: "yes", False: "no", None: "?"}[rest.at_rest(moves)],
+        _control(primary, "teacher", "seen", "not seen"),
+        _control(primary, "controls", "FALSE ALARM", "quiet"),
+    ]
+
+
+def _read(path: Path) -> pd.DataFrame:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{short_path(path.parent)} has no {path.name}: give a folder that notebook 04 analysed"
+        )
+    table = pd.read_csv(path)
+    return table.fillna({"setting": ""}) if "setting" in table else table
+
+
+def _mean(analysis: pd.DataFrame, metric: str, method: str) -> str:
+    """Mean +- sd over seeds in per cent; of several settings, the lowest and the highest mean."""
+    is_metric = analysis["metric"] == f"{tables.ACCURACY}/{metric}"
+    rows = analysis[is_metric & (analysis["distill_type"] == method)].dropna(subset=["mean"])
+    means, sd = 100 * rows["mean"], 100 * rows["sd"]
+    if len(rows) == 1:
+        return f"{means.item():.1f}" + ("" if sd.isna().item() else f" ± {sd.item():.1f}")
+    return f"{means.min():.1f} to {means.max():.1f}" if len(rows) else NOTHING
+
+
+def _control(primary: pd.DataFrame, question: str, found: str, not_found: str) -> str:
+    """Whether any comparison of a control's question shows a gain; ? if none was tested."""
+    outcomes = set(primary.loc[primary["question"] == question, "outcome"])
+    if outcomes <= {"not tested"}:
+        return "?" if outcomes else NOTHING
+    return found if "better" in outcomes else not_found
+
+
+def _cell(primary: pd.DataFrame, find: Callable[[str, list[Row]], list[str]]) -> str:
+    found = []
+    for question, name in NAMES.items():
+        rows = primary[primary["question"] == question]
+        family = rows.to_dict("records")
+        if question in comparisons.JOINT:
+            family = [
+                verdict.joint_row(of_setting.to_dict("records"))
+                for _, of_setting in rows.groupby("setting", sort=False)
+            ]
+        found += find(name, family)
+    return ", ".join(found) or NOTHING
+
+
+def _shown(name: str, family: list[Row]) -> list[str]:
+    found = []
+    for word in ("better", "worse"):
+        rows = [row for row in family if row["outcome"] == word]
+        if rows and len(family) == 1:
+            found.append(f"{name} {100 * rows[0]['difference']:+.1f}")
+        elif rows:
+            found.append(f"{_part(len(rows), family)}{name} {word}")
+    return found
+
+
+def _equal(name: str, family: list[Row]) -> list[str]:
+    equal = sum(row["outcome"] == "equivalent" for row in family)
+    return [f"{_part(equal, family)}{name}"] * bool(equal)
+
+
+def _not_shown(name: str, family: list[Row]) -> list[str]:
+    """With the difference that would have been found: the largest of those of the comparisons."""
+    rows = [row for row in family if row["outcome"] not in ("better", "worse", "equivalent")]
+    tested = [100 * row["detectable"] for row in rows if row["outcome"] != "not tested"]
+    size = "none" if np.isinf(tested).any() else f"{max(tested, default=np.nan):.1f}"
+    found = [f"{_part(len(tested), family)}{name} {size}"] * bool(tested)
+    untested = len(rows) - len(tested)
+    return found + [f"{_part(untested, family)}{name} not tested"] * bool(untested)
+
+
+def _part(some: int, family: list[Row]) -> str:
+    return "" if some == len(family) else f"{some}/{len(family)} "
