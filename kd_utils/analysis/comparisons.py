@@ -187,13 +187,13 @@ def _with_joint_gains(table: pd.DataFrame) -> pd.DataFrame:
     which keeps Holm's correction over all of them.
     """
     table = table.copy()
-    is_joint, gain = table["question"].isin(JOINT), table["difference"] > 0
-    for _, rows in table[is_joint].groupby(["question", "metric"], sort=False):
+    joint = table[table["question"].isin(JOINT)]
+    for _, rows in joint.groupby(["question", "metric"], sort=False):
+        gain = rows["difference"] > 0
         for column in ("p", "p_rows"):
             # A loss stands in the way of its setting, whatever its p.
-            p = rows[column].where(rows["difference"] > 0, 1.0)
-            jointly = pd.Series(stats.joint_holm(p, rows["setting"]), index=rows.index)
-            table.loc[rows.index[gain[rows.index]], f"{column}_holm"] = jointly
+            p = stats.joint_holm(rows[column].where(gain, 1.0), rows["setting"])
+            table.loc[rows.index[gain], f"{column}_holm"] = p[gain]
     return table
 
 

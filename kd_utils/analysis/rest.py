@@ -5,10 +5,8 @@ seeds moves by less than a point in the last tenth of the steps, and with twice 
 same schedule. The first alone does not do: a rate that decays to zero stops any run.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,7 @@ import pandas as pd
 
 from kd_utils.analysis import stats, tables
 from kd_utils.config.base import NEVER_IN_A_RESULT
-from kd_utils.records import run_folder
-from kd_utils.records.by_hand import without_effect
-from kd_utils.store.sealed import RecordError
+from kd_utils.config.trial import TrialConfig
 
 Record = Mapping[str, Any]
 
@@ -56,19 +52,19 @@ def _last_tenth(record: Record) -> float:
     return last.get(HELD_OUT, np.nan) - before[0].get(HELD_OUT, np.nan) if before else np.nan
 
 
-def twice(records: Iterable[Record], measured: Iterable[Record]) -> pd.DataFrame:
+def twice(records: Iterable[Record], of_run: Iterable[Record]) -> pd.DataFrame:
     """How far twice the steps move each method.
 
     Args:
         records: of the run.
-        measured: of the run that measured its rest: the same trials with `epochs` as they are and
+        of_run: of the run that measured its rest: the same trials with `epochs` as they are and
             with twice as many. Parameters must agree in all but `FREE`, where a method uses them.
 
     Returns:
         As `last_tenth`, of the metric `TWICE`; a seed counts where both its trials are done.
     """
     ends: dict[tuple[str, int], dict[int, float]] = {}
-    for record in measured:
+    for record in of_run:
         config = record["config"]
         of_seeds = ends.setdefault((_alike(config), config.get("epochs", 0)), {})
         of_seeds[config["seed"]] = record["final"].get(HELD_OUT, np.nan)
@@ -81,21 +77,19 @@ def twice(records: Iterable[Record], measured: Iterable[Record]) -> pd.DataFrame
     return _moves(TWICE, changes)
 
 
-def find(folder: Path, name: str, records: list[Record]) -> tuple[str, pd.DataFrame]:
-    """The run that measured the rest of `records`, and `twice` of it: the newest beside `folder`
-    that is called `NAME-rest...` or `DATE-NAME-rest...` and agrees with them; "" if there is none.
+def measured(
+    records: list[Record], runs: Iterable[tuple[str, list[Record]]]
+) -> tuple[str, pd.DataFrame]:
+    """The run that measured the rest of `records`, and `twice` of it: the first that agrees with
+    them in some method; "" if there is none.
+
+    Args:
+        runs: name and records of each run that measured rest, of `run_folder.rest_runs`.
     """
-    called = re.compile(rf"(\d{{4}}-\d\d-\d\d-)?{re.escape(name)}-rest(-.+)?")
-    found = []
-    for path in sorted(folder.parent.iterdir()):
-        if called.fullmatch(path.name) and path.is_dir():
-            with suppress(RecordError):  # damaged: as if it was not there
-                measured = run_folder.done_records(path, name)
-                found.append((max((r["started"] for r in measured), default=""), path, measured))
-    for _, path, measured in sorted(found, key=lambda one: one[0], reverse=True):
-        moved = twice(records, measured)
+    for name, of_run in runs:
+        moved = twice(records, of_run)
         if moved["n"].any():
-            return path.name, moved
+            return name, moved
     return "", twice(records, [])
 
 
@@ -126,7 +120,9 @@ def _arms(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
 
 
 def _alike(config: dict[str, Any]) -> str:
-    left_out = FREE | without_effect(config)
+    left_out = set(FREE)
+    with suppress(ValueError):  # keys of other code: all of them count
+        left_out |= TrialConfig(**config).without_effect
     return repr(sorted((key, value) for key, value in config.items() if key not in left_out))
 
 

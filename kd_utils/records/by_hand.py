@@ -220,7 +220,7 @@ def _unlike(metrics: Metrics, newest: Metrics, known: dict[Any, Any]) -> str:
 
 def _swept(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Trial -> method, seed, and the parameters in which the trials differ, where it uses them."""
-    used = {name: config.keys() - without_effect(config) for name, config in configs.items()}
+    used = {name: config.keys() - _without_effect(config) for name, config in configs.items()}
     keys = [key for config in configs.values() for key in config if key not in NEVER_IN_A_RESULT]
     differing = [
         key
@@ -235,7 +235,7 @@ def _swept(configs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     }
 
 
-def without_effect(config: dict[str, Any]) -> set[str]:
+def _without_effect(config: dict[str, Any]) -> set[str]:
     """What a recorded config says has no effect; nothing, where it has keys that are not known."""
     try:
         return TrialConfig(**config).without_effect

@@ -6,19 +6,23 @@ Stale, damaged or foreign records never get into a table.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
 from pydantic import Field
 
+from kd_utils.config.project_paths import project_path
 from kd_utils.records import trial_record
-from kd_utils.records.by_hand import found_trials
+from kd_utils.records.by_hand import dated, found_trials
 from kd_utils.records.trial_status import PLAN, Status, why_stale
 from kd_utils.store.sealed import RecordError, read_sealed
 
 SUMMARY = "results_summary.csv"
+COMPARISONS = "comparisons.csv"
 VERDICT = "verdict.txt"
 
 
@@ -190,6 +194,35 @@ def predictions(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
     if not tables:
         raise RecordError(f"no trial of {Path(run_dir).name} is done: run the sweep first")
     return pd.concat(tables, ignore_index=True)
+
+
+def rest_runs(run_dir: str | Path, experiment: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The runs that measured whether an experiment comes to rest: folders beside `run_dir` called
+    `EXPERIMENT-rest...` or `DATE-EXPERIMENT-rest...`, that with the newest trial first.
+
+    Yields:
+        Name and `done_records`; a damaged folder is left out.
+    """
+    called = re.compile(rf"(\d{{4}}-\d\d-\d\d-)?{re.escape(experiment)}-rest(-.+)?")
+    found = []
+    for path in sorted(Path(run_dir).resolve().parent.iterdir()):
+        if called.fullmatch(path.name) and path.is_dir():
+            with suppress(RecordError):
+                found.append((path.name, done_records(path, experiment)))
+    newest = {name: max((r["started"] for r in records), default="") for name, records in found}
+    yield from sorted(found, key=lambda run: newest[run[0]], reverse=True)
+
+
+def analysed(*names: str) -> Iterator[Path]:
+    """The runs called so that notebook 04 has analysed, under `runs`: of each name the working
+    folder, then the dated records, the newest first.
+    """
+    runs = project_path("runs")
+    for name in dict.fromkeys(names):
+        kept = (path for path in runs.glob("20*") if dated(name).fullmatch(path.name))
+        for path in (runs / name, *sorted(kept, reverse=True)):
+            if (path / COMPARISONS).is_file():
+                yield path
 
 
 def _done(run_dir: str | Path, experiment: str) -> Iterator[tuple[Path, dict[str, Any]]]:

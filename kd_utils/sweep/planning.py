@@ -114,11 +114,11 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
 
 
 def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:
-    """`runs/NAME` under the project's root; `runs/NAME-X` with a grid file `grid-X.yaml` or
-    `X.yaml`.
+    """`runs/NAME` under the project's root; `runs/NAME-X` with a grid file `grid-X.yaml`, `X.yaml`,
+    or, for this experiment alone, `grid-X-NAME.yaml`.
     """
-    suffix = Path(grid_file or "").stem.removeprefix("grid").strip("-")
     name = notebook_config(stages.PREPARE, parameters).name
+    suffix = Path(grid_file or "").stem.removeprefix("grid").strip("-").removesuffix(f"-{name}")
     return project_paths.project_path("runs") / (f"{name}-{suffix}" if suffix else name)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from kd_utils.analysis import comparisons, stats, tables
+from kd_utils.analysis.words import seeds
 from kd_utils.cache.manifest import CacheError, find_cache
 from kd_utils.config import project_paths
 from kd_utils.config.parameter_files import notebook_config
@@ -103,13 +104,15 @@ class Sweep:
             | {f"config/{key}": value for key, value in t.swept.items()}
             for t in self.chosen
         ]
-        for row in comparisons.reach(tables.planned_trials(pd.DataFrame(planned))).itertuples():
+        reach = comparisons.reach(tables.planned_trials(pd.DataFrame(planned)))
+        for row in reach.itertuples():
             can = row.smallest_p < stats.ALPHA
             yield (
                 f"question {row.question}: comparisons {row.comparisons}, pairs each {row.pairs}, "
                 f"smallest possible corrected p {row.smallest_p:.3f}: "
                 + ("can be significant" if can else "CANNOT be significant, add seeds")
             )
+        yield from seeds.needed(reach, run_folder.analysed(self.run_dir.name, self.name))
         todo = [t for t in self.chosen if states[t.trial].state != "done"]
         if todo or why[CACHE]:
             yield from self._cost(todo, with_cache=bool(why[CACHE]))

@@ -10,10 +10,11 @@ from kd_utils.analysis import comparisons, stats, tables
 from kd_utils.analysis.comparisons import Answers
 from kd_utils.analysis.pairs import example_weights
 from kd_utils.analysis.words import formatting
-from kd_utils.config.parameter_files import load_grid
+from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
 from kd_utils.config.project_paths import ROOT
 from kd_utils.sweep import planning
 
+GRIDS = sorted((ROOT / "papermill_params").glob("grid*.yaml"))
 TASKS = np.repeat(["sst2", "mmlu", "gsm8k"], 40)
 METHODS = ("task_only", "black_box", "hidden_state", "attention", "combined")
 
@@ -257,7 +258,10 @@ def test_with_two_swept_keys_a_family_keeps_together():
 
 
 @pytest.mark.parametrize(
-    "grid", sorted((ROOT / "papermill_params").glob("grid*.yaml")), ids=lambda path: path.stem
+    "grid",
+    # Three seeds see whether a method rests, which is no comparison of methods.
+    [path for path in GRIDS if not path.stem.startswith("grid-rest-")],
+    ids=lambda path: path.stem,
 )
 def test_every_grid_of_the_project_has_seeds_enough_to_find_something(grid):
     trials = planning.plan({}, load_grid(grid), "runs/x")
@@ -275,6 +279,82 @@ def test_every_grid_of_the_project_has_seeds_enough_to_find_something(grid):
     )
     reach = comparisons.reach(planned)
     assert len(reach) and (reach["smallest_p"] < stats.ALPHA).all()
+
+
+@pytest.mark.parametrize("grid", [path for path in GRIDS if "grid-rest-" in path.stem])
+def test_a_grid_of_rest_has_its_experiments_epochs_and_twice_as_many(grid):
+    name = grid.stem.removeprefix("grid-rest-")
+    parameters = load_parameters(ROOT / "papermill_params" / f"{name}.yaml")
+    epochs = notebook_config("03_train_student", parameters).epochs
+    assert load_grid(grid)["epochs"] == [epochs, 2 * epochs]
+    assert load_grid(grid)["seed"] == [0, 1, 2]
+    assert planning.default_run_dir(parameters, grid) == ROOT / "runs" / f"{name}-rest"
+
+
+REFERENCES = dict.fromkeys(comparisons.REFERENCES, 0.3)
+
+
+def test_the_best_of_four_references_is_beaten_with_seven_seeds():
+    """The largest p counts, and is not corrected: Holm's over four could show nothing."""
+    answers = Answers(*run({"black_box": 0.9} | REFERENCES))
+    table = comparisons.compare(answers)
+    rows = table[(table["question"] == "references") & (table["metric"] == "macro")]
+    assert set(rows["outcome"]) == {"better"} and set(rows["family"]) == {1}
+    assert rows["p_holm"].tolist() == rows["p"].tolist() == [2 / 128] * 4
+    reach = comparisons.reach(answers.trials).set_index("question")
+    assert reach.loc["references", ["comparisons", "family", "smallest_p"]].tolist() == [
+        4,
+        1,
+        1 / 64,
+    ]
+    assert reach.loc["controls", "smallest_p"] == 2 / 64
+
+
+def test_a_loss_against_one_reference_is_one_of_four():
+    """It is a finding about any of them, so with 7 seeds none can be shown."""
+    table = comparisons.compare(Answers(*run({"black_box": 0.3} | REFERENCES | {"shuffled": 0.9})))
+    row = one(table, question="references", metric="macro", baseline="shuffled")
+    assert row["difference"] < 0 and row["p"] == 2 / 128 and row["p_holm"] == 4 * 2 / 128
+    assert row["outcome"] == "undecided"
+
+
+def test_a_joint_question_with_one_reference_is_another_question():
+    chances = {"black_box": 0.6, "task_only": 0.5}
+    table = comparisons.compare(Answers(*run(chances, seeds=3)))
+    assert set(table["question"]) == {"teacher"}
+    assert comparisons.reach(Answers(*run(chances, seeds=3)).trials)["question"].tolist() == [
+        "teacher"
+    ]
+
+
+def test_without_an_effect_over_the_best_reference_none_is_called_one():
+    """Black box is as good as the best reference, and the others are far below."""
+    rng, wrong = np.random.default_rng(0), 0
+    for _ in range(200):
+        best, rest = rng.normal(0, 0.02, 7), rng.normal(0.3, 0.02, (3, 7))
+        p = [stats.sign_flip_p(values) for values in (best, *rest)]
+        wrong += (stats.joint_holm(p, [""] * 4) < stats.ALPHA).all()
+    assert wrong / 200 <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
+
+
+def test_the_tasks_that_the_teacher_knows_have_a_mean_of_their_own():
+    chances = {"black_box": 0.9, "task_only": 0.5}
+    results, predictions = run(chances)
+    table = comparisons.compare(Answers(results, predictions, ["sst2", "gsm8k"]))
+    means = table.set_index("metric")["difference"]
+    assert list(means.index) == ["macro", "micro", "informed", "sst2", "mmlu", "gsm8k"]
+    assert means["informed"] == pytest.approx((means["sst2"] + means["gsm8k"]) / 2)
+    assert comparisons.primary(table["metric"]) == "informed"
+    assert comparisons.primary(["macro", "sst2"]) == "macro"
+
+
+def test_both_detectable_differences_are_told_and_the_larger_counts():
+    table = comparisons.compare(Answers(*run({"black_box": 0.5, "task_only": 0.5})))
+    both = table[["detectable_seeds", "detectable_rows"]]
+    assert table["detectable"].tolist() == both.max(axis=1).tolist()
+    assert (both > 0).all(axis=None) and (
+        table["detectable_seeds"] != table["detectable_rows"]
+    ).all()
 
 
 def test_any_metric_of_the_results_is_compared_over_seeds():

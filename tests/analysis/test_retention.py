@@ -4,7 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis.retention import retention
+from kd_utils.analysis import tables
+from kd_utils.analysis.retention import retention, uninformed_tasks, with_informed
 from kd_utils.analysis.words import formatting
 
 ROWS = {"sst2": 200, "mmlu": 80, "gsm8k": 30}
@@ -72,3 +73,20 @@ def test_a_task_that_the_teacher_did_not_answer_has_no_retention():
         retention(results(sst2=[0.7], mmlu=[0.5]), teacher(sst2=0.9), ROWS)
     )
     assert shown["mmlu (teacher not known, chance 25)"].tolist() == ["not known"]
+
+
+def test_the_tasks_on_which_the_teacher_has_nothing_to_hand_on():
+    known = teacher(sst2=0.9, mmlu=0.2875, gsm8k=1 / 30)
+    assert uninformed_tasks(known, ROWS) == ["mmlu", "gsm8k"]
+    # What is not known is not said to be nothing.
+    assert uninformed_tasks(teacher(sst2=0.9), ROWS | {"riddles": 9}) == []
+
+
+def test_their_mean_is_left_to_the_others_and_is_no_task():
+    table = with_informed(results(sst2=[0.7], mmlu=[0.5], gsm8k=[0.1]), ["sst2", "gsm8k"])
+    assert table["validation_accuracy/informed"].tolist() == pytest.approx([0.4])
+    assert tables.tasks_of(table) == ["sst2", "mmlu", "gsm8k"]
+    both = with_informed(teacher(sst2=0.9, gsm8k=0.5), ["sst2", "gsm8k"])
+    assert both["validation_accuracy/informed"] == pytest.approx(0.7)
+    assert "mean of informed tasks" in formatting.glance(table, both)
+    assert with_informed(table, []) is table

@@ -217,3 +217,31 @@ def test_equivalence_is_claimed_at_most_once_in_twenty_at_the_margin():
     values = base + 0.01 + rng.normal(0, 0.005, base.shape)
     wrong = np.mean([stats.equivalence_p(a, b, 0.01) < stats.ALPHA for a, b in zip(values, base)])
     assert wrong <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / experiments)
+
+
+def test_better_than_the_best_needs_every_p_and_holm_over_settings_alone():
+    p = [0.01, 0.03, 0.02, 0.04]
+    assert stats.joint_holm(p, ["a"] * 4).tolist() == p
+    # Two settings, whose largest p are 0.03 and 0.04: Holm gives 0.06 and 0.06.
+    joint = stats.joint_holm(p, ["a", "a", "b", "b"])
+    assert joint.tolist() == pytest.approx([0.02, 0.06, 0.04, 0.06])
+    assert stats.joint_holm([0.01, np.nan, 0.01], ["a", "a", "b"])[[0, 2]] == pytest.approx(
+        [0.02, 0.02]
+    )
+    assert np.isnan(stats.joint_holm([0.01, np.nan], ["a", "a"])[1])
+
+
+def test_the_seeds_needed_are_the_fewest_that_detect_the_difference():
+    needed = stats.seeds_needed(0.02, 0.03, 1)
+    alpha = stats.ALPHA
+    assert stats.smallest_detectable(0.02, needed, alpha) <= 0.03
+    assert stats.smallest_detectable(0.02, needed - 1, alpha) > 0.03
+    assert stats.seeds_needed(0.05, 0.03, 3) > stats.SIMULATED
+    assert stats.seeds_needed(1.0, 0.03, 3) is None
+
+
+@pytest.mark.parametrize("family", [1, 3, 8])
+def test_more_pairs_detect_less(family):
+    alpha = stats.ALPHA / family
+    found = [stats.smallest_detectable(1.0, n, alpha) for n in range(stats.SIMULATED + 1, 100)]
+    assert min(found) > 0 and (np.diff(found) < 0).all()

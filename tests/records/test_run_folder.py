@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from stubs import MADE, PREDICTIONS, metrics_of, write_notebook, write_plan, write_trial
 
+from kd_utils.config import project_paths
 from kd_utils.records import run_folder, trial_record
 from kd_utils.store.sealed import RecordError, write_sealed
 
@@ -325,3 +326,31 @@ def test_predictions_of_all_trials_in_one_table(run_dir):
     assert len(table) == 8 and table.groupby(["distill_type", "seed"]).size().tolist() == [2] * 4
     with pytest.raises(RecordError, match="no trial of none is done"):
         run_folder.predictions(run_dir / "none")
+
+
+def test_the_runs_that_measured_rest_are_beside_the_run_and_the_newest_comes_first(tmp_path):
+    folders = {
+        "2026-01-02-toy-rest": "2026-01-02T00:00:00+00:00",
+        "toy-rest": "2026-01-03T00:00:00+00:00",
+        "2026-01-01-toy-rest-long": "2026-01-01T00:00:00+00:00",
+        "toy-restless": "2026-01-04T00:00:00+00:00",
+        "other-rest": "2026-01-04T00:00:00+00:00",
+    }
+    for name, started in folders.items():
+        write_trial(tmp_path / name, started=started)
+    (tmp_path / "2026-01-05-toy-rest").mkdir()
+    (tmp_path / "2026-01-05-toy-rest" / "sweep.json").write_text("damaged")
+    found = [
+        (name, len(records)) for name, records in run_folder.rest_runs(tmp_path / "toy", "toy")
+    ]
+    assert found == [("toy-rest", 1), ("2026-01-02-toy-rest", 1), ("2026-01-01-toy-rest-long", 1)]
+
+
+def test_analysed_runs_of_a_name_are_the_working_one_and_the_newest_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(project_paths, "ROOT", tmp_path)
+    for name in ("toy", "2026-01-01-toy", "2026-01-02-toy", "2026-01-03-toy-x", "2026-01-04-toy"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        if not name.startswith("2026-01-04"):
+            (tmp_path / "runs" / name / run_folder.COMPARISONS).touch()
+    names = [path.name for path in run_folder.analysed("toy-x", "toy")]
+    assert names == ["2026-01-03-toy-x", "toy", "2026-01-02-toy", "2026-01-01-toy"]

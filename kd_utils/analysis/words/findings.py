@@ -15,7 +15,6 @@ from kd_utils.analysis import comparisons, rest, tables
 from kd_utils.analysis.words import verdict
 from kd_utils.analysis.words.formatting import Row
 from kd_utils.config.project_paths import short_path
-from kd_utils.records.run_folder import SUMMARY
 
 #: The questions of the table, in a word or two: rows of README.md have at most 120 columns.
 NAMES = {
@@ -32,10 +31,10 @@ COLUMNS = (
     "`black_box`",
     "shown",
     "equal",
-    "not shown (would find)",
+    "not shown",
     "at rest",
-    "control +",
-    "control −",
+    "+",
+    "−",
 )
 
 NOTHING = "–"
@@ -72,7 +71,7 @@ def _experiment(record: Path) -> str:
 
 def _line(record: Path) -> Sequence[str]:
     results, analysis, compared = (
-        _read(record / name) for name in (SUMMARY, "analysis.csv", "comparisons.csv")
+        _read(record / name) for name in ("results_summary.csv", "analysis.csv", "comparisons.csv")
     )
     metric = comparisons.primary(compared["metric"])
     primary = compared[compared["metric"] == metric]

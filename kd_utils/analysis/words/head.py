@@ -23,7 +23,7 @@ def head_text(
 
     Args:
         moves: as in `rest.at_rest`.
-        measured: the run that measured rest, of `rest.find`.
+        measured: the run that measured rest, of `rest.measured`.
         compared: the rows of `comparisons.compare`.
         uninformed: of `retention.uninformed_tasks`.
     """

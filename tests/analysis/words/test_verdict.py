@@ -177,6 +177,62 @@ def test_does_the_teacher_help_at_all(outcome, answer):
     assert answers(row("teacher", "black_box", "task_only", outcome))["teacher"] == answer
 
 
+REFERENCES = ("task_only", "teacher_answers", "label_smoothing", "shuffled")
+
+
+@pytest.mark.parametrize(
+    "outcomes, answer",
+    [
+        (
+            ("better",) * 4,
+            "Adds: better than task_only, teacher_answers, label_smoothing, shuffled.",
+        ),
+        (
+            ("better", "equivalent", "better", "worse"),
+            "Does not add: worse than shuffled; equal within 1 point to teacher_answers.",
+        ),
+        (
+            ("better", "better", "undecided", "better"),
+            "Not shown. The strongest reference is label_smoothing.",
+        ),
+        (
+            ("better", "better"),
+            "Better than task_only, teacher_answers. Not fully asked: this run has no "
+            "label_smoothing, shuffled.",
+        ),
+        (
+            ("better", "undecided"),
+            "Not shown. The strongest reference is teacher_answers. Not fully asked: this run has "
+            "no label_smoothing, shuffled.",
+        ),
+        (("not tested",) * 4, "Not tested."),
+    ],
+)
+def test_do_the_logits_add_something_over_the_best_reference(outcomes, answer):
+    rows = [
+        row("references", "black_box", reference, outcome)
+        for reference, outcome in zip(REFERENCES, outcomes)
+    ]
+    assert answers(*rows)["references"] == answer
+
+
+@pytest.mark.parametrize(
+    "outcome, answer",
+    [("better", "Yes."), ("equivalent", "No (equal within 1 point)."), ("undecided", "Not shown.")],
+)
+def test_are_logits_worth_more_than_hard_answers(outcome, answer):
+    assert answers(row("hard_answers", "black_box", "teacher_answers", outcome)) == {
+        "hard_answers": answer
+    }
+
+
+def test_a_gain_of_a_negative_control_is_a_false_alarm():
+    pairs = [("shuffled", "teacher_answers"), ("label_smoothing", "teacher_answers")]
+    rows = [row("controls", *pair, outcome) for pair, outcome in zip(pairs, ("better", "worse"))]
+    assert answers(*rows)["controls"] == "Yes, a false alarm: shuffled."
+    assert answers(row("controls", *pairs[0], "worse"))["controls"] == "Not shown."
+
+
 def test_does_it_depend_on_the_task():
     rows = [row("white_box", *pair, "undecided") for pair in WHITE_BOX]
     assert answers(*rows, interaction=[0.9, 0.047, 0.3])["task"] == "Yes: attention."

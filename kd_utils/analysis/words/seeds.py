@@ -1,0 +1,38 @@
+"""How many seeds a plan needs, judged by the spread that an earlier record of it has."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from kd_utils.analysis import comparisons, stats
+from kd_utils.config import project_paths
+
+#: The difference that a reader would want found: 3 points.
+DIFFERENCE = 0.03
+
+
+def needed(reach: pd.DataFrame, records: Iterable[Path]) -> Iterator[str]:
+    """In one line, the seeds that find 3 points with power 0.8 over these validation rows; nothing
+    without an earlier record.
+
+    Args:
+        reach: of `comparisons.reach`. Its largest family is asked for.
+        records: of `run_folder.analysed`. The first one counts in which the question was asked.
+    """
+    if reach.empty:
+        return
+    row = reach.loc[reach["family"].idxmax()]
+    for record in records:
+        table = pd.read_csv(record / "comparisons.csv")
+        asked = table["question"].eq(row["question"])
+        sd = table[asked & table["metric"].eq(comparisons.primary(table["metric"]))]
+        largest = sd["difference_sd"].max()  # NaN without two seeds of any pair
+        if largest > 0:
+            seeds = stats.seeds_needed(largest, DIFFERENCE, int(row["family"]))
+            yield (
+                f"finding {100 * DIFFERENCE:g} points needs {seeds or 'more than 99'} seeds "
+                f"(question {row['question']}, paired sd {100 * largest:.1f} points in "
+                f"{project_paths.short_path(record)})"
+            )
+            return
