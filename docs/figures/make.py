@@ -1,7 +1,8 @@
 """Draw the README's figure from the records: `python docs/figures/make.py`.
 
 A panel shows the mean accuracy over tasks of every trial of one record. The picture is written to
-`docs/figures/accuracy.png`. When a record is replaced, change its folder in `PANELS` and run again.
+`docs/figures/accuracy.png`. A panel is the newest record of an experiment of `EXPERIMENTS`: when a
+record is replaced, run again.
 """
 
 from pathlib import Path
@@ -10,17 +11,16 @@ import altair as alt
 import pandas as pd
 
 from kd_utils.analysis import tables
+from kd_utils.analysis.words import findings
 from kd_utils.figures import plots, result_plots
 from kd_utils.records.run_folder import SUMMARY
 from kd_utils.records.trial_record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 MACRO = f"{tables.ACCURACY}/macro"
-PANELS = {
-    "toy": "runs/2026-11-28-toy",
-    "toy-cross": "runs/2026-11-28-toy-cross",
-    "smol": "runs/2026-11-22-smol-2",
-}
+EXPERIMENTS = ("toy", "toy-cross", "smol")
+NEWEST = {findings.experiment(path): path for path in findings.newest(ROOT / "runs")}
+PANELS = {name: f"runs/{NEWEST[name].name}" for name in EXPERIMENTS}
 
 
 def accuracy_by_record(panels: dict[str, str]) -> alt.Chart:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from kd_utils.analysis.words import findings
+
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("runs/20*/README.md"))]
@@ -18,8 +20,8 @@ FOLDERS = ("benchmarks", "docs", "kd_utils", "notebooks", "papermill_params", "t
 FOLDER = "|".join(FOLDERS)
 INTERVAL = r"([+-][\d.]+) (\[[+-][\d.]+, [+-][\d.]+\])"
 
-#: Columns of the README's table of results -> the question in `comparisons.csv`.
-QUESTIONS = {"do logits help?": "teacher", "do signals help beyond logits?": "white_box"}
+#: Where the README has what `python -m kd_utils findings` prints.
+FINDINGS = ("<!-- findings -->\n", "\n<!-- /findings -->")
 
 
 def page_name(path: Path) -> str:
@@ -65,14 +67,6 @@ def verdict(record: str) -> str:
     return " ".join(text_of(path).split()) if path.is_file() else ""
 
 
-def outcome(record: str, question: str) -> str:
-    """The README's word for what the comparisons of a question showed, in the mean of tasks."""
-    table = pd.read_csv(ROOT / "runs" / record / "comparisons.csv")
-    found = set(table[(table["question"] == question) & (table["metric"] == "macro")]["outcome"])
-    words = {"better": "better", "worse": "worse", "equivalent": "equal", "undecided": "not shown"}
-    return next((word for key, word in words.items() if key in found), "not tested")
-
-
 def done_of_planned(results: pd.DataFrame) -> str:
     return f"{(results['status'] == 'done').sum()} of {len(results)}"
 
@@ -101,11 +95,6 @@ def seconds(record: str, stem: str) -> float:
 def targets_of_readme() -> dict[str, str]:
     """Labels of the README's records -> their folders' names."""
     return dict(re.findall(r"^(\[[^\]]+\]): runs/(\S+?)/?$", text_of(README), re.MULTILINE))
-
-
-def results_table() -> list[dict[str, str]]:
-    rows = table_rows(text_of(README), "experiment")
-    return [row | {"folder": targets_of_readme()[row["record"]]} for row in rows]
 
 
 def records_table() -> dict[str, dict[str, str]]:
@@ -163,21 +152,11 @@ def test_no_page_has_a_path_of_a_machine() -> None:
     assert not [page_name(page) for page in PAGES if pattern.search(text_of(page))]
 
 
-@pytest.mark.parametrize("row", results_table(), ids=lambda row: row["folder"])
-def test_results_table_says_what_the_records_say(row: dict[str, str]) -> None:
-    results = summary(row["folder"])
-    said = {key: row[key] for key in ("trials", "`task_only`", "`black_box`")}
-    assert said == {
-        "trials": done_of_planned(results),
-        "`task_only`": mean_and_spread(results, "task_only"),
-        "`black_box`": mean_and_spread(results, "black_box"),
-    }
-    known, answers = verdict(row["folder"]), [row[question] for question in QUESTIONS]
-    assert not missing_numbers("; ".join(answers), known)
-    for number in re.findall(r"[+-]\d+\.\d(?= *$)", "\n".join(answers), re.MULTILINE):
-        assert f"{number} points" in known
-    for answer, question in zip(answers, QUESTIONS.values(), strict=True):
-        assert outcome(row["folder"], question) in answer
+def test_the_table_of_results_is_what_the_records_say() -> None:
+    """When a record is added or replaced, paste what `python -m kd_utils findings` prints."""
+    start, end = FINDINGS
+    table = text_of(README).split(start)[-1].split(end)[0].strip()
+    assert table == findings.markdown(findings.newest(ROOT / "runs"))
 
 
 def test_runtimes_are_those_of_the_records() -> None:

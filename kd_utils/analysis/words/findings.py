@@ -61,11 +61,12 @@ def markdown(records: Iterable[Path]) -> str:
     """
     records = [Path(record) for record in records]
     rows = [COLUMNS, ["---"] * len(COLUMNS), *map(_line, records)]
-    links = [f"[{_experiment(record)}]: {short_path(record)}/" for record in records]
+    links = [f"[{experiment(record)}]: {short_path(record)}/" for record in records]
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", *links])
 
 
-def _experiment(record: Path) -> str:
+def experiment(record: Path) -> str:
+    """The experiment of a record: its folder's name without date and number."""
     return re.sub(r"^\d{4}-\d\d-\d\d-|-\d+$", "", record.name)
 
 
@@ -78,7 +79,7 @@ def _line(record: Path) -> Sequence[str]:
     moves = analysis[analysis["metric"].isin([rest.LAST_TENTH, rest.TWICE])]
     done = (results["status"] == "done").sum()
     return [
-        f"[{_experiment(record)}]",
+        f"[{experiment(record)}]",
         f"{done}" + f" of {len(results)}" * bool(done < len(results)),
         *(_mean(analysis, metric, method) for method in ("task_only", comparisons.BASELINE)),
         *(_cell(primary, find) for find in (_shown, _equal, _not_shown)),
