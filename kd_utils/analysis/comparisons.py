@@ -27,6 +27,8 @@ from kd_utils.analysis.pairs import (
 from kd_utils.config.trial import METHODS
 from kd_utils.data.tasks import task_order
 
+BASELINE = "black_box"
+
 #: What a signal must beat to add something: the training without a teacher, with the teacher's hard
 #: answers, with its entropy in place of its logits, and with its signals of other rows.
 REFERENCES = ("task_only", "teacher_answers", "label_smoothing", "shuffled")
