@@ -124,9 +124,7 @@ def differences_from_baseline(
         .encode(x="mean(zero):Q"),
         base.mark_tick(size=20, thickness=2.5).encode(x="mean(mean):Q"),
         base.mark_circle(size=26, opacity=0.9).encode(
-            x=alt.X(
-                "points:Q", title=f"difference from {BASELINE} (points)", scale=alt.Scale(padding=6)
-            ),
+            x=alt.X("points:Q", title="difference (points)", scale=alt.Scale(padding=6)),
             yOffset=alt.YOffset("slot:Q", scale=UNIT),
         ),
         base.transform_filter("isValid(datum.word)")

@@ -99,6 +99,7 @@ def comparisons(table: pd.DataFrame) -> pd.DataFrame:
             "metric": row["metric"],
             **({"setting": row["setting"]} if table["setting"].any() else {}),
             "method": row["method"],
+            **({"question": row["question"]} if table["question"].nunique() > 1 else {}),
             "minus": row["baseline"],
             "pairs": f"{row['pairs']} of {row['planned']}",
             "points": _text("{:+.1f}", 100 * row["difference"]),

@@ -44,13 +44,13 @@ def rest_line(moves: pd.DataFrame, measured: str) -> str:
         metric: [_arm(row) for row in rows.to_dict("records") if not row["n"]]
         for metric, rows in moves.groupby("metric", sort=False)
     }
-    in_run = f"with twice the steps: {measured}" if measured else _not_measured("")
+    where = f"twice the steps were measured in {measured}" if measured else _not_measured("")
     if len(moved := rest.moving(moves)):
         found = [
             f"{_arm(row)} moves {100 * row['mean']:+.1f} points {PERIODS[row['metric']]}"
             for row in moved.to_dict("records")
         ]
-        return f"{SPEEDS} {', '.join(found)} ({in_run})."
+        return f"{SPEEDS} {', '.join(found)} ({where})."
     if unknown[rest.LAST_TENTH]:
         return (
             "Whether training was at rest cannot be said: the record has no held-out accuracy at "
@@ -58,9 +58,9 @@ def rest_line(moves: pd.DataFrame, measured: str) -> str:
         )
     still = "no method's mean held-out accuracy moves by a point or more"
     if unknown[rest.TWICE]:
-        where = _of(unknown[rest.TWICE], moves)
+        not_measured = _not_measured(_of(unknown[rest.TWICE], moves))
         return (
-            f"Over the last tenth of the steps {still}, but {_not_measured(where)}: whether "
+            f"Over the last tenth of the steps {still}, but {not_measured}: whether "
             "training was at rest is not known."
         )
     at = moves["mean"].abs().groupby(moves["metric"], sort=False).idxmax()
@@ -68,7 +68,7 @@ def rest_line(moves: pd.DataFrame, measured: str) -> str:
         f"{_arm(row)} {100 * row['mean']:+.1f} {PERIODS[row['metric']]}"
         for row in moves.loc[at].to_dict("records")
     )
-    return f"At rest: {still} (the most: {most}; {in_run})."
+    return f"At rest: {still} (the most: {most}; {where})."
 
 
 def positive_line(primary: pd.DataFrame) -> str:

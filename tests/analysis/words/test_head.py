@@ -32,7 +32,9 @@ def rows(question, *found, metric="macro"):
 
 def test_at_rest_names_the_largest_move_and_who_measured_it():
     line = head.rest_line(moves([0.001, -0.004], [0.002, 0.006]), "toy-rest")
-    assert line.startswith("At rest: ") and line.endswith("with twice the steps: toy-rest).")
+    assert line.startswith("At rest: ") and line.endswith(
+        "twice the steps were measured in toy-rest)."
+    )
     assert "attention -0.4 over the last tenth of the steps" in line
     assert "attention +0.6 with twice the steps" in line
 
