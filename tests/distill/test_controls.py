@@ -146,11 +146,13 @@ ROWS = Rows({row.example_id: row for row in CACHED})
 def data(method, cache=ROWS):
     rows = example_rows(LENGTHS)
     tables = {
-        split: pd.DataFrame({"example_id": ids, "task": [f"task{int(i[3:]) % 2}" for i in ids]})
+        split: pd.DataFrame(
+            {"example_id": ids, "task": [f"task{int(i[3:]) % 2}" for i in ids], "labelled": True}
+        )
         for split, ids in Rows.splits.items()
     }
     return TrialData(
-        SimpleNamespace(tables=tables),
+        SimpleNamespace(tables=tables, train=tables["train"]),
         {"train": rows[:11], "validation": rows[11:]},
         [cache],
         config(method, batch_size=4, micro_batch_size=4),
