@@ -106,7 +106,8 @@ def test_readme_is_short() -> None:
     lines = text_of(README).splitlines()
     assert len(lines) <= 150
     assert len(text_of(README).split()) <= 1500
-    assert not [f"line {at}" for at, line in enumerate(lines, 1) if len(line) > 120]
+    prose = [(at, line) for at, line in enumerate(lines, 1) if not line.startswith("| [")]
+    assert not [f"line {at}" for at, line in prose if len(line) > 120]  # a row cannot be wrapped
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
