@@ -39,7 +39,7 @@ from kd_utils.cluster import cuda, machines  # noqa: E402
 from kd_utils.records import check, provenance  # noqa: E402
 from kd_utils.speed import meters  # noqa: E402
 from kd_utils.store import files  # noqa: E402
-from kd_utils.sweep import local_pool  # noqa: E402
+from kd_utils.sweep.slots import slot  # noqa: E402
 
 PARAMS = ROOT / "papermill_params"
 
@@ -99,7 +99,7 @@ class Run:
             process = subprocess.Popen(
                 [*map(str, words)],
                 cwd=ROOT,
-                env=environment | {local_pool.MARK: mark},
+                env=environment | {slot.MARK: mark},
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -118,7 +118,7 @@ class Run:
             finally:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                local_pool.end_marked(mark)
+                slot.end_marked(mark)
                 process.wait()
             sys.stdout.write(said.read().decode(errors="replace"))
         if _bytes(self.log) > FILE_BYTES:

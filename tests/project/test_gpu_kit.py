@@ -24,6 +24,7 @@ from kd_utils.config import parameter_files, stages
 from kd_utils.cost import estimates
 from kd_utils.cost.rows import expected_rows
 from kd_utils.cost.shapes import shape_of
+from kd_utils.sweep import local_pool
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "benchmarks" / "gpu"
@@ -405,7 +406,7 @@ def test_trials_share_a_card_as_its_memory_and_the_cores_admit(
     monkeypatch.setattr(parts.cuda, "usable_gpus", lambda *_: names)
     share = dict(zip(*[iter(parts._share(cards))] * 2))
     asked = share["--cpus-per-trial"], share.get("--gpus-per-trial", 0)
-    slots = parts.local_pool.slots(cores, names, *asked)
+    slots = local_pool.slots(cores, names, *asked)
     assert len(slots) == side_by_side and set(slots) == set(names or [""])
 
 
