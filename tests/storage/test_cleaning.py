@@ -10,7 +10,7 @@ import pytest
 from stubs import MADE, write_plan, write_trial
 
 from kd_utils.__main__ import main
-from kd_utils.cache.manifest import read_manifest, sealed_cache
+from kd_utils.cache.manifest import FORMAT_VERSION, read_manifest, sealed_cache
 from kd_utils.config import project_paths
 from kd_utils.data import hub
 from kd_utils.models import loading
@@ -24,7 +24,7 @@ from kd_utils.store.sealed import SealedFolder
 def cache(artifacts: Path, name: str, day: int, **header) -> Path:
     """A finished cache that was last used on this day of 1970."""
     folder = artifacts / "cache" / name
-    sealed_cache(folder).seal({"format": 4, "name": name.split("-")[0], **header}, {})
+    sealed_cache(folder).seal({"format": FORMAT_VERSION, "name": name.split("-")[0], **header}, {})
     os.utime(folder / "manifest.json", (day * 86400, day * 86400))
     return folder
 
