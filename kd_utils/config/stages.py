@@ -90,7 +90,10 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
-        label_counts(self.labelled, self.rows("train"))
+        try:
+            label_counts(self.labelled, self.rows("train"))
+        except ValueError as error:
+            raise ValueError(f"labelled = {fields.shown(self.labelled)}: {error}") from None
         return self
 
     def rows(self, split: str) -> dict[str, int]:
