@@ -6,7 +6,7 @@ the method must beat every baseline, which needs no correction but that over set
 and differences are fractions.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -89,6 +89,13 @@ def family_size(question: str, rows: Sequence[dict[str, Any]]) -> int:
         return len(rows)
     several = len({row["baseline"] for row in rows}) > 1
     return len({row["setting"] for row in rows}) * several
+
+
+def is_false_alarm(gains: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether these gains of negative controls (rows of `compare`) show a broken instrument:
+    smoothing can truly help as a regulariser, signals of other rows cannot.
+    """
+    return any(row["method"] != "label_smoothing" for row in gains)
 
 
 def reach(trials: pd.DataFrame) -> pd.DataFrame:

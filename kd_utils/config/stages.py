@@ -21,14 +21,21 @@ def rows_by_task(text: str) -> dict[str, int]:
     Raises:
         ValueError: not of this form, a task without rows, or a task that is named twice.
     """
-    parts = [part.partition(":")[::2] for part in text.split()]
-    rows = {task: int(count) for task, count in parts if re.fullmatch(r"[1-9][0-9]{0,8}", count)}
-    if not rows or len(rows) < len(parts) or "" in rows:
+    rows = _counts(text, ":", least=1)
+    if not rows:
         raise ValueError(
             "Input should be TASK:ROWS, several with spaces between, such as 'sst2:600 mmlu:730': "
             "each task once and with at least 1 row (leave out a task that should have none)"
         )
     return rows
+
+
+def _counts(text: str, sign: str, least: int) -> dict[str, int]:
+    """Task -> number, of `"TASK:NUMBER TASK:NUMBER"` with another sign; {} for other text."""
+    parts = [part.partition(sign)[::2] for part in text.split()]
+    counts = {task: int(n) for task, n in parts if re.fullmatch("0|[1-9][0-9]{0,8}", n)}
+    well_formed = len(counts) == len(parts) and "" not in counts
+    return counts if well_formed and min(counts.values(), default=0) >= least else {}
 
 
 TaskRows = Annotated[str, AfterValidator(lambda text: rows_by_task(text) and text)]
@@ -43,18 +50,12 @@ def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
         rows: the training rows of each task.
 
     Raises:
-        ValueError: the text has another form, or names a task that has not so many rows.
+        ValueError: the text names a task that has not so many rows.
     """
-    if re.fullmatch(r"0|1|0?\.\d{1,9}", text):
+    if SHARE.fullmatch(text):
         share = float(text)
         return {task: max(round(share * n), 1) if share else 0 for task, n in rows.items()}
-    parts = [part.partition("=")[::2] for part in text.split()]
-    counts = {task: int(n) for task, n in parts if re.fullmatch(r"0|[1-9][0-9]{0,8}", n)}
-    if not counts or len(counts) < len(parts) or "" in counts:
-        raise ValueError(
-            "Input should be a share of every task's training rows, from 0 to 1 (such as '0.15'), "
-            "or TASK=ROWS, several with spaces between (such as 'sst2=90 mmlu=0'), each task once"
-        )
+    counts = _counts(text, "=", least=0)
     for task, count in counts.items():
         if count > rows.get(task, 0):
             raise ValueError(
@@ -64,13 +65,25 @@ def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
     return {**rows, **counts}
 
 
+SHARE = re.compile(r"0|1|0?\.\d{1,9}")
+
+
+def _labels(text: str) -> str:
+    if not SHARE.fullmatch(text) and not _counts(text, "=", least=0):
+        raise ValueError(
+            "Input should be a share of every task's training rows, from 0 to 1 (such as '0.15'), "
+            "or TASK=ROWS, several with spaces between (such as 'sst2=90 mmlu=0'), each task once"
+        )
+    return text
+
+
 def _as_text(value: Any) -> Any:
     """A number as YAML reads it, as text: 1.0 is "1"."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return f"{value:.9g}" if number else value
 
 
-Labelled = Annotated[str, BeforeValidator(_as_text)]
+Labelled = Annotated[str, BeforeValidator(_as_text), AfterValidator(_labels)]
 
 
 class DataConfig(Config):
@@ -90,10 +103,7 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
-        try:
-            label_counts(self.labelled, self.rows("train"))
-        except ValueError as error:
-            raise ValueError(f"labelled = {fields.shown(self.labelled)}: {error}") from None
+        label_counts(self.labelled, self.rows("train"))
         return self
 
     def rows(self, split: str) -> dict[str, int]:

@@ -173,7 +173,7 @@ class Meter:
         """Add the stretch's row and return it.
 
         Args:
-            measured: by `training.evaluate`, and what else belongs into the row.
+            measured: by `training.evaluate`.
         """
         now, steps = time.perf_counter(), self._stretches[-1].stop
         self._evaluating += now - self._trained

@@ -142,7 +142,7 @@ def targets_of(
         groups = [alignment.from_the_end(*pair) for pair in lengths]
         same = [teacher == student for teacher, student in lengths]
     else:
-        groups = [groups_of(row, example) for row, example in zip(rows, examples)]
+        groups = [alignment.groups_of(row, example) for row, example in zip(rows, examples)]
         same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
     wanted = [
         (0, len(lined)) if distill_tokens == "all" else _before_answer(lined, example)
@@ -195,29 +195,6 @@ def next_tokens_of(
     )
     following = to_device(input_ids.reshape(-1)[places + 1], device)
     return NextTokens(to_device(places, device), following, Counter(places=len(places)))
-
-
-def groups_of(teacher: Example, student: Example) -> alignment.Groups:
-    """How the two tokenizations of an example line up.
-
-    Raises:
-        ValueError: an example whose tokens do not spell the same text on both sides.
-    """
-    if np.array_equal(teacher.tokens, student.tokens):
-        return alignment.identity(len(student.tokens))
-    ends = []
-    for side, row in (("teacher", teacher), ("student", student)):
-        if row.ends is None or len(row.ends) != len(row.tokens):
-            raise ValueError(
-                f"row {row.example_id}: the {side}'s tokens do not spell the row's text (prompt "
-                "and answer share a token), so teacher and student cannot be aligned: leave the "
-                "row out"
-            )
-        ends.append(row.ends)
-    try:
-        return alignment.align(*ends)
-    except ValueError as error:
-        raise ValueError(f"row {student.example_id}: {error}: run 01 and 02 again") from None
 
 
 def _before_answer(groups: alignment.Groups, example: Example) -> tuple[int, int]:

@@ -8,10 +8,11 @@ import torch
 
 from kd_utils.distill.batches import Batch, TrialData
 from kd_utils.distill.meter import Mean
+from kd_utils.distill.schedules import Average
 from kd_utils.distill.teacher_terms import TeacherTerms
 from kd_utils.distill.terms.task import Task
 from kd_utils.evaluation import calibration, scoring
-from kd_utils.models.devices import mixed_seed
+from kd_utils.models.devices import autocast, mixed_seed
 from kd_utils.models.output_head import OutputHead, output_head
 from kd_utils.models.signals import Signals
 
@@ -144,42 +145,46 @@ def split_losses(
 def evaluate(
     splits: Sequence[str],
     weights: dict[str, float],
+    learning_rate: float,
     model: torch.nn.Module,
+    average: Average,
     tokenizer: Any,
     data: TrialData,
     signals_of: Callable[[torch.Tensor], Signals],
     terms_of: Callable[..., dict[str, torch.Tensor]],
     teachers: Sequence[TeacherTerms],
 ) -> tuple[dict[str, float], pd.DataFrame]:
-    """What a trial measures after a stretch; wrap the call in autocast for mixed precision.
+    """What a trial measures after a stretch, with the averaged weights and the trial's precision.
 
     The student, `model`, is left in eval mode.
 
     Args:
         splits: whose rows are read: "held_out" while the student trains, "validation" at the end.
-        weights: of the terms.
+        weights: of the terms; learning_rate: where its schedule is: both are noted.
 
     Returns:
-        `weight/TERM`, what terms fixed (`Term.numbers`), `grad_share/TERM` on a fixed batch; of
-        each split `split_losses` and `accuracies`, of "validation" also `calibration_errors`; and
-        one prediction per row of the last split.
+        `learning_rate`, `weight/TERM`, what terms fixed (`Term.numbers`), `grad_share/TERM`
+        on a fixed batch; of each split `split_losses` and `accuracies`, of "validation" also
+        `calibration_errors`; and one prediction per row of the last split.
     """
     model.eval()
     probe, config = data.probe(), data.config
-    terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
-    measured = {f"weight/{name}": weight for name, weight in weights.items()}
+    measured = {"learning_rate": learning_rate}
+    measured |= {f"weight/{name}": weight for name, weight in weights.items()}
     for term in (term for teacher in teachers[:1] for term in teacher.values()):
         measured |= term.numbers()
-    measured |= gradient_shares(terms, weights, model)
     sizes: dict[str, Any] = {
         "batch_size": config.eval_batch_size,
         "max_new_tokens": config.max_new_tokens,
     }
-    for split in splits:
-        batches = data.batches(split)
-        measured |= split_losses(split, model, batches, signals_of, terms_of, teachers)
-        predictions = scoring.evaluate(model, tokenizer, data.tables[split], **sizes)
-        measured |= scoring.accuracies(predictions, split)
-        if split == "validation":
-            measured |= calibration.calibration_errors(predictions)
+    with autocast(data.device, config.precision), average.in_place():
+        terms = terms_of(signals_of(probe.input_ids), output_head(model), batch=probe)
+        measured |= gradient_shares(terms, weights, model)
+        for split in splits:
+            batches = data.batches(split)
+            measured |= split_losses(split, model, batches, signals_of, terms_of, teachers)
+            predictions = scoring.evaluate(model, tokenizer, data.tables[split], **sizes)
+            measured |= scoring.accuracies(predictions, split)
+            if split == "validation":
+                measured |= calibration.calibration_errors(predictions)
     return measured, predictions

@@ -85,7 +85,7 @@ def _line(record: Path) -> Sequence[str]:
         *(_cell(primary, find) for find in (_shown, _equal, _not_shown)),
         {True: "yes", False: "no", None: "?"}[rest.at_rest(moves)],
         _control(primary, "teacher", "seen", "not seen"),
-        _control(primary, "controls", "FALSE ALARM", "quiet"),
+        _negative(primary),
     ]
 
 
@@ -114,6 +114,12 @@ def _control(primary: pd.DataFrame, question: str, found: str, not_found: str) -
     if outcomes <= {"not tested"}:
         return "?" if outcomes else NOTHING
     return found if "better" in outcomes else not_found
+
+
+def _negative(primary: pd.DataFrame) -> str:
+    gains = primary[(primary["question"] == "controls") & (primary["outcome"] == "better")]
+    false = comparisons.is_false_alarm(gains.to_dict("records"))
+    return _control(primary, "controls", "FALSE ALARM" if false else "smoothing helps", "quiet")
 
 
 def _cell(primary: pd.DataFrame, find: Callable[[str, list[Row]], list[str]]) -> str:

@@ -89,15 +89,17 @@ def positive_line(primary: pd.DataFrame) -> str:
 
 
 def negative_line(primary: pd.DataFrame) -> str:
-    """Whether an effect is seen where there can be none."""
+    """Whether an effect is seen where there can be none. Smoothing alone may truly help."""
     rows = primary[primary["question"] == "controls"].to_dict("records")
     if not rows:
         return "Negative controls: not in this run."
     pairs = dict.fromkeys(f"{row['method']} over {row['baseline']}" for row in rows)
-    false = [_difference(row) for row in rows if row["outcome"] == "better"]
-    what = f"Negative controls ({', '.join(pairs)})"
-    if false:
-        return f"{what}: a FALSE ALARM, {', '.join(false)}: trust no other gain of this run."
+    gains = [row for row in rows if row["outcome"] == "better"]
+    what, said = f"Negative controls ({', '.join(pairs)})", ", ".join(map(_difference, gains))
+    if comparisons.is_false_alarm(gains):
+        return f"{what}: a FALSE ALARM, {said}: trust no other gain of this run."
+    if gains:
+        return f"{what}: {said}; smoothing may help as a regulariser, so look at it first."
     tested = any(row["outcome"] != "not tested" for row in rows)
     return f"{what}: {'quiet' if tested else 'not tested'}."
 

@@ -86,6 +86,8 @@ def test_the_negative_controls():
     assert head.negative_line(quiet).endswith("label_smoothing over teacher_answers): quiet.")
     false = head.negative_line(rows("controls", (*shuffled, "better"), (*smoothing, "worse")))
     assert "a FALSE ALARM, +5.2 points" in false
+    helps = head.negative_line(rows("controls", (*shuffled, "undecided"), (*smoothing, "better")))
+    assert "FALSE" not in helps and "may help as a regulariser" in helps
     assert "not tested" in head.negative_line(rows("controls", (*shuffled, "not tested")))
     assert head.negative_line(rows("controls")) == "Negative controls: not in this run."
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_utils.distill.coverage import shared_mass, token_agreement
+from kd_utils.cache.coverage import shared_mass, token_agreement
 from kd_utils.distill.logit_losses import shared_output_rows
 from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import PIECE, SharedPieces, Vocabulary

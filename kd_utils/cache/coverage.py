@@ -8,8 +8,8 @@ import pandas as pd
 import torch
 
 from kd_utils.cache.teacher_cache import TeacherCache, output_head
-from kd_utils.distill.targets import groups_of
 from kd_utils.tokens import encoding, vocabulary
+from kd_utils.tokens.alignment import groups_of
 
 
 def token_agreement(
