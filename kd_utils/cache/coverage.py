@@ -9,7 +9,6 @@ import torch
 
 from kd_utils.cache.teacher_cache import TeacherCache, output_head
 from kd_utils.tokens import encoding, vocabulary
-from kd_utils.tokens.alignment import groups_of
 
 
 def token_agreement(
@@ -34,7 +33,7 @@ def token_agreement(
     shared = set(vocabulary.shared_pieces(*vocabularies).teacher.tolist())
     counts = []
     for teacher_row, student_row, task in zip(teacher, student, tasks, strict=True):
-        groups, tokens = groups_of(teacher_row, student_row), teacher_row.tokens.tolist()
+        groups, tokens = encoding.groups_of(teacher_row, student_row), teacher_row.tokens.tolist()
         sizes = len(tokens), len(student_row.tokens), len(groups)
         counts.append((task, 1, *sizes, groups.single.sum(), sum(t in shared for t in tokens)))
     columns = ["task", "rows", "teacher tokens", "student tokens", "groups", "single", "shared"]

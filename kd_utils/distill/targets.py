@@ -11,7 +11,7 @@ from kd_utils.models.attention_maps import causal_slice
 from kd_utils.models.devices import to_device
 from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens import alignment
-from kd_utils.tokens.encoding import Example
+from kd_utils.tokens.encoding import Example, groups_of
 
 
 @dataclass
@@ -142,7 +142,7 @@ def targets_of(
         groups = [alignment.from_the_end(*pair) for pair in lengths]
         same = [teacher == student for teacher, student in lengths]
     else:
-        groups = [alignment.groups_of(row, example) for row, example in zip(rows, examples)]
+        groups = [groups_of(row, example) for row, example in zip(rows, examples)]
         same = [np.array_equal(row.tokens, example.tokens) for row, example in zip(rows, examples)]
     wanted = [
         (0, len(lined)) if distill_tokens == "all" else _before_answer(lined, example)

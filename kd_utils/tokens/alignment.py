@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kd_utils.tokens.encoding import Example
-
 
 @dataclass(frozen=True)
 class Groups:
@@ -107,26 +105,3 @@ def merge_map(rows: np.ndarray, last: np.ndarray) -> np.ndarray:
         (..., G, G).
     """
     return np.add.reduceat(rows[..., last, :], np.concatenate([[0], last[:-1] + 1]), axis=-1)
-
-
-def groups_of(teacher: Example, student: Example) -> Groups:
-    """How the two tokenizations of an example line up.
-
-    Raises:
-        ValueError: an example whose tokens do not spell the same text on both sides.
-    """
-    if np.array_equal(teacher.tokens, student.tokens):
-        return identity(len(student.tokens))
-    ends = []
-    for side, row in (("teacher", teacher), ("student", student)):
-        if row.ends is None or len(row.ends) != len(row.tokens):
-            raise ValueError(
-                f"row {row.example_id}: the {side}'s tokens do not spell the row's text (prompt "
-                "and answer share a token), so teacher and student cannot be aligned: leave the "
-                "row out"
-            )
-        ends.append(row.ends)
-    try:
-        return align(*ends)
-    except ValueError as error:
-        raise ValueError(f"row {student.example_id}: {error}: run 01 and 02 again") from None

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.store.files import matching, sha256_file
+from kd_utils.tokens import alignment
 from kd_utils.tokens.vocabulary import Vocabulary, byte_ends
 
 
@@ -178,3 +179,26 @@ def right_padded(examples: list[Example]) -> tuple[np.ndarray, list[int]]:
     for b, row in enumerate(examples):
         input_ids[b, : lengths[b]] = row.tokens
     return input_ids, lengths
+
+
+def groups_of(teacher: Example, student: Example) -> alignment.Groups:
+    """How the two tokenizations of an example line up.
+
+    Raises:
+        ValueError: an example whose tokens do not spell the same text on both sides.
+    """
+    if np.array_equal(teacher.tokens, student.tokens):
+        return alignment.identity(len(student.tokens))
+    ends = []
+    for side, row in (("teacher", teacher), ("student", student)):
+        if row.ends is None or len(row.ends) != len(row.tokens):
+            raise ValueError(
+                f"row {row.example_id}: the {side}'s tokens do not spell the row's text (prompt "
+                "and answer share a token), so teacher and student cannot be aligned: leave the "
+                "row out"
+            )
+        ends.append(row.ends)
+    try:
+        return alignment.align(*ends)
+    except ValueError as error:
+        raise ValueError(f"row {student.example_id}: {error}: run 01 and 02 again") from None
