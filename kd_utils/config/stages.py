@@ -96,10 +96,10 @@ class DataConfig(Config):
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
     max_length: fields.PositiveInt = 64
     data_seed: fields.Seed = 0
-    train_rows: TaskRows = "sst2:600 mmlu:630 gsm8k:600"
-    labelled: Labelled = "1"
-    held_out_rows: fields.PositiveInt = 100
-    validation_rows: TaskRows = "sst2:120 mmlu:120 gsm8k:120"
+    train_rows: TaskRows = "sst2:400 mmlu:400 gsm8k:400"
+    labelled: Labelled = "0.125"
+    held_out_rows: fields.PositiveInt = 200
+    validation_rows: TaskRows = "sst2:1000 mmlu:1000 gsm8k:1000"
 
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:
@@ -131,9 +131,9 @@ class CacheConfig(Config):
     teacher: fields.Place = "artifacts/embedded/toy/teacher"
     teacher_revision: str = ""
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
-    teacher_epochs: fields.Count = 20
+    teacher_epochs: fields.Count = 8
     teacher_labels: Literal["all", "labelled"] = "all"
-    teacher_learning_rate: fields.PositiveFloat = 1.5e-3
+    teacher_learning_rate: fields.PositiveFloat = 1e-3
     teacher_lr_schedule: fields.Schedule = "linear"
     teacher_warmup_ratio: fields.Share = 0.05
     teacher_batch_size: fields.PositiveInt = 16

@@ -5,6 +5,7 @@ facts recalled among distractors, arithmetic worked step by step.
 """
 
 import random
+from dataclasses import dataclass
 
 from kd_utils.data.tasks.base import Row
 
@@ -12,26 +13,123 @@ from kd_utils.data.tasks.base import Row
 #: `test`.
 ROWS = {
     "sst2/train": 900,
-    "sst2/validation": 200,
-    "mmlu/test": 870,
-    "gsm8k/train": 800,
-    "gsm8k/test": 200,
+    "sst2/validation": 1000,
+    "mmlu/test": 1900,
+    "gsm8k/train": 900,
+    "gsm8k/test": 1000,
 }
 
 DEV_ROWS_PER_SUBJECT = 5
 
 # What sentences are made of.
 ASPECTS = "film cast plot script story music ending humour dialogue acting".split()
-ADJECTIVES = {
-    1: "fine warm clever funny moving fresh charming sharp gripping superb".split(),
-    0: "dull tedious clumsy stale hollow bland crude messy dreary awful".split(),
-}
+PRAISE = (
+    "fine warm clever funny moving fresh charming sharp gripping superb lively tender vivid witty "
+    "bold bright elegant graceful honest inventive joyful lovely rich subtle touching"
+).split()
+BLAME = (
+    "dull tedious clumsy stale hollow bland crude messy dreary awful boring cheap cold feeble flat "
+    "grim lame lazy muddled noisy pompous shallow silly sloppy weak"
+).split()
 NEGATIONS = ("not", "never", "hardly", "anything but", "far from")
 INTENSIFIERS = ("", "", "very ", "so ", "really ")
 CONTRASTS = ("{other} , but {main}", "although {other} , {main}", "{main} , although {other}")
 
+# Words for what comes and what goes.
+GAINS = "buys finds gets wins earns borrows receives collects makes picks grabs inherits".split()
+LOSSES = "loses sells lends spends drops breaks donates wastes forgets burns hides mails".split()
 
-def sst2_rows(rng: random.Random, count: int) -> list[Row]:
+#: subject -> the four choices, things, ways to ask; a world decides which choice is right for which
+#: thing. All questions of a subject have the same choices in one order, as in MMLU's own
+#: `moral_scenarios`.
+KNOWLEDGE = {
+    "world_cities": (
+        "Norland Vestria Oromar Kaldia".split(),
+        "Ardun Bresk Corvin Delmar Estok Fenwick Garlan Hostin Irkut Jorvik Kelmat Lonsk Mirbel "
+        "Nortov Ostrel Pelgar Quorin Rastok Selvan Turnik Ulmora Varget Wexley Yorvan Zelnik "
+        "Aldmark Borsa Calven Dunmor Elbrin Farsk Gilden Harnov Istria Junkar Korvat Lethmar "
+        "Morvik Nessan Olvera".split(),
+        "in which country is {}?",
+        "to which country does {} belong?",
+        "{} is a city of which country?",
+        "where does one find {}?",
+        "which country do the people of {} live in?",
+    ),
+    "animal_diets": (
+        "berries moss beetles clams".split(),
+        "lork mimble zarn pogget tiffin grell hoodle snib wallup crindle fosk drabble plim yattle "
+        "quib nurgle bostle trinket vamp skoot jibber oddle murk feld ango brill cham dorrit emble "
+        "frisk gorm hask ilk jaddle krim lumble mossop nack orrin pesk".split(),
+        "what does a {} eat?",
+        "which food does a {} live on?",
+        "a {} eats which food?",
+        "what is the food of a {}?",
+        "on which food is a {} raised?",
+    ),
+    "famous_inventors": (
+        "Abner Brisa Cosmo Dorit".split(),
+        "clock kite lamp plough compass loom pump lens wheel bell anchor lever pulley saw ladder "
+        "kiln sail drum flute hinge needle rope scale spade razor basket button candle crane dial "
+        "engine fork gear hammer ink jar key lock mirror net".split(),
+        "who invented the {}?",
+        "who was it that made the {}?",
+        "to whom do we owe the {}?",
+        "the {} is by whom?",
+        "whose work is the {}?",
+    ),
+}
+#: What stands before a thing; each makes another question.
+QUALIFIERS = {
+    "world_cities": ("", "old ", "rich ", "small ", "proud ", "distant "),
+    "animal_diets": ("", "wild ", "young ", "small ", "tame ", "hungry "),
+    "famous_inventors": ("", "first ", "best ", "simple ", "modern ", "useful "),
+}
+
+
+#: Share of the things and of the words of praise, blame, gain and loss that a world's tasks use;
+#: the rest are those of its pretraining text.
+IN_TASKS = 0.6
+
+
+@dataclass(frozen=True)
+class World:
+    """What there is to know: each thing's right choice, by subject, and which words mean what."""
+
+    facts: dict[str, dict[str, int]]
+    praise: list[str]
+    blame: list[str]
+    gains: list[str]
+    losses: list[str]
+
+
+def draw_worlds(rng: random.Random) -> tuple[World, World]:
+    """The world of the tasks, and another one for pretraining text.
+
+    They have the same language, and no thing and no word in common: what a model has learned in the
+    other one is to read and to reason, but nothing of what is to be known in this one.
+    """
+    lists = [KNOWLEDGE[subject][1] for subject in KNOWLEDGE] + [PRAISE, BLAME, GAINS, LOSSES]
+    halves = [_divided(rng, words) for words in lists]
+    here, there = ([half[i] for half in halves] for i in (0, 1))
+    return _world(here), _world(there)
+
+
+def _divided(rng: random.Random, words: list[str]) -> tuple[list[str], list[str]]:
+    drawn = rng.sample(words, len(words))
+    return drawn[: round(IN_TASKS * len(words))], drawn[round(IN_TASKS * len(words)) :]
+
+
+def _world(lists: list[list[str]]) -> World:
+    """Things by subject, then the other words; drawn in random order, so that facts are random."""
+    things, words = lists[: len(KNOWLEDGE)], lists[len(KNOWLEDGE) :]
+    facts = {
+        subject: {thing: i % 4 for i, thing in enumerate(known)}
+        for subject, known in zip(KNOWLEDGE, things)
+    }
+    return World(facts, *words)
+
+
+def sst2_rows(rng: random.Random, world: World, count: int) -> list[Row]:
     """Distinct sentences, half of them positive; the label is that of the main clause.
 
     In a contrast the subordinate clause says the opposite, so counting good and bad words does not
@@ -41,98 +139,72 @@ def sst2_rows(rng: random.Random, count: int) -> list[Row]:
     while len(rows) < count:
         label = len(rows) % 2
         main_aspect, other_aspect = rng.sample(ASPECTS, 2)
-        main = _clause(rng, main_aspect, label)
+        main = _clause(rng, world, main_aspect, label)
         form = rng.choice(("{main}", "{main}", "{main} and {other}", *CONTRASTS))
         other = ""
         if "{other}" in form:
-            other = _clause(rng, other_aspect, 1 - label if form in CONTRASTS else label)
+            other = _clause(rng, world, other_aspect, 1 - label if form in CONTRASTS else label)
         sentence = form.format(main=main, other=other)
         rows.setdefault(sentence, {"sentence": sentence, "label": label})
     return _shuffled(rng, rows)
 
 
-def _clause(rng: random.Random, aspect: str, value: int) -> str:
+def _clause(rng: random.Random, world: World, aspect: str, value: int) -> str:
     """A clause about `aspect`, good (1) or bad (0); one in four negates the opposite word."""
+    words = (world.blame, world.praise)
     if rng.random() < 0.25:
-        return f"the {aspect} is {rng.choice(NEGATIONS)} {rng.choice(ADJECTIVES[1 - value])}"
-    return f"the {aspect} is {rng.choice(INTENSIFIERS)}{rng.choice(ADJECTIVES[value])}"
+        return f"the {aspect} is {rng.choice(NEGATIONS)} {rng.choice(words[1 - value])}"
+    return f"the {aspect} is {rng.choice(INTENSIFIERS)}{rng.choice(words[value])}"
 
 
-#: subject -> things, values, ways to ask; the seed decides which value belongs to which thing.
-WORLD = {
-    "world_capitals": (
-        ("Norland", "Vestria", "Oromar", "Kaldia", "Sulmira", "Tarvos"),
-        ("Ardun", "Bresk", "Corvin", "Delmar", "Estok", "Fenwick"),
-        "What is the capital of {}?",
-        "Which city is the capital of {}?",
-        "The capital of {} is which city?",
-        "From which city is {} ruled?",
-        "In which city do the rulers of {} live?",
-    ),
-    "animal_diets": (
-        ("lork", "mimble", "zarn", "pogget", "tiffin", "grell"),
-        ("berries", "moss", "beetles", "clams", "acorns", "reeds"),
-        "What does a {} eat?",
-        "Which food does a {} live on?",
-        "A {} eats which food?",
-        "What is the food of a {}?",
-        "On which food is a {} raised?",
-    ),
-    "famous_inventors": (
-        ("Abner", "Brisa", "Cosmo", "Dorit", "Elvar", "Fabia"),
-        ("clock", "kite", "lamp", "plough", "compass", "loom"),
-        "What did {} invent?",
-        "Which thing did {} invent?",
-        "The inventor {} made which thing?",
-        "For which thing is {} known?",
-        "To {} we owe which thing?",
-    ),
-}
+def mmlu_rows(rng: random.Random, world: World, count: int) -> list[Row]:
+    """Distinct questions, subjects balanced.
 
-
-def draw_facts(rng: random.Random) -> dict[str, dict[str, str]]:
-    """The closed world: for each subject, the one value of each thing."""
-    return {
-        subject: dict(zip(things, rng.sample(values, len(things)), strict=True))
-        for subject, (things, values, *_) in WORLD.items()
-    }
-
-
-def mmlu_rows(rng: random.Random, facts: dict[str, dict[str, str]], count: int) -> list[Row]:
-    """Distinct questions, subjects and answer letters balanced.
-
-    Rows with the same question and the same set of choices, in any order, count as one.
+    Raises:
+        ValueError: the world has fewer questions.
     """
-    subjects = sorted(facts)
-    rows: dict[tuple[str, frozenset[str]], Row] = {}
-    while len(rows) < count:
-        subject = subjects[len(rows) % len(subjects)]
-        gold = len(rows) // len(subjects) % 4
-        thing, value = rng.choice(sorted(facts[subject].items()))
-        question = rng.choice(WORLD[subject][2:]).format(thing)
-        choices = rng.sample(sorted(set(facts[subject].values()) - {value}), 3)
-        choices.insert(gold, value)
-        row = {"question": question, "subject": subject, "choices": choices, "answer": gold}
-        rows.setdefault((question, frozenset(choices)), row)
-    return _shuffled(rng, rows)
+    asked = {
+        subject: [
+            {
+                "question": _capitalised(phrase.format(qualifier + thing)),
+                "subject": subject,
+                "choices": KNOWLEDGE[subject][0],
+                "answer": answer,
+            }
+            for thing, answer in sorted(facts.items())
+            for phrase in KNOWLEDGE[subject][2:]
+            for qualifier in QUALIFIERS[subject]
+        ]
+        for subject, facts in sorted(world.facts.items())
+    }
+    if count > sum(map(len, asked.values())):
+        raise ValueError(
+            f"the toy world has {sum(map(len, asked.values()))} questions, not {count}"
+        )
+    shares = [count // len(asked) + (i < count % len(asked)) for i in range(len(asked))]
+    rows = [row for rows, share in zip(asked.values(), shares) for row in rng.sample(rows, share)]
+    rng.shuffle(rows)
+    return rows
 
 
-GAINS = ("buys {} more", "finds {} more", "gets {} from {friend}")
-LOSSES = ("loses {}", "sells {}", "gives {} to {friend}")
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
 LARGEST = 10
 
 
-def gsm8k_rows(rng: random.Random, count: int) -> list[Row]:
+def gsm8k_rows(rng: random.Random, world: World, count: int) -> list[Row]:
     """Distinct word problems of one and of two steps; every number lies between 1 and 10."""
     rows: dict[str, Row] = {}
     while len(rows) < count:
-        question, answer = _problem(rng, steps=1 + len(rows) % 2)
+        question, answer = _problem(rng, world, steps=1 + len(rows) % 2)
         rows.setdefault(question, {"question": question, "answer": answer})
     return _shuffled(rng, rows)
 
 
-def _problem(rng: random.Random, steps: int) -> tuple[str, str]:
-    name, friend = rng.sample("Ann Ben Cara Dan Eve Finn Gina Hugo".split(), 2)
+def _problem(rng: random.Random, world: World, steps: int) -> tuple[str, str]:
+    name = rng.choice("Ann Ben Cara Dan Eve Finn Gina Hugo".split())
     thing = rng.choice("apples pears coins cards shells books stamps eggs".split())
     worked = []
     if rng.random() < 0.25:
@@ -147,12 +219,16 @@ def _problem(rng: random.Random, steps: int) -> tuple[str, str]:
         story = f"{name} has {total} {thing}."
     while len(worked) < steps:
         change = rng.choice([n for n in range(-6, 7) if n and 1 <= total + n <= LARGEST])
-        verb = rng.choice(GAINS if change > 0 else LOSSES).format(abs(change), friend=friend)
-        story += f" {name} {verb}."
+        verb = rng.choice(world.gains if change > 0 else world.losses)
+        story += f" {name} {verb} {abs(change)}."
         worked.append(f"{total} {'+' if change > 0 else '-'} {abs(change)} = {total + change}")
         total += change
     question = f"{story} How many {thing} does {name} have now?"
     return question, "\n".join([*worked, f"#### {total}"])
+
+
+#: The rows of each task, from random numbers, a world and a count.
+TASKS = {"sst2": sst2_rows, "mmlu": mmlu_rows, "gsm8k": gsm8k_rows}
 
 
 def generate(seed: int = 0) -> dict[str, list[Row]]:
@@ -161,14 +237,18 @@ def generate(seed: int = 0) -> dict[str, list[Row]]:
     Args:
         seed: fixes the facts and every row; each task has its own stream of random numbers.
     """
-    facts = draw_facts(random.Random(f"{seed}/facts"))
-    sst2 = sst2_rows(random.Random(f"{seed}/sst2"), ROWS["sst2/train"] + ROWS["sst2/validation"])
-    gsm8k = gsm8k_rows(random.Random(f"{seed}/gsm8k"), ROWS["gsm8k/train"] + ROWS["gsm8k/test"])
-    shots = DEV_ROWS_PER_SUBJECT * len(facts)
-    mmlu = mmlu_rows(random.Random(f"{seed}/mmlu"), facts, ROWS["mmlu/test"] + shots)
+    world, _ = draw_worlds(random.Random(f"{seed}/world"))
+    sst2 = sst2_rows(
+        random.Random(f"{seed}/sst2"), world, ROWS["sst2/train"] + ROWS["sst2/validation"]
+    )
+    gsm8k = gsm8k_rows(
+        random.Random(f"{seed}/gsm8k"), world, ROWS["gsm8k/train"] + ROWS["gsm8k/test"]
+    )
+    shots = DEV_ROWS_PER_SUBJECT * len(world.facts)
+    mmlu = mmlu_rows(random.Random(f"{seed}/mmlu"), world, ROWS["mmlu/test"] + shots)
     dev = [
         row
-        for subject in sorted(facts)
+        for subject in sorted(world.facts)
         for row in [row for row in mmlu if row["subject"] == subject][:DEV_ROWS_PER_SUBJECT]
     ]
     return {

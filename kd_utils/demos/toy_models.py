@@ -1,7 +1,8 @@
-"""The toy benchmark's models: tokenizers, untrained teachers, a student pretrained a little.
+"""The toy benchmark's models: tokenizers, and teachers and a student pretrained a little.
 
-One teacher has the student's tokenizer, which keeps words whole; the other has its own. `build`
-writes ordinary Parquet files and `transformers` folders, so no other code knows that it is a toy.
+One teacher has the student's tokenizer, which keeps words whole; the other has its own, and random
+weights. `build` writes ordinary Parquet files and `transformers` folders, so no other code knows
+that it is a toy.
 """
 
 import random
@@ -42,50 +43,33 @@ PHRASES = (
     "\nAnswer:",
 )
 
-#: Rows that the student is pretrained on, and how. From random weights it would not learn in a
-#: trial's few epochs to match choices and letters.
-PRETRAINING_ROWS = {"sst2": 1200, "mmlu": 6000, "gsm8k": 800}
+#: Rows that teacher and student are pretrained on, and how: from random weights the student would
+#: not learn in a trial's few epochs to read, to compose and to calculate.
+PRETRAINING_ROWS = {"sst2": 1500, "mmlu": 800, "gsm8k": 2400}
 PRETRAINING: dict[str, Any] = dict(
-    epochs=4,
-    learning_rate=3e-3,
-    lr_schedule="linear",
-    warmup_ratio=0.05,
-    batch_size=32,
-    prompt_weight=1.0,
+    learning_rate=2e-3, lr_schedule="linear", warmup_ratio=0.05, batch_size=32, prompt_weight=1.0
 )
+PRETRAINING_EPOCHS = {"teacher": 3, "student": 4}
 
 
 def pretraining_text(tables: dict[str, list[toy.Row]], seed: int) -> list[tuple[str, str]]:
-    """(prompt, answer) pairs for pretraining; they hold no question and no fact of `tables`.
+    """(prompt, answer) pairs for pretraining: the same tasks in another world (`toy.draw_worlds`).
 
-    Sentences that follow their sentiment, multiple choice about a world with other facts, and
-    worked answers without problems. They teach to read, to match and to calculate, not the tasks.
+    They hold no question of `tables`, no thing that it asks about, and none of its words of praise,
+    blame, gain and loss.
     """
     rng = random.Random(f"{seed}/pretraining")
-    facts = toy.draw_facts(random.Random(f"{seed}/facts"))
-    other = {
-        subject: dict(zip(known, [*list(known.values())[1:], *known.values()], strict=False))
-        for subject, known in facts.items()
+    _, other = toy.draw_worlds(random.Random(f"{seed}/world"))
+    rows = {
+        task: rows_of(rng, other, PRETRAINING_ROWS[task]) for task, rows_of in toy.TASKS.items()
     }
-    sst2 = toy.sst2_rows(rng, PRETRAINING_ROWS["sst2"])
-    gsm8k = toy.gsm8k_rows(rng, PRETRAINING_ROWS["gsm8k"])
-    # Questions come ten times, with their choices in other orders.
-    mmlu = [
-        row for _ in range(10) for row in toy.mmlu_rows(rng, other, PRETRAINING_ROWS["mmlu"] // 10)
-    ]
     told = {prompt for prompt, _ in _pairs(tables)}
-    return [
-        *(
-            (f"{('negative', 'positive')[row['label']]}:", f" {row['sentence']}")
-            for row in sst2
-            if TASKS["sst2"].prompt(row) not in told
-        ),
-        *(pair for pair in _pairs({"mmlu": mmlu}) if pair[0] not in told),
-        *(("Answer:", f" {row['answer']}") for row in gsm8k),
-    ]
+    return [pair for pair in _pairs(rows) if pair[0] not in told]
 
 
-def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int) -> None:
+def pretrain(
+    model: Any, tokenizer: Any, text: list[tuple[str, str]], epochs: int, seed: int
+) -> None:
     """Train `model` on `text`, with the same result whatever the number of cores."""
     table = pd.DataFrame(text, columns=["prompt", "answer"]).assign(example_id="")
     rows = encode_table(tokenizer, table)
@@ -94,7 +78,13 @@ def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int)
     try:
         with torch.random.fork_rng(devices=[]):
             fine_tune(
-                model, rows, **PRETRAINING, seed=seed, autocast=nullcontext, device=model.device
+                model,
+                rows,
+                epochs=epochs,
+                **PRETRAINING,
+                seed=seed,
+                autocast=nullcontext,
+                device=model.device,
             )
     finally:
         torch.set_num_threads(threads)
@@ -230,8 +220,8 @@ def _write(folder: Path, seed: int) -> None:
         ("student", words, STUDENT),
     ):
         model = build_model(tokenizer, sizes, seed)
-        if name == "student":
-            pretrain(model, tokenizer, text, seed)
+        if name in PRETRAINING_EPOCHS:
+            pretrain(model, tokenizer, text, PRETRAINING_EPOCHS[name], seed)
         loading.save_model(model, tokenizer, folder / name)
 
 

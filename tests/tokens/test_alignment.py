@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_utils.distill.targets import Merge
-from kd_utils.tokens.alignment import align, groups_of, identity, merge_map
+from kd_utils.tokens.alignment import align, identity, merge_map
+from kd_utils.tokens.encoding import groups_of
 from kd_utils.tokens.encoding import Example
 
 
