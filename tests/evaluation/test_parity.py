@@ -49,7 +49,7 @@ def data(tmp_path_factory):
         if name == "gsm8k/test":
             rows = [row | {"answer": f"#### {GOLDS[place % 3]}"} for place, row in enumerate(rows)]
         if name.startswith("mmlu"):
-            real = {"world_capitals": "high_school_geography"}
+            real = {"world_cities": "high_school_geography"}
             rows = [row | {"subject": real.get(row["subject"], row["subject"])} for row in rows]
         (folder / name).parent.mkdir(exist_ok=True)
         pd.DataFrame(rows).to_parquet(folder / f"{name}.parquet", index=False)

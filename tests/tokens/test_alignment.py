@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from kd_utils.distill.targets import Merge
 from kd_utils.tokens.alignment import align, identity, merge_map
-from kd_utils.tokens.encoding import groups_of
-from kd_utils.tokens.encoding import Example
+from kd_utils.tokens.encoding import Example, groups_of
 
 
 def groups(teacher, student):
