@@ -47,9 +47,13 @@ PHRASES = (
 #: not learn in a trial's few epochs to read, to compose and to calculate.
 PRETRAINING_ROWS = {"sst2": 1500, "mmlu": 800, "gsm8k": 2400}
 PRETRAINING: dict[str, Any] = dict(
-    learning_rate=2e-3, lr_schedule="linear", warmup_ratio=0.05, batch_size=32, prompt_weight=1.0
+    epochs=4,
+    learning_rate=2e-3,
+    lr_schedule="linear",
+    warmup_ratio=0.05,
+    batch_size=32,
+    prompt_weight=1.0,
 )
-PRETRAINING_EPOCHS = {"teacher": 3, "student": 4}
 
 
 def pretraining_text(tables: dict[str, list[toy.Row]], seed: int) -> list[tuple[str, str]]:
@@ -67,9 +71,7 @@ def pretraining_text(tables: dict[str, list[toy.Row]], seed: int) -> list[tuple[
     return [pair for pair in _pairs(rows) if pair[0] not in told]
 
 
-def pretrain(
-    model: Any, tokenizer: Any, text: list[tuple[str, str]], epochs: int, seed: int
-) -> None:
+def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int) -> None:
     """Train `model` on `text`, with the same result whatever the number of cores."""
     table = pd.DataFrame(text, columns=["prompt", "answer"]).assign(example_id="")
     rows = encode_table(tokenizer, table)
@@ -80,7 +82,6 @@ def pretrain(
             fine_tune(
                 model,
                 rows,
-                epochs=epochs,
                 **PRETRAINING,
                 seed=seed,
                 autocast=nullcontext,
@@ -220,8 +221,8 @@ def _write(folder: Path, seed: int) -> None:
         ("student", words, STUDENT),
     ):
         model = build_model(tokenizer, sizes, seed)
-        if name in PRETRAINING_EPOCHS:
-            pretrain(model, tokenizer, text, PRETRAINING_EPOCHS[name], seed)
+        if tokenizer is words:
+            pretrain(model, tokenizer, text, seed)
         loading.save_model(model, tokenizer, folder / name)
 
 

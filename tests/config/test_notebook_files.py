@@ -53,7 +53,7 @@ def test_each_notebook_assigns_the_projects_defaults(stem):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("learning_rate = 1e-3", "learning_rate = 2 * 5e-4", "'learning_rate = 2 * 5e-4', must be"),
+        ("learning_rate = 2e-3", "learning_rate = 2 * 1e-3", "'learning_rate = 2 * 1e-3', must be"),
         ("epochs = 3", "epochs: int = 3", "'epochs: int = 3', must be NAME = VALUE"),
         ("epochs = 3", "epochs = int('3')", "must be NAME = VALUE"),
         ("epochs = 3", "epochs = None", "'epochs = None', must be NAME = VALUE"),

@@ -24,7 +24,7 @@ def short_pretraining():
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy_models, "PRETRAINING_ROWS", {"sst2": 40, "mmlu": 60, "gsm8k": 40})
-        patch.setattr(toy_models, "PRETRAINING_EPOCHS", {"teacher": 1, "student": 1})
+        patch.setitem(toy_models.PRETRAINING, "epochs", 1)
         yield
 
 
@@ -274,7 +274,7 @@ def test_pretraining_depends_on_the_seed_alone(tables, folder, tokenizer):
         before = torch.get_rng_state()
         model = toy_models.build_model(tokenizer, toy_models.STUDENT, seed=1)
         start = model.lm_head.weight.detach().clone()
-        toy_models.pretrain(model, tokenizer, text, epochs=1, seed=1)
+        toy_models.pretrain(model, tokenizer, text, seed=1)
         assert torch.get_num_threads() == count and torch.equal(torch.get_rng_state(), before)
         weights.append(model.lm_head.weight.detach())
         assert not torch.equal(weights[-1], start)

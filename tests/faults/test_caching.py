@@ -185,7 +185,7 @@ def toy(work: Path) -> Part:
     from kd_utils.demos import toy, toy_models
 
     toy_models.PRETRAINING_ROWS = dict.fromkeys(toy_models.PRETRAINING_ROWS, 20)
-    toy_models.PRETRAINING_EPOCHS = {"teacher": 1, "student": 1}
+    toy_models.PRETRAINING["epochs"] = 1
     toy.ROWS = dict.fromkeys(toy.ROWS, 40)
     toy_models.TEACHER = toy_models.STUDENT = dict(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4
