@@ -21,7 +21,7 @@ def test_the_projects_grid_is_28_trials_and_their_references(stub_notebooks):
     }
     assert of_method.keys() >= {"untrained", "task_only", *DISTILLATIONS}
     assert sum(len(of_method[method]) for method in DISTILLATIONS) == 28
-    assert len({t.config_hash for t in trials}) == len(trials) == 36
+    assert len({t.config_hash for t in trials}) == len(trials) == 57
     assert [t.epochs for t in trials if t.swept["distill_type"] == "untrained"] == [1]
 
 
