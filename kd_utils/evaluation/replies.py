@@ -12,7 +12,7 @@ from kd_utils.data import tasks
 from kd_utils.evaluation import readiness
 from kd_utils.evaluation.generation import batches, context_length, generate
 from kd_utils.models import folder_checks
-from kd_utils.tokens.encoding import encode_pair, encoded_at_once
+from kd_utils.tokens.encoding import encode_pair
 
 
 class Reply(NamedTuple):
@@ -96,11 +96,9 @@ def choice_loglikelihoods(
     limit = context_length(model, tokenizer)
     requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = defaultdict(list)
     cut, used = 0, set[int]()
-    rows = list(zip(table["prompt"], table["choices"], strict=True))
-    encode = encoded_at_once(tokenizer, ((prompt, choice) for prompt, of in rows for choice in of))
-    for place, (prompt, choices) in enumerate(rows):
+    for place, (prompt, choices) in enumerate(zip(table["prompt"], table["choices"], strict=True)):
         for number, choice in enumerate(choices):
-            prompt_ids, choice_ids = encode_pair(tokenizer, prompt, choice, encode)
+            prompt_ids, choice_ids = encode_pair(tokenizer, prompt, choice)
             ids = (prompt_ids + choice_ids)[:-1]
             cut += len(ids) > limit
             requests[tuple(ids[-limit:])].append((place, number, choice_ids))

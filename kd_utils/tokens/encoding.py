@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,36 +13,13 @@ from kd_utils.store.files import matching, sha256_file
 from kd_utils.tokens import alignment
 from kd_utils.tokens.vocabulary import Vocabulary, byte_ends
 
-#: The ids of a text, special tokens where the tokenizer itself puts them.
-Encode = Callable[[str], list[int]]
 
-
-def encoded_at_once(tokenizer: Any, pairs: Iterable[tuple[str, str]]) -> Encode:
-    """What `tokenizer.encode` gives for the texts that `encode_pair` asks for, several times as
-    fast: all of them are encoded in one call.
-    """
-    texts = list({text for pair in pairs for text in _texts(*pair) if text})
-    if not texts:
-        return tokenizer.encode
-    return dict(zip(texts, tokenizer(texts, return_attention_mask=False)["input_ids"])).__getitem__
-
-
-def _texts(prompt: str, answer: str) -> tuple[str, str]:
-    """The prompt without white space at its end, and the whole text."""
-    return prompt.rstrip(), prompt + answer
-
-
-def encode_pair(
-    tokenizer: Any, prompt: str, answer: str, encode: Encode | None = None
-) -> tuple[list[int], list[int]]:
+def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Ids of a prompt and of the answer that continues it, as lm-evaluation-harness splits them.
 
     Prompt and answer are encoded together, and the prompt once more alone. What the whole has
     beyond the prompt's length is the answer. Special tokens are where the tokenizer itself puts
     them. White space at the end of the prompt counts as part of the answer.
-
-    Args:
-        encode: of `encoded_at_once`, for many pairs.
 
     Returns:
         The prompt's ids and the answer's ids (no end token); both are non-empty.
@@ -52,13 +28,13 @@ def encode_pair(
         ValueError: the prompt is empty, the answer has no token of its own, or the tokenizer ends
             texts by itself.
     """
-    encode = encode or tokenizer.encode
-    prompt, text = _texts(prompt, answer)
+    stripped = prompt.rstrip()
+    prompt, answer = stripped, prompt[len(stripped) :] + answer
     if not prompt:
         raise ValueError(
             f"the prompt before {answer[:40]!r} is empty: a model needs a token to start from"
         )
-    prompt_ids = encode(prompt)
+    prompt_ids = tokenizer.encode(prompt)
     last = prompt_ids[-1] if len(prompt_ids) > 1 else None
     if last != tokenizer.unk_token_id and last in tokenizer.all_special_ids:
         token = tokenizer.convert_ids_to_tokens(last)
@@ -68,25 +44,23 @@ def encode_pair(
                 f"the tokenizer ends every text with {token!r}: set add_eos_token to false in its "
                 "tokenizer_config.json, or choose another tokenizer"
             )
-    answer_ids = encode(text)[len(prompt_ids) :]
+    answer_ids = tokenizer.encode(prompt + answer)[len(prompt_ids) :]
     if not answer_ids:
         raise ValueError(
-            f"answer {text[len(prompt) :][:40]!r} has no token of its own after {prompt[-40:]!r}: "
-            "this tokenizer joins prompt and answer: choose another tokenizer"
+            f"answer {answer[:40]!r} has no token of its own after {prompt[-40:]!r}: this "
+            "tokenizer joins prompt and answer: choose another tokenizer"
         )
     return prompt_ids, answer_ids
 
 
-def encode_example(
-    tokenizer: Any, prompt: str, answer: str, encode: Encode | None = None
-) -> tuple[list[int], list[int]]:
+def encode_example(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Ids of a training sequence: the prompt's, and the answer's followed by the end token."""
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end token (eos_token): a model trained with it would never stop; "
             "choose a tokenizer with an eos_token"
         )
-    prompt_ids, answer_ids = encode_pair(tokenizer, prompt, answer, encode)
+    prompt_ids, answer_ids = encode_pair(tokenizer, prompt, answer)
     return prompt_ids, answer_ids + [tokenizer.eos_token_id]
 
 
@@ -168,10 +142,9 @@ def encode_table(
         ValueError: names `where` and the row that this tokenizer cannot encode.
     """
     rows = []
-    encode = encoded_at_once(tokenizer, zip(table["prompt"], table["answer"]))
     for example_id, prompt, answer in table[["example_id", "prompt", "answer"]].to_numpy():
         try:
-            prompt_ids, answer_ids = encode_example(tokenizer, prompt, answer, encode)
+            prompt_ids, answer_ids = encode_example(tokenizer, prompt, answer)
             if not prompt_ids:
                 raise ValueError(
                     f"this tokenizer has no token for the prompt {prompt[:40]!r}: leave the row "
