@@ -48,7 +48,7 @@ LM_EVAL_SETTINGS = ((1, "left"), (4, "right"))
 KD_UTILS_SETTINGS = ((1, "left"), (3, "left"), (3, "right"), (16, "left"), (16, "right"))
 
 #: The end of every prompt, and texts that the models made here tend to write after it.
-PROMPT_END, PHRASES = "\nAnswer:", (" #### 5", "\n#### 1,2", " $24.\nQuestion:", " 38.9")
+PROMPT_END, PHRASES = "\nAnswer:", (" #### 5", "\n#### 1,224", " $24.\nQuestion:", " 38.9")
 
 Record = dict[str, Any]
 

@@ -183,7 +183,7 @@ class SpeedConfig(Config):
     budget_tokens: fields.Count = 0
     compile_backend: Literal["", "eager", "inductor"] = ""
     seconds: fields.Count = 0
-    batch_size: fields.PositiveInt = 8
+    bench_batch_size: fields.PositiveInt = 8
     batch_tokens: fields.PositiveInt = 8192
     temperature: fields.PositiveFloat = 2.0
     seed: fields.Seed = 0

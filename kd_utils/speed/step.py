@@ -84,7 +84,7 @@ class StepBench:
     def plan_of(self, epoch: int) -> list[list[int]]:
         """The batches of an epoch, counted from 1, as indices of rows."""
         lengths = [len(row.tokens) for row in self.rows]
-        return batches.epoch_batches(lengths, self.config.batch_size, self.config.seed, epoch)
+        return batches.epoch_batches(lengths, self.config.bench_batch_size, self.config.seed, epoch)
 
     def examples(self, indices: list[int], terms: Collection[str]) -> list[Example]:
         """Rows by index, with the signals that the terms need."""

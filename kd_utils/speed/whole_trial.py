@@ -82,7 +82,11 @@ def epochs(bench: StepBench, count: int) -> Iterator[dict[str, float]]:
     Raises:
         FloatingPointError: a step was not finite.
     """
-    values = {"distill_type": "combined", "epochs": count, "batch_size": bench.config.batch_size}
+    values = {
+        "distill_type": "combined",
+        "epochs": count,
+        "batch_size": bench.config.bench_batch_size,
+    }
     per_epoch = len(bench.plan)
     stretches = [range(epoch * per_epoch, (epoch + 1) * per_epoch) for epoch in range(count)]
     measure = meter.Meter(notebook_config(stages.TRAIN, values), stretches, datetime.now(UTC))

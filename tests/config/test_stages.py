@@ -161,7 +161,7 @@ def test_rows_of_tasks_are_a_checked_text(text):
 def test_rows_of_tasks_by_split():
     data = notebook_defaults("01_prepare_data")
     config = NOTEBOOKS["01_prepare_data"](**{**data, "validation_rows": " arc:5  sst2:1"})
-    assert config.rows("train") == {"sst2": 600, "mmlu": 630, "gsm8k": 600}
+    assert config.rows("train") == {"sst2": 400, "mmlu": 400, "gsm8k": 400}
     assert config.rows("validation") == {"arc": 5, "sst2": 1}
     assert config.tasks == {"sst2", "mmlu", "gsm8k", "arc"}
 
@@ -181,7 +181,7 @@ def test_labels_are_a_share_or_counts_of_tasks():
     for number, text in ((1, "1"), (1.0, "1"), (0.15, "0.15"), (0, "0")):  # as YAML reads them
         config = NOTEBOOKS["01_prepare_data"](**rows, labelled=number)
         assert config.labelled == text
-    assert config.rows("held_out") == {"sst2": 100, "mmlu": 100}  # trained on
+    assert config.rows("held_out") == {"sst2": 200, "mmlu": 200}  # trained on
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_labels_are_a_share_or_counts_of_tasks():
         ("sst2=5 sst2=6", "Input should be a share"),
         ("=5", "Input should be a share"),
         ("arc=1", "labelled asks for 1 labels of arc, but train_rows has 0 rows of it: lower arc"),
-        ("sst2=601", "labelled asks for 601 labels of sst2, but train_rows has 600 rows of it"),
+        ("sst2=401", "labelled asks for 401 labels of sst2, but train_rows has 400 rows of it"),
     ],
 )
 def test_bad_labels_are_one_line(value, words):

@@ -21,7 +21,8 @@ BATCH = collate(cached([5, 9, 4]))
 
 
 def weighing(student, steps=40, **changes):
-    values = {"distill_type": "combined", "weighting": "share", "hidden_share": 0.2, **changes}
+    values = {"distill_type": "combined", "weighting": "share", "hidden_share": 0.2}
+    values |= {"warmup_ratio": 0.0, **changes}
     data = SimpleNamespace(
         config=notebook_config("03_train_student", values),
         total_steps=steps,

@@ -21,7 +21,7 @@ def teacher():
 def bench(teacher, tmp_path):
     rows = example_rows([6, 9, 14, 5])
     workload.write_sample(tmp_path, rows, teacher, batch_tokens=100)
-    config = notebook_config("05_measure_speed", {"batch_size": 2})
+    config = notebook_config("05_measure_speed", {"bench_batch_size": 2})
     return step.StepBench(SHAPE, rows, tmp_path, config, torch.device("cpu"))
 
 

@@ -13,7 +13,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def config(tmp_path):
-    return notebook_config("05_measure_speed", {"run_dir": str(tmp_path / "run"), "batch_size": 2})
+    return notebook_config(
+        "05_measure_speed", {"run_dir": str(tmp_path / "run"), "bench_batch_size": 2}
+    )
 
 
 @pytest.fixture
