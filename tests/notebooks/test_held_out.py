@@ -25,6 +25,7 @@ TRAINED = (
 )
 PARAMETERS = {
     "train_rows": "sst2:16 gsm8k:8",
+    "labelled": "1",
     "validation_rows": "sst2:8 gsm8k:4",
     "max_length": 200,
     "teacher_epochs": 1,

@@ -21,6 +21,7 @@ from kd_utils.speed.meters import GOALS
 
 SMALL = {
     "train_rows": "sst2:24 mmlu:16 gsm8k:16",
+    "labelled": 1,
     "held_out_rows": 6,
     "validation_rows": "sst2:9 mmlu:8 gsm8k:7",
     "teacher_epochs": 1,

@@ -24,7 +24,7 @@ def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
         "question white_box: comparisons 3, pairs each 1, smallest possible corrected p 1.000: "
         "CANNOT be significant, add seeds" in shown
     )
-    assert "0 of 6 trials are done, 6 to run; records: runs/stub" in shown
+    assert "0 of 9 trials are done, 9 to run; records: runs/stub" in shown
     assert "is not on this machine (01 makes what `build: toy` needs)" in shown
     assert sorted(stub_notebooks.rglob("*")) == before
 
