@@ -5,6 +5,7 @@ facts recalled among distractors, arithmetic worked step by step.
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kd_utils.data.tasks.base import Row
@@ -108,18 +109,17 @@ def draw_worlds(rng: random.Random) -> tuple[World, World]:
     They have the same language, and no thing and no word in common: what a model has learned in the
     other one is to read and to reason, but nothing of what is to be known in this one.
     """
-    lists = [KNOWLEDGE[subject][1] for subject in KNOWLEDGE] + [PRAISE, BLAME, GAINS, LOSSES]
-    halves = [_divided(rng, words) for words in lists]
-    here, there = ([half[i] for half in halves] for i in (0, 1))
+    lists = [*(things for _, things, *_ in KNOWLEDGE.values()), PRAISE, BLAME, GAINS, LOSSES]
+    here, there = zip(*(_divided(rng, words) for words in lists))
     return _world(here), _world(there)
 
 
 def _divided(rng: random.Random, words: list[str]) -> tuple[list[str], list[str]]:
-    drawn = rng.sample(words, len(words))
-    return drawn[: round(IN_TASKS * len(words))], drawn[round(IN_TASKS * len(words)) :]
+    drawn, kept = rng.sample(words, len(words)), round(IN_TASKS * len(words))
+    return drawn[:kept], drawn[kept:]
 
 
-def _world(lists: list[list[str]]) -> World:
+def _world(lists: Sequence[list[str]]) -> World:
     """Things by subject, then the other words; drawn in random order, so that facts are random."""
     things, words = lists[: len(KNOWLEDGE)], lists[len(KNOWLEDGE) :]
     facts = {
@@ -177,10 +177,9 @@ def mmlu_rows(rng: random.Random, world: World, count: int) -> list[Row]:
         ]
         for subject, facts in sorted(world.facts.items())
     }
-    if count > sum(map(len, asked.values())):
-        raise ValueError(
-            f"the toy world has {sum(map(len, asked.values()))} questions, not {count}"
-        )
+    known = sum(map(len, asked.values()))
+    if count > known:
+        raise ValueError(f"the toy world has {known} questions, not {count}: ask for fewer")
     shares = [count // len(asked) + (i < count % len(asked)) for i in range(len(asked))]
     rows = [row for rows, share in zip(asked.values(), shares) for row in rng.sample(rows, share)]
     rng.shuffle(rows)
