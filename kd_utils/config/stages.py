@@ -96,9 +96,9 @@ class DataConfig(Config):
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
     max_length: fields.PositiveInt = 64
     data_seed: fields.Seed = 0
-    train_rows: TaskRows = "sst2:400 mmlu:400 gsm8k:400"
-    labelled: Labelled = "0.125"
-    held_out_rows: fields.PositiveInt = 200
+    train_rows: TaskRows = "sst2:200 mmlu:400 gsm8k:400"
+    labelled: Labelled = "0.25"
+    held_out_rows: fields.PositiveInt = 100
     validation_rows: TaskRows = "sst2:1000 mmlu:1000 gsm8k:1000"
 
     @model_validator(mode="after")

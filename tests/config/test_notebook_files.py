@@ -54,28 +54,28 @@ def test_each_notebook_assigns_the_projects_defaults(stem):
     ("old", "new", "words"),
     [
         ("learning_rate = 2e-3", "learning_rate = 2 * 1e-3", "'learning_rate = 2 * 1e-3', must be"),
-        ("epochs = 6", "epochs: int = 3", "'epochs: int = 3', must be NAME = VALUE"),
-        ("epochs = 6", "epochs = int('3')", "must be NAME = VALUE"),
-        ("epochs = 6", "epochs = None", "'epochs = None', must be NAME = VALUE"),
-        ("epochs = 6", "epochs = [3]", "must be NAME = VALUE"),
-        ("epochs = 6", "epochs = f'3'", "must be NAME = VALUE"),
-        ("epochs = 6", "epochs = batch_size = 3", "must be NAME = VALUE"),
-        ("epochs = 6", "epochs, batch_size = 3, 8", "must be NAME = VALUE"),
-        ("epochs = 6", "epochs = 3\nepochs += 1", "'epochs += 1', must be NAME = VALUE"),
-        ("epochs = 6", "if True:\n    epochs = 3", "must be NAME = VALUE"),
-        ("epochs = 6", "print(1)\nepochs = 3", "'print(1)', must be NAME = VALUE"),
+        ("epochs = 8", "epochs: int = 3", "'epochs: int = 3', must be NAME = VALUE"),
+        ("epochs = 8", "epochs = int('3')", "must be NAME = VALUE"),
+        ("epochs = 8", "epochs = None", "'epochs = None', must be NAME = VALUE"),
+        ("epochs = 8", "epochs = [3]", "must be NAME = VALUE"),
+        ("epochs = 8", "epochs = f'3'", "must be NAME = VALUE"),
+        ("epochs = 8", "epochs = batch_size = 3", "must be NAME = VALUE"),
+        ("epochs = 8", "epochs, batch_size = 3, 8", "must be NAME = VALUE"),
+        ("epochs = 8", "epochs = 3\nepochs += 1", "'epochs += 1', must be NAME = VALUE"),
+        ("epochs = 8", "if True:\n    epochs = 3", "must be NAME = VALUE"),
+        ("epochs = 8", "print(1)\nepochs = 3", "'print(1)', must be NAME = VALUE"),
         ("name =", "import os\nname =", "line 1, 'import os', must be NAME = VALUE"),
         ("name =", "%load_ext autoreload\nname =", "line 1, '%load_ext autoreload', must be"),
         ("name =", "!ls\nname =", "line 1, '!ls', must be NAME = VALUE"),
-        ("epochs = 6", "epochs = = 3", "'epochs = = 3', must be NAME = VALUE"),
-        ("epochs = 6", "epochs = 3\nepochs = 5", "epochs must be assigned once, and line"),
-        ("epochs = 6", "# epochs = 3", "epochs must be assigned: restore"),
-        ("epochs = 6", "epochs = '3'", "epochs = '3' must be a whole number (int), got text (str)"),
-        ("epochs = 6", "epochs = 3.0", "epochs = 3.0 must be a whole number (int), got a number"),
-        ("epochs = 6", "epochs = True", "epochs = True must be a whole number (int), got true or"),
+        ("epochs = 8", "epochs = = 3", "'epochs = = 3', must be NAME = VALUE"),
+        ("epochs = 8", "epochs = 3\nepochs = 5", "epochs must be assigned once, and line"),
+        ("epochs = 8", "# epochs = 3", "epochs must be assigned: restore"),
+        ("epochs = 8", "epochs = '3'", "epochs = '3' must be a whole number (int), got text (str)"),
+        ("epochs = 8", "epochs = 3.0", "epochs = 3.0 must be a whole number (int), got a number"),
+        ("epochs = 8", "epochs = True", "epochs = True must be a whole number (int), got true or"),
         ("save_student = True", "save_student = 1", "must be true or false (bool), got a whole"),
-        ("epochs = 6", "epochs = 0", "epochs = 0: Input should be greater than or equal to 1"),
-        ("epochs = 6", "epochs = 3\nepoch = 5", "epoch = 5: no such parameter, did you mean"),
+        ("epochs = 8", "epochs = 0", "epochs = 0: Input should be greater than or equal to 1"),
+        ("epochs = 8", "epochs = 3\nepoch = 5", "epoch = 5: no such parameter, did you mean"),
     ],
 )
 def test_a_cell_that_is_not_plain_is_named_with_its_notebook(edited, old, new, words):
@@ -134,7 +134,7 @@ def test_a_notebook_that_no_sweep_executes_stops_none(edited):
 
 
 def test_a_default_that_differs_is_run_and_told_and_strictly_refused(edited, tmp_path, capsys):
-    edited(lambda cell, _: cell.update(source=cell.source.replace("epochs = 6", "epochs = 1")))
+    edited(lambda cell, _: cell.update(source=cell.source.replace("epochs = 8", "epochs = 1")))
     line = "03_train_student: epochs = 1 in the notebook, the project's default is 6"
     assert parameter_files.changed_defaults(SWEPT) == [line]
     [trial] = plan({}, {"seed": [0]}, "runs/x")
