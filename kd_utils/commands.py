@@ -92,6 +92,8 @@ def sweep(
     from kd_utils.sweep.executor import open_executor
     from kd_utils.sweep.planning import default_run_dir
     from kd_utils.sweep.sweep import Sweep
+    from kd_utils.worlds.parameters import parameters_by_world
+    from kd_utils.worlds.sweep import WorldsSweep
 
     values, lists = parameter_files.load_parameters(parameters), parameter_files.load_grid(grid)
     if data_dir is not None:
@@ -106,7 +108,8 @@ def sweep(
             "it has: leave one out"
         )
     machines.limit_cores(cpus)
-    planned = Sweep(values, lists, run_dir or default_run_dir(values, grid), only)
+    kind = WorldsSweep if parameters_by_world(values) else Sweep
+    planned = kind(values, lists, run_dir or default_run_dir(values, grid), only)
     changed = parameter_files.changed_defaults(stages.SWEPT)
     if strict and changed:
         raise ValueError(
@@ -122,10 +125,11 @@ def sweep(
     running = partial(open_executor, executor, values, address, cpus_per_trial, gpus_per_trial)
     results = planned.run(running)
     print(*planned.outcome(results), sep="\n")
-    trials = run_folder.trials_with_status(planned.run_dir)
-    for problem in check.differences(planned.run_dir, trials):  # a package since upgraded, say
-        remedy = "remove one of these groups from trials/ and run the sweep again"
-        print(f"warning: {problem}: {remedy}", file=sys.stderr)
+    remedy = "remove one of these groups from trials/ and run the sweep again"
+    for folder in planned.folders:
+        trials = run_folder.trials_with_status(folder)
+        for problem in check.differences(folder, trials):  # a package since upgraded, say
+            print(f"warning: {problem}: {remedy}", file=sys.stderr)
     chosen = results[results["trial"].isin([trial.trial for trial in planned.chosen])]
     return 0 if (chosen["status"] == "done").all() else 1
 

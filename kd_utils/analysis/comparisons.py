@@ -139,12 +139,17 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
                 {"question": question, "family": family} | pairs.row | numbers
                 for numbers in _by_metric(pairs, answers, margin, family)
             ]
+    return judged(rows, margin)
+
+
+def judged(rows: Sequence[dict[str, Any]], margin: float) -> pd.DataFrame:
+    """The table of `compare`: its rows with corrected p and outcomes; what they lack is NaN."""
     table = _with_holm(
         pd.DataFrame(rows, columns=COLUMNS), "p", "p_rows", "p_equivalence", "p_spread"
     )
     table = _with_joint_gains(table)
-    judged = [judge(row, margin) for row in table.to_dict("records")]
-    return table.assign(equal=[equal for equal, _ in judged], outcome=[word for _, word in judged])
+    found = [judge(row, margin) for row in table.to_dict("records")]
+    return table.assign(equal=[equal for equal, _ in found], outcome=[word for _, word in found])
 
 
 def _by_metric(

@@ -46,7 +46,7 @@ class Answers:
 
     Attributes:
         trials: the table of `tables.planned_trials`.
-        tasks: (N,) task of each example.
+        examples: (N,) their ids; tasks: (N,) task of each example.
         metrics: "macro", "micro", "informed" if asked for, and the tasks, in the project's order.
 
     Raises:
@@ -67,6 +67,7 @@ class Answers:
             )
         self._correct = correct.astype(float)
         task_of = predictions.drop_duplicates("example_id").set_index("example_id")["task"]
+        self.examples = correct.columns.to_numpy()
         self.tasks = task_of.loc[correct.columns].to_numpy()
         self._weights = example_weights(self.tasks, informed)
         self.metrics = list(self._weights)

@@ -77,6 +77,18 @@ def _labels(text: str) -> str:
     return text
 
 
+TOY = re.compile(r"toy(?:-([0-9]{1,6}))?")
+
+
+def _embedded(name: str) -> str:
+    if name not in ("smol", "smol-cross", "none") and not TOY.fullmatch(name):
+        raise ValueError(
+            "Input should be 'toy', 'smol', 'smol-cross', 'none', or another world of the toy, "
+            "such as 'toy-2'"
+        )
+    return name
+
+
 def _as_text(value: Any) -> Any:
     """A number as YAML reads it, as text: 1.0 is "1"."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -91,13 +103,13 @@ class DataConfig(Config):
 
     notebook = "01_prepare_data"
 
-    build: Literal["toy", "smol", "smol-cross", "none"] = "toy"
+    build: Annotated[str, AfterValidator(_embedded)] = "toy"
     data_dir: fields.PlaceOrBlank = "artifacts/embedded/toy/data"
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
     max_length: fields.PositiveInt = 64
     data_seed: fields.Seed = 0
-    train_rows: TaskRows = "sst2:200 mmlu:400 gsm8k:400"
-    labelled: Labelled = "0.25"
+    train_rows: TaskRows = "sst2:400 mmlu:400 gsm8k:400"
+    labelled: Labelled = "sst2=50 mmlu=100 gsm8k=100"
     held_out_rows: fields.PositiveInt = 100
     validation_rows: TaskRows = "sst2:1000 mmlu:1000 gsm8k:1000"
 
@@ -111,6 +123,12 @@ class DataConfig(Config):
         if split == "held_out":
             return dict.fromkeys(self.rows("train"), self.held_out_rows)
         return rows_by_task(getattr(self, f"{split}_rows"))
+
+    @property
+    def toy_seed(self) -> int | None:
+        """Which world of the toy is built: `toy` is the first; None for other data."""
+        toy = TOY.fullmatch(self.build)
+        return int(toy[1] or 1) if toy else None
 
     @property
     def labels(self) -> dict[str, int]:
@@ -159,6 +177,15 @@ class AnalysisConfig(Config):
     """Parameters of `04_analyse_results`."""
 
     notebook = "04_analyse_results"
+
+    run_dir: fields.PlaceOrBlank = ""
+    margin_points: fields.PositiveFloat = 1.0
+
+
+class WorldsConfig(Config):
+    """Parameters of `12_compare_worlds`."""
+
+    notebook = "12_compare_worlds"
 
     run_dir: fields.PlaceOrBlank = ""
     margin_points: fields.PositiveFloat = 1.0
@@ -226,10 +253,11 @@ NOTEBOOKS: dict[str, type[Config]] = {
         SpeedConfig,
         AlignmentConfig,
         PublishedConfig,
+        WorldsConfig,
     )
 }
 
-PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN, *_ = NOTEBOOKS
+PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN, _, JOIN = NOTEBOOKS
 
 
 def parameter_names() -> set[str]:

@@ -179,7 +179,7 @@ def build(folder: Path, seed: int = 1) -> None:
     code = code_of("01_prepare_data", {"demos.toy_models"})
     del code["notebooks/01_prepare_data.ipynb"]  # the models do not depend on it
     made_from = Ingredients(seed={"seed": seed}, code=code)
-    target = sealed.SealedFolder(folder, "toy.json")
+    target = sealed.SealedFolder(folder, f"{folder.name}.json")
     files.remove_leftovers(folder)
     if _is_built(target, made_from):
         return

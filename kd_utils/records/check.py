@@ -21,6 +21,9 @@ from kd_utils.store.sealed import RecordError
 
 STAGES = ("01_prepare_data", "02_cache_teacher", "04_analyse_results")
 
+#: Compares the worlds of a run that has several.
+JOIN = "12_compare_worlds"
+
 #: What paired trials must have in common beside their config.
 ALIKE = ("cache", "student", "initial", "precision", "arithmetic", "code", "git_commit", "versions")
 
@@ -69,6 +72,9 @@ def _problems(run_dir: Path) -> Iterator[str]:
     if not (run_dir / PLAN).exists():
         yield f"{PLAN} is missing, so the planned trials are not known: give a folder of a sweep"
         return
+    if worlds := run_folder.world_runs(run_dir):
+        yield from _check_worlds(run_dir, worlds)
+        return
     trials = trials_with_status(run_dir)
     for planned, state in trials:
         why = f": {state.why}" if state.why else ""
@@ -84,10 +90,31 @@ def _problems(run_dir: Path) -> Iterator[str]:
         yield f"{SUMMARY} does not agree with the records: run the sweep again to write it anew"
 
 
+def _check_worlds(run_dir: Path, worlds: dict[str, Path]) -> Iterator[str]:
+    """Whether every world's run is whole, and the notebook that compares them."""
+    for folder in worlds.values():
+        there = folder.is_dir()
+        problems = check_run(folder) if there else ["it is missing: run the sweep again"]
+        yield from (f"{folder.name}: {problem}" for problem in problems)
+    for path in matching(run_dir, "world-*"):
+        if path not in worlds.values():
+            yield f"{path.name} belongs to no planned world: move it away"
+    try:
+        metadata = run_folder.read_notebook(run_dir / f"{JOIN}.ipynb")["metadata"]
+        yield from _check_written(run_dir, JOIN, require_shape(Stage, metadata, f"{JOIN}.ipynb"))
+    except RecordError as error:
+        yield str(error)
+
+
 def count_done(run_dir: str | Path) -> tuple[int, int]:
     """How many trials of a run are whole, and how many are planned (or found, without a plan)."""
     try:
-        trials = [] if _links(Path(run_dir)) else trials_with_status(run_dir)
+        if _links(Path(run_dir)):
+            return 0, 0
+        if worlds := run_folder.world_runs(run_dir):
+            done, planned = zip(*map(count_done, worlds.values()))
+            return sum(done), sum(planned)
+        trials = trials_with_status(run_dir)
     except (RecordError, RecursionError, OSError):
         return 0, 0
     return sum(state.state == "done" for _, state in trials), len(trials)
@@ -155,15 +182,20 @@ def _check_stages(run_dir: Path) -> Iterator[str]:
         if artifact := about.kd_utils.artifact:
             made["data"].add(artifact.data)
             made["teacher cache"] |= {artifact.cache.content_hash} if artifact.cache else set()
-        yield from (
-            f"{name} is not the file that {stage}.ipynb wrote: run the sweep again to write it anew"
-            for name, checksum in about.kd_utils.wrote.items()
-            if not (run_dir / name).is_file() or checksum not in _digests(run_dir / name)
-        )
+        yield from _check_written(run_dir, stage, about)
     yield from (
         f"{STAGES[0]}.ipynb, {STAGES[1]}.ipynb and {PLAN} are not from one run: the {what} differs"
         for what, values in made.items()
         if len(values) > 1
+    )
+
+
+def _check_written(run_dir: Path, stage: str, about: Stage) -> Iterator[str]:
+    """Whether the files beside a notebook are those that it wrote."""
+    yield from (
+        f"{name} is not the file that {stage}.ipynb wrote: run the sweep again to write it anew"
+        for name, checksum in about.kd_utils.wrote.items()
+        if not (run_dir / name).is_file() or checksum not in _digests(run_dir / name)
     )
 
 

@@ -39,12 +39,19 @@ class Plan(trial_record.Shape):
         swept: Swept
         config_hash: str
 
+    class World(trial_record.Shape):
+        """One of several worlds, whose run is a folder in this one."""
+
+        world: str
+        run: Annotated[str, Field(pattern=r"^world-[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
+
     cache: trial_record.Metrics.Cache | None
     more_caches: dict[str, str] = {}
     tokenizer: str = ""
     students: dict[str, str] = {}
     code: dict[str, str] = {}
     trials: list[Trial]
+    worlds: list[World] = []
 
 
 def trial_status(
@@ -131,6 +138,16 @@ def read_plan(run_dir: str | Path) -> dict[str, Any] | None:
         )
     trial_record.require_shape(Plan, plan, PLAN)
     return plan
+
+
+def world_runs(run_dir: str | Path) -> dict[str, Path]:
+    """World -> the folder of its run; {} for a run of one world, which has no such folders.
+
+    Raises:
+        RecordError: the plan is damaged.
+    """
+    plan = read_plan(run_dir) or {}
+    return {entry["world"]: Path(run_dir) / entry["run"] for entry in plan.get("worlds", [])}
 
 
 def trials_with_status(

@@ -115,11 +115,14 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
 
 def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:
     """`runs/NAME` under the project's root; `runs/NAME-X` with a grid file `grid-X.yaml`, `X.yaml`,
-    or, for this experiment alone, `grid-X-NAME.yaml`.
+    or, for this experiment alone, `grid-X-NAME.yaml`; and `runs/NAME` where NAME ends in `-X`.
     """
-    name = notebook_config(stages.PREPARE, parameters).name
+    own = {key: value for key, value in parameters.items() if key == "name"}
+    name = notebook_config(stages.PREPARE, own).name
     suffix = Path(grid_file or "").stem.removeprefix("grid").strip("-").removesuffix(f"-{name}")
-    return project_paths.project_path("runs") / (f"{name}-{suffix}" if suffix else name)
+    return project_paths.project_path("runs") / (
+        name if not suffix or name.endswith(f"-{suffix}") else f"{name}-{suffix}"
+    )
 
 
 def _words(text: str) -> list[str]:

@@ -61,6 +61,16 @@ def earlier_plan(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
+def require_experiment(run_dir: Path, name: str) -> None:
+    """Raise a ValueError if a run folder holds another experiment, which a sweep would replace."""
+    earlier = earlier_plan(run_dir).get("name", name)
+    if earlier != name:
+        raise ValueError(
+            f"{project_paths.short_path(run_dir)} holds experiment {earlier!r}, but this sweep is "
+            f"of {name!r}: give another --run-dir, or remove that folder"
+        )
+
+
 def more_caches(trials: list[Trial], parameters: dict[str, Any]) -> dict[str, Path]:
     """Other experiments whose teachers these trials have -> folders of those caches that exist."""
     settings, folders = notebook_config(stages.CACHE, parameters), {}

@@ -5,7 +5,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from functools import partial
@@ -57,12 +57,12 @@ class Sweep:
         self.trials = planning.plan(parameters, grid, self.run_dir)
         self.chosen = planning.select(self.trials, only, grid)
         self.name = notebook_config(PREPARE, parameters).name
-        earlier = staleness.earlier_plan(self.run_dir).get("name", self.name)
-        if earlier != self.name:
-            raise ValueError(
-                f"{self.place} holds experiment {earlier!r}, but this sweep is of {self.name!r}: "
-                "give another --run-dir, or remove that folder"
-            )
+        staleness.require_experiment(self.run_dir, self.name)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The run folders that hold its trials."""
+        return [self.run_dir]
 
     def why_to_run(self, stem: str, *, every_byte: bool = False) -> str:
         """Why 01 or 02 must be executed (again), in one line; "" if not."""
@@ -85,6 +85,13 @@ class Sweep:
         significant, which with many comparisons and few pairs none is, however large; and about
         what it would cost.
         """
+        yield from self.to_run()
+        planned = tables.planned_trials(planned_results(self.chosen))
+        yield from reach_lines(planned, run_folder.analysed(self.run_dir.name, self.name))
+        yield from self.costs()
+
+    def to_run(self) -> Iterator[str]:
+        """The state of 01, 02 and each trial."""
         why = {stem: self.why_to_run(stem) for stem in (PREPARE, CACHE)}
         for stem, reason in why.items():
             yield f"{stem:<32} {f'to run: {reason}' if reason else 'done'}"
@@ -99,26 +106,14 @@ class Sweep:
                 "If 01 or 02 produces different data or a different cache, finished trials run "
                 "again too"
             )
-        planned = [
-            {"trial": t.trial, "status": "done"}
-            | {f"config/{key}": value for key, value in t.swept.items()}
-            for t in self.chosen
-        ]
-        reach = comparisons.reach(tables.planned_trials(pd.DataFrame(planned)))
-        for row in reach.itertuples():
-            can = row.smallest_p < stats.ALPHA
-            yield (
-                f"question {row.question}: comparisons {row.comparisons}, pairs each {row.pairs}, "
-                f"smallest possible corrected p {row.smallest_p:.3f}: "
-                + ("can be significant" if can else "CANNOT be significant, add seeds")
-            )
-        yield from seeds.needed(reach, run_folder.analysed(self.run_dir.name, self.name))
-        todo = [t for t in self.chosen if states[t.trial].state != "done"]
-        if todo or why[CACHE]:
-            yield from self._cost(todo, with_cache=bool(why[CACHE]))
 
-    def _cost(self, todo: list[planning.Trial], *, with_cache: bool) -> Iterator[str]:
-        """About what 02, if it is to run, and these trials will take; or why that is not known."""
+    def costs(self) -> Iterator[str]:
+        """About what 02 and the trials will take that are to run; or why that is not known."""
+        states = self.states(self.chosen)
+        todo = [t for t in self.chosen if states[t.trial].state != "done"]
+        with_cache = bool(self.why_to_run(CACHE))
+        if not todo and not with_cache:
+            return
         from kd_utils.cost.experiment import experiment_lines  # brings torch
         from kd_utils.teacher.extraction import cached_layers
 
@@ -169,7 +164,8 @@ class Sweep:
                 self._remove_leftovers()
             if (results["status"] == "done").any():
                 parameters = self.parameters | {"run_dir": self.place}
-                execute_stage(ANALYSE, self.run_dir, parameters, self._written)
+                tables_of = partial(written, self.run_dir, run_folder.SUMMARY, *ANALYSES)
+                execute_stage(ANALYSE, self.run_dir, parameters, tables_of)
             else:  # an earlier plan's trials showed them
                 for name in (f"{ANALYSE}.ipynb", *ANALYSES):
                     (self.run_dir / name).unlink(missing_ok=True)
@@ -213,11 +209,6 @@ class Sweep:
             for leftover in (self.run_dir / "trials").glob(f".{trial.trial}.partial-*.ipynb"):
                 leftover.unlink(missing_ok=True)
 
-    def _written(self) -> dict[str, Any]:
-        """Checksums of the tables and the verdict, for the record of 04."""
-        paths = [self.run_dir / name for name in (run_folder.SUMMARY, *ANALYSES)]
-        return {"wrote": {p.name: files.sha256_file(p) for p in paths if p.is_file()}}
-
     def _write_summary(self) -> pd.DataFrame:
         results = run_folder.collect(self.run_dir)
         with files.written_aside(self.run_dir / run_folder.SUMMARY) as aside:
@@ -247,3 +238,40 @@ class Sweep:
             "trials": [asdict(trial) for trial in self.trials],
         }
         sealed.write_sealed(self.run_dir / run_folder.PLAN, document, "checksums")
+
+
+def written(run_dir: Path, *names: str) -> dict[str, Any]:
+    """Checksums of tables and verdict, for the record of the notebook that wrote them."""
+    paths = [run_dir / name for name in names]
+    return {"wrote": {p.name: files.sha256_file(p) for p in paths if p.is_file()}}
+
+
+def planned_results(trials: list[planning.Trial]) -> pd.DataFrame:
+    """The table of `run_folder.collect`, without metrics, as if these trials were done."""
+    rows = [
+        {"trial": t.trial, "status": "done"}
+        | {f"config/{key}": value for key, value in t.swept.items()}
+        for t in trials
+    ]
+    return pd.DataFrame(rows)
+
+
+def reach_lines(
+    planned: pd.DataFrame, analysed: Iterable[Path], pairs: str = "seeds"
+) -> Iterator[str]:
+    """Whether any effect could be significant, and how many pairs find three points.
+
+    Args:
+        planned: of `tables.planned_trials`.
+        analysed: earlier runs, which say how much pairs differ.
+        pairs: what a pair is.
+    """
+    reach = comparisons.reach(planned)
+    for row in reach.itertuples():
+        can = row.smallest_p < stats.ALPHA
+        yield (
+            f"question {row.question}: comparisons {row.comparisons}, pairs each {row.pairs}, "
+            f"smallest possible corrected p {row.smallest_p:.3f}: "
+            + ("can be significant" if can else f"CANNOT be significant, add {pairs}")
+        )
+    yield from seeds.needed(reach, analysed)

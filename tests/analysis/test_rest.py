@@ -67,11 +67,11 @@ def test_an_untrained_student_is_no_method_that_rests():
 
 
 def longer(end, **config):
-    """The run that measured rest: three seeds with 6 and with 12 epochs."""
+    """The run that measured rest: three seeds with 8 and with 16 epochs."""
     return [
         record(seed=seed, ends=(0.5, value), epochs=epochs, **config)
         for seed in range(3)
-        for epochs, value in ((6, 0.8), (12, end))
+        for epochs, value in ((8, 0.8), (16, end))
     ]
 
 
@@ -88,7 +88,7 @@ def test_other_settings_do_not_measure_the_rest_of_these():
     # What a method does not use may differ, and so may names and places.
     for same in ({"gamma_attention": 9.0}, {"run_dir": "runs/x", "device": "cpu"}):
         assert rest.twice([record()], longer(0.9, **same))["n"].item() == 3
-    assert rest.twice([record(epochs=12)], longer(0.9))["n"].item() == 0
+    assert rest.twice([record(epochs=16)], longer(0.9))["n"].item() == 0
 
 
 def test_a_seed_counts_where_both_its_trials_are_done():

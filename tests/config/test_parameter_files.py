@@ -6,6 +6,7 @@ from kd_utils.config.notebook_files import injected_names, notebook_defaults
 from kd_utils.config.parameter_files import load_grid, load_parameters, notebook_config
 from kd_utils.config.project_paths import ROOT
 from kd_utils.config.stages import NOTEBOOKS
+from kd_utils.worlds.parameters import parameters_by_world
 
 FILES = sorted((ROOT / "papermill_params").glob("*.yaml"))
 
@@ -15,14 +16,16 @@ FILES = sorted((ROOT / "papermill_params").glob("*.yaml"))
 )
 def test_every_parameter_file_builds_all_four_configs(path):
     parameters = load_parameters(path)
-    for stem in NOTEBOOKS:
-        notebook_config(stem, parameters)
+    for of_world in parameters_by_world(parameters).values() or [parameters]:
+        for stem in NOTEBOOKS:
+            notebook_config(stem, of_world)
     assert parameters.get("name", "toy") == path.stem
     for key, value in parameters.items():
-        assert (
-            any(notebook_defaults(stem).get(key, value) != value for stem in NOTEBOOKS)
-            or key == "name"
-        ), f"{path.name}: {key} is the default already: a file holds only what differs"
+        assert any(
+            notebook_defaults(stem).get(key, value) != value for stem in NOTEBOOKS
+        ) or key in ("name", "worlds"), (
+            f"{path.name}: {key} is the default already: a file holds only what differs"
+        )
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_labels_are_a_share_or_counts_of_tasks():
     for number, text in ((1, "1"), (1.0, "1"), (0.15, "0.15"), (0, "0")):  # as YAML reads them
         config = NOTEBOOKS["01_prepare_data"](**rows, labelled=number)
         assert config.labelled == text
-    assert config.rows("held_out") == {"sst2": 200, "mmlu": 200}  # trained on
+    assert config.rows("held_out") == {"sst2": 100, "mmlu": 100}  # trained on
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_labels_are_a_share_or_counts_of_tasks():
         ("sst2=5 sst2=6", "Input should be a share"),
         ("=5", "Input should be a share"),
         ("arc=1", "labelled asks for 1 labels of arc, but train_rows has 0 rows of it: lower arc"),
-        ("sst2=201", "labelled asks for 201 labels of sst2, but train_rows has 200 rows of it"),
+        ("sst2=401", "labelled asks for 401 labels of sst2, but train_rows has 400 rows of it"),
     ],
 )
 def test_bad_labels_are_one_line(value, words):

@@ -19,10 +19,11 @@ print(json.dumps(arithmetic("cpu")))
 
 
 def elsewhere(**environment):
-    """The arithmetic of another process."""
+    """The arithmetic of another process, whatever an earlier test's sweep left in this one."""
+    inherited = {key: value for key, value in os.environ.items() if key != "MKL_NUM_THREADS"}
     done = subprocess.run(
         [sys.executable, "-c", SHOW],
-        env={**os.environ, "PYTHONPATH": str(CODE_ROOT), "OMP_NUM_THREADS": "1", **environment},
+        env={**inherited, "PYTHONPATH": str(CODE_ROOT), "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         check=True,

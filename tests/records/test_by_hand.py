@@ -138,7 +138,7 @@ def test_parameters_that_differ_are_settings_and_only_like_is_compared(explore):
     record(explore, "black_box", 0, temperature=4.0)
     results = run_folder.collect(explore, "toy")
     found = comparisons.compare_metrics(results, ["validation_accuracy"], ["white_box"])
-    assert found[["setting", "pairs"]].values.tolist() == [["temperature=4, epochs=6", 1]]
+    assert found[["setting", "pairs"]].values.tolist() == [["temperature=4, epochs=8", 1]]
 
 
 @pytest.mark.parametrize(

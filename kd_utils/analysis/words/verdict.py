@@ -96,9 +96,11 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
     return pd.DataFrame(rows, columns=["question", "setting", "answer", "evidence"])
 
 
-def verdict_text(found: pd.DataFrame, coverage: str) -> str:
-    """The rows of `verdicts` as lines to print, after the sentence of `tables.coverage`."""
-    scope = SCOPE if len(found) else "There is no pair of trials to compare."
+def verdict_text(found: pd.DataFrame, coverage: str, scope: str = SCOPE) -> str:
+    """The rows of `verdicts` as lines to print, after the sentence of `tables.coverage` and what
+    the numbers are over.
+    """
+    scope = scope if len(found) else "There is no pair of trials to compare."
     lines = [*formatting.wrapped(coverage), *formatting.wrapped(scope)]
     for question, rows in found.groupby("question", sort=False):
         lines += ["", *formatting.wrapped(QUESTION_TEXTS[question])]

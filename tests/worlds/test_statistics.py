@@ -8,7 +8,7 @@ from scipy import stats as scipy_stats
 
 from kd_utils.analysis import stats
 from kd_utils.analysis.pairs import example_weights, hierarchical_errors
-from kd_utils.analysis.worlds import World, over_worlds
+from kd_utils.worlds.statistics import World, over_worlds
 
 TASKS = np.repeat(["sst2", "mmlu", "gsm8k"], [50, 40, 30])
 

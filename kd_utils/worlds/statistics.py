@@ -42,9 +42,10 @@ def over_worlds(
 
     Returns:
         worlds, seeds (in all); difference; sd (n - 1, of the worlds' means), sd_seeds (within
-        worlds, pooled; NaN with one seed each); low, high (centre +- (t(W - 1) error + the unseen
-        part), as `pairs.hierarchical_interval`); p (exact sign flips over worlds, on these
-        examples), p_rows (over worlds, seeds and examples); smallest_p, what so many worlds allow.
+        worlds, pooled; NaN with one seed each), error (of the difference); low, high (centre +-
+        (t(W - 1) error + the unseen part), as `pairs.hierarchical_interval`); p (exact sign flips
+        over worlds, on these examples), p_rows (over worlds, seeds and examples); smallest_p, what
+        so many worlds allow.
         NaN with fewer than two worlds.
 
     Raises:
@@ -66,6 +67,7 @@ def over_worlds(
         "difference": found["mean"],
         "sd": found["sd"],
         "sd_seeds": float(np.sqrt(squares / freedom)) if freedom else np.nan,
+        "error": error,
         "low": found["mean"] - half,
         "high": found["mean"] + half,
         "p": stats.sign_flip_p(means),

@@ -1,0 +1,177 @@
+"""The questions of `analysis.comparisons`, asked of several worlds: a pair is a world."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from kd_utils.analysis import comparisons, stats
+from kd_utils.analysis.pairs import Answers, Pairs, detectable
+from kd_utils.worlds.statistics import World, over_worlds
+
+#: What the numbers are over, in place of `verdict.SCOPE`.
+SCOPE = (
+    "A pair is a world: another teacher, another initial student, maybe other rows, as the "
+    "parameters say. Its seeds are averaged first. p tests the worlds' differences by sign flips; "
+    "rows p and the 95 % intervals also cover seeds and validation rows, and better or worse needs "
+    "both p. Both are corrected by Holm; the intervals are not."
+)
+
+
+def results_by_world(results: pd.DataFrame) -> pd.DataFrame:
+    """The worlds' results as one table in which a world is a seed.
+
+    Args:
+        results: of `runs.collect`.
+
+    Returns:
+        A row for each world, method and setting, as `run_folder.collect` has them for trials:
+        metrics are means over the trials that are done, `config/seed` is the number of the world, 0
+        first, and `status` is "done" where any trial is.
+    """
+    number = {world: i for i, world in enumerate(dict.fromkeys(results["world"]))}
+    keys = [key for key in results if key.startswith("config/") and key != "config/seed"]
+    done = results["status"] == "done"
+    metrics = results.select_dtypes("number").columns.difference([*keys, "config/seed"])
+    arms = results[["world", *keys]].drop_duplicates(ignore_index=True)
+    means = results[done].groupby(["world", *keys], dropna=False, sort=False)[list(metrics)].mean()
+    table = arms.merge(means.reset_index(), how="left", on=["world", *keys])
+    counted = table[["world", *keys]].merge(
+        results[done][["world", *keys]].drop_duplicates().assign(status="done"), how="left"
+    )
+    names = [
+        f"world-{row[0]}/{'_'.join(map(str, row[1:]))}" for row in arms.itertuples(index=False)
+    ]
+    seeds = table["world"].map(number)
+    return table.assign(
+        **{"trial": names, "config/seed": seeds, "status": counted["status"].fillna("missing")}
+    ).drop(columns="world")
+
+
+def compare(worlds: Mapping[str, Answers], margin: float = 0.01) -> pd.DataFrame:
+    """Every comparison of every question, on every metric.
+
+    Args:
+        worlds: the answers in each world, which have the same tasks.
+        margin: as in `comparisons.compare`.
+
+    Returns:
+        The columns of `comparisons.compare`, where planned and pairs count worlds, and seeds are
+        worlds in every test (`statistics.over_worlds`). What compares spreads, and g, is NaN.
+
+    Raises:
+        ValueError: the worlds have different tasks.
+    """
+    rows = []
+    for question, compared in comparisons.QUESTIONS.items():
+        of_question = _by_comparison(worlds, compared)
+        heads = [_head(members) for members in of_question]
+        if family := comparisons.family_size(question, heads):
+            rows += [
+                {"question": question, "family": family} | head | numbers
+                for head, members in zip(heads, of_question)
+                for numbers in _by_metric(members, margin, family)
+            ]
+    return comparisons.judged(rows, margin)
+
+
+Member = tuple[Answers, Pairs]
+
+
+def _by_comparison(
+    worlds: Mapping[str, Answers], compared: tuple[tuple[str, str], ...]
+) -> list[list[Member]]:
+    """The worlds' pairs of each setting, method and baseline."""
+    found: dict[tuple[str, ...], list[Member]] = defaultdict(list)
+    for answers in worlds.values():
+        for pairs in answers.pairs(compared):
+            place = tuple(pairs.row[key] for key in ("setting", "method", "baseline"))
+            found[place].append((answers, pairs))
+    return list(found.values())
+
+
+def _head(members: list[Member]) -> dict[str, Any]:
+    """Of a comparison: setting, method, baseline; the numbers of worlds, planned and done."""
+    done = sum(bool(pairs.seeds) for _, pairs in members)
+    return members[0][1].row | {"planned": len(members), "pairs": done}
+
+
+def _by_metric(members: list[Member], margin: float, family: int) -> Iterator[dict[str, Any]]:
+    members = [(answers, pairs) for answers, pairs in members if pairs.seeds]
+    in_worlds = [World(pairs.difference, of.tasks, of.examples) for of, pairs in members]
+    for metric in members[0][0].metrics if members else ():
+        weights = [answers.weights([metric]) for answers, _ in members]
+        accuracy, baseline_accuracy = (
+            np.array([(side @ weight).mean() for side, weight in zip(sides, weights)])
+            for sides in zip(*((pairs.correct, pairs.baseline_correct) for _, pairs in members))
+        )
+        found, narrow = (over_worlds(in_worlds, metric, level) for level in (0.95, 0.9))
+        sizes = detectable(found["sd"], found["error"], len(members), family)
+        yield {
+            "metric": metric,
+            **{key: found[key] for key in ("difference", "low", "high", "p", "p_rows")},
+            "difference_sd": found["sd"],
+            "low_90": narrow["low"],
+            "high_90": narrow["high"],
+            "p_equivalence": stats.equivalence_p(accuracy, baseline_accuracy, margin),
+            "sd": stats.interval(accuracy)["sd"],
+            "baseline_sd": stats.interval(baseline_accuracy)["sd"],
+            "smallest_p": stats.smallest_p(len(members), family),
+            "detectable": float(np.maximum(*sizes)),
+            "detectable_seeds": sizes[0],
+            "detectable_rows": sizes[1],
+        }
+
+
+def differences(worlds: Mapping[str, Answers], metric: str = "macro") -> pd.DataFrame:
+    """Every comparison's difference in each world and seed, for a figure.
+
+    Returns:
+        question, comparison ("METHOD minus BASELINE"), setting, world, seed, difference (fraction).
+    """
+    rows = [
+        (question, f"{row['method']} minus {row['baseline']}", row["setting"], world, seed, value)
+        for question, compared in comparisons.QUESTIONS.items()
+        for world, answers in worlds.items()
+        for pairs in answers.pairs(compared)
+        for row in [pairs.row]
+        for seed, value in zip(pairs.seeds, pairs.difference @ answers.weights([metric])[:, 0])
+    ]
+    columns = ["question", "comparison", "setting", "world", "seed", "difference"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def spread(differences: pd.DataFrame) -> pd.DataFrame:
+    """How much a comparison varies from world to world, and from seed to seed in one world.
+
+    Args:
+        differences: of `differences`.
+
+    Returns:
+        comparison, setting, worlds, seeds (of each world, the fewest), sd_worlds (n - 1, of the
+        worlds' means), sd_seeds (within worlds, pooled), share_worlds: the share of a single trial
+        pair's variance that is due to the world (one-way random effects, at least 0).
+    """
+    rows = []
+    differences = differences.drop_duplicates(["comparison", "setting", "world", "seed"])
+    for (comparison, setting), of_comparison in differences.groupby(
+        ["comparison", "setting"], sort=False
+    ):
+        by_world = of_comparison.groupby("world", sort=False)["difference"]
+        sizes, means = by_world.size(), by_world.mean()
+        within = (by_world.var() * (sizes - 1)).sum() / max((sizes - 1).sum(), 1)
+        between = max(means.var() - within / sizes.mean(), 0.0)
+        rows.append(
+            {
+                "comparison": comparison,
+                "setting": setting,
+                "worlds": len(sizes),
+                "seeds": int(sizes.min()),
+                "sd_worlds": means.std(),
+                "sd_seeds": np.sqrt(within) if (sizes > 1).any() else np.nan,
+                "share_worlds": between / (between + within) if between + within else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)

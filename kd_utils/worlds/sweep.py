@@ -1,0 +1,127 @@
+"""A sweep in several worlds: one sweep each, in its own run folder, and what they show jointly."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from kd_utils.analysis import tables
+from kd_utils.config import project_paths
+from kd_utils.config.stages import JOIN
+from kd_utils.records import run_folder, trial_record
+from kd_utils.store import files, locks, sealed
+from kd_utils.sweep import staleness
+from kd_utils.sweep.display import say
+from kd_utils.sweep.execution import execute_stage
+from kd_utils.sweep.executor import Executor
+from kd_utils.sweep.planning import Trial
+from kd_utils.sweep.sweep import ANALYSES, Sweep, planned_results, reach_lines, written
+from kd_utils.worlds import runs
+from kd_utils.worlds.comparisons import results_by_world
+from kd_utils.worlds.parameters import parameters_by_world
+
+
+class WorldsSweep:
+    """A parameter file with `worlds`, times a grid: world W is the run `world-W` of one folder.
+
+    Args:
+        parameters, grid, only: as of a `Sweep`.
+        run_dir: holds the worlds' runs and `sweep.json`, which lists them.
+
+    Raises:
+        ValueError: as a `Sweep`, or bad worlds.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Any],
+        grid: dict[str, list[Any]],
+        run_dir: str | Path,
+        only: str = "",
+    ) -> None:
+        self.parameters, self.grid = parameters, grid
+        self.run_dir = Path(os.path.abspath(os.path.expanduser(run_dir)))
+        self.place = project_paths.short_path(self.run_dir)
+        self.name = str(parameters.get("name", "toy"))
+        staleness.require_experiment(self.run_dir, self.name)
+        self.sweeps = {
+            world: Sweep(values, grid, self.run_dir / f"world-{world}", only)
+            for world, values in parameters_by_world(parameters).items()
+        }
+
+    def dry_run(self) -> Iterator[str]:
+        """What each world's sweep would do and cost, and whether so many worlds can show an
+        effect.
+        """
+        for world, sweep in self.sweeps.items():
+            yield f"world {world}: {sweep.place}"
+            yield from sweep.to_run()
+            yield from sweep.costs()
+        planned = planned_results(self.chosen)
+        by_world = pd.concat(planned.assign(world=world) for world in self.sweeps)
+        of_worlds = tables.planned_trials(results_by_world(by_world))
+        yield from reach_lines(of_worlds, run_folder.analysed(self.run_dir.name), "worlds")
+
+    @property
+    def chosen(self) -> list[Trial]:
+        """The trials that a run is to do, which are called the same in every world."""
+        return next(iter(self.sweeps.values())).chosen
+
+    @property
+    def folders(self) -> list[Path]:
+        """The run folders that hold its trials."""
+        return [sweep.run_dir for sweep in self.sweeps.values()]
+
+    def run(self, executor: Callable[[], AbstractContextManager[Executor]]) -> pd.DataFrame:
+        """Run what is missing, one world after the other, then execute 12.
+
+        Args:
+            executor: called once, and only if something is missing.
+
+        Returns:
+            The worlds' results tables (`Sweep.run`) in one, with the column `world` first.
+
+        Raises:
+            ValueError, NotebookFailed: as `Sweep.run`; the worlds before are whole then.
+        """
+        remedy = "wait for it or stop it, or give this sweep another --run-dir"
+        with locks.locked(self.run_dir, "a sweep", remedy), ExitStack() as stack:
+            running = cache(lambda: stack.enter_context(executor()))
+            self._write_plan()
+            for number, (world, sweep) in enumerate(self.sweeps.items(), 1):
+                say(f"world {world} ({number} of {len(self.sweeps)}): {sweep.place}")
+                sweep.run(lambda: nullcontext(running()))
+            results = runs.collect(self.run_dir)
+            with files.written_aside(self.run_dir / run_folder.SUMMARY) as aside:
+                results.to_csv(aside, index=False)
+            if (results["status"] == "done").any():
+                parameters = self.parameters | {"name": self.name, "run_dir": self.place}
+                tables = partial(written, self.run_dir, run_folder.SUMMARY, *ANALYSES)
+                execute_stage(JOIN, self.run_dir, parameters, tables)
+        return results
+
+    def outcome(self, results: pd.DataFrame) -> Iterator[str]:
+        """The joint verdict, and where the records are."""
+        verdict = self.run_dir / run_folder.VERDICT
+        if "done" in set(results["status"]) and verdict.exists():
+            yield verdict.read_text(encoding="utf-8")
+        yield f"Records: {self.place}/ (world-*/, a run each, and {JOIN}.ipynb)"
+
+    def _write_plan(self) -> None:
+        document = {
+            "format": trial_record.FORMAT,
+            "name": self.name,
+            "parameters": self.parameters,
+            "grid": self.grid,
+            "cache": None,
+            "trials": [],
+            "worlds": [
+                {"world": world, "run": sweep.run_dir.name, "parameters": sweep.parameters}
+                for world, sweep in self.sweeps.items()
+            ],
+        }
+        sealed.write_sealed(self.run_dir / run_folder.PLAN, document, "checksums")
