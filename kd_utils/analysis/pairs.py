@@ -45,7 +45,7 @@ class Answers:
         informed: the tasks of the metric "informed"; none: there is no such metric.
 
     Attributes:
-        trials: the table of `tables.planned_trials`.
+        trials: the table of `tables.planned_trials`; informed: the argument.
         examples: (N,) their ids; tasks: (N,) task of each example.
         metrics: "macro", "micro", "informed" if asked for, and the tasks, in the project's order.
 
@@ -56,7 +56,7 @@ class Answers:
     def __init__(
         self, results: pd.DataFrame, predictions: pd.DataFrame, informed: Sequence[str] = ()
     ) -> None:
-        self.trials = tables.planned_trials(results)
+        self.trials, self.informed = tables.planned_trials(results), tuple(informed)
         correct = predictions.pivot(index="trial", columns="example_id", values="correct")
         missing = correct.isna().sum(axis=1)
         if missing.any():

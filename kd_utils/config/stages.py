@@ -46,7 +46,8 @@ def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
 
     Args:
         text: a share of every task's rows, rounded, at least one row (`"0.15"`; "0" is none), or
-            counts of some tasks (`"sst2=90 mmlu=100"`; the others have all their labels).
+            counts of some tasks (`"sst2:90 mmlu:100"`, or with `=`; the others have all their
+            labels).
         rows: the training rows of each task.
 
     Raises:
@@ -55,7 +56,7 @@ def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
     if SHARE.fullmatch(text):
         share = float(text)
         return {task: max(round(share * n), 1) if share else 0 for task, n in rows.items()}
-    counts = _counts(text, "=", least=0)
+    counts = _label_counts(text)
     for task, count in counts.items():
         if count > rows.get(task, 0):
             raise ValueError(
@@ -68,11 +69,15 @@ def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
 SHARE = re.compile(r"0|1|0?\.\d{1,9}")
 
 
+def _label_counts(text: str) -> dict[str, int]:
+    return _counts(text, "=" if "=" in text else ":", least=0)
+
+
 def _labels(text: str) -> str:
-    if not SHARE.fullmatch(text) and not _counts(text, "=", least=0):
+    if not SHARE.fullmatch(text) and not _label_counts(text):
         raise ValueError(
             "Input should be a share of every task's training rows, from 0 to 1 (such as '0.15'), "
-            "or TASK=ROWS, several with spaces between (such as 'sst2=90 mmlu=0'), each task once"
+            "or TASK:ROWS, several with spaces between (such as 'sst2:90 mmlu:0'), each task once"
         )
     return text
 
@@ -109,7 +114,7 @@ class DataConfig(Config):
     max_length: fields.PositiveInt = 64
     data_seed: fields.Seed = 0
     train_rows: TaskRows = "sst2:400 mmlu:400 gsm8k:400"
-    labelled: Labelled = "sst2=50 mmlu=100 gsm8k=100"
+    labelled: Labelled = "sst2:50 mmlu:100 gsm8k:100"
     held_out_rows: fields.PositiveInt = 100
     validation_rows: TaskRows = "sst2:1000 mmlu:1000 gsm8k:1000"
 

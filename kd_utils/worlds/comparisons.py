@@ -107,7 +107,9 @@ def _by_metric(members: list[Member], margin: float, family: int) -> Iterator[di
             np.array([(side @ weight).mean() for side, weight in zip(sides, weights)])
             for sides in zip(*((pairs.correct, pairs.baseline_correct) for _, pairs in members))
         )
-        found, narrow = (over_worlds(in_worlds, metric, level) for level in (0.95, 0.9))
+        found, narrow = (
+            over_worlds(in_worlds, metric, level, members[0][0].informed) for level in (0.95, 0.9)
+        )
         sizes = detectable(found["sd"], found["error"], len(members), family)
         yield {
             "metric": metric,

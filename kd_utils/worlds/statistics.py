@@ -30,14 +30,17 @@ class World(NamedTuple):
 
 
 def over_worlds(
-    worlds: Sequence[World], metric: str = "macro", level: float = 0.95
+    worlds: Sequence[World],
+    metric: str = "macro",
+    level: float = 0.95,
+    informed: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The mean difference over worlds, and whether it would hold in other worlds, for other seeds
     and on other examples.
 
     Args:
         worlds: with the same tasks; each mean counts the same, however many seeds it has.
-        metric: as in `pairs.example_weights`.
+        metric, informed: as in `pairs.example_weights`.
         level: of confidence.
 
     Returns:
@@ -53,7 +56,7 @@ def over_worlds(
     """
     if len({frozenset(world.tasks) for world in worlds}) > 1:
         raise ValueError("the worlds have different tasks: compare worlds that have the same ones")
-    weights = [example_weights(world.tasks)[metric] for world in worlds]
+    weights = [example_weights(world.tasks, informed)[metric] for world in worlds]
     by_seed = [world.difference @ weight for world, weight in zip(worlds, weights)]
     means = np.round([values.mean() for values in by_seed], 12)
     n, freedom = len(worlds), sum(len(values) - 1 for values in by_seed)

@@ -175,6 +175,7 @@ def test_labels_are_a_share_or_counts_of_tasks():
         ".05": {"sst2": 2, "mmlu": 1},  # at least one
         "mmlu=0": {"sst2": 30, "mmlu": 0},
         "mmlu=9 sst2=2": {"sst2": 2, "mmlu": 9},
+        "mmlu:9 sst2:2": {"sst2": 2, "mmlu": 9},
     }
     for text, counts in expected.items():
         assert NOTEBOOKS["01_prepare_data"](**rows, labelled=text).labels == counts
@@ -191,7 +192,7 @@ def test_labels_are_a_share_or_counts_of_tasks():
         (1.5, "Input should be a share"),
         (True, "labelled = True: Input should be text, got true or false (bool)"),
         ("", "Input should be a share"),
-        ("sst2:5", "Input should be a share"),
+        ("sst2:5 mmlu=5", "Input should be a share"),
         ("sst2=5 sst2=6", "Input should be a share"),
         ("=5", "Input should be a share"),
         ("arc=1", "labelled asks for 1 labels of arc, but train_rows has 0 rows of it: lower arc"),
