@@ -34,9 +34,9 @@ def results_by_world(results: pd.DataFrame) -> pd.DataFrame:
     number = {world: i for i, world in enumerate(dict.fromkeys(results["world"]))}
     keys = [key for key in results if key.startswith("config/") and key != "config/seed"]
     done = results["status"] == "done"
-    metrics = results.select_dtypes("number").columns.difference([*keys, "config/seed"])
+    metrics = [key for key in results.select_dtypes("number") if not key.startswith("config/")]
     arms = results[["world", *keys]].drop_duplicates(ignore_index=True)
-    means = results[done].groupby(["world", *keys], dropna=False, sort=False)[list(metrics)].mean()
+    means = results[done].groupby(["world", *keys], dropna=False, sort=False)[metrics].mean()
     table = arms.merge(means.reset_index(), how="left", on=["world", *keys])
     counted = table[["world", *keys]].merge(
         results[done][["world", *keys]].drop_duplicates().assign(status="done"), how="left"

@@ -65,12 +65,15 @@ SINGLE = {
 }
 
 
-def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.01) -> pd.DataFrame:
+def verdicts(
+    table: pd.DataFrame, interaction: pd.DataFrame | None, margin: float = 0.01
+) -> pd.DataFrame:
     """Every question with its answer.
 
     Args:
         table: the rows of `comparisons.compare`.
-        interaction: the rows of `comparisons.interactions`.
+        interaction: the rows of `comparisons.interactions`; None: that question, and the one of
+            the spread over seeds, are not asked.
         margin: the one that `compare` was called with, a fraction.
 
     Returns:
@@ -83,11 +86,10 @@ def verdicts(table: pd.DataFrame, interaction: pd.DataFrame, margin: float = 0.0
         (question, primary[primary["question"] == question], _by_outcome)
         for question in comparisons.QUESTIONS
     ]
-    asked += [
-        ("task", interaction, _by_interaction),
-        ("spread", primary[primary["question"] == "white_box"], _by_spread),
-        ("hypothesis", by_task[by_task["question"] == "white_box"], _by_hypothesis),
-    ]
+    if interaction is not None:
+        white_box = primary[primary["question"] == "white_box"]
+        asked += [("task", interaction, _by_interaction), ("spread", white_box, _by_spread)]
+    asked.append(("hypothesis", by_task[by_task["question"] == "white_box"], _by_hypothesis))
     rows = [
         (question, setting, *answer(family.to_dict("records"), margin))
         for question, chosen, answer in asked
