@@ -256,6 +256,25 @@ def findings(
     return 0
 
 
+@app.command()
+def repeats(
+    run_dirs: Annotated[
+        list[Path], Argument(metavar="RUN_DIR...", help="Runs of one grid; worlds count each.")
+    ],
+    out: Annotated[
+        Path | None, Option(metavar="FILE.csv", help="Where every run's outcomes go as well.")
+    ] = None,
+) -> int:
+    """Print how often each comparison had each outcome, over several runs or worlds."""
+    from kd_utils.worlds import repetition
+
+    table = repetition.outcomes(run_dirs)
+    if out is not None:
+        table.to_csv(out, index=False, float_format="%.6g")
+    print(repetition.repeated(table).to_string(index=False))
+    return 0
+
+
 @app.command("ls")
 def list_artifacts(what: What = None, artifacts: Artifacts = Path("artifacts")) -> int:
     """List what is in artifacts/: kind, name, size, last use, and who needs it."""

@@ -98,6 +98,12 @@ run_folder.collect(project_path(AnalysisConfig.from_notebook(globals()).run_dir)
     "05_measure_speed": "",
     "06_any_teacher": "",
     "07_published_claim": "",
+    "12_compare_worlds": """
+from kd_utils.config.stages import WorldsConfig
+from kd_utils.worlds import runs
+config = WorldsConfig.from_notebook(globals())
+results = runs.collect(runs.find(config.name, config.run_dir))
+(runs.find(config.name, config.run_dir) / "verdict.txt").write_text(f"{len(results)} trials\\n")""",
 }
 
 

@@ -116,7 +116,7 @@ class DataConfig(Config):
     train_rows: TaskRows = "sst2:400 mmlu:400 gsm8k:400"
     labelled: Labelled = "sst2:50 mmlu:100 gsm8k:100"
     held_out_rows: fields.PositiveInt = 100
-    validation_rows: TaskRows = "sst2:1000 mmlu:1000 gsm8k:1000"
+    validation_rows: TaskRows = "sst2:1000 mmlu:1400 gsm8k:1000"
 
     @model_validator(mode="after")
     def _labels_are_there(self) -> Self:

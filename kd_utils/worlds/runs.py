@@ -42,7 +42,10 @@ def done(run_dir: str | Path) -> Iterator[tuple[str, Done]]:
         if records := run_folder.done_records(folder):
             table = run_folder.predictions(folder)
             rows = table.groupby("task", sort=False)["example_id"].nunique().to_dict()
-            yield world, Done(table, records, records[0]["teacher"]["accuracy"], rows)
+            yield (
+                world,
+                Done(table, records, records[0].get("teacher", {}).get("accuracy", {}), rows),
+            )
 
 
 def find(name: str, run_dir: str = "") -> Path:

@@ -1,0 +1,74 @@
+"""How often does a verdict repeat, in other worlds or on other machines?"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from kd_utils.analysis import comparisons
+from kd_utils.config.project_paths import short_path
+from kd_utils.records import run_folder
+
+NUMBERS = ("difference", "difference_sd", "low", "high")
+
+
+def outcomes(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
+    """Every comparison's outcome in every run.
+
+    Args:
+        run_dirs: runs that notebook 04 has analysed; of a run with several worlds, each world's.
+
+    Returns:
+        run, threads (of torch, in the first trial that is done; 0: not known), and of the primary metric
+        question, setting, method, baseline, pairs, difference, difference_sd, low, high, outcome.
+
+    Raises:
+        FileNotFoundError: a run was not analysed.
+    """
+    keys = (
+        "question setting method baseline pairs difference difference_sd low high outcome".split()
+    )
+    parts = []
+    for folder in (
+        f for run in run_dirs for f in run_folder.world_runs(run).values() or [Path(run)]
+    ):
+        path = folder / run_folder.COMPARISONS
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{short_path(folder)} has no {path.name}: finish its sweep first"
+            )
+        table = pd.read_csv(path).fillna({"setting": ""})
+        table = table.loc[table["metric"] == comparisons.primary(table["metric"]), keys]
+        records = run_folder.done_records(folder)
+        threads = records[0].get("arithmetic", {}).get("threads", 0) if records else 0
+        parts.append(table.assign(run=short_path(folder.resolve()), threads=threads))
+    return pd.concat(parts, ignore_index=True)[["run", "threads", *keys]]
+
+
+def repeated(table: pd.DataFrame) -> pd.DataFrame:
+    """How often each comparison had each outcome.
+
+    Args:
+        table: of `outcomes`.
+
+    Returns:
+        question, setting, comparison; runs; a column of counts for each outcome that there is;
+        lowest and highest difference, and the root mean square of difference_sd, in points.
+    """
+    table = table.assign(comparison=table["method"] + " minus " + table["baseline"])
+    keys = ["question", "setting", "comparison"]
+    groups = table.groupby(keys, sort=False)
+    counts = pd.crosstab([table[key] for key in keys], table["outcome"]).reindex(
+        groups.size().index
+    )
+    found = 100 * groups["difference"].agg(["min", "max"])
+    spread = 100 * groups["difference_sd"].agg(lambda values: (values**2).mean() ** 0.5)
+    shown = counts.assign(lowest=found["min"], highest=found["max"], sd=spread).round(1)
+    shown.insert(0, "runs", groups.size())
+    return shown.rename_axis(columns=None).reset_index()
+
+
+def _each(run_dirs: Iterable[str | Path]) -> Iterator[Path]:
+    """The run folders, with the worlds of those that have some."""
+    for run in run_dirs:
+        yield from run_folder.world_runs(run).values() or [Path(run)]
