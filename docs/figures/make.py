@@ -18,7 +18,7 @@ from kd_utils.records.trial_record import read_record
 
 ROOT = Path(__file__).resolve().parents[2]
 MACRO = f"{tables.ACCURACY}/macro"
-EXPERIMENTS = ("toy", "toy-cross", "smol")
+EXPERIMENTS = ("toy", "smol")
 NEWEST = {findings.experiment(path): path for path in findings.newest(ROOT / "runs")}
 PANELS = {name: f"runs/{NEWEST[name].name}" for name in EXPERIMENTS}
 

@@ -1,19 +1,18 @@
-"""Which trials are compared with which, and what the statistics say: tidy tables from results.
+"""What the statistics say about each of the `questions`: tidy tables from results.
 
-Each question has a family of comparisons, fixed before any result is seen. Holm's correction is
-within one question and one metric, over its comparisons and all swept settings. In a joint question
-the method must beat every baseline, which needs no correction but that over settings. Accuracies
-and differences are fractions.
+Holm's correction is within one question and one metric, over its comparisons and all swept
+settings; a joint question needs no correction but that over settings. Accuracies and differences
+are fractions.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis import stats, tables
+from kd_utils.analysis import questions, stats, tables
 from kd_utils.analysis.pairs import (
     Answers,
     Pairs,
@@ -24,40 +23,7 @@ from kd_utils.analysis.pairs import (
     interaction_p_rows,
     matches,
 )
-from kd_utils.config.trial import METHODS
 from kd_utils.data.tasks import task_order
-
-BASELINE = "black_box"
-
-#: What a signal must beat to add something: the training without a teacher, with the teacher's hard
-#: answers, with its entropy in place of its logits, and with its signals of other rows.
-REFERENCES = ("task_only", "teacher_answers", "label_smoothing", "shuffled")
-
-#: The distillations with the terms of black box and more.
-WHITE_BOX = tuple(
-    name
-    for name, method in METHODS.items()
-    if method.kind == "distillation" and method.terms.keys() > METHODS[BASELINE].terms.keys()
-)
-
-#: Question -> its family: pairs of a method and its baseline. "teacher" is the positive control,
-#: "controls" are the negative ones.
-QUESTIONS = {
-    "teacher": ((BASELINE, "task_only"),),
-    "hard_answers": ((BASELINE, "teacher_answers"),),
-    "references": tuple((BASELINE, reference) for reference in REFERENCES),
-    "controls": (("shuffled", "teacher_answers"), ("label_smoothing", "teacher_answers")),
-    "white_box": tuple((method, BASELINE) for method in WHITE_BOX),
-    "which": (("attention", "hidden_state"),),
-    "combining": (("combined", "hidden_state"), ("combined", "attention")),
-}
-
-#: The questions of being better than the best of all baselines.
-JOINT = ("references",)
-
-#: The verdicts rest on the mean of the tasks: how many rows of a task were drawn should not weigh
-#: the tasks.
-PRIMARY = "macro"
 
 PAIR_COLUMNS = ["setting", "method", "baseline", "planned", "pairs"]
 
@@ -69,50 +35,6 @@ COLUMNS = """question metric setting method baseline planned pairs family differ
     smallest_p detectable detectable_seeds detectable_rows equal outcome""".split()
 
 
-def primary(metrics: Iterable[str]) -> str:
-    """The metric among these that the verdicts rest on: a task on which the teacher has nothing to
-    hand on is left out of the mean.
-    """
-    return tables.INFORMED if tables.INFORMED in set(metrics) else PRIMARY
-
-
-def family_size(question: str, rows: Sequence[dict[str, Any]]) -> int:
-    """By what a question's smallest p is multiplied: the number of its comparisons, for a joint
-    question of its settings.
-
-    0: it is not asked. A joint question that has one baseline left is another question.
-
-    Args:
-        rows: the comparisons that there are, with their `setting` and `baseline`.
-    """
-    if question not in JOINT:
-        return len(rows)
-    several = len({row["baseline"] for row in rows}) > 1
-    return len({row["setting"] for row in rows}) * several
-
-
-def is_false_alarm(gains: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether these gains of negative controls (rows of `compare`) show a broken instrument:
-    smoothing can truly help as a regulariser, signals of other rows cannot.
-    """
-    return any(row["method"] != "label_smoothing" for row in gains)
-
-
-def reach(trials: pd.DataFrame) -> pd.DataFrame:
-    """What a plan of `tables.planned_trials` could show at best: question, comparisons (how many it
-    has), family (`family_size`), pairs (the fewest of its comparisons), smallest_p (after Holm).
-    """
-    found = []
-    for question, compared in QUESTIONS.items():
-        rows = [row for row, _ in matches(trials, compared)]
-        if family := family_size(question, rows):
-            pairs = min(row["planned"] for row in rows)
-            smallest = stats.smallest_p(pairs, family)
-            found.append((question, len(rows), family, pairs, smallest))
-    columns = ["question", "comparisons", "family", "pairs", "smallest_p"]
-    return pd.DataFrame(found, columns=columns)
-
-
 def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
     """Every comparison of every question, on every metric.
 
@@ -121,19 +43,19 @@ def compare(answers: Answers, margin: float = 0.01) -> pd.DataFrame:
         margin: differences within +- margin count as equal, a fraction (0.01: one point).
 
     Returns:
-        `COLUMNS`: planned and pairs count seeds; family is `family_size`; difference is the mean
-        over pairs, with low, high (95 %, hierarchical bootstrap), low_90, high_90; p is of exact
-        sign flips over seeds, on these examples, p_rows over seeds and examples, p_equivalence of
-        TOST, p_spread of Brown-Forsythe, X_holm corrected (gains of a joint question by
-        `stats.joint_holm`); g is Hedges'; smallest_p is what pairs and family allow after Holm;
-        detectable is the difference found with power 0.8, the larger of detectable_seeds and
-        detectable_rows (over seeds and rows); equal (bool) and outcome are `judge`'s. NaN where
-        pairs are too few.
+        `COLUMNS`: planned and pairs count seeds; family is `questions.family_size`; difference is
+        the mean over pairs, with low, high (95 %, hierarchical bootstrap), low_90, high_90; p is of
+        exact sign flips over seeds, on these examples, p_rows over seeds and examples,
+        p_equivalence of TOST, p_spread of Brown-Forsythe, X_holm corrected (gains of a joint
+        question by `stats.joint_holm`); g is Hedges'; smallest_p is what pairs and family allow
+        after Holm; detectable is the difference found with power 0.8, the larger of
+        detectable_seeds and detectable_rows (over seeds and rows); equal (bool) and outcome are
+        `judge`'s. NaN where pairs are too few.
     """
     rows = []
-    for question, compared in QUESTIONS.items():
+    for question, compared in questions.QUESTIONS.items():
         of_question = list(answers.pairs(compared))
-        family = family_size(question, [pairs.row for pairs in of_question])
+        family = questions.family_size(question, [pairs.row for pairs in of_question])
         for pairs in of_question if family else []:
             rows += [
                 {"question": question, "family": family} | pairs.row | numbers
@@ -201,7 +123,7 @@ def _with_joint_gains(table: pd.DataFrame) -> pd.DataFrame:
     which keeps Holm's correction over all of them.
     """
     table = table.copy()
-    joint = table[table["question"].isin(JOINT)]
+    joint = table[table["question"].isin(questions.JOINT)]
     for _, rows in joint.groupby(["question", "metric"], sort=False):
         gain = rows["difference"] > 0
         for column in ("p", "p_rows"):
@@ -242,7 +164,7 @@ def interactions(answers: Answers) -> pd.DataFrame:
     """
     tasks = task_order(answers.tasks)
     weights, rows = answers.weights(tasks), []
-    for pairs in answers.pairs(QUESTIONS["white_box"]):
+    for pairs in answers.pairs(questions.QUESTIONS["white_box"]):
         by_task = pairs.difference @ weights
         means = by_task.mean(axis=0) if len(by_task) else np.full(len(tasks), np.nan)
         errors = hierarchical_errors(pairs.difference, answers.tasks, weights)
@@ -262,7 +184,7 @@ def interaction_tasks(columns: Iterable[str]) -> list[str]:
 
 
 def compare_metrics(
-    results: pd.DataFrame, metrics: Sequence[str], questions: Sequence[str] = ("white_box",)
+    results: pd.DataFrame, metrics: Sequence[str], asked: Sequence[str] = ("white_box",)
 ) -> pd.DataFrame:
     """The families of some questions on any metrics of the results (a loss, a calibration error),
     over seeds alone.
@@ -273,8 +195,10 @@ def compare_metrics(
         metric's unit.
     """
     rows = []
-    for metric, question in product(metrics, questions):
-        for row, both in matches(tables.trial_values(results, metric), QUESTIONS[question]):
+    for metric, question in product(metrics, asked):
+        for row, both in matches(
+            tables.trial_values(results, metric), questions.QUESTIONS[question]
+        ):
             difference = both["value"] - both["value_baseline"]
             found = stats.interval(difference)
             rows.append(
@@ -300,7 +224,7 @@ def differences(answers: Answers) -> pd.DataFrame:
     """
     rows = [
         (metric, pairs.row["setting"], pairs.row["method"], pairs.row["baseline"], seed, value)
-        for pairs in answers.pairs(QUESTIONS["white_box"])
+        for pairs in answers.pairs(questions.QUESTIONS["white_box"])
         for metric in answers.metrics
         for seed, value in zip(pairs.seeds, pairs.difference @ answers.weights([metric])[:, 0])
     ]

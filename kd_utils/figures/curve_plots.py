@@ -3,7 +3,7 @@
 import altair as alt
 import pandas as pd
 
-from kd_utils.analysis import comparisons, tables
+from kd_utils.analysis import questions, tables
 from kd_utils.figures import panels, plots
 
 SMALLEST_SHARE = 1e-4
@@ -34,9 +34,9 @@ def learning_curves(curves: pd.DataFrame, metric: str) -> alt.Chart:
     lines = curves.rename(columns={metric: "value"})[[*tables.KEYS, "seed", "epoch", "value"]]
     lines = tables.beside_each_setting(lines.dropna().assign(value=scale * lines["value"]))
     spread = tables.curve_spread(lines, "value")
-    baseline = spread[spread["distill_type"] == comparisons.BASELINE].set_index(
-        ["setting", "epoch"]
-    )["mean"]
+    baseline = spread[spread["distill_type"] == questions.BASELINE].set_index(["setting", "epoch"])[
+        "mean"
+    ]
     spread = spread.join(baseline.rename("baseline"), on=["setting", "epoch"])
     # A facet has one table: it holds the rows of seeds and of means, and each layer draws its own.
     data = pd.concat([lines.assign(row="seed"), spread.assign(row="mean")], ignore_index=True)
@@ -52,15 +52,15 @@ def learning_curves(curves: pd.DataFrame, metric: str) -> alt.Chart:
             y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False, padding=6)), detail="seed:N"
         ),
         of_mean.mark_line(strokeDash=[4, 3], strokeWidth=1.5).encode(
-            y="baseline:Q", color=alt.value(plots.COLOURS[comparisons.BASELINE])
+            y="baseline:Q", color=alt.value(plots.COLOURS[questions.BASELINE])
         ),
         of_mean.mark_line(strokeWidth=2.5, point={"size": 40}).encode(y="mean:Q"),
         width=150,
         height=panels.panel_height(data, 220),
     )
     legend = ["the scale does not start at 0"]
-    if len(methods) > 1 and comparisons.BASELINE in methods:
-        legend.insert(0, f"dashed: mean of {comparisons.BASELINE}")
+    if len(methods) > 1 and questions.BASELINE in methods:
+        legend.insert(0, f"dashed: mean of {questions.BASELINE}")
     if spread["n"].max() > 1:
         legend.insert(0, "line: mean over seeds; band: one standard deviation; faint: each seed")
     return plots.finish(

@@ -11,7 +11,7 @@ import altair as alt
 import pandas as pd
 
 from kd_utils.analysis import stats, tables
-from kd_utils.analysis.comparisons import BASELINE
+from kd_utils.analysis.questions import BASELINE
 from kd_utils.figures import panels, plots
 
 SETTLED = ("better", "worse", "equivalent")

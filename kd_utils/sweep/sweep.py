@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from kd_utils.analysis import comparisons, stats, tables
+from kd_utils.analysis import questions, stats, tables
 from kd_utils.analysis.words import seeds
 from kd_utils.cache.manifest import CacheError, find_cache
 from kd_utils.config import project_paths
@@ -266,7 +266,7 @@ def reach_lines(
         analysed: earlier runs, which say how much pairs differ.
         pairs: what a pair is.
     """
-    reach = comparisons.reach(planned)
+    reach = questions.reach(planned)
     for row in reach.itertuples():
         can = row.smallest_p < stats.ALPHA
         yield (

@@ -1,4 +1,4 @@
-"""The questions of `analysis.comparisons`, asked of several worlds: a pair is a world."""
+"""The questions of `analysis.questions`, asked of several worlds: a pair is a world."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis import comparisons, stats
+from kd_utils.analysis import comparisons, questions, stats
 from kd_utils.analysis.pairs import Answers, Pairs, detectable
 from kd_utils.worlds.statistics import World, over_worlds
 
@@ -65,10 +65,10 @@ def compare(worlds: Mapping[str, Answers], margin: float = 0.01) -> pd.DataFrame
         ValueError: the worlds have different tasks.
     """
     rows = []
-    for question, compared in comparisons.QUESTIONS.items():
+    for question, compared in questions.QUESTIONS.items():
         of_question = _by_comparison(worlds, compared)
         heads = [_head(members) for members in of_question]
-        if family := comparisons.family_size(question, heads):
+        if family := questions.family_size(question, heads):
             rows += [
                 {"question": question, "family": family} | head | numbers
                 for head, members in zip(heads, of_question)
@@ -135,7 +135,7 @@ def differences(worlds: Mapping[str, Answers], metric: str = "macro") -> pd.Data
     """
     rows = [
         (question, f"{row['method']} minus {row['baseline']}", row["setting"], world, seed, value)
-        for question, compared in comparisons.QUESTIONS.items()
+        for question, compared in questions.QUESTIONS.items()
         for world, answers in worlds.items()
         for pairs in answers.pairs(compared)
         for row in [pairs.row]

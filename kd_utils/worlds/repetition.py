@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kd_utils.analysis import comparisons
+from kd_utils.analysis import questions
 from kd_utils.config.project_paths import short_path
 from kd_utils.records import run_folder
 
@@ -19,8 +19,9 @@ def outcomes(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         run_dirs: runs that notebook 04 has analysed; of a run with several worlds, each world's.
 
     Returns:
-        run, threads (of torch, in the first trial that is done; 0: not known), and of the primary metric
-        question, setting, method, baseline, pairs, difference, difference_sd, low, high, outcome.
+        run, threads (of torch, in the first trial that is done; 0: not known); of the primary
+        metric question, setting, method, baseline, pairs, difference, difference_sd, low, high,
+        outcome.
 
     Raises:
         FileNotFoundError: a run was not analysed.
@@ -38,7 +39,7 @@ def outcomes(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
                 f"{short_path(folder)} has no {path.name}: finish its sweep first"
             )
         table = pd.read_csv(path).fillna({"setting": ""})
-        table = table.loc[table["metric"] == comparisons.primary(table["metric"]), keys]
+        table = table.loc[table["metric"] == questions.primary(table["metric"]), keys]
         records = run_folder.done_records(folder)
         threads = records[0].get("arithmetic", {}).get("threads", 0) if records else 0
         parts.append(table.assign(run=short_path(folder.resolve()), threads=threads))

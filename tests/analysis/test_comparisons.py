@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import comparisons, stats, tables
+from kd_utils.analysis import comparisons, questions, stats, tables
 from kd_utils.analysis.comparisons import Answers
 from kd_utils.analysis.pairs import example_weights
 from kd_utils.analysis.words import formatting
@@ -277,7 +277,7 @@ def test_every_grid_of_the_project_has_seeds_enough_to_find_something(grid):
             ]
         )
     )
-    reach = comparisons.reach(planned)
+    reach = questions.reach(planned)
     if grid.stem == "grid-worlds":  # its pairs are worlds, and toy-worlds.yaml has seven
         reach["smallest_p"] = [stats.smallest_p(7, family) for family in reach["family"]]
     assert len(reach) and (reach["smallest_p"] < stats.ALPHA).all()
@@ -293,7 +293,7 @@ def test_a_grid_of_rest_has_its_experiments_epochs_and_twice_as_many(grid):
     assert planning.default_run_dir(parameters, grid) == ROOT / "runs" / f"{name}-rest"
 
 
-REFERENCES = dict.fromkeys(comparisons.REFERENCES, 0.3)
+REFERENCES = dict.fromkeys(questions.REFERENCES, 0.3)
 
 
 def test_the_best_of_four_references_is_beaten_with_seven_seeds():
@@ -303,7 +303,7 @@ def test_the_best_of_four_references_is_beaten_with_seven_seeds():
     rows = table[(table["question"] == "references") & (table["metric"] == "macro")]
     assert set(rows["outcome"]) == {"better"} and set(rows["family"]) == {1}
     assert rows["p_holm"].tolist() == rows["p"].tolist() == [2 / 128] * 4
-    reach = comparisons.reach(answers.trials).set_index("question")
+    reach = questions.reach(answers.trials).set_index("question")
     assert reach.loc["references", ["comparisons", "family", "smallest_p"]].tolist() == [
         4,
         1,
@@ -324,7 +324,7 @@ def test_a_joint_question_with_one_reference_is_another_question():
     chances = {"black_box": 0.6, "task_only": 0.5}
     table = comparisons.compare(Answers(*run(chances, seeds=3)))
     assert set(table["question"]) == {"teacher"}
-    assert comparisons.reach(Answers(*run(chances, seeds=3)).trials)["question"].tolist() == [
+    assert questions.reach(Answers(*run(chances, seeds=3)).trials)["question"].tolist() == [
         "teacher"
     ]
 
@@ -346,8 +346,8 @@ def test_the_tasks_that_the_teacher_knows_have_a_mean_of_their_own():
     means = table.set_index("metric")["difference"]
     assert list(means.index) == ["macro", "micro", "informed", "sst2", "mmlu", "gsm8k"]
     assert means["informed"] == pytest.approx((means["sst2"] + means["gsm8k"]) / 2)
-    assert comparisons.primary(table["metric"]) == "informed"
-    assert comparisons.primary(["macro", "sst2"]) == "macro"
+    assert questions.primary(table["metric"]) == "informed"
+    assert questions.primary(["macro", "sst2"]) == "macro"
 
 
 def test_both_detectable_differences_are_told_and_the_larger_counts():
@@ -396,10 +396,10 @@ def test_without_effects_whole_experiments_find_nothing_more_often_than_promised
                 seed=seed,
             )
         )
-        weights = example_weights(answers.tasks)[comparisons.PRIMARY]
+        weights = example_weights(answers.tasks)[questions.PRIMARY]
         p = [
             stats.sign_flip_p(p.difference @ weights)
-            for p in answers.pairs(comparisons.QUESTIONS["white_box"])
+            for p in answers.pairs(questions.QUESTIONS["white_box"])
         ]
         wrong += (stats.holm(p) < stats.ALPHA).any()
     assert wrong / experiments <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / experiments)

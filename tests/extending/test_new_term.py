@@ -58,8 +58,8 @@ def test_a_new_term_trains_and_is_in_the_record(project):
 def test_the_new_method_is_compared_with_black_box():
     code = """
 import cosine_term
-from kd_utils.analysis import comparisons
-print(*(method for method, _ in comparisons.QUESTIONS["white_box"]))
+from kd_utils.analysis import comparisons, questions
+print(*(method for method, _ in questions.QUESTIONS["white_box"]))
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{HERE}"}
     done = subprocess.run(

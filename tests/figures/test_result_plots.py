@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_utils.analysis import comparisons, stats, tables
+from kd_utils.analysis import comparisons, questions, stats, tables
 from kd_utils.config.trial import METHODS
 from kd_utils.evaluation import calibration
 from kd_utils.figures import curve_plots, plots, result_plots
 
 TASKS = ("sst2", "mmlu", "gsm8k")
 TRAINED = list(METHODS)[1:]
-WHITE_BOX = list(comparisons.WHITE_BOX)
+WHITE_BOX = list(questions.WHITE_BOX)
 TEACHER = {"validation_accuracy": 0.9, **{f"validation_accuracy/{task}": 0.9 for task in TASKS}}
 GAMMAS = [f"gamma_hidden={value}" for value in (10, 0.1, 1)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis import comparisons, rest, tables
+from kd_utils.analysis import questions, rest, tables
 from kd_utils.analysis.words import verdict
 from kd_utils.analysis.words.formatting import Row
 from kd_utils.config.project_paths import short_path
@@ -42,12 +42,15 @@ NOTHING = "–"
 
 def newest(runs: Path) -> list[Path]:
     """The newest record of each experiment under `runs`, by the experiments' names: folders called
-    `DATE-NAME` or, a day's further ones, `DATE-NAME-2`, that notebook 04 has analysed.
+    `DATE-NAME` or, a day's further ones, `DATE-NAME-2`, that notebook 04 has analysed. Runs that
+    measure another one's rest (`run_folder.rest_runs`) are no experiments.
     """
     found: dict[str, tuple[str, int, Path]] = {}
     for path in sorted(runs.glob("20*/comparisons.csv")):
         if match := re.fullmatch(r"(\d{4}-\d\d-\d\d)-(.+?)(?:-(\d+))?", path.parent.name):
             date, name, number = match.groups()
+            if re.search(r"-rest(-|$)", name):
+                continue
             record = date, int(number or 1), path.parent
             found[name] = max(found.get(name, record), record)
     return [found[name][2] for name in sorted(found)]
@@ -74,14 +77,14 @@ def _line(record: Path) -> Sequence[str]:
     results, analysis, compared = (
         _read(record / name) for name in ("results_summary.csv", "analysis.csv", "comparisons.csv")
     )
-    metric = comparisons.primary(compared["metric"])
+    metric = questions.primary(compared["metric"])
     primary = compared[compared["metric"] == metric]
     moves = analysis[analysis["metric"].isin([rest.LAST_TENTH, rest.TWICE])]
     done = (results["status"] == "done").sum()
     return [
         f"[{experiment(record)}]",
         f"{done}" + f" of {len(results)}" * bool(done < len(results)),
-        *(_mean(analysis, metric, method) for method in ("task_only", comparisons.BASELINE)),
+        *(_mean(analysis, metric, method) for method in ("task_only", questions.BASELINE)),
         *(_cell(primary, find) for find in (_shown, _equal, _not_shown)),
         {True: "yes", False: "no", None: "?"}[rest.at_rest(moves)],
         _control(primary, "teacher", "seen", "not seen"),
@@ -118,7 +121,7 @@ def _control(primary: pd.DataFrame, question: str, found: str, not_found: str) -
 
 def _negative(primary: pd.DataFrame) -> str:
     gains = primary[(primary["question"] == "controls") & (primary["outcome"] == "better")]
-    false = comparisons.is_false_alarm(gains.to_dict("records"))
+    false = questions.is_false_alarm(gains.to_dict("records"))
     return _control(primary, "controls", "FALSE ALARM" if false else "smoothing helps", "quiet")
 
 
@@ -127,7 +130,7 @@ def _cell(primary: pd.DataFrame, find: Callable[[str, list[Row]], list[str]]) ->
     for question, name in NAMES.items():
         rows = primary[primary["question"] == question]
         family = rows.to_dict("records")
-        if question in comparisons.JOINT:
+        if question in questions.JOINT:
             family = [
                 verdict.joint_row(of_setting.to_dict("records"))
                 for _, of_setting in rows.groupby("setting", sort=False)

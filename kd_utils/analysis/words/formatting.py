@@ -10,7 +10,8 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.analysis import stats, tables
-from kd_utils.analysis.comparisons import interaction_tasks, primary
+from kd_utils.analysis.comparisons import interaction_tasks
+from kd_utils.analysis.questions import primary
 
 Row = dict[str, Any]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import pandas as pd
 
-from kd_utils.analysis import comparisons, rest, tables
+from kd_utils.analysis import questions, rest, tables
 from kd_utils.analysis.words import formatting
 
 SPEEDS = "Not at rest, so speeds are compared, not ends:"
@@ -27,7 +27,7 @@ def head_text(
         compared: the rows of `comparisons.compare`.
         uninformed: of `retention.uninformed_tasks`.
     """
-    primary = compared[compared["metric"] == comparisons.primary(compared["metric"])]
+    primary = compared[compared["metric"] == questions.primary(compared["metric"])]
     tasks = [m for m in dict.fromkeys(compared["metric"]) if m not in tables.MEANS]
     lines = [rest_line(moves, measured), positive_line(primary), negative_line(primary)]
     lines += informed_lines(uninformed, tasks)
@@ -74,7 +74,7 @@ def rest_line(moves: pd.DataFrame, measured: str) -> str:
 def positive_line(primary: pd.DataFrame) -> str:
     """Whether an effect that must be there is seen: that of the logits over no teacher."""
     rows = primary[primary["question"] == "teacher"].to_dict("records")
-    what = f"Positive control ({comparisons.BASELINE} over task_only)"
+    what = f"Positive control ({questions.BASELINE} over task_only)"
     if not rows:
         return f"{what}: not in this run."
     seen = [row for row in rows if row["outcome"] == "better"]
@@ -96,7 +96,7 @@ def negative_line(primary: pd.DataFrame) -> str:
     pairs = dict.fromkeys(f"{row['method']} over {row['baseline']}" for row in rows)
     gains = [row for row in rows if row["outcome"] == "better"]
     what, said = f"Negative controls ({', '.join(pairs)})", ", ".join(map(_difference, gains))
-    if comparisons.is_false_alarm(gains):
+    if questions.is_false_alarm(gains):
         return f"{what}: a FALSE ALARM, {said}: trust no other gain of this run."
     if gains:
         return f"{what}: {said}; smoothing may help as a regulariser, so look at it first."

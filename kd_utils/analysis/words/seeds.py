@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kd_utils.analysis import comparisons, stats
+from kd_utils.analysis import questions, stats
 from kd_utils.config import project_paths
 
 #: The difference that a reader would want found: 3 points.
@@ -17,7 +17,7 @@ def needed(reach: pd.DataFrame, records: Iterable[Path]) -> Iterator[str]:
     without an earlier record.
 
     Args:
-        reach: of `comparisons.reach`. Its largest family is asked for.
+        reach: of `questions.reach`. Its largest family is asked for.
         records: of `run_folder.analysed`. The first one counts in which the question was asked.
     """
     if reach.empty:
@@ -26,7 +26,7 @@ def needed(reach: pd.DataFrame, records: Iterable[Path]) -> Iterator[str]:
     for record in records:
         table = pd.read_csv(record / "comparisons.csv")
         asked = table["question"].eq(row["question"])
-        sd = table[asked & table["metric"].eq(comparisons.primary(table["metric"]))]
+        sd = table[asked & table["metric"].eq(questions.primary(table["metric"]))]
         largest = sd["difference_sd"].max()  # NaN without two seeds of any pair
         if largest > 0:
             seeds = stats.seeds_needed(largest, DIFFERENCE, int(row["family"]))

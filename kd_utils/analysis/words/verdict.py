@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis import comparisons, stats, tables
+from kd_utils.analysis import questions, stats, tables
 from kd_utils.analysis.words import formatting
 from kd_utils.analysis.words.formatting import Row
 
@@ -80,11 +80,11 @@ def verdicts(
         question (key of `QUESTION_TEXTS`), setting, answer (a few words), evidence (sentences with
         the numbers).
     """
-    primary = table[table["metric"] == comparisons.primary(table["metric"])]
+    primary = table[table["metric"] == questions.primary(table["metric"])]
     by_task = table[table["metric"].isin([*SIMILAR_ON, *BETTER_ON])]
     asked: list[tuple[str, pd.DataFrame, Callable]] = [
         (question, primary[primary["question"] == question], _by_outcome)
-        for question in comparisons.QUESTIONS
+        for question in questions.QUESTIONS
     ]
     if interaction is not None:
         white_box = primary[primary["question"] == "white_box"]
@@ -133,7 +133,7 @@ def _answer_white_box(family: list[Row], within: str) -> str:
     also_worse = f" Worse: {', '.join(worse)}." if worse else ""
     if better:
         return f"Yes: {', '.join(better)}." + also_worse.replace("Worse", "But worse")
-    if {*worse, *equal} != set(comparisons.WHITE_BOX):
+    if {*worse, *equal} != set(questions.WHITE_BOX):
         return _not_shown(family) + also_worse
     if not worse:
         return f"No additional benefit ({within})."
@@ -156,7 +156,7 @@ def _answer_combining(family: list[Row], within: str) -> str:
 def _answer_references(family: list[Row], within: str) -> str:
     better, worse, equal = _by_word(family, "baseline")
     asked, joint = [row["baseline"] for row in family], joint_row(family)
-    missing = [name for name in comparisons.REFERENCES if name not in asked]
+    missing = [name for name in questions.REFERENCES if name not in asked]
     partly = f" Not fully asked: this run has no {', '.join(missing)}." if missing else ""
     against = [f"worse than {', '.join(worse)}"] * bool(worse)
     against += [f"{within} to {', '.join(equal)}"] * bool(equal)
@@ -247,7 +247,7 @@ def _by_hypothesis(by_task: list[Row], margin: float) -> tuple[str, list[str]]:
         else:
             answers.append(f"{method}: {_supports_hypothesis(rows, margin)}")
             tasks = "; ".join(formatting.task_sentence(row) for row in rows.values())
-            lines.append(f"{method} minus {comparisons.BASELINE}: {tasks}.")
+            lines.append(f"{method} minus {questions.BASELINE}: {tasks}.")
     return "; ".join(answers) + ".", lines
 
 

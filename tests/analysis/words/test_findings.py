@@ -3,7 +3,7 @@
 import pandas as pd
 
 from kd_utils.__main__ import main
-from kd_utils.analysis import comparisons, rest
+from kd_utils.analysis import questions, rest
 from kd_utils.analysis.words import findings, seeds
 
 
@@ -37,7 +37,7 @@ def line(folder):
     return dict(zip(findings.COLUMNS, cells, strict=True))
 
 
-ALL = [("references", "black_box", reference, "better") for reference in comparisons.REFERENCES]
+ALL = [("references", "black_box", reference, "better") for reference in questions.REFERENCES]
 
 
 def test_a_record_that_shows_much(tmp_path):
