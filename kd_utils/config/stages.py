@@ -6,9 +6,9 @@ in `papermill_params/` holds what differs from them.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from kd_utils.config import fields
 from kd_utils.config.base import Config
@@ -46,31 +46,22 @@ def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
 
     Args:
         text: a share of every task's rows, rounded, at least one row (`"0.15"`; "0" is none), or
-            counts of some tasks (`"sst2:90 mmlu:100"`, or with `=`; the others have all their
-            labels).
+            the most labels of some tasks (`"sst2:90 mmlu:100"`, or with `=`; the others have all
+            their labels).
         rows: the training rows of each task.
-
-    Raises:
-        ValueError: the text names a task that has not so many rows.
     """
     if SHARE.fullmatch(text):
         share = float(text)
         return {task: max(round(share * n), 1) if share else 0 for task, n in rows.items()}
     counts = _label_counts(text)
-    for task, count in counts.items():
-        if count > rows.get(task, 0):
-            raise ValueError(
-                f"labelled asks for {count} labels of {task}, but train_rows has "
-                f"{rows.get(task, 0)} rows of it: lower {task} in labelled"
-            )
-    return {**rows, **counts}
-
-
-SHARE = re.compile(r"0|1|0?\.\d{1,9}")
+    return {task: min(counts.get(task, n), n) for task, n in rows.items()}
 
 
 def _label_counts(text: str) -> dict[str, int]:
     return _counts(text, "=" if "=" in text else ":", least=0)
+
+
+SHARE = re.compile(r"0|1|0?\.\d{1,9}")
 
 
 def _labels(text: str) -> str:
@@ -118,11 +109,6 @@ class DataConfig(Config):
     held_out_rows: fields.PositiveInt = 100
     validation_rows: TaskRows = "sst2:1000 mmlu:1400 gsm8k:1000"
 
-    @model_validator(mode="after")
-    def _labels_are_there(self) -> Self:
-        label_counts(self.labelled, self.rows("train"))
-        return self
-
     def rows(self, split: str) -> dict[str, int]:
         """How many rows of each task go into `split` ("train", "held_out" or "validation")."""
         if split == "held_out":
@@ -139,6 +125,11 @@ class DataConfig(Config):
     def labels(self) -> dict[str, int]:
         """How many training rows of each task have a label."""
         return label_counts(self.labelled, self.rows("train"))
+
+    @property
+    def labelled_tasks(self) -> set[str]:
+        """The tasks that `labelled` names; not all of them need training rows."""
+        return set(_label_counts(self.labelled))
 
     @property
     def tasks(self) -> set[str]:

@@ -27,6 +27,8 @@ def prepare(config: stages.DataConfig, tokenizer: Any) -> prepared_data.Prepared
         ValueError: an unknown task, fewer rows than asked for, or no row that fits `max_length`.
     """
     known = [tasks.find_task(name) for name in tasks.task_order(config.tasks)]
+    for name in config.labelled_tasks - config.tasks:
+        tasks.find_task(name)  # a name that is no task's would leave its task all its labels
     # Taken before anything is read: a file that changes meanwhile must not count as the one read.
     made_from = prepared_data.ingredients(config)
     provenance.require_loaded(made_from["code"])

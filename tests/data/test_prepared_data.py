@@ -86,6 +86,11 @@ def test_rows_are_as_many_as_asked_for_and_disjoint(folder):
     assert content_keys(together).is_unique and together["example_id"].is_unique
 
 
+def test_a_name_in_labelled_that_is_no_task_is_refused(folder):
+    with pytest.raises(ValueError, match="unknown task 'sst': choose one of sst2, mmlu, gsm8k"):
+        prepare(config(folder, labelled="sst:1"), TOKENIZER)
+
+
 def test_held_out_rows_follow_the_training_rows(folder):
     fewer = prepare(config(folder, sst2_train=1, held_out_rows=1), TOKENIZER)
     more = prepare(config(folder, sst2_train=2, held_out_rows=1), TOKENIZER)
