@@ -106,8 +106,8 @@ class DataConfig(Config):
     data_seed: fields.Seed = 0
     train_rows: TaskRows = "sst2:400 mmlu:400 gsm8k:400"
     labelled: Labelled = "sst2:50 mmlu:100 gsm8k:100"
-    held_out_rows: fields.PositiveInt = 100
-    validation_rows: TaskRows = "sst2:1000 mmlu:1400 gsm8k:1000"
+    held_out_rows: fields.PositiveInt = 300
+    validation_rows: TaskRows = "sst2:1000 mmlu:1200 gsm8k:1000"
 
     def rows(self, split: str) -> dict[str, int]:
         """How many rows of each task go into `split` ("train", "held_out" or "validation")."""

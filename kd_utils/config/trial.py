@@ -114,7 +114,7 @@ class TrialConfig(Config):
     lr_schedule: Annotated[fields.Schedule, UsedBy(TRAINING)] = "linear"
     warmup_ratio: Annotated[fields.Share, UsedBy(TRAINING)] = 0.05
     average_last: Annotated[fields.Share, UsedBy(TRAINING)] = 0.0
-    evaluations: Annotated[fields.PositiveInt, UsedBy(TRAINING)] = 4
+    evaluations: Annotated[fields.PositiveInt, UsedBy(TRAINING)] = 3
     weight_decay: Annotated[fields.Weight, UsedBy(TRAINING)] = 0.01
     max_grad_norm: Annotated[fields.PositiveFloat, UsedBy(TRAINING)] = 1.0
     eval_batch_size: fields.PositiveInt = 64

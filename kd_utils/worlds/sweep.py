@@ -54,13 +54,16 @@ class WorldsSweep:
         }
 
     def dry_run(self) -> Iterator[str]:
-        """What each world's sweep would do and cost, and whether so many worlds can show an
-        effect.
+        """What each world's sweep would do, what the first that is not done would cost, and
+        whether so many worlds can show an effect.
         """
         for world, sweep in self.sweeps.items():
             yield f"world {world}: {sweep.place}"
             yield from sweep.to_run()
-            yield from sweep.costs()
+        for world, sweep in self.sweeps.items():
+            if costs := [*sweep.costs()]:
+                yield from (f"world {world} alone: {line}" for line in costs)
+                break
         planned = planned_results(self.chosen)
         by_world = pd.concat(planned.assign(world=world) for world in self.sweeps)
         of_worlds = tables.planned_trials(results_by_world(by_world))

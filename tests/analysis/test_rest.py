@@ -91,6 +91,18 @@ def test_other_settings_do_not_measure_the_rest_of_these():
     assert rest.twice([record(epochs=16)], longer(0.9))["n"].item() == 0
 
 
+def test_the_runs_own_trials_are_compared_with_longer_ones():
+    own = [record(seed=seed, ends=(0.5, 0.8)) for seed in range(3)]
+    double = [record(seed=seed, ends=(0.5, 0.9), epochs=16) for seed in range(1, 3)]
+    moved = rest.twice(own, double)
+    assert moved["n"].item() == 2 and moved["mean"].item() == pytest.approx(0.1)
+    assert rest.twice(own, [])["n"].item() == 0
+    both = [*double, record(seed=1, ends=(0.5, 0.7)), record(seed=2, ends=(0.5, 0.7))]
+    assert rest.twice(own, both)["mean"].item() == pytest.approx(0.2)  # the run's own do not count
+    other = [trial | {"cache": {"content_hash": "x"}} for trial in double]
+    assert rest.twice(own, other)["n"].item() == 0
+
+
 def test_a_seed_counts_where_both_its_trials_are_done():
     assert rest.twice([record()], longer(0.9)[:-1])["n"].item() == 2
 

@@ -183,7 +183,7 @@ def test_labels_are_a_share_or_counts_of_tasks():
     for number, text in ((1, "1"), (1.0, "1"), (0.15, "0.15"), (0, "0")):  # as YAML reads them
         config = NOTEBOOKS["01_prepare_data"](**rows, labelled=number)
         assert config.labelled == text
-    assert config.rows("held_out") == {"sst2": 100, "mmlu": 100}  # trained on
+    assert config.rows("held_out") == {"sst2": 300, "mmlu": 300}  # trained on
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_expected_rows_have_the_real_mix_or_the_means_of_the_prepared_data(monke
     assert "Llama-2" in source
     assert len(found.train) == 120 and len(found.validation) == 10
     assert max(found.tokens) == 300 and found.question == rows.LONGEST_QUESTION
-    assert len(found.held_out) == 200 and found.written == 20
+    assert len(found.held_out) == 600 and found.written == 20
     line = {"split": "train", "task": "sst2", "taken": 50, "mean_tokens": 12.0, "max_tokens": 30}
     counts = [{**line, "mean_answer_tokens": 2.0}]
     monkeypatch.setattr(rows.prepared_data, "read_manifest", lambda folder: {"counts": counts})
@@ -161,7 +161,7 @@ def test_a_dry_run_estimates_from_configs_alone(root):
     last = {"hidden": [2], "attention": [2]}
     planned = partial(experiment.experiment_lines, data, cache, trials, lambda config, model: last)
     first, of_02, of_03, title, table = planned(with_cache=True)
-    assert "4,900 rows" in first and of_02.startswith("02") and "4 trials" in of_03
+    assert "5,300 rows" in first and of_02.startswith("02") and "4 trials" in of_03
     assert "combined" in title and table.count("16384") == len(cards.CARDS)
     assert len([*planned(with_cache=False)]) == 4
     (root / "student" / "config.json").unlink()
