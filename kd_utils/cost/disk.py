@@ -11,9 +11,9 @@ from kd_utils.cost.shapes import Shape
 from kd_utils.models import signal_kinds
 
 #: What compression leaves of a column, by kind and type: hidden states of a bfloat16 teacher and
-#: maps as in runs/2026-11-22-bench; hidden states of a float32 teacher as in runs/2026-11-28-toy.
-#: Maps vary with the teacher: flat ones keep more than peaked ones, and uint8 ones of SmolLM2 kept
-#: 0.55. What is not listed is taken as it is.
+#: maps as in runs/2026-11-22-bench; hidden states of a float32 teacher as in the toy's record of
+#: 2026-11-28. Maps vary with the teacher: flat ones keep more than peaked ones, and uint8 ones of
+#: SmolLM2 kept 0.55. What is not listed is taken as it is.
 COMPRESSED = {
     ("hidden", "bfloat16"): 0.66,
     ("hidden", "float32"): 0.88,

@@ -135,7 +135,7 @@ def test_a_notebook_that_no_sweep_executes_stops_none(edited):
 
 def test_a_default_that_differs_is_run_and_told_and_strictly_refused(edited, tmp_path, capsys):
     edited(lambda cell, _: cell.update(source=cell.source.replace("epochs = 8", "epochs = 1")))
-    line = "03_train_student: epochs = 1 in the notebook, the project's default is 6"
+    line = "03_train_student: epochs = 1 in the notebook, the project's default is 8"
     assert parameter_files.changed_defaults(SWEPT) == [line]
     [trial] = plan({}, {"seed": [0]}, "runs/x")
     assert trial.epochs == 1

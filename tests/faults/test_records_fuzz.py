@@ -79,7 +79,7 @@ def test_any_flipped_bit_is_found_and_its_trial_is_redone(run_dir, times, tried)
 
 
 def test_any_flipped_bit_of_a_real_run_is_found(tmp_path, times, tried):
-    shutil.copytree(ROOT / "runs" / "2026-11-28-toy", tmp_path / "toy")
+    shutil.copytree(ROOT / "runs" / "2026-11-29-toy", tmp_path / "toy")
     (tmp_path / "toy" / "README.md").unlink()  # written by hand
     flip(tmp_path / "toy", n := times(8, 200), seed=2)
     tried("byte of a record flipped", n)
@@ -189,7 +189,6 @@ def test_every_record_of_this_project_is_as_it_was_written(folder):
     assert [problem for problem in problems if not problem.endswith(": missing")] == []
     assert done + len(problems) == planned
     before = {
-        "2026-11-28-toy": (36, 36),
         "2026-11-28-toy-cross": (36, 36),
         "2026-11-28-toy-layers": (100, 100),
         "2026-11-28-toy-gamma-attention": (48, 48),

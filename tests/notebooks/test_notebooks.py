@@ -39,7 +39,7 @@ TRIALS = [
     "task_only_seed0",
     "untrained_seed0",
 ]
-TOY = "2026-11-28-toy"  # the kept record of the whole toy
+TOY = "2026-11-29-toy"  # the kept record of the whole toy
 PAPERMILL = ROOT / "tests" / "papermill_cli.py"
 GRID = "distill_type: [untrained, task_only, black_box, attention]\ngamma_attention: [0.1, 10.0]\nseed: [0]\n"
 
