@@ -110,7 +110,8 @@ def sweep(
     machines.limit_cores(cpus)
     kind = WorldsSweep if parameters_by_world(values) else Sweep
     planned = kind(values, lists, run_dir or default_run_dir(values, grid), only)
-    changed = parameter_files.changed_defaults(stages.SWEPT)
+    joined = [stages.JOIN] if parameters_by_world(values) else []
+    changed = parameter_files.changed_defaults([*stages.SWEPT, *joined])
     if strict and changed:
         raise ValueError(
             f"{'; '.join(changed)}: restore notebooks/ (as with `git checkout`), write the values "
@@ -122,7 +123,8 @@ def sweep(
         print(*planned.dry_run(), sep="\n")
         return 0
 
-    running = partial(open_executor, executor, values, address, cpus_per_trial, gpus_per_trial)
+    asked = (address, cpus_per_trial, gpus_per_trial)
+    running = partial(open_executor, executor, planned.parameters, *asked)
     results = planned.run(running)
     print(*planned.outcome(results), sep="\n")
     remedy = "remove one of these groups from trials/ and run the sweep again"

@@ -301,7 +301,7 @@ def write_plan(run_dir: Path, **other: Any) -> dict[str, Any]:
     return plan
 
 
-def write_summary(run_dir: Path) -> None:
+def write_summary(run_dir: Path, cache: dict[str, Any] = MADE["cache"]) -> None:
     """What ends a sweep: the results table, two files that 04 wrote, and the stages' notebooks."""
     results, data = run_folder.collect(run_dir), sha256_json(MADE)
     results.to_csv(run_dir / run_folder.SUMMARY, index=False)
@@ -313,7 +313,6 @@ def write_summary(run_dir: Path) -> None:
         name: sha256_file(run_dir / name)
         for name in ("analysis.csv", run_folder.SUMMARY, run_folder.VERDICT)
     }
-    cache = MADE["cache"]
     for stem, about in zip(
         check.STAGES,
         (
@@ -325,13 +324,14 @@ def write_summary(run_dir: Path) -> None:
         write_notebook(run_dir / f"{stem}.ipynb", about)
 
 
-def whole_run(run_dir: Path, more: float = 0.0) -> Path:
+def whole_run(run_dir: Path, more: float = 0.0, cache: dict[str, Any] | None = None) -> Path:
     """A run without a fault, of four trials, their accuracies `more` than 0.25 and 0.75."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    for planned in write_plan(run_dir)["trials"]:
+    made = {} if cache is None else {"cache": cache}
+    for planned in write_plan(run_dir, **made)["trials"]:
         method, seed = planned["swept"].values()
-        write_trial(run_dir, method, seed, accuracy=0.25 + seed / 2 + more)
-    write_summary(run_dir)
+        write_trial(run_dir, method, seed, accuracy=0.25 + seed / 2 + more, **made)
+    write_summary(run_dir, cache or MADE["cache"])
     return run_dir
 
 

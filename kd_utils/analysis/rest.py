@@ -58,21 +58,19 @@ def twice(records: Iterable[Record], of_run: Iterable[Record]) -> pd.DataFrame:
     Args:
         records: of the run.
         of_run: of the run that measured its rest: the same trials with twice the `epochs`, and
-            maybe with as many, where those count in place of the run's own. Cache and parameters
-            must agree, these in all but `FREE`, where a method uses them.
+            maybe with as many, where those count in place of the run's own. Cache, initial student
+            and parameters must agree, these in all but `FREE`, where a method uses them.
 
     Returns:
         As `last_tenth`, of the metric `TWICE`; a seed counts where both its trials are done.
     """
-    records, of_run = list(records), list(of_run)
-    ends: dict[tuple[str, int], dict[int, float]] = {}
-    for record in [*records, *of_run] if of_run else []:
-        of_seeds = ends.setdefault((_alike(record), _epochs(record)), {})
-        of_seeds[record["config"]["seed"]] = record["final"].get(HELD_OUT, np.nan)
+    records = list(records)
+    measuring = list(of_run)
+    ends, longer_ends = _ends([*records, *measuring]), _ends(measuring)
     changes = {}
     for arm, trials in _arms(records).items():
         place, epochs = _alike(trials[0]), _epochs(trials[0])
-        once, longer = (ends.get((place, times * epochs), {}) for times in (1, 2))
+        once, longer = ends.get((place, epochs), {}), longer_ends.get((place, 2 * epochs), {})
         changes[arm] = [longer[seed] - once[seed] for seed in once if seed in longer]
     return _moves(TWICE, changes)
 
@@ -119,6 +117,15 @@ def _arms(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return arms
 
 
+def _ends(records: Iterable[Record]) -> dict[tuple[str, int], dict[int, float]]:
+    """(what trials have in common, epochs) -> seed -> the held-out accuracy at the end."""
+    ends: dict[tuple[str, int], dict[int, float]] = {}
+    for record in records:
+        of_seeds = ends.setdefault((_alike(record), _epochs(record)), {})
+        of_seeds[record["config"]["seed"]] = record["final"].get(HELD_OUT, np.nan)
+    return ends
+
+
 def _epochs(record: Record) -> int:
     return record["config"].get("epochs", 0)
 
@@ -126,11 +133,12 @@ def _epochs(record: Record) -> int:
 def _alike(record: Record) -> str:
     """What trials that measure each other's rest have in common."""
     config, cache = record["config"], record.get("cache", {}).get("content_hash", "")
+    student = record.get("student", {}).get("fingerprint", ""), record.get("initial", "")
     left_out = set(FREE)
     with suppress(ValueError):  # keys of other code: all of them count
         left_out |= TrialConfig(**config).without_effect
     same = sorted((key, value) for key, value in config.items() if key not in left_out)
-    return repr((cache, same))
+    return repr((cache, student, same))
 
 
 def _moves(metric: str, changes: Mapping[tuple[str, str], list[float]]) -> pd.DataFrame:

@@ -6,9 +6,9 @@ in `papermill_params/` holds what differs from them.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from kd_utils.config import fields
 from kd_utils.config.base import Config
@@ -114,6 +114,16 @@ class DataConfig(Config):
         if split == "held_out":
             return dict.fromkeys(self.rows("train"), self.held_out_rows)
         return rows_by_task(getattr(self, f"{split}_rows"))
+
+    @model_validator(mode="after")
+    def _another_toy_is_read(self) -> Self:
+        if self.build not in ("toy", "none") and self.toy_seed and self.build not in self.data_dir:
+            raise ValueError(
+                f"build = {self.build!r} makes artifacts/embedded/{self.build}, but data_dir = "
+                f"{self.data_dir!r} is elsewhere: set data_dir to its data/, and tokenizer, "
+                "teacher and student to its other folders"
+            )
+        return self
 
     @property
     def toy_seed(self) -> int | None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,12 +93,17 @@ def _problems(run_dir: Path) -> Iterator[str]:
 
 def _check_worlds(run_dir: Path, worlds: dict[str, Path]) -> Iterator[str]:
     """Whether every world's run is whole, and the notebook that compares them."""
-    for folder in worlds.values():
+    plan = run_folder.read_plan(run_dir) or {}
+    for folder, listed in zip(worlds.values(), plan["worlds"]):
         there = folder.is_dir()
         problems = check_run(folder) if there else ["it is missing: run the sweep again"]
         yield from (f"{folder.name}: {problem}" for problem in problems)
-    for path in matching(run_dir, "world-*"):
-        if path not in worlds.values():
+        with suppress(RecordError):  # which is among the problems
+            own = run_folder.read_plan(folder) or listed
+            if own.get("parameters") != listed.get("parameters"):
+                yield f"{folder.name}: its plan has other parameters than {PLAN} lists for it"
+    for path in matching(run_dir, "[!.]*"):
+        if path.is_dir() and path not in worlds.values():
             yield f"{path.name} belongs to no planned world: move it away"
     try:
         metadata = run_folder.read_notebook(run_dir / f"{JOIN}.ipynb")["metadata"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kd_utils.config import fields, project_paths, stages
-from kd_utils.config.parameter_files import check_values, notebook_config
+from kd_utils.config.parameter_files import WORLDS, check_values, notebook_config
 from kd_utils.config.trial import trial_name
 from kd_utils.sweep.execution import injected
 
@@ -115,13 +115,16 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
 
 def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:
     """`runs/NAME` under the project's root; `runs/NAME-X` with a grid file `grid-X.yaml`, `X.yaml`,
-    or, for this experiment alone, `grid-X-NAME.yaml`; and `runs/NAME` where NAME ends in `-X`.
+    or, for this experiment alone, `grid-X-NAME.yaml`; and `runs/NAME` for worlds
+    whose NAME ends in `-X`.
     """
     own = {key: value for key, value in parameters.items() if key == "name"}
     name = notebook_config(stages.PREPARE, own).name
     suffix = Path(grid_file or "").stem.removeprefix("grid").strip("-").removesuffix(f"-{name}")
     return project_paths.project_path("runs") / (
-        name if not suffix or name.endswith(f"-{suffix}") else f"{name}-{suffix}"
+        name
+        if not suffix or WORLDS in parameters and name.endswith(f"-{suffix}")
+        else f"{name}-{suffix}"
     )
 
 

@@ -61,13 +61,19 @@ def earlier_plan(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def require_experiment(run_dir: Path, name: str) -> None:
-    """Raise a ValueError if a run folder holds another experiment, which a sweep would replace."""
-    earlier = earlier_plan(run_dir).get("name", name)
-    if earlier != name:
+def require_experiment(run_dir: Path, name: str, *, several_worlds: bool = False) -> None:
+    """Raise a ValueError if a run folder holds another experiment, or worlds where this sweep has
+    none or the other way round: a sweep would replace its plan.
+    """
+    plan = earlier_plan(run_dir)
+    worlds = bool(plan.get("worlds")) if plan else several_worlds
+    held = f"experiment {plan.get('name', name)!r}", worlds
+    asked = f"experiment {name!r}", several_worlds
+    if held != asked:
+        words = [f"{what}{' in several worlds' * several}" for what, several in (held, asked)]
         raise ValueError(
-            f"{project_paths.short_path(run_dir)} holds experiment {earlier!r}, but this sweep is "
-            f"of {name!r}: give another --run-dir, or remove that folder"
+            f"{project_paths.short_path(run_dir)} holds {words[0]}, but this sweep is of "
+            f"{words[1].removeprefix('experiment ')}: give another --run-dir, or remove that folder"
         )
 
 

@@ -274,4 +274,4 @@ def reach_lines(
             f"smallest possible corrected p {row.smallest_p:.3f}: "
             + ("can be significant" if can else f"CANNOT be significant, add {pairs}")
         )
-    yield from seeds.needed(reach, analysed)
+    yield from seeds.needed(reach, analysed, pairs)

@@ -50,12 +50,13 @@ def results_by_world(results: pd.DataFrame) -> pd.DataFrame:
     ).drop(columns="world")
 
 
-def compare(worlds: Mapping[str, Answers], margin: float = 0.01) -> pd.DataFrame:
+def compare(worlds: Mapping[str, Answers], margin: float = 0.01, planned: int = 0) -> pd.DataFrame:
     """Every comparison of every question, on every metric.
 
     Args:
         worlds: the answers in each world, which have the same tasks.
         margin: as in `comparisons.compare`.
+        planned: the number of worlds in the plan, with those in which nothing is done; 0: no more.
 
     Returns:
         The columns of `comparisons.compare`, where planned and pairs count worlds, and seeds are
@@ -67,7 +68,7 @@ def compare(worlds: Mapping[str, Answers], margin: float = 0.01) -> pd.DataFrame
     rows = []
     for question, compared in questions.QUESTIONS.items():
         of_question = _by_comparison(worlds, compared)
-        heads = [_head(members) for members in of_question]
+        heads = [_head(members, planned or len(worlds)) for members in of_question]
         if family := questions.family_size(question, heads):
             rows += [
                 {"question": question, "family": family} | head | numbers
@@ -92,16 +93,20 @@ def _by_comparison(
     return list(found.values())
 
 
-def _head(members: list[Member]) -> dict[str, Any]:
+def _head(members: list[Member], planned: int) -> dict[str, Any]:
     """Of a comparison: setting, method, baseline; the numbers of worlds, planned and done."""
     done = sum(bool(pairs.seeds) for _, pairs in members)
-    return members[0][1].row | {"planned": len(members), "pairs": done}
+    return members[0][1].row | {"planned": planned, "pairs": done}
 
 
 def _by_metric(members: list[Member], margin: float, family: int) -> Iterator[dict[str, Any]]:
+    metrics = members[0][0].metrics
     members = [(answers, pairs) for answers, pairs in members if pairs.seeds]
+    if not members:  # it counts in its family: nobody may drop a comparison by failing
+        yield from ({"metric": metric} for metric in metrics)
+        return
     in_worlds = [World(pairs.difference, of.tasks, of.examples) for of, pairs in members]
-    for metric in members[0][0].metrics if members else ():
+    for metric in metrics:
         weights = [answers.weights([metric]) for answers, _ in members]
         accuracy, baseline_accuracy = (
             np.array([(side @ weight).mean() for side, weight in zip(sides, weights)])
@@ -154,7 +159,8 @@ def spread(differences: pd.DataFrame) -> pd.DataFrame:
     Returns:
         comparison, setting, worlds, seeds (of each world, the fewest), sd_worlds (n - 1, of the
         worlds' means), sd_seeds (within worlds, pooled), share_worlds: the share of a single trial
-        pair's variance that is due to the world (one-way random effects, at least 0).
+        pair's variance that is due to the world and its validation rows, which its seeds share
+        (one-way random effects, at least 0). NaN with one seed in each world.
     """
     rows = []
     differences = differences.drop_duplicates(["comparison", "setting", "world", "seed"])
@@ -164,7 +170,8 @@ def spread(differences: pd.DataFrame) -> pd.DataFrame:
         by_world = of_comparison.groupby("world", sort=False)["difference"]
         sizes, means = by_world.size(), by_world.mean()
         within = (by_world.var() * (sizes - 1)).sum() / max((sizes - 1).sum(), 1)
-        between = max(means.var() - within / sizes.mean(), 0.0)
+        between = max(means.var() - within * (1 / sizes).mean(), 0.0)
+        replicated = (sizes > 1).any() and between + within > 0
         rows.append(
             {
                 "comparison": comparison,
@@ -173,7 +180,8 @@ def spread(differences: pd.DataFrame) -> pd.DataFrame:
                 "seeds": int(sizes.min()),
                 "sd_worlds": means.std(),
                 "sd_seeds": np.sqrt(within) if (sizes > 1).any() else np.nan,
-                "share_worlds": between / (between + within) if between + within else np.nan,
+                "share_worlds": between / (between + within) if replicated else np.nan,
             }
         )
-    return pd.DataFrame(rows)
+    columns = "comparison setting worlds seeds sd_worlds sd_seeds share_worlds".split()
+    return pd.DataFrame(rows, columns=columns)

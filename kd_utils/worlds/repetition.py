@@ -30,10 +30,12 @@ def outcomes(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         "question setting method baseline pairs difference difference_sd low high outcome".split()
     )
     parts = []
-    for folder in (
-        f for run in run_dirs for f in run_folder.world_runs(run).values() or [Path(run)]
-    ):
+    for folder in _each(run_dirs):
         path = folder / run_folder.COMPARISONS
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no run folder {short_path(folder)}: give a folder such as runs/NAME"
+            )
         if not path.is_file():
             raise FileNotFoundError(
                 f"{short_path(folder)} has no {path.name}: finish its sweep first"

@@ -1,6 +1,5 @@
 """A run of several worlds, read back: its folder holds a run for each of them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,16 +35,31 @@ class Done(NamedTuple):
     rows: dict[str, int]
 
 
-def done(run_dir: str | Path) -> Iterator[tuple[str, Done]]:
-    """The worlds in which a trial is done."""
+def done(run_dir: str | Path) -> dict[str, Done]:
+    """The worlds in which a trial is done, in the plan's order.
+
+    Raises:
+        ValueError: there is none, or two of them are one world: same cache, same initial student.
+    """
+    worlds: dict[str, Done] = {}
+    made_from: dict[tuple[str, str], str] = {}
     for world, folder in run_folder.world_runs(run_dir).items():
         if records := run_folder.done_records(folder):
+            first = records[0]
+            made = first["cache"]["content_hash"], first.get("student", {}).get("fingerprint", "")
+            if made in made_from:
+                raise ValueError(
+                    f"worlds {made_from[made]} and {world} have the same teacher cache and the "
+                    "same student, so they would count twice: remove one of their runs"
+                )
+            made_from[made] = world
             table = run_folder.predictions(folder)
             rows = table.groupby("task", sort=False)["example_id"].nunique().to_dict()
-            yield (
-                world,
-                Done(table, records, records[0].get("teacher", {}).get("accuracy", {}), rows),
-            )
+            teacher = first.get("teacher", {}).get("accuracy", {})
+            worlds[world] = Done(table, records, teacher, rows)
+    if not worlds:
+        raise ValueError(f"no trial of {Path(run_dir).name} is done: run the sweep first")
+    return worlds
 
 
 def find(name: str, run_dir: str = "") -> Path:
@@ -56,9 +70,11 @@ def find(name: str, run_dir: str = "") -> Path:
         ValueError: there is none, or it has no worlds.
     """
     names, everything = (name, f"{name}-worlds"), project_path("runs")
-    kept = [p for p in everything.glob("20*") if any(dated(n).fullmatch(p.name) for n in names)]
+    found = [(dated(n).fullmatch(p.name), p) for p in everything.glob("20*") for n in names]
+    kept = sorted(((m[1], int(m[2] or 1)), p) for m, p in found if m)
     made_here = [everything / n for n in names]
-    for folder in [project_path(run_dir)] if run_dir else [*made_here, *sorted(kept)[::-1]]:
+    newest = [*made_here, *(path for _, path in reversed(kept))]
+    for folder in [project_path(run_dir)] if run_dir else newest:
         if run_folder.world_runs(folder):
             return folder
     raise ValueError(

@@ -11,7 +11,8 @@ import pandas as pd
 
 from kd_utils.analysis import tables
 from kd_utils.config import project_paths
-from kd_utils.config.stages import JOIN
+from kd_utils.config.parameter_files import notebook_config
+from kd_utils.config.stages import CACHE, JOIN, PREPARE, TRAIN
 from kd_utils.records import run_folder, trial_record
 from kd_utils.store import files, locks, sealed
 from kd_utils.sweep import staleness
@@ -22,7 +23,7 @@ from kd_utils.sweep.planning import Trial
 from kd_utils.sweep.sweep import ANALYSES, Sweep, planned_results, reach_lines, written
 from kd_utils.worlds import runs
 from kd_utils.worlds.comparisons import results_by_world
-from kd_utils.worlds.parameters import parameters_by_world
+from kd_utils.worlds.parameters import FIELD, parameters_by_world
 
 
 class WorldsSweep:
@@ -33,7 +34,7 @@ class WorldsSweep:
         run_dir: holds the worlds' runs and `sweep.json`, which lists them.
 
     Raises:
-        ValueError: as a `Sweep`, or bad worlds.
+        ValueError: as a `Sweep`; bad worlds; or worlds that are the same, or have other tasks.
     """
 
     def __init__(
@@ -43,15 +44,17 @@ class WorldsSweep:
         run_dir: str | Path,
         only: str = "",
     ) -> None:
-        self.parameters, self.grid = parameters, grid
+        self.listed, self.grid = parameters, grid
         self.run_dir = Path(os.path.abspath(os.path.expanduser(run_dir)))
         self.place = project_paths.short_path(self.run_dir)
         self.name = str(parameters.get("name", "toy"))
-        staleness.require_experiment(self.run_dir, self.name)
+        staleness.require_experiment(self.run_dir, self.name, several_worlds=True)
         self.sweeps = {
             world: Sweep(values, grid, self.run_dir / f"world-{world}", only)
             for world, values in parameters_by_world(parameters).items()
         }
+        self.parameters = next(iter(self.sweeps.values())).parameters  # of the first world
+        _require_different(self.sweeps)
 
     def dry_run(self) -> Iterator[str]:
         """What each world's sweep would do, what the first that is not done would cost, and
@@ -118,7 +121,7 @@ class WorldsSweep:
         document = {
             "format": trial_record.FORMAT,
             "name": self.name,
-            "parameters": self.parameters,
+            "parameters": self.listed,
             "grid": self.grid,
             "cache": None,
             "trials": [],
@@ -128,3 +131,27 @@ class WorldsSweep:
             ],
         }
         sealed.write_sealed(self.run_dir / run_folder.PLAN, document, "checksums")
+
+
+def _require_different(sweeps: dict[str, Sweep]) -> None:
+    """Raise a ValueError for worlds that would be the same, or cannot be compared."""
+    made_from: dict[Any, str] = {}
+    asked: dict[frozenset[str], str] = {}
+    for world, sweep in sweeps.items():
+        data, teacher, trial = (
+            notebook_config(stem, sweep.parameters) for stem in (PREPARE, CACHE, TRAIN)
+        )
+        student = trial.student, trial.student_init, trial.student_layers
+        same = made_from.setdefault((data.fingerprint(), teacher.fingerprint(), student), world)
+        if same != world:
+            raise ValueError(
+                f"worlds {same} and {world} would be the same: {FIELD} must change rows, teacher "
+                "or student; sweep a parameter of 03 by a grid"
+            )
+        asked.setdefault(frozenset(data.tasks), world)
+    if len(asked) > 1:
+        first, second = [*asked.values()][:2]
+        raise ValueError(
+            f"worlds {first} and {second} have other tasks, so they cannot be compared: give each "
+            "its own parameter file"
+        )

@@ -101,6 +101,10 @@ def test_the_runs_own_trials_are_compared_with_longer_ones():
     assert rest.twice(own, both)["mean"].item() == pytest.approx(0.2)  # the run's own do not count
     other = [trial | {"cache": {"content_hash": "x"}} for trial in double]
     assert rest.twice(own, other)["n"].item() == 0
+    for elsewhere in ({"student": {"fingerprint": "x"}}, {"initial": "x"}):
+        assert rest.twice(own, [trial | elsewhere for trial in double])["n"].item() == 0
+    swept = [*own, *double]  # a run's own longer trials do not make another run the measuring one
+    assert rest.measured(swept, [("alien", [record(seed=0, learning_rate=0.5)])])[0] == ""
 
 
 def test_a_seed_counts_where_both_its_trials_are_done():

@@ -46,7 +46,7 @@ def test_worlds_that_are_the_same_and_a_world_without_worlds_are_refused():
 
 def test_the_command_refuses_a_bad_world_before_anything_is_written(stub_notebooks, capsys):
     path = stub_notebooks / "p.yaml"
-    path.write_text("worlds: 1-3\nbuild: toy-{world}\nepochs: 0\n")
+    path.write_text("worlds: 1-3\ndata_seed: '{world}'\nepochs: 0\n")
     before = sorted(stub_notebooks.rglob("*"))
     assert main(["sweep", str(path)]) == 2
     assert "epochs = 0" in capsys.readouterr().err

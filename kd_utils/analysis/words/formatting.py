@@ -195,7 +195,7 @@ def _could_have(row: Row) -> str:
         return "the accuracies are equal in every pair"
     return (
         f"{row['pairs']} pairs detect a difference of {100 * row['detectable_seeds']:.1f} points "
-        f"over seeds, {100 * row['detectable_rows']:.1f} over seeds and rows, with power "
+        f"on these rows, {100 * row['detectable_rows']:.1f} over other rows too, with power "
         f"{stats.POWER}"
     )
 

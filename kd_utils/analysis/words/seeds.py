@@ -12,13 +12,14 @@ from kd_utils.config import project_paths
 DIFFERENCE = 0.03
 
 
-def needed(reach: pd.DataFrame, records: Iterable[Path]) -> Iterator[str]:
-    """In one line, the seeds that find 3 points with power 0.8 over these validation rows; nothing
+def needed(reach: pd.DataFrame, records: Iterable[Path], pairs: str = "seeds") -> Iterator[str]:
+    """In one line, the pairs that find 3 points with power 0.8 over these validation rows; nothing
     without an earlier record.
 
     Args:
         reach: of `questions.reach`. Its largest family is asked for.
         records: of `run_folder.analysed`. The first one counts in which the question was asked.
+        pairs: what a pair is.
     """
     if reach.empty:
         return
@@ -29,9 +30,9 @@ def needed(reach: pd.DataFrame, records: Iterable[Path]) -> Iterator[str]:
         sd = table[asked & table["metric"].eq(questions.primary(table["metric"]))]
         largest = sd["difference_sd"].max()  # NaN without two seeds of any pair
         if largest > 0:
-            seeds = stats.seeds_needed(largest, DIFFERENCE, int(row["family"]))
+            number = stats.seeds_needed(largest, DIFFERENCE, int(row["family"]))
             yield (
-                f"finding {100 * DIFFERENCE:g} points needs {seeds or 'more than 99'} seeds "
+                f"finding {100 * DIFFERENCE:g} points needs {number or 'more than 99'} {pairs} "
                 f"(question {row['question']}, paired sd {100 * largest:.1f} points in "
                 f"{project_paths.short_path(record)})"
             )

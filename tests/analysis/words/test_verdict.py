@@ -312,8 +312,8 @@ def test_better_by_less_than_the_margin_is_still_similar():
 def test_a_null_result_says_what_could_have_been_found_and_is_no_equality():
     null = formatting.sentence(row("white_box", "attention", "black_box", "undecided"), 0.01)
     assert (
-        "neither a difference nor equality is shown; 7 pairs detect a difference of 5.0 points over seeds, "
-        "6.0 over seeds and rows, with power 0.8." in null
+        "neither a difference nor equality is shown; 7 pairs detect a difference of 5.0 points on these "
+        "rows, 6.0 over other rows too, with power 0.8." in null
     )
     assert "7 of 7 pairs" in null and "+0.2 points [-0.8, +1.2]" in null
     few = row("white_box", "attention", "black_box", "undecided", pairs=4, detectable_seeds=np.inf)

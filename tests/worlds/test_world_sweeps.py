@@ -1,11 +1,12 @@
 """A sweep in several worlds over stub notebooks, and its folder read back."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
 import yaml
-from stubs import stub_project, sweep_in, whole_run, write_notebook
+from stubs import stub_project, sweep_in, whole_run, write_notebook, write_plan
 
 from kd_utils.__main__ import main
 from kd_utils.config import project_paths
@@ -17,8 +18,9 @@ from kd_utils.worlds import runs
 def several_worlds(folder, worlds=("1", "2")):
     """A whole run of these worlds, made up."""
     for world in worlds:
-        whole_run(folder / f"world-{world}")
-    listed = [{"world": world, "run": f"world-{world}", "parameters": {}} for world in worlds]
+        cache = {"name": f"n-2026-01-01-{world * 8}", "content_hash": (world * 64)[:64]}
+        whole_run(folder / f"world-{world}", cache=cache)
+    listed = [{"world": world, "run": f"world-{world}"} for world in worlds]
     plan = {"format": trial_record.FORMAT, "cache": None, "trials": [], "worlds": listed}
     write_sealed(folder / run_folder.PLAN, plan, "checksums")
     runs.collect(folder).to_csv(folder / run_folder.SUMMARY, index=False)
@@ -31,7 +33,7 @@ def test_a_whole_run_of_worlds_is_whole(tmp_path):
     assert check.check_run(run) == [] and check.count_done(run) == (8, 8)
     table = runs.collect(run)
     assert list(table)[:2] == ["world", "trial"] and len(table) == 8
-    assert [world for world, done in runs.done(run) if len(done.records) == 4] == ["1", "2"]
+    assert [world for world, of in runs.done(run).items() if len(of.records) == 4] == ["1", "2"]
 
 
 def test_what_is_wrong_in_a_world_is_named(tmp_path):
@@ -44,6 +46,61 @@ def test_what_is_wrong_in_a_world_is_named(tmp_path):
     assert "world-3 belongs to no planned world: move it away" in problems
     assert any("12_compare_worlds.ipynb" in p for p in problems)
     assert check.count_done(run) == (7, 8)
+
+
+def test_a_world_is_counted_once_and_has_the_plan_that_is_listed_for_it(tmp_path):
+    run = several_worlds(tmp_path / "run")
+    shutil.rmtree(run / "world-2")
+    shutil.copytree(run / "world-1", run / "world-2")
+    with pytest.raises(ValueError, match="worlds 1 and 2 have the same teacher cache"):
+        runs.done(run)
+    listed = [{"world": w, "run": f"world-{w}", "parameters": {"epochs": 3}} for w in "12"]
+    plan = {"format": trial_record.FORMAT, "cache": None, "trials": [], "worlds": listed}
+    write_sealed(run / run_folder.PLAN, plan, "checksums")
+    problems = check.check_run(run)
+    assert "world-2: its plan has other parameters than sweep.json lists for it" in problems
+
+
+def test_worlds_in_which_nothing_is_done_are_said_so(tmp_path):
+    run = several_worlds(tmp_path / "run")
+    for world in "12":
+        shutil.rmtree(run / f"world-{world}" / "trials")
+    with pytest.raises(ValueError, match="no trial of run is done: run the sweep first"):
+        runs.done(run)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"artifacts_dir": "a-{world}"}, "worlds 1 and 2 would be the same"),
+        ({"learning_rate": "{world}"}, "worlds 1 and 2 would be the same"),
+        ({"build": "toy-{world}"}, "makes artifacts/embedded/toy-1, but data_dir = "),
+        (
+            {"worlds": "sst2 mmlu", "train_rows": "{world}:9", "validation_rows": "{world}:9"},
+            "worlds sst2 and mmlu have other tasks",
+        ),
+    ],
+)
+def test_worlds_that_cannot_be_compared_are_refused_before_they_run(
+    stub_notebooks, capsys, parameters, message
+):
+    path = stub_notebooks / "p.yaml"
+    path.write_text(yaml.safe_dump({"worlds": "1-3"} | parameters))
+    assert main(["sweep", str(path), "--dry-run"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_worlds_do_not_replace_the_plan_of_a_run_without_them(stub_notebooks, capsys):
+    path, run = stub_notebooks / "p.yaml", stub_notebooks / "runs" / "stub"
+    write_plan(run, name="stub")
+    path.write_text("worlds: 1-3\nname: stub\ndata_seed: '{world}'\n")
+    assert main(["sweep", str(path)]) == 2
+    assert "this sweep is of 'stub' in several worlds: give another" in capsys.readouterr().err
+    write_plan(run, name="stub", worlds=[{"world": "1", "run": "world-1"}])
+    path.write_text("name: stub\n")
+    assert main(["sweep", str(path)]) == 2
+    assert "holds experiment 'stub' in several worlds" in capsys.readouterr().err
 
 
 def test_a_world_that_is_missing_is_named(tmp_path):
@@ -97,7 +154,8 @@ def test_dry_run_says_what_so_many_worlds_can_show(stub_notebooks, capsys):
 @pytest.mark.ray
 def test_worlds_run_one_after_the_other_and_not_again(tmp_path):
     stub_project(tmp_path)
-    parameters = {"worlds": "1-2", "data_seed": "{world}", "epochs": 1, "name": "stub"}
+    worlds = {"worlds": "1-2", "data_seed": "{world}", "teacher_seed": "{world}"}
+    parameters = worlds | {"epochs": 1, "name": "stub"}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(parameters))
     (tmp_path / "grid.yaml").write_text(
         yaml.safe_dump({"distill_type": ["black_box"], "seed": [3]})

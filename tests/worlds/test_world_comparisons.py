@@ -89,6 +89,29 @@ def test_a_world_that_lacks_a_method_does_not_count_for_it():
     assert pairs["white_box"] == 6 and pairs["teacher"] == 7
 
 
+def test_a_comparison_that_is_done_in_no_world_still_counts_in_its_family():
+    worlds = {}
+    for number in range(6):
+        results, rows = world_of(number, methods=("black_box", "attention", "hidden_state"))
+        lost = results["config/distill_type"] == "hidden_state"
+        results.loc[lost, "status"] = "failed"
+        rows = rows[~rows["trial"].isin(results.loc[lost, "trial"])]
+        worlds[str(number)] = Answers(results, rows)
+    table = comparisons.compare(worlds, planned=7)
+    white_box = table[(table["question"] == "white_box") & (table["metric"] == "macro")]
+    found = white_box.set_index("method")[["planned", "pairs", "family", "outcome"]]
+    assert found.loc["hidden_state"].tolist() == [7, 0, 2, "not tested"]
+    assert found.loc["attention", ["planned", "pairs", "family"]].tolist() == [7, 6, 2]
+    assert white_box.set_index("method").loc["attention", "p_holm"] == pytest.approx(4 / 64)
+
+
+def test_a_run_without_any_pair_has_an_empty_table_of_spreads():
+    worlds = {"1": Answers(*world_of(1, methods=("task_only",)))}
+    assert comparisons.compare(worlds).empty
+    spread = comparisons.spread(comparisons.differences(worlds))
+    assert spread.empty and "share_worlds" in spread
+
+
 def test_worlds_with_other_tasks_are_refused():
     _, answers = several(2)
     results, rows = world_of(1)
@@ -132,7 +155,7 @@ def test_the_spread_tells_worlds_from_seeds():
     assert found["sd_worlds"] == pytest.approx(worlds.mean(axis=1).std(ddof=1))
     assert found["share_worlds"] == pytest.approx(0.05**2 / (0.05**2 + 0.02**2), abs=0.1)
     alone = comparisons.spread(table[table["seed"] == 0]).iloc[0]
-    assert np.isnan(alone["sd_seeds"]) and alone["seeds"] == 1
+    assert np.isnan(alone["sd_seeds"]) and np.isnan(alone["share_worlds"]) and alone["seeds"] == 1
 
 
 def test_the_figure_has_a_row_for_each_world_and_one_for_all():
