@@ -91,24 +91,25 @@ def test_03_records_only_what_one_whole_execution_made(project):
 
 
 def test_03_interrupted_inside_a_stretch_goes_back_to_the_last_whole_one(project):
-    small_batches = {"batch_size": 1, "micro_batch_size": 1}
-    with lab(project, "03_train_student", run_dir="runs/broken", **small_batches) as live:
+    # A stretch of 185 steps: an interrupt must not come after its end on a fast machine.
+    many_steps = {"batch_size": 1, "micro_batch_size": 1, "epochs": 15}
+    with lab(project, "03_train_student", run_dir="runs/broken", **many_steps) as live:
         train = live.number("measure.stretches()")
         assert live.run(last=train - 1) == ""
-        shown, error = live.cell(train, interrupt_at="epoch 1 of 3")
-        assert error.startswith("KeyboardInterrupt") and "epoch 2 of 3" not in shown
+        shown, error = live.cell(train, interrupt_at="epoch 5 of 15")
+        assert error.startswith("KeyboardInterrupt") and "epoch 10 of 15" not in shown
         shown, error = live.cell(train)
-        assert not error and shown.startswith("epoch 2 of 3")
+        assert not error and shown.startswith("epoch 10 of 15")
         assert live.run(train + 1) == ""
         broken = read_record(project.root / "runs/broken/trials/black_box_seed0")
         # Nothing is kept before the first stretch's end, or where states are kept less often.
         change(live, run_dir="runs/whole", checkpoint_seconds=3600)
         assert live.run(live.number("from_notebook") + 1, train - 1) == ""
-        assert live.cell(train, interrupt_at="epoch 1 of 3")[1].startswith("KeyboardInterrupt")
-        assert "steps 38 to 74 were left in their middle, and no state" in live.cell(train)[1]
+        assert live.cell(train, interrupt_at="epoch 5 of 15")[1].startswith("KeyboardInterrupt")
+        assert "steps 186 to 370 were left in their middle, and no state" in live.cell(train)[1]
         assert live.run(live.number("from_notebook")) == ""
     whole = read_record(project.root / "runs/whole/trials/black_box_seed0")
-    assert whole["resumed_after"] is None and broken["resumed_after"] == 1
+    assert whole["resumed_after"] is None and broken["resumed_after"] == 5
     assert numbers(whole) == numbers(broken) and len(numbers(whole)) == 4
 
 
