@@ -208,6 +208,11 @@ def predictions(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
         for at, (key, value) in enumerate({"trial": folder.name, **swept}.items()):
             table.insert(at, key, value)
         tables.append(table)
+    if not tables and (worlds := world_runs(run_dir)):
+        raise RecordError(
+            f"{Path(run_dir).name} has {len(worlds)} worlds: compare them with notebook 12, or set "
+            f"run_dir to one, such as {Path(run_dir).name}/{next(iter(worlds.values())).name}"
+        )
     if not tables:
         raise RecordError(f"no trial of {Path(run_dir).name} is done: run the sweep first")
     return pd.concat(tables, ignore_index=True)

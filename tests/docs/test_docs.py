@@ -184,7 +184,7 @@ def test_records_page_says_what_the_record_says(record: str) -> None:
         assert not missing_numbers(row["finding"], verdict(record))
     if (ROOT / "runs" / record / "results_summary.csv").is_file():
         assert row["trials"] == done_of_planned(summary(record))
-    documents = sorted((ROOT / "runs" / record).glob("trials/*/metrics.json"))
+    documents = sorted((ROOT / "runs" / record).rglob("trials/*/metrics.json"))
     key = "git_commit"
     if not documents:
         documents, key = [ROOT / "runs" / record / "speed.json"], "commit"

@@ -40,6 +40,7 @@ TRIALS = [
     "untrained_seed0",
 ]
 TOY = "2026-11-29-toy"  # the kept record of the whole toy
+WORLDS = "2026-11-29-toy-worlds"  # and of seven of its worlds
 PAPERMILL = ROOT / "tests" / "papermill_cli.py"
 GRID = "distill_type: [untrained, task_only, black_box, attention]\ngamma_attention: [0.1, 10.0]\nseed: [0]\n"
 
@@ -246,6 +247,20 @@ def test_04_reads_a_kept_record_and_leaves_it_alone(tmp_path, comparisons):
     text = out.read_text()
     assert text.count('"image/png"') >= 5
     assert ("There is no pair of trials to compare." in text) == (not comparisons)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_12_reads_a_kept_record_and_leaves_it_alone(tmp_path):
+    record = tmp_path / "runs" / WORLDS
+    shutil.copytree(ROOT / "runs" / WORLDS, record)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*") if path.is_file()}
+    out = tmp_path / "12.ipynb"
+    done = run(tmp_path, PAPERMILL, notebook_path("12_compare_worlds"), out, "--no-progress-bar")
+    assert done.returncode == 0, done.stderr[-3000:]
+    compared = tmp_path / "artifacts" / "analysis" / WORLDS / "comparisons.csv"
+    kept = (record / "comparisons.csv").read_text()
+    assert compared.read_text() == kept and len(kept.splitlines()) > 20
+    assert out.read_text().count('"image/png": "iVBOR') == 2
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -11,7 +11,7 @@ from stubs import stub_project, sweep_in, whole_run, write_notebook, write_plan
 from kd_utils.__main__ import main
 from kd_utils.config import project_paths
 from kd_utils.records import check, run_folder, trial_record
-from kd_utils.store.sealed import write_sealed
+from kd_utils.store.sealed import RecordError, write_sealed
 from kd_utils.worlds import runs
 
 
@@ -31,6 +31,10 @@ def several_worlds(folder, worlds=("1", "2")):
 def test_a_whole_run_of_worlds_is_whole(tmp_path):
     run = several_worlds(tmp_path / "run")
     assert check.check_run(run) == [] and check.count_done(run) == (8, 8)
+    with pytest.raises(
+        RecordError, match="run has 2 worlds: compare them with notebook 12, or set"
+    ):
+        run_folder.predictions(run)
     table = runs.collect(run)
     assert list(table)[:2] == ["world", "trial"] and len(table) == 8
     assert [world for world, of in runs.done(run).items() if len(of.records) == 4] == ["1", "2"]
