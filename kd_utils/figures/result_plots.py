@@ -27,7 +27,9 @@ ACCURACY_AXIS = alt.Y(
 )
 
 
-def accuracy_by_task(table: pd.DataFrame, teacher: Mapping[str, float] | None = None) -> alt.Chart:
+def accuracy_by_task(
+    table: pd.DataFrame, teacher: Mapping[str, float] | None = None, point: str = "seed"
+) -> alt.Chart:
     """Accuracy by task and method: every seed a point, the mean a tick, its 95 % t interval a bar.
 
     Seeds are in the same order within each method, so a pair can be followed. A method with one
@@ -37,6 +39,7 @@ def accuracy_by_task(table: pd.DataFrame, teacher: Mapping[str, float] | None = 
         table: of `tables.per_task`.
         teacher: metric -> fraction, as in a trial's record; "validation_accuracy/TASK" is the
             dotted rule.
+        point: what the table has in place of seeds, such as worlds.
     """
     data = tables.beside_each_setting(_with_interval(table))
     means = data[data["distill_type"] == BASELINE].groupby(["setting", "task"])["mean"].first()
@@ -51,7 +54,7 @@ def accuracy_by_task(table: pd.DataFrame, teacher: Mapping[str, float] | None = 
         color=plots.method_colour(methods),
     )
     layers = [base.mark_bar(size=32, opacity=0.22).encode(y="mean(low):Q", y2="mean(high):Q")]
-    legend = ["tick: mean; bar: its 95 % t interval over seeds"]
+    legend = [f"tick: mean; bar: its 95 % t interval over {point}s"]
     for column, dash, width, meaning in (
         ("baseline", [4, 3], 1, f"dashed: mean of {BASELINE}"),
         ("teacher", [1.5, 2.5], 1.5, "dotted: the teacher"),
@@ -71,7 +74,7 @@ def accuracy_by_task(table: pd.DataFrame, teacher: Mapping[str, float] | None = 
     chart = alt.layer(*layers, width=46 * len(methods) + 10, height=panels.panel_height(data, 240))
     return plots.finish(
         panels.facet(chart, data, "task").resolve_scale(y="independent"),
-        "Accuracy by task and method, one point per seed",
+        f"Accuracy by task and method, one point per {point}",
         f"{'; '.join(legend)}. Scales differ and do not start at 0.",
     )
 

@@ -4,7 +4,7 @@ import altair as alt
 import pandas as pd
 
 from kd_utils.analysis import tables
-from kd_utils.figures import panels, plots
+from kd_utils.figures import plots
 
 ALL = "all worlds"
 
@@ -38,11 +38,16 @@ def differences_by_world(differences: pd.DataFrame, compared: pd.DataFrame) -> a
         .encode(x="low:Q", x2="high:Q"),
         base.transform_filter("isValid(datum.seed)").mark_circle(size=24, opacity=0.8).encode(x=x),
         base.mark_tick(size=16, thickness=2.5).encode(x="mean(difference):Q"),
-        width=190,
+        width=240,
         height=22 * len(worlds),
     )
+    data["comparison"] = data["comparison"] + (", " + data["setting"]).where(
+        data["setting"] != "", ""
+    )
+    order = list(dict.fromkeys(data["comparison"]))
+    facet = alt.Facet("comparison:N", title=None, sort=order)
     return plots.finish(
-        panels.facet(chart, data, "comparison").resolve_scale(x="independent"),
+        chart.facet(data=data, facet=facet, columns=3).resolve_scale(x="independent"),
         "Differences in each world",
         "point: one seed; tick: mean of a world, and of all worlds; bar: the 95 % interval over "
         "worlds, seeds and rows, not corrected. Scales differ.",
