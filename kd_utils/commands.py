@@ -87,8 +87,7 @@ def sweep(
 ) -> int:
     """Run all trials of a parameter file and grid; finished trials are not run again."""
     from kd_utils.cluster import machines
-    from kd_utils.config import parameter_files, stages
-    from kd_utils.records import check, run_folder
+    from kd_utils.config import parameter_files
     from kd_utils.sweep.executor import open_executor
     from kd_utils.sweep.planning import default_run_dir
     from kd_utils.sweep.sweep import Sweep
@@ -110,8 +109,7 @@ def sweep(
     machines.limit_cores(cpus)
     kind = WorldsSweep if parameters_by_world(values) else Sweep
     planned = kind(values, lists, run_dir or default_run_dir(values, grid), only)
-    joined = [stages.JOIN] if parameters_by_world(values) else []
-    changed = parameter_files.changed_defaults([*stages.SWEPT, *joined])
+    changed = parameter_files.changed_defaults(planned.notebooks)
     if strict and changed:
         raise ValueError(
             f"{'; '.join(changed)}: restore notebooks/ (as with `git checkout`), write the values "
@@ -127,11 +125,8 @@ def sweep(
     running = partial(open_executor, executor, planned.parameters, *asked)
     results = planned.run(running)
     print(*planned.outcome(results), sep="\n")
-    remedy = "remove one of these groups from trials/ and run the sweep again"
-    for folder in planned.folders:
-        trials = run_folder.trials_with_status(folder)
-        for problem in check.differences(folder, trials):  # a package since upgraded, say
-            print(f"warning: {problem}: {remedy}", file=sys.stderr)
+    for problem in planned.warnings():
+        print(f"warning: {problem}", file=sys.stderr)
     chosen = results[results["trial"].isin([trial.trial for trial in planned.chosen])]
     return 0 if (chosen["status"] == "done").all() else 1
 

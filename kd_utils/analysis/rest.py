@@ -52,40 +52,44 @@ def _last_tenth(record: Record) -> float:
     return last.get(HELD_OUT, np.nan) - before[0].get(HELD_OUT, np.nan) if before else np.nan
 
 
-def twice(records: Iterable[Record], of_run: Iterable[Record]) -> pd.DataFrame:
+def twice(
+    records: Iterable[Record], of_run: Iterable[Record], beside: Iterable[Record] = ()
+) -> pd.DataFrame:
     """How far twice the steps move each method.
 
+    Rest is a property of the experiment, so the run that measured it may have another cache (made
+    on another machine, say). Two trials are compared only with one cache and one initial student.
+
     Args:
-        records: of the run.
-        of_run: of the run that measured its rest: the same trials with twice the `epochs`, and
-            maybe with as many, where those count in place of the run's own. Cache, initial student
-            and parameters must agree, these in all but `FREE`, where a method uses them.
+        records: of the run. Its parameters must be those of the trials that measure its rest in all
+            but `FREE`, where a method uses them.
+        of_run: of the run that measured its rest: the same trials with twice the `epochs`.
+        beside: trials with as many `epochs`; some may be in `of_run` instead.
 
     Returns:
         As `last_tenth`, of the metric `TWICE`; a seed counts where both its trials are done.
     """
-    records = list(records)
     measuring = list(of_run)
-    ends, longer_ends = _ends([*records, *measuring]), _ends(measuring)
+    ends, longer_ends = _ends([*beside, *measuring]), _ends(measuring)
     changes = {}
     for arm, trials in _arms(records).items():
-        place, epochs = _alike(trials[0]), _epochs(trials[0])
+        place, epochs = _parameters(trials[0]), _epochs(trials[0])
         once, longer = ends.get((place, epochs), {}), longer_ends.get((place, 2 * epochs), {})
-        changes[arm] = [longer[seed] - once[seed] for seed in once if seed in longer]
+        changes[arm] = [longer[trial] - once[trial] for trial in once if trial in longer]
     return _moves(TWICE, changes)
 
 
 def measured(
-    records: list[Record], runs: Iterable[tuple[str, list[Record]]]
+    records: list[Record], runs: Iterable[tuple[str, list[Record], list[Record]]]
 ) -> tuple[str, pd.DataFrame]:
     """The run that measured the rest of `records`, and `twice` of it: the first that agrees with
     them in some method; "" if there is none.
 
     Args:
-        runs: name and records of each run that measured rest, of `run_folder.rest_runs`.
+        runs: of `run_folder.rest_runs`.
     """
-    for name, of_run in runs:
-        moved = twice(records, of_run)
+    for name, of_run, beside in runs:
+        moved = twice(records, of_run, beside)
         if moved["n"].any():
             return name, moved
     return "", twice(records, [])
@@ -117,12 +121,15 @@ def _arms(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:
     return arms
 
 
-def _ends(records: Iterable[Record]) -> dict[tuple[str, int], dict[int, float]]:
-    """(what trials have in common, epochs) -> seed -> the held-out accuracy at the end."""
-    ends: dict[tuple[str, int], dict[int, float]] = {}
+def _ends(records: Iterable[Record]) -> dict[tuple[str, int], dict[tuple[str, ...], float]]:
+    """(parameters, epochs) -> cache, initial student and seed -> held-out accuracy at the end."""
+    ends: dict[tuple[str, int], dict[tuple[str, ...], float]] = {}
     for record in records:
-        of_seeds = ends.setdefault((_alike(record), _epochs(record)), {})
-        of_seeds[record["config"]["seed"]] = record["final"].get(HELD_OUT, np.nan)
+        of_arm = ends.setdefault((_parameters(record), _epochs(record)), {})
+        cache, student = record.get("cache", {}), record.get("student", {})
+        made_from = cache.get("content_hash", ""), student.get("fingerprint", "")
+        trial = (*made_from, record.get("initial", ""), record["config"]["seed"])
+        of_arm[trial] = record["final"].get(HELD_OUT, np.nan)
     return ends
 
 
@@ -130,15 +137,11 @@ def _epochs(record: Record) -> int:
     return record["config"].get("epochs", 0)
 
 
-def _alike(record: Record) -> str:
-    """What trials that measure each other's rest have in common."""
-    config, cache = record["config"], record.get("cache", {}).get("content_hash", "")
-    student = record.get("student", {}).get("fingerprint", ""), record.get("initial", "")
-    left_out = set(FREE)
+def _parameters(record: Record) -> str:
+    config, left_out = record["config"], set(FREE)
     with suppress(ValueError):  # keys of other code: all of them count
         left_out |= TrialConfig(**config).without_effect
-    same = sorted((key, value) for key, value in config.items() if key not in left_out)
-    return repr((cache, student, same))
+    return repr(sorted((key, value) for key, value in config.items() if key not in left_out))
 
 
 def _moves(metric: str, changes: Mapping[tuple[str, str], list[float]]) -> pd.DataFrame:

@@ -117,7 +117,8 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _another_toy_is_read(self) -> Self:
-        if self.build not in ("toy", "none") and self.toy_seed and self.build not in self.data_dir:
+        another = self.toy_seed is not None and self.build != "toy"
+        if another and f"/{self.build}/" not in f"/{self.data_dir}/":
             raise ValueError(
                 f"build = {self.build!r} makes artifacts/embedded/{self.build}, but data_dir = "
                 f"{self.data_dir!r} is elsewhere: set data_dir to its data/, and tokenizer, "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -208,31 +208,55 @@ def predictions(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
         for at, (key, value) in enumerate({"trial": folder.name, **swept}.items()):
             table.insert(at, key, value)
         tables.append(table)
-    if not tables and (worlds := world_runs(run_dir)):
-        raise RecordError(
-            f"{Path(run_dir).name} has {len(worlds)} worlds: compare them with notebook 12, or set "
-            f"run_dir to one, such as {Path(run_dir).name}/{next(iter(worlds.values())).name}"
-        )
     if not tables:
-        raise RecordError(f"no trial of {Path(run_dir).name} is done: run the sweep first")
+        name, worlds = Path(run_dir).name, world_runs(run_dir)
+        raise RecordError(
+            f"{name} has {len(worlds)} worlds: compare them with notebook 12, or set run_dir to "
+            f"one, such as {name}/{next(iter(worlds.values())).name}"
+            if worlds
+            else f"no trial of {name} is done: run the sweep first"
+        )
     return pd.concat(tables, ignore_index=True)
 
 
-def rest_runs(run_dir: str | Path, experiment: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+Records = list[dict[str, Any]]
+
+
+def rest_runs(run_dir: str | Path, experiment: str) -> Iterator[tuple[str, Records, Records]]:
     """The runs that measured whether an experiment comes to rest: folders beside `run_dir` called
     `EXPERIMENT-rest...` or `DATE-EXPERIMENT-rest...`, that with the newest trial first.
 
     Yields:
-        Name and `done_records`; a damaged folder is left out.
+        Name; `done_records`; and those of `run_dir` and of the experiment's runs beside it
+        (`EXPERIMENT`, `DATE-EXPERIMENT`) that were made from the same caches. A damaged folder is
+        left out.
     """
-    called = re.compile(rf"(\d{{4}}-\d\d-\d\d-)?{re.escape(experiment)}-rest(-.+)?")
-    found = []
-    for path in sorted(Path(run_dir).resolve().parent.iterdir()):
-        if called.fullmatch(path.name) and path.is_dir():
-            with suppress(RecordError):
-                found.append((path.name, done_records(path, experiment)))
-    newest = {name: max((r["started"] for r in records), default="") for name, records in found}
-    yield from sorted(found, key=lambda run: newest[run[0]], reverse=True)
+    run_dir = Path(run_dir).resolve()
+    called, own = rf"(\d{{4}}-\d\d-\d\d-)?{re.escape(experiment)}", {experiment, run_dir.name}
+
+    def found(name: Callable[[str], Any]) -> dict[str, Records]:
+        records: dict[str, Records] = {}
+        for path in sorted(run_dir.parent.iterdir()):
+            if path.is_dir() and name(path.name):
+                with suppress(RecordError):
+                    records[path.name] = done_records(path, experiment)
+        return records
+
+    measuring = found(re.compile(rf"{called}-rest(-.+)?").fullmatch)
+    newest = {name: max(map(_started, records), default="") for name, records in measuring.items()}
+    beside = found(lambda name: name in own or dated(experiment).fullmatch(name)) if newest else {}
+    for name in sorted(newest, key=newest.__getitem__, reverse=True):
+        caches = set(map(_cache, measuring[name]))
+        others = [record for records in beside.values() for record in records]
+        yield name, measuring[name], [record for record in others if _cache(record) in caches]
+
+
+def _started(record: dict[str, Any]) -> str:
+    return record["started"]
+
+
+def _cache(record: dict[str, Any]) -> str:
+    return record["cache"]["content_hash"]
 
 
 def analysed(*names: str) -> Iterator[Path]:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from kd_utils.config import fields, project_paths, stages
 from kd_utils.config.parameter_files import WORLDS, check_values, notebook_config
 from kd_utils.config.trial import trial_name
@@ -111,6 +113,16 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
             for key, values in wanted.items()
         )
     ]
+
+
+def planned_results(trials: list[Trial]) -> pd.DataFrame:
+    """The table of `run_folder.collect`, without metrics, as if these trials were done."""
+    rows = [
+        {"trial": t.trial, "status": "done"}
+        | {f"config/{key}": value for key, value in t.swept.items()}
+        for t in trials
+    ]
+    return pd.DataFrame(rows)
 
 
 def default_run_dir(parameters: dict[str, Any], grid_file: str | Path | None = None) -> Path:

@@ -5,22 +5,22 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
-from kd_utils.analysis import questions, stats, tables
+from kd_utils.analysis import tables
 from kd_utils.analysis.words import seeds
 from kd_utils.cache.manifest import CacheError, find_cache
 from kd_utils.config import project_paths
 from kd_utils.config.parameter_files import notebook_config
-from kd_utils.config.stages import ANALYSE, CACHE, PREPARE, TRAIN
-from kd_utils.records import provenance, run_folder, trial_record
+from kd_utils.config.stages import ANALYSE, CACHE, PREPARE, SWEPT, TRAIN
+from kd_utils.records import check, provenance, run_folder, trial_record
 from kd_utils.store import files, locks, sealed
 from kd_utils.sweep import planning, staleness
 from kd_utils.sweep.display import Progress, say
@@ -29,6 +29,19 @@ from kd_utils.sweep.executor import Executor, Job, run_trials
 
 #: What 04 writes into the run folder.
 ANALYSES = (run_folder.VERDICT, "comparisons.csv", "analysis.csv")
+
+
+class Look(NamedTuple):
+    """What is there of a sweep: why 01 and 02 must be executed ("" if not), and each chosen trial's
+    state.
+    """
+
+    why: dict[str, str]
+    states: dict[str, run_folder.Status]
+
+    @property
+    def done(self) -> int:
+        return sum(state.state == "done" for state in self.states.values())
 
 
 class Sweep:
@@ -43,6 +56,9 @@ class Sweep:
         ValueError: bad parameters, or a folder that holds another experiment, whose trials this
             sweep would replace.
     """
+
+    #: The notebooks that it executes.
+    notebooks: tuple[str, ...] = SWEPT
 
     def __init__(
         self,
@@ -59,10 +75,11 @@ class Sweep:
         self.name = notebook_config(PREPARE, parameters).name
         staleness.require_experiment(self.run_dir, self.name)
 
-    @property
-    def folders(self) -> list[Path]:
-        """The run folders that hold its trials."""
-        return [self.run_dir]
+    def warnings(self) -> Iterator[str]:
+        """What trials that are compared do not have in common, such as a package since upgraded."""
+        remedy = "remove one of these groups from trials/ and run the sweep again"
+        trials = run_folder.trials_with_status(self.run_dir)
+        yield from (f"{found}: {remedy}" for found in check.differences(self.run_dir, trials))
 
     def why_to_run(self, stem: str, *, every_byte: bool = False) -> str:
         """Why 01 or 02 must be executed (again), in one line; "" if not."""
@@ -85,33 +102,35 @@ class Sweep:
         significant, which with many comparisons and few pairs none is, however large; and about
         what it would cost.
         """
-        yield from self.to_run()
-        planned = tables.planned_trials(planned_results(self.chosen))
-        yield from reach_lines(planned, run_folder.analysed(self.run_dir.name, self.name))
-        yield from self.costs()
+        look = self.look()
+        yield from self.to_run(look)
+        planned = tables.planned_trials(planning.planned_results(self.chosen))
+        yield from seeds.reach_lines(planned, run_folder.analysed(self.run_dir.name, self.name))
+        yield from self.costs(look)
 
-    def to_run(self) -> Iterator[str]:
-        """The state of 01, 02 and each trial."""
+    def look(self) -> Look:
+        """Why 01 and 02 are to run, and the states of the chosen trials."""
         why = {stem: self.why_to_run(stem) for stem in (PREPARE, CACHE)}
-        for stem, reason in why.items():
+        return Look(why, self.states(self.chosen))
+
+    def to_run(self, look: Look) -> Iterator[str]:
+        """The state of 01, 02 and each trial."""
+        for stem, reason in look.why.items():
             yield f"{stem:<32} {f'to run: {reason}' if reason else 'done'}"
-        states = self.states(self.chosen)
-        for name, state in states.items():
+        for name, state in look.states.items():
             yield f"{name:<32} {state.state}" + f": {state.why}" * bool(state.why)
-        done = sum(state.state == "done" for state in states.values())
-        to_run = len(states) - done
-        yield f"{done} of {len(states)} trials are done, {to_run} to run; records: {self.place}"
-        if done and any(why.values()):
+        done, of = look.done, len(look.states)
+        yield f"{done} of {of} trials are done, {of - done} to run; records: {self.place}"
+        if done and any(look.why.values()):
             yield (
                 "If 01 or 02 produces different data or a different cache, finished trials run "
                 "again too"
             )
 
-    def costs(self) -> Iterator[str]:
+    def costs(self, look: Look) -> Iterator[str]:
         """About what 02 and the trials will take that are to run; or why that is not known."""
-        states = self.states(self.chosen)
-        todo = [t for t in self.chosen if states[t.trial].state != "done"]
-        with_cache = bool(self.why_to_run(CACHE))
+        todo = [t for t in self.chosen if look.states[t.trial].state != "done"]
+        with_cache = bool(look.why[CACHE])
         if not todo and not with_cache:
             return
         from kd_utils.cost.experiment import experiment_lines  # brings torch
@@ -150,8 +169,7 @@ class Sweep:
                 that does not see the shared folder, all before any trial is run.
             NotebookFailed: 01, 02 or 04 did not run to its end.
         """
-        remedy = "wait for it or stop it, or give this sweep another --run-dir"
-        with locks.locked(self.run_dir, "a sweep", remedy):
+        with alone_in(self.run_dir):
             done = all(state.state == "done" for state in self.states(self.chosen).values())
             if not done or any(map(self.why_to_run, (PREPARE, CACHE))):
                 with executor() as running:
@@ -210,10 +228,7 @@ class Sweep:
                 leftover.unlink(missing_ok=True)
 
     def _write_summary(self) -> pd.DataFrame:
-        results = run_folder.collect(self.run_dir)
-        with files.written_aside(self.run_dir / run_folder.SUMMARY) as aside:
-            results.to_csv(aside, index=False)
-        return results
+        return write_summary(self.run_dir, run_folder.collect(self.run_dir))
 
     def _shared_files(self) -> dict[str, str]:
         """What every machine must see as it is here: the plan, and the manifests of the data and
@@ -240,38 +255,20 @@ class Sweep:
         sealed.write_sealed(self.run_dir / run_folder.PLAN, document, "checksums")
 
 
+def alone_in(run_dir: Path) -> AbstractContextManager[None]:
+    """Hold a run folder, or raise a ValueError if another sweep does."""
+    remedy = "wait for it or stop it, or give this sweep another --run-dir"
+    return locks.locked(run_dir, "a sweep", remedy)
+
+
+def write_summary(run_dir: Path, results: pd.DataFrame) -> pd.DataFrame:
+    """Write `results_summary.csv`, whole or not at all; returns the table."""
+    with files.written_aside(run_dir / run_folder.SUMMARY) as aside:
+        results.to_csv(aside, index=False)
+    return results
+
+
 def written(run_dir: Path, *names: str) -> dict[str, Any]:
     """Checksums of tables and verdict, for the record of the notebook that wrote them."""
     paths = [run_dir / name for name in names]
     return {"wrote": {p.name: files.sha256_file(p) for p in paths if p.is_file()}}
-
-
-def planned_results(trials: list[planning.Trial]) -> pd.DataFrame:
-    """The table of `run_folder.collect`, without metrics, as if these trials were done."""
-    rows = [
-        {"trial": t.trial, "status": "done"}
-        | {f"config/{key}": value for key, value in t.swept.items()}
-        for t in trials
-    ]
-    return pd.DataFrame(rows)
-
-
-def reach_lines(
-    planned: pd.DataFrame, analysed: Iterable[Path], pairs: str = "seeds"
-) -> Iterator[str]:
-    """Whether any effect could be significant, and how many pairs find three points.
-
-    Args:
-        planned: of `tables.planned_trials`.
-        analysed: earlier runs, which say how much pairs differ.
-        pairs: what a pair is.
-    """
-    reach = questions.reach(planned)
-    for row in reach.itertuples():
-        can = row.smallest_p < stats.ALPHA
-        yield (
-            f"question {row.question}: comparisons {row.comparisons}, pairs each {row.pairs}, "
-            f"smallest possible corrected p {row.smallest_p:.3f}: "
-            + ("can be significant" if can else f"CANNOT be significant, add {pairs}")
-        )
-    yield from seeds.needed(reach, analysed, pairs)

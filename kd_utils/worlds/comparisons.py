@@ -35,19 +35,14 @@ def results_by_world(results: pd.DataFrame) -> pd.DataFrame:
     keys = [key for key in results if key.startswith("config/") and key != "config/seed"]
     done = results["status"] == "done"
     metrics = [key for key in results.select_dtypes("number") if not key.startswith("config/")]
-    arms = results[["world", *keys]].drop_duplicates(ignore_index=True)
-    means = results[done].groupby(["world", *keys], dropna=False, sort=False)[metrics].mean()
-    table = arms.merge(means.reset_index(), how="left", on=["world", *keys])
-    counted = table[["world", *keys]].merge(
-        results[done][["world", *keys]].drop_duplicates().assign(status="done"), how="left"
-    )
-    names = [
-        f"world-{row[0]}/{'_'.join(map(str, row[1:]))}" for row in arms.itertuples(index=False)
-    ]
-    seeds = table["world"].map(number)
+    shown = results.assign(done=done, **{key: results[key].where(done) for key in metrics})
+    arms = shown.groupby(["world", *keys], dropna=False, sort=False)
+    table = arms.agg({"done": "any", **dict.fromkeys(metrics, "mean")}).reset_index()
+    places = table[["world", *keys]].astype(str).agg("/".join, axis=1)
     return table.assign(
-        **{"trial": names, "config/seed": seeds, "status": counted["status"].fillna("missing")}
-    ).drop(columns="world")
+        **{"trial": "world-" + places, "config/seed": table["world"].map(number)},
+        status=np.where(table["done"], "done", "missing"),
+    ).drop(columns=["world", "done"])
 
 
 def compare(worlds: Mapping[str, Answers], margin: float = 0.01, planned: int = 0) -> pd.DataFrame:
@@ -99,13 +94,21 @@ def _head(members: list[Member], planned: int) -> dict[str, Any]:
     return members[0][1].row | {"planned": planned, "pairs": done}
 
 
+def _done(members: list[Member]) -> list[World]:
+    return [
+        World(pairs.difference, answers.tasks, answers.examples)
+        for answers, pairs in members
+        if pairs.seeds
+    ]
+
+
 def _by_metric(members: list[Member], margin: float, family: int) -> Iterator[dict[str, Any]]:
     metrics = members[0][0].metrics
     members = [(answers, pairs) for answers, pairs in members if pairs.seeds]
     if not members:  # it counts in its family: nobody may drop a comparison by failing
         yield from ({"metric": metric} for metric in metrics)
         return
-    in_worlds = [World(pairs.difference, of.tasks, of.examples) for of, pairs in members]
+    in_worlds = _done(members)
     for metric in metrics:
         weights = [answers.weights([metric]) for answers, _ in members]
         accuracy, baseline_accuracy = (
@@ -150,38 +153,21 @@ def differences(worlds: Mapping[str, Answers], metric: str = "macro") -> pd.Data
     return pd.DataFrame(rows, columns=columns)
 
 
-def spread(differences: pd.DataFrame) -> pd.DataFrame:
-    """How much a comparison varies from world to world, and from seed to seed in one world.
-
-    Args:
-        differences: of `differences`.
+def spread(worlds: Mapping[str, Answers], metric: str = "macro") -> pd.DataFrame:
+    """How much each comparison varies from world to world, and from seed to seed in one world.
 
     Returns:
-        comparison, setting, worlds, seeds (of each world, the fewest), sd_worlds (n - 1, of the
-        worlds' means), sd_seeds (within worlds, pooled), share_worlds: the share of a single trial
-        pair's variance that is due to the world and its validation rows, which its seeds share
-        (one-way random effects, at least 0). NaN with one seed in each world.
+        comparison, setting; worlds, sd_worlds, sd_seeds, share_worlds, as `statistics.over_worlds`
+        has them. Comparisons that are done in no world are left out.
     """
     rows = []
-    differences = differences.drop_duplicates(["comparison", "setting", "world", "seed"])
-    for (comparison, setting), of_comparison in differences.groupby(
-        ["comparison", "setting"], sort=False
-    ):
-        by_world = of_comparison.groupby("world", sort=False)["difference"]
-        sizes, means = by_world.size(), by_world.mean()
-        within = (by_world.var() * (sizes - 1)).sum() / max((sizes - 1).sum(), 1)
-        between = max(means.var() - within * (1 / sizes).mean(), 0.0)
-        replicated = (sizes > 1).any() and between + within > 0
-        rows.append(
-            {
-                "comparison": comparison,
-                "setting": setting,
-                "worlds": len(sizes),
-                "seeds": int(sizes.min()),
-                "sd_worlds": means.std(),
-                "sd_seeds": np.sqrt(within) if (sizes > 1).any() else np.nan,
-                "share_worlds": between / (between + within) if replicated else np.nan,
-            }
-        )
-    columns = "comparison setting worlds seeds sd_worlds sd_seeds share_worlds".split()
-    return pd.DataFrame(rows, columns=columns)
+    for asked in questions.QUESTIONS.values():
+        for members in _by_comparison(worlds, asked):
+            if in_worlds := _done(members):
+                answers, pairs = members[0]
+                found = over_worlds(in_worlds, metric, informed=answers.informed)
+                comparison = f"{pairs.row['method']} minus {pairs.row['baseline']}"
+                numbers = (found[key] for key in ("worlds", "sd", "sd_seeds", "share_worlds"))
+                rows.append((comparison, pairs.row["setting"], *numbers))
+    columns = ["comparison", "setting", "worlds", "sd_worlds", "sd_seeds", "share_worlds"]
+    return pd.DataFrame(rows, columns=columns).drop_duplicates(columns[:2], ignore_index=True)

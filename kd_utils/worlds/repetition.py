@@ -26,9 +26,7 @@ def outcomes(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
     Raises:
         FileNotFoundError: a run was not analysed.
     """
-    keys = (
-        "question setting method baseline pairs difference difference_sd low high outcome".split()
-    )
+    keys = [*"question setting method baseline pairs".split(), *NUMBERS, "outcome"]
     parts = []
     for folder in _each(run_dirs):
         path = folder / run_folder.COMPARISONS

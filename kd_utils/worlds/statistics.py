@@ -45,10 +45,11 @@ def over_worlds(
 
     Returns:
         worlds, seeds (in all); difference; sd (n - 1, of the worlds' means), sd_seeds (within
-        worlds, pooled; NaN with one seed each), error (of the difference); low, high (centre +-
-        (t(W - 1) error + the unseen part), as `pairs.hierarchical_interval`); p (exact sign flips
-        over worlds, on these examples), p_rows (over worlds, seeds and examples); smallest_p, what
-        so many worlds allow.
+        worlds, pooled), share_worlds (the part of one pair's variance that is due to its world and
+        to the examples, which its seeds share: one-way random effects, at least 0), these two NaN
+        with one seed each; error (of the difference); low, high (centre +- (t(W - 1) error + the
+        unseen part), as `pairs.hierarchical_interval`); p (exact sign flips over worlds, on these
+        examples), p_rows (over worlds, seeds and examples); smallest_p, what so many worlds allow.
         NaN with fewer than two worlds.
 
     Raises:
@@ -62,6 +63,8 @@ def over_worlds(
     n, freedom = len(worlds), sum(len(values) - 1 for values in by_seed)
     squares = sum(((values - values.mean()) ** 2).sum() for values in by_seed)
     found = stats.interval(means)
+    within = squares / freedom if freedom else np.nan
+    between = np.maximum(found["sd"] ** 2 - within * np.mean([1 / len(v) for v in by_seed]), 0.0)
     error = _error(worlds, weights, found["sd"])
     half = scipy.stats.t.ppf((1 + level) / 2, n - 1) * error + _unseen(worlds, weights, level)
     return {
@@ -69,7 +72,8 @@ def over_worlds(
         "seeds": sum(map(len, by_seed)),
         "difference": found["mean"],
         "sd": found["sd"],
-        "sd_seeds": float(np.sqrt(squares / freedom)) if freedom else np.nan,
+        "sd_seeds": float(np.sqrt(within)),
+        "share_worlds": between / (between + within) if between + within else np.nan,
         "error": error,
         "low": found["mean"] - half,
         "high": found["mean"] + half,

@@ -10,17 +10,24 @@ from typing import Any
 import pandas as pd
 
 from kd_utils.analysis import tables
+from kd_utils.analysis.words import seeds
 from kd_utils.config import project_paths
 from kd_utils.config.parameter_files import notebook_config
-from kd_utils.config.stages import CACHE, JOIN, PREPARE, TRAIN
+from kd_utils.config.stages import CACHE, JOIN, PREPARE, SWEPT, TRAIN
 from kd_utils.records import run_folder, trial_record
-from kd_utils.store import files, locks, sealed
+from kd_utils.store import sealed
 from kd_utils.sweep import staleness
 from kd_utils.sweep.display import say
 from kd_utils.sweep.execution import execute_stage
 from kd_utils.sweep.executor import Executor
-from kd_utils.sweep.planning import Trial
-from kd_utils.sweep.sweep import ANALYSES, Sweep, planned_results, reach_lines, written
+from kd_utils.sweep.planning import Trial, planned_results
+from kd_utils.sweep.sweep import (
+    ANALYSES,
+    Sweep,
+    alone_in,
+    write_summary,
+    written,
+)
 from kd_utils.worlds import runs
 from kd_utils.worlds.comparisons import results_by_world
 from kd_utils.worlds.parameters import FIELD, parameters_by_world
@@ -36,6 +43,9 @@ class WorldsSweep:
     Raises:
         ValueError: as a `Sweep`; bad worlds; or worlds that are the same, or have other tasks.
     """
+
+    #: The notebooks that it executes.
+    notebooks = (*SWEPT, JOIN)
 
     def __init__(
         self,
@@ -60,27 +70,28 @@ class WorldsSweep:
         """What each world's sweep would do, what the first that is not done would cost, and
         whether so many worlds can show an effect.
         """
+        looks = {world: sweep.look() for world, sweep in self.sweeps.items()}
         for world, sweep in self.sweeps.items():
             yield f"world {world}: {sweep.place}"
-            yield from sweep.to_run()
+            yield from sweep.to_run(looks[world])
         for world, sweep in self.sweeps.items():
-            if costs := [*sweep.costs()]:
+            if costs := [*sweep.costs(looks[world])]:
                 yield from (f"world {world} alone: {line}" for line in costs)
                 break
         planned = planned_results(self.chosen)
         by_world = pd.concat(planned.assign(world=world) for world in self.sweeps)
         of_worlds = tables.planned_trials(results_by_world(by_world))
-        yield from reach_lines(of_worlds, run_folder.analysed(self.run_dir.name), "worlds")
+        yield from seeds.reach_lines(of_worlds, run_folder.analysed(self.run_dir.name), "worlds")
 
     @property
     def chosen(self) -> list[Trial]:
         """The trials that a run is to do, which are called the same in every world."""
         return next(iter(self.sweeps.values())).chosen
 
-    @property
-    def folders(self) -> list[Path]:
-        """The run folders that hold its trials."""
-        return [sweep.run_dir for sweep in self.sweeps.values()]
+    def warnings(self) -> Iterator[str]:
+        """What the trials of a world do not have in common."""
+        for sweep in self.sweeps.values():
+            yield from (f"{sweep.place}: {found}" for found in sweep.warnings())
 
     def run(self, executor: Callable[[], AbstractContextManager[Executor]]) -> pd.DataFrame:
         """Run what is missing, one world after the other, then execute 12.
@@ -94,20 +105,17 @@ class WorldsSweep:
         Raises:
             ValueError, NotebookFailed: as `Sweep.run`; the worlds before are whole then.
         """
-        remedy = "wait for it or stop it, or give this sweep another --run-dir"
-        with locks.locked(self.run_dir, "a sweep", remedy), ExitStack() as stack:
+        with alone_in(self.run_dir), ExitStack() as stack:
             running = cache(lambda: stack.enter_context(executor()))
             self._write_plan()
             for number, (world, sweep) in enumerate(self.sweeps.items(), 1):
                 say(f"world {world} ({number} of {len(self.sweeps)}): {sweep.place}")
                 sweep.run(lambda: nullcontext(running()))
-            results = runs.collect(self.run_dir)
-            with files.written_aside(self.run_dir / run_folder.SUMMARY) as aside:
-                results.to_csv(aside, index=False)
+            results = write_summary(self.run_dir, runs.collect(self.run_dir))
             if (results["status"] == "done").any():
                 parameters = self.parameters | {"name": self.name, "run_dir": self.place}
-                tables = partial(written, self.run_dir, run_folder.SUMMARY, *ANALYSES)
-                execute_stage(JOIN, self.run_dir, parameters, tables)
+                about = partial(written, self.run_dir, run_folder.SUMMARY, *ANALYSES)
+                execute_stage(JOIN, self.run_dir, parameters, about)
         return results
 
     def outcome(self, results: pd.DataFrame) -> Iterator[str]:

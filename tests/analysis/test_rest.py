@@ -91,20 +91,26 @@ def test_other_settings_do_not_measure_the_rest_of_these():
     assert rest.twice([record(epochs=16)], longer(0.9))["n"].item() == 0
 
 
-def test_the_runs_own_trials_are_compared_with_longer_ones():
+def test_longer_trials_are_compared_with_those_beside_them():
     own = [record(seed=seed, ends=(0.5, 0.8)) for seed in range(3)]
     double = [record(seed=seed, ends=(0.5, 0.9), epochs=16) for seed in range(1, 3)]
-    moved = rest.twice(own, double)
+    moved = rest.twice(own, double, own)
     assert moved["n"].item() == 2 and moved["mean"].item() == pytest.approx(0.1)
-    assert rest.twice(own, [])["n"].item() == 0
+    assert rest.twice(own, [], own)["n"].item() == 0 == rest.twice(own, double)["n"].item()
     both = [*double, record(seed=1, ends=(0.5, 0.7)), record(seed=2, ends=(0.5, 0.7))]
-    assert rest.twice(own, both)["mean"].item() == pytest.approx(0.2)  # the run's own do not count
-    other = [trial | {"cache": {"content_hash": "x"}} for trial in double]
-    assert rest.twice(own, other)["n"].item() == 0
-    for elsewhere in ({"student": {"fingerprint": "x"}}, {"initial": "x"}):
-        assert rest.twice(own, [trial | elsewhere for trial in double])["n"].item() == 0
+    assert rest.twice(own, both, own)["mean"].item() == pytest.approx(0.2)
+    for made in (
+        {"cache": {"content_hash": "x"}},
+        {"student": {"fingerprint": "x"}},
+        {"initial": "x"},
+    ):
+        other = [trial | made for trial in double]
+        assert rest.twice(own, other, own)["n"].item() == 0
+        # A run with another cache has the rest of its experiment, from trials that share theirs.
+        kept = [trial | made for trial in own]
+        assert rest.twice(own, other, kept)["mean"].item() == pytest.approx(0.1)
     swept = [*own, *double]  # a run's own longer trials do not make another run the measuring one
-    assert rest.measured(swept, [("alien", [record(seed=0, learning_rate=0.5)])])[0] == ""
+    assert rest.measured(swept, [("alien", [record(learning_rate=0.5)], swept)])[0] == ""
 
 
 def test_a_seed_counts_where_both_its_trials_are_done():
@@ -112,7 +118,8 @@ def test_a_seed_counts_where_both_its_trials_are_done():
 
 
 def test_the_first_run_that_agrees_measured_it():
-    runs = [("new", longer(0.9, learning_rate=0.5)), ("old", longer(0.9)), ("older", longer(0.7))]
+    measuring = {"new": longer(0.9, learning_rate=0.5), "old": longer(0.9), "older": longer(0.7)}
+    runs = [(name, records, []) for name, records in measuring.items()]
     name, moves = rest.measured([record()], iter(runs))
     assert name == "old" and moves["mean"].item() == pytest.approx(0.1)
     name, moves = rest.measured([record()], [])

@@ -341,9 +341,21 @@ def test_the_runs_that_measured_rest_are_beside_the_run_and_the_newest_comes_fir
     (tmp_path / "2026-01-05-toy-rest").mkdir()
     (tmp_path / "2026-01-05-toy-rest" / "sweep.json").write_text("damaged")
     found = [
-        (name, len(records)) for name, records in run_folder.rest_runs(tmp_path / "toy", "toy")
+        (name, len(records)) for name, records, _ in run_folder.rest_runs(tmp_path / "toy", "toy")
     ]
     assert found == [("toy-rest", 1), ("2026-01-02-toy-rest", 1), ("2026-01-01-toy-rest-long", 1)]
+
+
+def test_the_runs_that_share_the_cache_of_a_measured_rest_come_with_it(tmp_path):
+    other = {"name": "toy-2026-01-01-11111111", "content_hash": "z" * 64}
+    write_trial(tmp_path / "2026-01-01-toy-rest", seed=1)
+    write_trial(tmp_path / "2026-01-01-toy", seed=2)
+    write_trial(tmp_path / "mine", seed=3)
+    write_trial(tmp_path / "toy", seed=4, cache=other)
+    write_trial(tmp_path / "elsewhere", seed=5)
+    [(name, records, beside)] = run_folder.rest_runs(tmp_path / "mine", "toy")
+    assert name == "2026-01-01-toy-rest" and len(records) == 1
+    assert [record["config"]["seed"] for record in beside] == [2, 3]
 
 
 def test_analysed_runs_of_a_name_are_the_working_one_and_the_newest_records(tmp_path, monkeypatch):

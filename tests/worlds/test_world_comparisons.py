@@ -108,7 +108,7 @@ def test_a_comparison_that_is_done_in_no_world_still_counts_in_its_family():
 def test_a_run_without_any_pair_has_an_empty_table_of_spreads():
     worlds = {"1": Answers(*world_of(1, methods=("task_only",)))}
     assert comparisons.compare(worlds).empty
-    spread = comparisons.spread(comparisons.differences(worlds))
+    spread = comparisons.spread(worlds)
     assert spread.empty and "share_worlds" in spread
 
 
@@ -142,20 +142,30 @@ def test_in_the_table_by_world_a_world_is_a_seed():
 
 def test_the_spread_tells_worlds_from_seeds():
     rng = np.random.default_rng(0)
-    worlds = rng.normal(0, 0.05, (50, 1)) + rng.normal(0, 0.02, (50, 3))
-    rows = [
-        ("teacher", "a minus b", "", str(w), s, value)
-        for w, of_world in enumerate(worlds)
-        for s, value in enumerate(of_world)
-    ]
-    columns = ["question", "comparison", "setting", "world", "seed", "difference"]
-    table = pd.DataFrame(rows, columns=columns)
-    found = comparisons.spread(pd.concat([table, table.assign(question="references")])).iloc[0]
-    assert found["sd_seeds"] == pytest.approx(np.sqrt(worlds.var(axis=1, ddof=1).mean()))
-    assert found["sd_worlds"] == pytest.approx(worlds.mean(axis=1).std(ddof=1))
-    assert found["share_worlds"] == pytest.approx(0.05**2 / (0.05**2 + 0.02**2), abs=0.1)
-    alone = comparisons.spread(table[table["seed"] == 0]).iloc[0]
-    assert np.isnan(alone["sd_seeds"]) and np.isnan(alone["share_worlds"]) and alone["seeds"] == 1
+    pairs = rng.normal(0, 0.05, (50, 1)) + rng.normal(0, 0.02, (50, 3))
+    ids = np.arange(len(TASKS)).astype(str)
+
+    def found(seeds):
+        differences = (
+            np.repeat(of_world[:, None], len(TASKS), axis=1) for of_world in pairs[:, :seeds]
+        )
+        return over_worlds([World(values, TASKS, ids) for values in differences])
+
+    three, alone = found(3), found(1)
+    assert three["sd_seeds"] == pytest.approx(np.sqrt(pairs.var(axis=1, ddof=1).mean()))
+    assert three["sd"] == pytest.approx(pairs.mean(axis=1).std(ddof=1))
+    assert three["share_worlds"] == pytest.approx(0.05**2 / (0.05**2 + 0.02**2), abs=0.1)
+    assert np.isnan(alone["sd_seeds"]) and np.isnan(alone["share_worlds"])
+
+
+def test_the_table_of_spreads_has_each_comparison_once():
+    _, answers = several(3)
+    table = comparisons.spread(answers)
+    assert not table.duplicated(["comparison", "setting"]).any() and set(table["worlds"]) == {3}
+    overall = comparisons.compare(answers).query("metric == 'macro' and question == 'teacher'")
+    row = table[table["comparison"] == "black_box minus task_only"].iloc[0]
+    assert row["sd_worlds"] == pytest.approx(overall["difference_sd"].item())
+    assert 0 <= row["share_worlds"] <= 1 and row["sd_seeds"] > 0
 
 
 def test_the_figure_has_a_row_for_each_world_and_one_for_all():

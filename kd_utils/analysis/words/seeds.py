@@ -1,4 +1,6 @@
-"""How many seeds a plan needs, judged by the spread that an earlier record of it has."""
+"""What a plan can show at best, and how many seeds it needs, judged by the spread that an earlier
+record of it has.
+"""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +12,27 @@ from kd_utils.config import project_paths
 
 #: The difference that a reader would want found: 3 points.
 DIFFERENCE = 0.03
+
+
+def reach_lines(
+    planned: pd.DataFrame, analysed: Iterable[Path], pairs: str = "seeds"
+) -> Iterator[str]:
+    """Whether any effect could be significant, and how many pairs find three points.
+
+    Args:
+        planned: of `tables.planned_trials`.
+        analysed: earlier runs, which say how much pairs differ.
+        pairs: what a pair is.
+    """
+    reach = questions.reach(planned)
+    for row in reach.itertuples():
+        can = row.smallest_p < stats.ALPHA
+        yield (
+            f"question {row.question}: comparisons {row.comparisons}, pairs each {row.pairs}, "
+            f"smallest possible corrected p {row.smallest_p:.3f}: "
+            + ("can be significant" if can else f"CANNOT be significant, add {pairs}")
+        )
+    yield from needed(reach, analysed, pairs)
 
 
 def needed(reach: pd.DataFrame, records: Iterable[Path], pairs: str = "seeds") -> Iterator[str]:
