@@ -11,12 +11,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
-import pandas as pd
 from pydantic import Field
 
 from kd_utils.records import provenance, run_folder
 from kd_utils.records.run_folder import PLAN, SUMMARY, Status, trials_with_status
-from kd_utils.records.trial_record import PREDICTIONS, Metrics, Shape, read_record, require_shape
+from kd_utils.records.trial_record import (
+    Metrics,
+    Shape,
+    read_predictions,
+    read_record,
+    require_shape,
+)
 from kd_utils.store.files import matching
 from kd_utils.store.sealed import RecordError
 
@@ -159,7 +164,7 @@ def _check_trial(run_dir: Path, planned: dict[str, Any]) -> Iterator[str]:
     if planned.get("epochs", epochs) != epochs:
         yield f"it has {epochs:g} epochs, the plan says {planned['epochs']}"
     try:
-        table = pd.read_parquet(folder / PREDICTIONS)
+        table = read_predictions(folder)
         for task, correct in table.groupby("task")["correct"]:
             key, accuracy = f"validation_accuracy/{task}", correct.mean()
             # `not <=` finds NaN too.
@@ -229,7 +234,10 @@ def _check_names(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> 
     """What is in `trials/` and should not be."""
     names = Counter(planned["trial"] for planned, _ in trials)
     yield from (f"{name} is planned {count} times" for name, count in names.items() if count > 1)
+    ids = set(matching(run_dir / "trials", "examples-*.parquet"))
     for path in matching(run_dir / "trials", "*"):
+        if path in ids:
+            continue
         if path.name.startswith("."):
             yield f"trials/{path.name} is left over from an execution that was stopped: remove it"
         elif path.name.removesuffix(".ipynb").removesuffix(".failed") not in names:

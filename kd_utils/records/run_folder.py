@@ -204,7 +204,7 @@ def predictions(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
     """
     tables = []
     for folder, swept in _done(run_dir, experiment):
-        table = pd.read_parquet(folder / trial_record.PREDICTIONS)
+        table = trial_record.read_predictions(folder)
         for at, (key, value) in enumerate({"trial": folder.name, **swept}.items()):
             table.insert(at, key, value)
         tables.append(table)

@@ -1,28 +1,42 @@
 """The record of a trial: how it is written, completely or not at all, and read back.
 
 A trial is whole if the folder `trials/TRIAL/` (metrics.json, predictions.parquet) and the executed
-notebook `trials/TRIAL.ipynb` are unchanged since they were written, in the same execution.
+notebook `trials/TRIAL.ipynb` are unchanged since they were written, in the same execution. The ids
+of the validation rows, which would be half of every record, are beside the trials that share them:
+`trials/examples-DIGEST.parquet`, in the order of the predictions.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
+import numpy as np
+import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kd_utils.records import provenance
 from kd_utils.records.arithmetic import arithmetic
+from kd_utils.store.files import sha256_file, written_aside
 from kd_utils.store.sealed import RecordError, SealedFolder
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 FORMAT = 1
 PREDICTIONS = "predictions.parquet"
+DIGITS = 16  # of the digest that names a file of ids
+
+#: How predictions are packed: 3,200 of them, with two to four log-likelihoods each, take 29 kB.
+PACKED: dict[str, Any] = {
+    "index": False,
+    "compression": "zstd",
+    "compression_level": 19,
+    "store_schema": False,  # pandas' own notes on the types are enough to read them back
+    "write_statistics": False,
+}
 
 
 class Shape(BaseModel):
@@ -48,6 +62,8 @@ class Metrics(Shape):
 
     config: Config
     config_hash: str
+    #: Names the file of ids; "" where they are in `predictions.parquet`, as in older records.
+    examples: Annotated[str, Field(pattern="^([0-9a-f]{16})?$")] = ""
     cache: Cache
     git_commit: str
     versions: dict[str, str]
@@ -80,7 +96,8 @@ def write_record(folder: str | Path, metrics: dict[str, Any], predictions: pd.Da
     Args:
         folder: `RUN_DIR/trials/TRIAL`.
         metrics: the keys of `Metrics` and any others; `format` and `checksums` are added here.
-        predictions: one row per validation example, as `scoring.evaluate` returns them.
+        predictions: one row per validation example, as `scoring.evaluate` returns them. Their log-
+            likelihoods are kept in single precision.
 
     Raises:
         RecordError: a key is missing, a number is not finite, or there are no predictions; nothing
@@ -91,17 +108,21 @@ def write_record(folder: str | Path, metrics: dict[str, Any], predictions: pd.Da
     missing += [] if len(predictions) else ["predictions"]
     if missing:
         raise RecordError(f"the record of {folder.name} has no {', '.join(missing)}")
-    document = {"format": FORMAT, **metrics}
+    ids = predictions[["example_id"]].to_parquet(**PACKED)
+    examples = hashlib.sha256(ids).hexdigest()[:DIGITS]
+    document = {"format": FORMAT, **metrics, "examples": examples}
     with SealedFolder(folder, "metrics.json").replaced(document) as aside:
         # The prompts are in the prepared data, the same for every trial; `example_id` finds them.
-        predictions.drop(columns="prompt", errors="ignore").to_parquet(
-            aside / PREDICTIONS,
-            index=False,
-            compression="zstd",
-            compression_level=19,
-            store_schema=False,  # pandas' own notes on the types are enough to read them back
-            write_statistics=False,
-        )
+        table = predictions.drop(columns=["prompt", "example_id"], errors="ignore")
+        options, scores = dict(PACKED), table["loglikelihoods"]
+        if scores.notna().any():
+            table["loglikelihoods"] = scores.map(np.float32, na_action="ignore")
+            options["use_byte_stream_split"] = ["loglikelihoods.list.element"]
+            options["use_dictionary"] = table.columns.drop("loglikelihoods").tolist()
+        table.to_parquet(aside / PREDICTIONS, **options)
+        if not _whole(path := examples_file(folder, examples)):
+            with written_aside(path) as ids_aside:
+                ids_aside.write_bytes(ids)
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -117,7 +138,36 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     require_shape(Metrics, metrics, f"{Path(folder).name}/metrics.json")
     if metrics["final"] != metrics["epochs"][-1]:
         raise sealed.problem("metrics.json: its final metrics are not those of its last row")
+    path = examples_file(folder, metrics.get("examples", ""))
+    if metrics.get("examples") and not _whole(path):
+        raise sealed.problem(f"the ids of its predictions, trials/{path.name}, are lost or damaged")
     return metrics
+
+
+def read_predictions(folder: str | Path) -> pd.DataFrame:
+    """A trial's predictions as they were written, `example_id` first.
+
+    Args:
+        folder: of a trial whose record is whole (`read_record`).
+    """
+    folder = Path(folder)
+    table = pd.read_parquet(folder / PREDICTIONS)
+    if examples := SealedFolder(folder, "metrics.json").read().get("examples"):
+        ids = pd.read_parquet(examples_file(folder, examples))
+        table.insert(0, "example_id", ids["example_id"])
+    return table
+
+
+def examples_file(folder: str | Path, digest: str) -> Path:
+    """Where the ids of a trial's validation rows are; trials of the same rows share the file."""
+    return Path(folder).parent / f"examples-{digest}.parquet"
+
+
+def _whole(examples: Path) -> bool:
+    """Whether a file of ids is the one that its name says."""
+    with suppress(OSError):
+        return examples.stem == f"examples-{sha256_file(examples)[:DIGITS]}"
+    return False
 
 
 def require_shape(model: type[Shape], document: dict[str, Any], name: str) -> Any:

@@ -30,17 +30,13 @@ from sweeps import _environment as process_environment
 TRIAL = """
 import json, os, shutil, signal, time
 from kd_utils.records import trial_record as records
+from kd_utils.store.sealed import SealedFolder
 from kd_utils.config.project_paths import project_path
 from kd_utils.config.trial import TrialConfig
 from kd_utils.records.provenance import environment
 from kd_utils.records.provenance import code_of
 config, code = TrialConfig.from_notebook(globals()), code_of("03_train_student")
 trial, artifacts = config.trial, config.artifacts
-class Predictions(list):
-    def drop(self, **options):
-        return self
-    def to_parquet(self, path, **options):
-        shutil.copy(artifacts / "predictions.parquet", path)
 def tell(what):
     with open(artifacts / "events.jsonl", "a") as file:
         file.write(json.dumps({"trial": trial, "what": what, "time": time.time(), "pid": os.getpid(),
@@ -62,7 +58,9 @@ metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), *
            "started": "2026-01-01T00:00:00Z", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0, "epochs": rows,
            "final": rows[-1]}
 tell("ends")
-records.write_record(project_path(config.run_dir) / "trials" / trial, metrics, Predictions([1, 2]))"""
+with SealedFolder(project_path(config.run_dir) / "trials" / trial, "metrics.json").replaced(
+        {"format": records.FORMAT, **metrics}) as aside:
+    shutil.copy(artifacts / "predictions.parquet", aside)"""
 METHODS = ["black_box", "hidden_state", "attention", "combined"]
 RAISES = "raise FloatingPointError('the loss is not finite')"
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"

@@ -41,7 +41,8 @@ def one_done(undisturbed, prepared):
     run_dir, whole = prepared / "runs" / "toy-2", undisturbed / "runs" / "toy-2"
     (run_dir / "trials").mkdir()
     shutil.copytree(whole / "trials" / "black_box_seed0", run_dir / "trials" / "black_box_seed0")
-    shutil.copy(whole / "trials" / "black_box_seed0.ipynb", run_dir / "trials")
+    for path in ("black_box_seed0.ipynb", *(whole / "trials").glob("examples-*")):
+        shutil.copy(whole / "trials" / path, run_dir / "trials")
     shutil.rmtree(prepared / "artifacts" / "students")
     return prepared
 

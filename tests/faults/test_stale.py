@@ -72,7 +72,7 @@ metrics = {"config": config.model_dump(), "config_hash": config.fingerprint(), *
            "precision": "float32", "started": "2026-01-01", "seconds": {"total": 1.0}, "peak_memory_mb": 1.0,
            "epochs": epochs, "final": epochs[-1]}
 predictions = pd.DataFrame({"example_id": ["a", "b", "c", "d"], "task": "sst2"})
-predictions["correct"] = predictions.index < 4 * accuracy
+predictions["correct"], predictions["loglikelihoods"] = predictions.index < 4 * accuracy, None
 records.write_record(project_path(config.run_dir) / "trials" / config.trial, metrics, predictions)""",
 }
 TRIALS = [f"{method}_seed{seed}" for method in ("black_box", "attention") for seed in (0, 1)]

@@ -151,6 +151,16 @@ def test_predictions_that_do_not_give_the_metrics_are_named(run_dir, table, prob
     assert problems_of(run_dir) == [f"attention_seed1: {problem}"]
 
 
+def test_ids_of_predictions_that_are_damaged_are_named(run_dir):
+    [path] = (run_dir / "trials").glob("examples-*")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert problems_of(run_dir) == [
+        f"{trial}: broken: {trial}/the ids of its predictions, trials/{path.name}, are lost or "
+        "damaged"
+        for trial in ("black_box_seed0", "black_box_seed1", "attention_seed0", "attention_seed1")
+    ]
+
+
 def test_predictions_that_are_no_table_are_named(run_dir):
     folder = run_dir / "trials" / "attention_seed1"
     metrics = trial_record.read_record(folder)

@@ -1,6 +1,8 @@
 """One trial's record: whole or not there, and found when damaged."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,7 +11,14 @@ from stubs import PREDICTIONS, metrics_of
 
 from kd_utils.config.trial import trial_name
 from kd_utils.records import trial_record
-from kd_utils.store.sealed import RecordError, write_sealed
+from kd_utils.store.sealed import RecordError, SealedFolder, write_sealed
+
+IDS = PREDICTIONS[["example_id"]].to_parquet(**trial_record.PACKED)
+IDS = f"examples-{hashlib.sha256(IDS).hexdigest()[:16]}.parquet"
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def test_trial_names():
@@ -40,19 +49,77 @@ def test_a_record_reads_back_as_written(tmp_path):
     metrics = trial_record.read_record(tmp_path / "t")
     assert metrics["format"] == 1 and metrics["final"]["validation_accuracy"] == 0.75
     assert set(metrics["checksums"]) == {"predictions.parquet", "sha256"}
-    read = pd.read_parquet(tmp_path / "t" / "predictions.parquet")
+    read = trial_record.read_predictions(tmp_path / "t")
+    assert list(read) == list(PREDICTIONS) and read["example_id"].tolist() == ["a", "b"]
     assert (
         read["loglikelihoods"][0].tolist() == [-1.5, -0.25]
         and read["generated"][1] == "It is 4.\n#### 4"
     )
-    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert names_in(tmp_path) == [IDS, "t"]
+
+
+def test_trials_of_the_same_rows_share_their_ids_and_others_do_not(tmp_path):
+    for trial in "tu":
+        trial_record.write_record(tmp_path / trial, metrics_of(), PREDICTIONS)
+    other = PREDICTIONS.assign(example_id=["b", "a"])
+    trial_record.write_record(tmp_path / "v", metrics_of(), other)
+    assert len(list(tmp_path.glob("examples-*.parquet"))) == 2
+    ids = [trial_record.read_predictions(tmp_path / trial)["example_id"].tolist() for trial in "uv"]
+    assert ids == [["a", "b"], ["b", "a"]]
+    assert list(pd.read_parquet(tmp_path / "u" / "predictions.parquet")) == list(PREDICTIONS)[1:]
+
+
+def test_a_record_that_has_its_ids_itself_is_read_too(tmp_path):
+    """As all were written before the ids were shared."""
+    metrics = metrics_of() | {"format": 1}
+    with SealedFolder(tmp_path / "t", "metrics.json").replaced(metrics) as aside:
+        PREDICTIONS.to_parquet(aside / "predictions.parquet", index=False)
+    assert "examples" not in trial_record.read_record(tmp_path / "t")
+    assert trial_record.read_predictions(tmp_path / "t")["example_id"].tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")])
+def test_ids_that_are_lost_or_damaged_are_named_and_written_again(tmp_path, damage):
+    trial_record.write_record(tmp_path / "t", metrics_of(), PREDICTIONS)
+    damage(tmp_path / IDS)
+    with pytest.raises(RecordError, match=f"^t/the ids of its predictions, trials/{IDS}, are lost"):
+        trial_record.read_record(tmp_path / "t")
+    trial_record.write_record(tmp_path / "u", metrics_of(), PREDICTIONS)
+    assert trial_record.read_record(tmp_path / "t")
+
+
+@pytest.mark.parametrize("kind", [None, "choices"])
+def test_a_task_without_choices_and_one_with_nothing_else_are_written(tmp_path, kind):
+    scores = [None, None] if kind is None else [[-1.0], [-2.0, -3.0]]
+    table = PREDICTIONS.assign(loglikelihoods=scores)
+    trial_record.write_record(tmp_path / "t", metrics_of(), table)
+    read = trial_record.read_predictions(tmp_path / "t")["loglikelihoods"]
+    assert [value if value is None else value.tolist() for value in read] == scores
+
+
+def test_predictions_are_kept_in_single_precision_and_packed(tmp_path):
+    """As many as the toy has: half a megabyte in memory, and a record of less than 30 kB."""
+    draw = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {
+            "example_id": [f"{number:024x}" for number in range(2_200)],
+            "task": "mmlu",
+            "correct": draw.random(2_200) < 0.9,
+            "loglikelihoods": list(-draw.gamma(2.0, size=(2_200, 3))),
+        }
+    )
+    trial_record.write_record(tmp_path / "t", metrics_of(), table)
+    read = trial_record.read_predictions(tmp_path / "t")
+    expected = np.stack(table["loglikelihoods"]).astype(np.float32)
+    assert np.array_equal(np.stack(read["loglikelihoods"]), expected)
+    assert (tmp_path / "t" / "predictions.parquet").stat().st_size < 30_000
 
 
 def test_a_new_record_replaces_the_old_one(tmp_path):
     trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.1), PREDICTIONS)
     trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.2), PREDICTIONS)
     assert trial_record.read_record(tmp_path / "t")["final"]["validation_accuracy"] == 0.2
-    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert names_in(tmp_path) == [IDS, "t"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float32("nan")])
@@ -61,7 +128,7 @@ def test_numbers_that_are_not_finite_are_refused_and_nothing_is_written(tmp_path
     with pytest.raises(RecordError, match=r"epochs\[0\]: validation_accuracy is (nan|inf)"):
         trial_record.write_record(tmp_path / "t", metrics_of(accuracy=bad), PREDICTIONS)
     assert trial_record.read_record(tmp_path / "t")["final"]["validation_accuracy"] == 0.1
-    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert names_in(tmp_path) == [IDS, "t"]
 
 
 def test_an_incomplete_record_is_refused(tmp_path):
@@ -85,16 +152,19 @@ def test_what_only_newer_records_have_may_be_missing(tmp_path):
 def test_a_failed_write_leaves_the_old_record_and_a_full_disk_is_named(tmp_path, monkeypatch):
     trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.1), PREDICTIONS)
 
-    def full(*arguments, **keywords):
-        raise OSError(28, "No space left on device")
+    def full(table, *path, **options):
+        if path:
+            raise OSError(28, "No space left on device")
+        return packed(table, **options)
 
+    packed = pd.DataFrame.to_parquet
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
     with pytest.raises(
         OSError, match=f"no space left on device while writing {tmp_path.name}/t: make room"
     ):
         trial_record.write_record(tmp_path / "t", metrics_of(accuracy=0.2), PREDICTIONS)
     assert trial_record.read_record(tmp_path / "t")["final"]["validation_accuracy"] == 0.1
-    assert [path.name for path in tmp_path.iterdir()] == ["t"]
+    assert names_in(tmp_path) == [IDS, "t"]
 
 
 @pytest.mark.parametrize(
@@ -107,6 +177,7 @@ def test_a_failed_write_leaves_the_old_record_and_a_full_disk_is_named(tmp_path,
             "t/metrics.json: config.student",
         ),
         ({"config_hash": 7}, "t/metrics.json: config_hash: "),
+        ({"examples": "../../x"}, "t/metrics.json: examples: "),
         ({"cache": {"name": "toy"}}, "t/metrics.json: cache.content_hash: Field required"),
         ({"student": "tiny"}, "t/metrics.json: student: "),
         ({"code": ["losses"]}, "t/metrics.json: code: "),
