@@ -21,6 +21,10 @@ def choose_device(name: str) -> torch.device:
     A GPU with a number becomes torch's current one, which records name. cuDNN's attention, which
     plans anew for every shape of a batch, is turned off: batches here have hundreds of shapes.
 
+    On a CPU, torch asks for huge pages where Linux grants them, unless the environment says
+    otherwise: a student's output layer and its gradient are 100 MB each, and are cleared page by
+    page in every step. It must be called before the process makes its first tensor.
+
     With KD_DETERMINISTIC=1 in the environment torch uses deterministic algorithms only, so that the
     same trial has the same numbers to the last bit on one kind of GPU (not yet run on CUDA).
 
@@ -28,6 +32,7 @@ def choose_device(name: str) -> torch.device:
         ValueError: a GPU that is asked for is not there.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if os.environ.get("KD_DETERMINISTIC") == "1":
         # cuBLAS reads it when the first product is computed, which is later than this.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

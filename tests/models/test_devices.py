@@ -1,11 +1,19 @@
 """Devices: which one a name means, copies to and from it, precision. What needs a GPU is scripted."""
 
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tiny import late_copy
 
 from kd_utils.models import devices
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 @pytest.fixture
@@ -38,6 +46,29 @@ def test_a_device_by_its_name(gpus, count, name, chosen):
     device = devices.choose_device(name)
     assert str(device) == chosen
     assert current == ([device] if ":" in name else [])  # records name the current GPU
+
+
+@pytest.mark.skipif(
+    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages here"
+)
+@pytest.mark.parametrize("asked", ["", "0"])
+def test_large_tensors_are_in_huge_pages_unless_the_environment_says_otherwise(asked):
+    """In a process of its own: torch reads the variable once."""
+    script = """
+import resource, torch
+from kd_utils.models import devices
+devices.choose_device("cpu")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(2**25)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    environment = os.environ | {"THP_MEM_ALLOC_ENABLE": asked}
+    if not asked:
+        del environment["THP_MEM_ALLOC_ENABLE"]
+    command = [sys.executable, "-c", script]
+    said = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    pages = 2**25 * 4 // resource.getpagesize()
+    assert int(said.stdout) < pages / 10 or (asked == "0" and int(said.stdout) >= pages)
 
 
 def test_attention_is_never_cudnns():
