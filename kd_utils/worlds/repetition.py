@@ -19,9 +19,9 @@ def outcomes(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         run_dirs: runs that notebook 04 has analysed; of a run with several worlds, each world's.
 
     Returns:
-        run, threads (of torch, in the first trial that is done; 0: not known); of the primary
-        metric question, setting, method, baseline, pairs, difference, difference_sd, low, high,
-        outcome.
+        run, commit and threads (of torch; 0: not known) of the first trial that is done; of the
+        primary metric question, setting, method, baseline, pairs, difference, difference_sd, low,
+        high, outcome.
 
     Raises:
         FileNotFoundError: a run was not analysed.
@@ -41,9 +41,13 @@ def outcomes(run_dirs: Iterable[str | Path]) -> pd.DataFrame:
         table = pd.read_csv(path).fillna({"setting": ""})
         table = table.loc[table["metric"] == questions.primary(table["metric"]), keys]
         records = run_folder.done_records(folder)
-        threads = records[0].get("arithmetic", {}).get("threads", 0) if records else 0
-        parts.append(table.assign(run=short_path(folder.resolve()), threads=threads))
-    return pd.concat(parts, ignore_index=True)[["run", "threads", *keys]]
+        first = records[0] if records else {}
+        made = {
+            "commit": first.get("git_commit", ""),
+            "threads": first.get("arithmetic", {}).get("threads", 0),
+        }
+        parts.append(table.assign(run=short_path(folder.resolve()), **made))
+    return pd.concat(parts, ignore_index=True)[["run", "commit", "threads", *keys]]
 
 
 def repeated(table: pd.DataFrame) -> pd.DataFrame:

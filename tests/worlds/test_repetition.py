@@ -5,6 +5,7 @@ import pytest
 from stubs import whole_run
 
 from kd_utils.__main__ import main
+from kd_utils.records import provenance
 from kd_utils.worlds import repetition
 
 
@@ -38,7 +39,8 @@ def test_outcomes_of_the_primary_metric_are_counted(tmp_path, capsys):
     first = run_with(tmp_path / "a", ("better", 5), ("undecided", 0.5))
     second = run_with(tmp_path / "b", ("better", 7), ("equivalent", -0.5))
     table = repetition.outcomes([first, second])
-    assert len(table) == 4 and set(table["threads"]) == {table["threads"][0]}
+    assert len(table) == 4 and table[["commit", "threads"]].drop_duplicates().shape == (1, 2)
+    assert table["commit"][0] == provenance.environment()["git_commit"]
     found = repetition.repeated(table).set_index("question")
     assert found.loc["teacher", ["runs", "better", "undecided"]].tolist() == [2, 2, 0]
     assert found.loc["hard_answers", ["equivalent", "undecided"]].tolist() == [1, 1]
