@@ -45,7 +45,7 @@ PARAMS = ROOT / "papermill_params"
 
 FILE_BYTES, MOST_FILES = 16 * 10**6, 8  # bytes of a file that is left, and how many
 
-TRIAL_BYTES = 5e9  # of a card, for each trial of smol-full; a test holds it against the estimate
+TRIAL_BYTES = 7e9  # of a card, for each trial of smol-full; a test holds it against the estimate
 
 VERSIONS = ("triton", "liger-kernel")  # of packages that no other record names
 
