@@ -33,11 +33,17 @@ def require_found(path, run_dir, what):
         f"{what} of {path.relative_to(run_dir)}: {problems}"
     )
     if "trials" in path.parts[-3:]:
-        [planned] = [
-            trial for trial in run_folder.read_plan(run_dir)["trials"] if trial["trial"] == name
-        ]
-        state = run_folder.trial_status(run_dir, name, planned["config_hash"]).state
-        assert state in ("broken", "stale", "missing"), (
+        shared = name.startswith("examples-")  # by all trials
+        planned = {
+            trial["trial"]: trial["config_hash"]
+            for trial in run_folder.read_plan(run_dir)["trials"]
+            if shared or trial["trial"] == name
+        }
+        states = {
+            run_folder.trial_status(run_dir, trial, config_hash).state
+            for trial, config_hash in planned.items()
+        }
+        assert states and states <= {"broken", "stale", "missing"}, (
             f"{what} of {name}: a sweep would not redo it"
         )
 
