@@ -21,9 +21,9 @@ def choose_device(name: str) -> torch.device:
     A GPU with a number becomes torch's current one, which records name. cuDNN's attention, which
     plans anew for every shape of a batch, is turned off: batches here have hundreds of shapes.
 
-    On a CPU, torch asks for huge pages where Linux grants them, unless the environment says
-    otherwise: a student's output layer and its gradient are 100 MB each, and are cleared page by
-    page in every step. It must be called before the process makes its first tensor.
+    On a CPU, torch asks Linux for huge pages, unless THP_MEM_ALLOC_ENABLE is set already: the
+    gradient of an output layer of 49,152 tokens is 100 MB, new in every step, and Linux clears new
+    memory page by page. torch reads the variable once, so this comes before the first tensor.
 
     With KD_DETERMINISTIC=1 in the environment torch uses deterministic algorithms only, so that the
     same trial has the same numbers to the last bit on one kind of GPU (not yet run on CUDA).

@@ -15,13 +15,7 @@ from pydantic import Field
 
 from kd_utils.records import provenance, run_folder
 from kd_utils.records.run_folder import PLAN, SUMMARY, Status, trials_with_status
-from kd_utils.records.trial_record import (
-    Metrics,
-    Shape,
-    read_predictions,
-    read_record,
-    require_shape,
-)
+from kd_utils.records.trial_record import Metrics, Shape, read_record, require_shape
 from kd_utils.store.files import matching
 from kd_utils.store.sealed import RecordError
 
@@ -164,7 +158,7 @@ def _check_trial(run_dir: Path, planned: dict[str, Any]) -> Iterator[str]:
     if planned.get("epochs", epochs) != epochs:
         yield f"it has {epochs:g} epochs, the plan says {planned['epochs']}"
     try:
-        table = read_predictions(folder)
+        table = run_folder.trial_predictions(folder)
         for task, correct in table.groupby("task")["correct"]:
             key, accuracy = f"validation_accuracy/{task}", correct.mean()
             # `not <=` finds NaN too.

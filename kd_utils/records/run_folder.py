@@ -19,7 +19,7 @@ from kd_utils.config.project_paths import project_path
 from kd_utils.records import trial_record
 from kd_utils.records.by_hand import dated, found_trials
 from kd_utils.records.trial_status import PLAN, Status, why_stale
-from kd_utils.store.sealed import RecordError, read_sealed
+from kd_utils.store.sealed import RecordError, SealedFolder, read_sealed
 
 SUMMARY = "results_summary.csv"
 COMPARISONS = "comparisons.csv"
@@ -204,7 +204,7 @@ def predictions(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
     """
     tables = []
     for folder, swept in _done(run_dir, experiment):
-        table = trial_record.read_predictions(folder)
+        table = trial_predictions(folder)
         for at, (key, value) in enumerate({"trial": folder.name, **swept}.items()):
             table.insert(at, key, value)
         tables.append(table)
@@ -217,6 +217,20 @@ def predictions(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
             else f"no trial of {name} is done: run the sweep first"
         )
     return pd.concat(tables, ignore_index=True)
+
+
+def trial_predictions(folder: str | Path) -> pd.DataFrame:
+    """One trial's predictions, a row per validation example, `example_id` first.
+
+    Args:
+        folder: `RUN_DIR/trials/TRIAL` of a trial whose record is whole.
+    """
+    folder = Path(folder)
+    table = pd.read_parquet(folder / trial_record.PREDICTIONS)
+    if examples := SealedFolder(folder, "metrics.json").read().get("examples"):
+        ids = pd.read_parquet(trial_record.examples_file(folder, examples))
+        table.insert(0, "example_id", ids["example_id"])
+    return table
 
 
 Records = list[dict[str, Any]]

@@ -14,16 +14,18 @@ import math
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kd_utils.records import provenance
 from kd_utils.records.arithmetic import arithmetic
 from kd_utils.store.files import sha256_file, written_aside
 from kd_utils.store.sealed import RecordError, SealedFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMAT = 1
 PREDICTIONS = "predictions.parquet"
@@ -138,24 +140,13 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     require_shape(Metrics, metrics, f"{Path(folder).name}/metrics.json")
     if metrics["final"] != metrics["epochs"][-1]:
         raise sealed.problem("metrics.json: its final metrics are not those of its last row")
-    path = examples_file(folder, metrics.get("examples", ""))
-    if metrics.get("examples") and not _whole(path):
-        raise sealed.problem(f"the ids of its predictions, trials/{path.name}, are lost or damaged")
+    examples = metrics.get("examples")
+    if examples and not _whole(path := examples_file(folder, examples)):
+        raise RecordError(
+            f"trials/{path.name}, the ids of the predictions, is lost or damaged: restore it, or "
+            "run the sweep again, which repeats the trials"
+        )
     return metrics
-
-
-def read_predictions(folder: str | Path) -> pd.DataFrame:
-    """A trial's predictions as they were written, `example_id` first.
-
-    Args:
-        folder: of a trial whose record is whole (`read_record`).
-    """
-    folder = Path(folder)
-    table = pd.read_parquet(folder / PREDICTIONS)
-    if examples := SealedFolder(folder, "metrics.json").read().get("examples"):
-        ids = pd.read_parquet(examples_file(folder, examples))
-        table.insert(0, "example_id", ids["example_id"])
-    return table
 
 
 def examples_file(folder: str | Path, digest: str) -> Path:

@@ -28,7 +28,7 @@ from kd_utils.sweep.execution import execute_stage
 from kd_utils.sweep.executor import Executor, Job, run_trials
 
 #: What 04 writes into the run folder.
-ANALYSES = (run_folder.VERDICT, "comparisons.csv", "analysis.csv")
+ANALYSES = (run_folder.VERDICT, run_folder.COMPARISONS, "analysis.csv")
 
 
 class Look(NamedTuple):

@@ -17,7 +17,7 @@ from kd_utils.__main__ import main
 from kd_utils.config.notebook_files import notebook_path
 from kd_utils.config.project_paths import ROOT
 from kd_utils.config.stages import NOTEBOOKS
-from kd_utils.records.trial_record import read_predictions
+from kd_utils.records.run_folder import trial_predictions
 from kd_utils.speed.meters import GOALS
 
 SMALL = {
@@ -183,7 +183,7 @@ def test_trials_of_one_seed_are_paired(home):
         json.loads((home / "runs/toy/trials" / trial / "metrics.json").read_text())
         for trial in pair
     ]
-    predictions = [read_predictions(home / "runs/toy/trials" / trial) for trial in pair]
+    predictions = [trial_predictions(home / "runs/toy/trials" / trial) for trial in pair]
     assert predictions[0]["example_id"].tolist() == predictions[1]["example_id"].tolist()
     assert (
         records[0]["cache"] == records[1]["cache"]
@@ -207,7 +207,7 @@ def test_the_untrained_student_has_the_weights_that_every_trial_starts_from(home
     assert row["epoch"] == 0 and "train_loss" not in row
     out = home / "untrained.parquet"
     evaluated(home, home / "artifacts/embedded/toy/student", "sst2", "validation", out)
-    mine = read_predictions(folder / "untrained_seed0").query("task == 'sst2'")
+    mine = trial_predictions(folder / "untrained_seed0").query("task == 'sst2'")
     both = with_prompts(home, mine).merge(pd.read_parquet(out), on="prompt")
     assert len(both) == len(mine) == 9
     for one, other in zip(both["loglikelihoods_x"], both["loglikelihoods_y"]):
@@ -301,12 +301,12 @@ def test_papermill_alone_repeats_the_sweeps_trial_to_the_last_digit(home, by_han
     for mine, theirs in zip(one["epochs"], other["epochs"], strict=True):
         mine, theirs = ({k: v for k, v in row.items() if k not in timing} for row in (mine, theirs))
         assert mine == theirs
-    pd.testing.assert_frame_equal(*(read_predictions(folder) for folder in (by_hand, sweep)))
+    pd.testing.assert_frame_equal(*(trial_predictions(folder) for folder in (by_hand, sweep)))
 
 
 def test_the_saved_student_is_evaluated_as_it_was_in_its_trial(home):
     student = home / "artifacts" / "students" / "toy" / ATTENTION
-    predictions = read_predictions(home / "runs/toy/trials" / ATTENTION)
+    predictions = trial_predictions(home / "runs/toy/trials" / ATTENTION)
     for task, split in (("sst2", "validation"), ("mmlu", "test"), ("gsm8k", "test")):
         out = home / f"{task}.parquet"
         limits = ("--max-new-tokens", SMALL["max_new_tokens"], "--precision", "auto")

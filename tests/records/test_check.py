@@ -155,8 +155,8 @@ def test_ids_of_predictions_that_are_damaged_are_named(run_dir):
     [path] = (run_dir / "trials").glob("examples-*")
     path.write_bytes(path.read_bytes()[:-1])
     assert problems_of(run_dir) == [
-        f"{trial}: broken: {trial}/the ids of its predictions, trials/{path.name}, are lost or "
-        "damaged"
+        f"{trial}: broken: trials/{path.name}, the ids of the predictions, is lost or damaged: "
+        "restore it, or run the sweep again, which repeats the trials"
         for trial in ("black_box_seed0", "black_box_seed1", "attention_seed0", "attention_seed1")
     ]
 

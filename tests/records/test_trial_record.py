@@ -11,10 +11,11 @@ from stubs import PREDICTIONS, metrics_of
 
 from kd_utils.config.trial import trial_name
 from kd_utils.records import trial_record
+from kd_utils.records.run_folder import trial_predictions
 from kd_utils.store.sealed import RecordError, SealedFolder, write_sealed
 
-IDS = PREDICTIONS[["example_id"]].to_parquet(**trial_record.PACKED)
-IDS = f"examples-{hashlib.sha256(IDS).hexdigest()[:16]}.parquet"
+PACKED_IDS = PREDICTIONS[["example_id"]].to_parquet(**trial_record.PACKED)
+IDS = f"examples-{hashlib.sha256(PACKED_IDS).hexdigest()[:16]}.parquet"
 
 
 def names_in(folder):
@@ -49,7 +50,7 @@ def test_a_record_reads_back_as_written(tmp_path):
     metrics = trial_record.read_record(tmp_path / "t")
     assert metrics["format"] == 1 and metrics["final"]["validation_accuracy"] == 0.75
     assert set(metrics["checksums"]) == {"predictions.parquet", "sha256"}
-    read = trial_record.read_predictions(tmp_path / "t")
+    read = trial_predictions(tmp_path / "t")
     assert list(read) == list(PREDICTIONS) and read["example_id"].tolist() == ["a", "b"]
     assert (
         read["loglikelihoods"][0].tolist() == [-1.5, -0.25]
@@ -64,7 +65,7 @@ def test_trials_of_the_same_rows_share_their_ids_and_others_do_not(tmp_path):
     other = PREDICTIONS.assign(example_id=["b", "a"])
     trial_record.write_record(tmp_path / "v", metrics_of(), other)
     assert len(list(tmp_path.glob("examples-*.parquet"))) == 2
-    ids = [trial_record.read_predictions(tmp_path / trial)["example_id"].tolist() for trial in "uv"]
+    ids = [trial_predictions(tmp_path / trial)["example_id"].tolist() for trial in "uv"]
     assert ids == [["a", "b"], ["b", "a"]]
     assert list(pd.read_parquet(tmp_path / "u" / "predictions.parquet")) == list(PREDICTIONS)[1:]
 
@@ -75,14 +76,14 @@ def test_a_record_that_has_its_ids_itself_is_read_too(tmp_path):
     with SealedFolder(tmp_path / "t", "metrics.json").replaced(metrics) as aside:
         PREDICTIONS.to_parquet(aside / "predictions.parquet", index=False)
     assert "examples" not in trial_record.read_record(tmp_path / "t")
-    assert trial_record.read_predictions(tmp_path / "t")["example_id"].tolist() == ["a", "b"]
+    assert trial_predictions(tmp_path / "t")["example_id"].tolist() == ["a", "b"]
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1")])
 def test_ids_that_are_lost_or_damaged_are_named_and_written_again(tmp_path, damage):
     trial_record.write_record(tmp_path / "t", metrics_of(), PREDICTIONS)
     damage(tmp_path / IDS)
-    with pytest.raises(RecordError, match=f"^t/the ids of its predictions, trials/{IDS}, are lost"):
+    with pytest.raises(RecordError, match=f"^trials/{IDS}, the ids of the predictions, is lost or"):
         trial_record.read_record(tmp_path / "t")
     trial_record.write_record(tmp_path / "u", metrics_of(), PREDICTIONS)
     assert trial_record.read_record(tmp_path / "t")
@@ -93,12 +94,12 @@ def test_a_task_without_choices_and_one_with_nothing_else_are_written(tmp_path, 
     scores = [None, None] if kind is None else [[-1.0], [-2.0, -3.0]]
     table = PREDICTIONS.assign(loglikelihoods=scores)
     trial_record.write_record(tmp_path / "t", metrics_of(), table)
-    read = trial_record.read_predictions(tmp_path / "t")["loglikelihoods"]
+    read = trial_predictions(tmp_path / "t")["loglikelihoods"]
     assert [value if value is None else value.tolist() for value in read] == scores
 
 
 def test_predictions_are_kept_in_single_precision_and_packed(tmp_path):
-    """As many as the toy has: half a megabyte in memory, and a record of less than 30 kB."""
+    """As many with choices as the toy has."""
     draw = np.random.default_rng(0)
     table = pd.DataFrame(
         {
@@ -109,7 +110,7 @@ def test_predictions_are_kept_in_single_precision_and_packed(tmp_path):
         }
     )
     trial_record.write_record(tmp_path / "t", metrics_of(), table)
-    read = trial_record.read_predictions(tmp_path / "t")
+    read = trial_predictions(tmp_path / "t")
     expected = np.stack(table["loglikelihoods"]).astype(np.float32)
     assert np.array_equal(np.stack(read["loglikelihoods"]), expected)
     assert (tmp_path / "t" / "predictions.parquet").stat().st_size < 30_000
