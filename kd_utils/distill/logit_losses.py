@@ -121,9 +121,7 @@ class _SummedKL(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         leaves = (weight,) if bias is None else (weight, bias)
-        gradients = (
-            [torch.empty_like(hidden), *map(torch.zeros_like, leaves)] if wants_gradient else []
-        )
+        by_hidden, by_leaves = torch.empty_like(hidden), list[torch.Tensor]()
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = head.logits(hidden[rows])
@@ -142,16 +140,22 @@ class _SummedKL(torch.autograd.Function):
             if shared is not None:
                 gap.masked_fill_(teacher_probs == 0, 0)  # 0 log 0 = 0
             total += temperature**2 * gap.sum()
-            if gradients:  # of T^2 KL with respect to the student's logits: T (q - p)
+            if wants_gradient:  # of T^2 KL with respect to the student's logits: T (q - p)
                 slope = student_log.exp_().sub_(teacher_probs).mul_(temperature)
                 slope = slope if head.is_plain else slope * by_raw_logits
+                rounded = slope.to(hidden.dtype)
+                by_hidden[rows] = rounded @ weight
+                chunk = [rounded.T @ hidden[rows]]
                 if bias is not None:  # summed in float32
-                    gradients[2].add_(slope.sum(0))
-                slope = slope.to(hidden.dtype)
-                gradients[0][rows] = slope @ weight
-                gradients[1].add_(slope.T @ hidden[rows])
-        if gradients:
-            ctx.save_for_backward(*gradients)
+                    chunk.append(slope.sum(0))
+                # Nothing is added to zeros: of a large head they take longer than a chunk.
+                if by_leaves:
+                    for gradient, more in zip(by_leaves, chunk):
+                        gradient.add_(more)
+                else:
+                    by_leaves = [part.to(leaf.dtype) for part, leaf in zip(chunk, leaves)]
+        if wants_gradient:
+            ctx.save_for_backward(by_hidden, *(by_leaves or map(torch.zeros_like, leaves)))
         return total
 
     @staticmethod
