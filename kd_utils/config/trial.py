@@ -107,6 +107,7 @@ class TrialConfig(Config):
     hidden_layers: Annotated[fields.Layers, UsedBy("hidden")] = "last"
     attention_layers: Annotated[fields.Layers, UsedBy("attention")] = "last"
     paired_layers: fields.PositiveInt = 2
+    trained: Annotated[Literal["all", "layers"], UsedBy(TRAINING)] = "all"
     epochs: Annotated[fields.PositiveInt, UsedBy(TRAINING)] = 8
     batch_size: fields.PositiveInt = 16
     micro_batch_size: Annotated[fields.PositiveInt, UsedBy(TRAINING)] = 16

@@ -120,8 +120,8 @@ class _SummedKL(torch.autograd.Function):
         wants_gradient: bool,
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
-        leaves = (weight,) if bias is None else (weight, bias)
-        by_hidden, by_leaves = torch.empty_like(hidden), list[torch.Tensor]()
+        _, trains_weight, trains_bias, *_ = ctx.needs_input_grad
+        by_hidden, by_weight, by_bias = torch.zeros_like(hidden), None, None
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = head.logits(hidden[rows])
@@ -145,24 +145,23 @@ class _SummedKL(torch.autograd.Function):
                 slope = slope if head.is_plain else slope * by_raw_logits
                 rounded = slope.to(hidden.dtype)
                 by_hidden[rows] = rounded @ weight
-                chunk = [rounded.T @ hidden[rows]]
-                if bias is not None:  # summed in float32
-                    chunk.append(slope.sum(0))
-                # Nothing is added to zeros: of a large head they take longer than a chunk.
-                if by_leaves:
-                    for gradient, more in zip(by_leaves, chunk):
-                        gradient.add_(more)
-                else:
-                    by_leaves = [part.to(leaf.dtype) for part, leaf in zip(chunk, leaves)]
+                if trains_weight:
+                    by_weight = _added(by_weight, rounded.T @ hidden[rows], weight)
+                if trains_bias:  # summed in float32
+                    by_bias = _added(by_bias, slope.sum(0), bias)
         if wants_gradient:
-            ctx.save_for_backward(by_hidden, *(by_leaves or map(torch.zeros_like, leaves)))
+            ctx.save_for_backward(by_hidden, by_weight, by_bias)
         return total
 
     @staticmethod
     def backward(ctx, slope: torch.Tensor):
-        hidden, weight, *bias = ctx.saved_tensors
-        for_bias = slope * bias[0] if bias else None
-        return slope * hidden, slope * weight, for_bias, None, None, None, None, None, None
+        by_inputs = (None if part is None else slope * part for part in ctx.saved_tensors)
+        return *by_inputs, None, None, None, None, None, None
+
+
+def _added(total: torch.Tensor | None, part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The sum; the first part is its own: of a large output layer zeros take their time."""
+    return part.to(like.dtype) if total is None else total.add_(part)
 
 
 def _log_probs(

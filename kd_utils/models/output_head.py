@@ -78,6 +78,19 @@ def output_head(model: torch.nn.Module) -> OutputHead:
     return OutputHead(layer.weight, scale, caps[0] if caps else None, getattr(layer, "bias", None))
 
 
+def trained_parameters(model: torch.nn.Module, trained: str) -> list[torch.nn.Parameter]:
+    """The parameters that training changes; the others want no gradient from now on.
+
+    Args:
+        trained: "all", or "layers": the input embedding and the output layer stay as they are. They
+            are most of a small model with a large vocabulary.
+    """
+    if trained == "layers":
+        for ends in (model.get_input_embeddings(), model.get_output_embeddings()):
+            ends.requires_grad_(False)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def model_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """(B, T, V) as the model itself computes them, whatever its output layer does.
 

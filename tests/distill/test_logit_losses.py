@@ -87,6 +87,24 @@ def test_the_loss_of_heads_with_a_bias_equals_torch_with_gradients(across, how):
     assert kd_loss(theirs, teacher, theirs, teacher, 2.0).abs() < 1e-5
 
 
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+def test_what_does_not_train_gets_no_gradient_and_changes_no_other(frozen):
+    """Over several chunks, and over none: a batch may have no place that is compared."""
+    for rows in (40, 0):
+        theirs, gradients = random(rows, 6, seed=2), []
+        for kept in ("", frozen):
+            ours, head = random(rows, 4, seed=3), {"weight": random(7, 4), "bias": random(7)}
+            parts = {"hidden": ours, **head}
+            for name, part in parts.items():
+                part.requires_grad_(name != kept)
+            loss = kd_loss(ours, OutputHead(**head), theirs, random(7, 6), 2.0, chunk_tokens=16)
+            loss.backward()
+            gradients.append({name: part.grad for name, part in parts.items()})
+        assert gradients[1].pop(frozen) is None
+        if rows:
+            assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[1])
+
+
 def test_a_groups_probability_and_uld_count_a_bias():
     hidden, head, teacher = random(5, 4).requires_grad_(), biased(7, 1), biased(9, 5)
     head.bias.requires_grad_()

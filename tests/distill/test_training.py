@@ -25,7 +25,7 @@ from kd_utils.distill.training import (
     weighted_sum,
 )
 from kd_utils.models.devices import autocast
-from kd_utils.models.output_head import OutputHead, output_head
+from kd_utils.models.output_head import OutputHead, output_head, trained_parameters
 from kd_utils.models.signals import forward_signals
 from kd_utils.speed.step import cosine, exact_rows
 from kd_utils.teacher.extraction import signal_function
@@ -228,6 +228,29 @@ def test_gradient_shares_sum_to_one_and_follow_the_weights():
     assert without["grad_share/kd"] == 0
     weighted_sum(terms, ALL).backward()  # the graph is kept
     assert student.lm_head.weight.grad is not None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_layers_alone_train_with_the_gradients_that_they_have_among_all(tied):
+    batch, gradients, norms = collate(cached([5, 9])), [], []
+    for trained in ("all", "layers"):
+        student = tiny_llama(seed=1, tie_word_embeddings=tied)
+        ends = {id(student.get_input_embeddings().weight), id(student.lm_head.weight)}
+        parameters = trained_parameters(student, trained)
+        assert ends.isdisjoint(map(id, parameters)) == (trained == "layers")
+        assert len(parameters) == len(list(student.parameters())) - len(ends) * (
+            trained == "layers"
+        )
+        terms = terms_for(student, batch)
+        norms.append(gradient_shares(terms, ALL, student))
+        weighted_sum(terms, ALL).backward()
+        gradients.append([p.grad for p in student.parameters() if id(p) not in ends])
+        if trained == "layers":
+            assert student.get_input_embeddings().weight.grad is None
+            assert student.lm_head.weight.grad is None
+    for by_all, alone in zip(*gradients, strict=True):
+        assert torch.equal(by_all, alone)
+    assert norms[0] != norms[1]  # a share is of what trains
 
 
 def test_validation_losses_do_not_depend_on_batches():
