@@ -264,6 +264,7 @@ OF_ATTENTION = {"gamma_attention", "attention_normaliser", "attention_layers", "
                 "evaluations",
                 "weight_decay",
                 "max_grad_norm",
+                "trained",
             },
         ),
     ],
@@ -298,6 +299,7 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
         "evaluations": 2,
         "weight_decay": 0.5,
         "max_grad_norm": 0.5,
+        "trained": "layers",
     }
     same = {
         key
