@@ -140,7 +140,9 @@ def _epochs(record: Record) -> int:
 def _parameters(record: Record) -> str:
     config, left_out = record["config"], set(FREE)
     with suppress(ValueError):  # keys of other code: all of them count
-        left_out |= TrialConfig(**config).without_effect
+        known = TrialConfig(**config)
+        # A parameter that is newer than the record has its default, which changes nothing.
+        config, left_out = known.model_dump(), left_out | known.without_effect
     return repr(sorted((key, value) for key, value in config.items() if key not in left_out))
 
 

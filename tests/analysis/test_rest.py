@@ -91,6 +91,15 @@ def test_other_settings_do_not_measure_the_rest_of_these():
     assert rest.twice([record(epochs=16)], longer(0.9))["n"].item() == 0
 
 
+def test_a_parameter_that_is_newer_than_a_record_has_its_default_there():
+    records, older = [record(seed=seed) for seed in range(3)], longer(0.805)
+    for trial in older:
+        del trial["config"]["trained"]
+    assert rest.twice(records, older)["n"].item() == 3
+    others = [record(seed=seed, trained="layers") for seed in range(3)]
+    assert rest.twice(others, older)["n"].item() == 0
+
+
 def test_longer_trials_are_compared_with_those_beside_them():
     own = [record(seed=seed, ends=(0.5, 0.8)) for seed in range(3)]
     double = [record(seed=seed, ends=(0.5, 0.9), epochs=16) for seed in range(1, 3)]
