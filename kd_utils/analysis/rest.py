@@ -141,7 +141,7 @@ def _parameters(record: Record) -> str:
     config, left_out = record["config"], set(FREE)
     with suppress(ValueError):  # keys of other code: all of them count
         known = TrialConfig(**config)
-        # A parameter that is newer than the record has its default, which changes nothing.
+        # Of a parameter that is newer than the record, the default is what was done before.
         config, left_out = known.model_dump(), left_out | known.without_effect
     return repr(sorted((key, value) for key, value in config.items() if key not in left_out))
 

@@ -121,7 +121,7 @@ class _SummedKL(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), device=hidden.device)
         _, trains_weight, trains_bias, *_ = ctx.needs_input_grad
-        by_hidden, by_weight, by_bias = torch.zeros_like(hidden), None, None
+        by_hidden, by_weight, by_bias = torch.empty_like(hidden), None, None
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             logits = head.logits(hidden[rows])
@@ -160,7 +160,7 @@ class _SummedKL(torch.autograd.Function):
 
 
 def _added(total: torch.Tensor | None, part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The sum; the first part is its own: of a large output layer zeros take their time."""
+    """Add a chunk's gradient in place; the first is not added to zeros, which take their time."""
     return part.to(like.dtype) if total is None else total.add_(part)
 
 
