@@ -1,8 +1,8 @@
 """What the statistics say about each of the `questions`: tidy tables from results.
 
 Holm's correction is within one question and one metric, over its comparisons and all swept
-settings; a joint question needs no correction but that over settings. Accuracies and differences
-are fractions.
+settings; a joint question needs no correction but that over methods and settings. Accuracies and
+differences are fractions.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -127,8 +127,9 @@ def _with_joint_gains(table: pd.DataFrame) -> pd.DataFrame:
     for _, rows in joint.groupby(["question", "metric"], sort=False):
         gain = rows["difference"] > 0
         for column in ("p", "p_rows"):
-            # A loss stands in the way of its setting, whatever its p.
-            p = stats.joint_holm(rows[column].where(gain, 1.0), rows["setting"])
+            # A loss stands in the way of its method, whatever its p.
+            asked = rows["method"] + " " + rows["setting"]
+            p = stats.joint_holm(rows[column].where(gain, 1.0), asked)
             table.loc[rows.index[gain], f"{column}_holm"] = p[gain]
     return table
 

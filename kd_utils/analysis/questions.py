@@ -4,6 +4,7 @@ Each question has a family of comparisons. In a joint question the method must b
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import pandas as pd
@@ -33,12 +34,13 @@ QUESTIONS = {
     "references": tuple((BASELINE, reference) for reference in REFERENCES),
     "controls": (("shuffled", "teacher_answers"), ("label_smoothing", "teacher_answers")),
     "white_box": tuple((method, BASELINE) for method in WHITE_BOX),
+    "white_box_references": tuple(product(WHITE_BOX, REFERENCES)),
     "which": (("attention", "hidden_state"),),
     "combining": (("combined", "hidden_state"), ("combined", "attention")),
 }
 
-#: The questions of being better than the best of all baselines.
-JOINT = ("references",)
+#: The questions of being better than the best of all baselines, asked of each method.
+JOINT = ("references", "white_box_references")
 
 #: The verdicts rest on the mean of the tasks: how many rows of a task were drawn should not weigh
 #: the tasks.
@@ -54,17 +56,17 @@ def primary(metrics: Iterable[str]) -> str:
 
 def family_size(question: str, rows: Sequence[dict[str, Any]]) -> int:
     """By what a question's smallest p is multiplied: the number of its comparisons, for a joint
-    question of its settings.
+    question of its methods in each setting.
 
     0: it is not asked. A joint question that has one baseline left is another question.
 
     Args:
-        rows: the comparisons that there are, with their `setting` and `baseline`.
+        rows: the comparisons that there are, with their `setting`, `method` and `baseline`.
     """
     if question not in JOINT:
         return len(rows)
     several = len({row["baseline"] for row in rows}) > 1
-    return len({row["setting"] for row in rows}) * several
+    return len({(row["setting"], row["method"]) for row in rows}) * several
 
 
 def is_false_alarm(gains: Iterable[Mapping[str, Any]]) -> bool:

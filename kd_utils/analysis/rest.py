@@ -21,6 +21,9 @@ Record = Mapping[str, Any]
 #: A method is at rest if its mean moves by less: a point.
 LIMIT = 0.01
 
+#: Of so many seeds the mean is taken that twice the steps move: of fewer it moves by chance.
+SEEDS = 3
+
 HELD_OUT = "held_out_accuracy/macro"
 
 #: The metrics of the two criteria, as in `analysis.csv`.
@@ -96,19 +99,26 @@ def measured(
 
 
 def at_rest(moves: pd.DataFrame) -> bool | None:
-    """Whether every method is at rest; None where that is not known.
+    """Whether every method is at rest; None where that is not known (`unknown`).
 
     Args:
         moves: the rows of `last_tenth` and `twice`, one below the other.
     """
     if len(moving(moves)):
         return False
-    return True if len(moves) and moves["mean"].notna().all() else None
+    return None if moves.empty or len(unknown(moves)) else True
 
 
 def moving(moves: pd.DataFrame) -> pd.DataFrame:
     """The rows of `moves` that show a method that is not at rest."""
-    return moves[moves["mean"].abs().round(12) >= LIMIT]
+    known = moves.drop(unknown(moves).index)
+    return known[known["mean"].abs().round(12) >= LIMIT]
+
+
+def unknown(moves: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `moves` that say nothing: of no trial, or of fewer than `SEEDS` twice as long."""
+    least = (moves["metric"] == TWICE).map({True: SEEDS, False: 1})
+    return moves[moves["n"] < least]
 
 
 def _arms(records: Iterable[Record]) -> dict[tuple[str, str], list[Record]]:

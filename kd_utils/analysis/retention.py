@@ -26,11 +26,21 @@ def above_chance(name: str, accuracy: float, rows: int) -> bool | None:
 def uninformed_tasks(teacher: Mapping[str, float], rows: Mapping[str, int]) -> list[str]:
     """The tasks on which the teacher is not shown to be above chance: it has nothing to hand on.
 
+    Held-out rows decide, so that no validation row chooses what a verdict rests on. The teacher of
+    an older record answered validation rows alone; there these decide.
+
     Args:
-        teacher, rows: as in `retention`.
+        teacher: metric -> fraction, and `held_out_rows/TASK`, as in a trial's record.
+        rows: task -> validation rows.
     """
-    accuracies = {task: teacher.get(f"{tables.ACCURACY}/{task}", np.nan) for task in rows}
-    return [task for task in rows if above_chance(task, accuracies[task], rows[task]) is False]
+
+    def known(task: str) -> bool | None:
+        held_out = teacher.get(f"held_out_rows/{task}")
+        if held_out is not None:
+            return above_chance(task, teacher[f"held_out_accuracy/{task}"], round(held_out))
+        return above_chance(task, teacher.get(f"{tables.ACCURACY}/{task}", np.nan), rows[task])
+
+    return [task for task in rows if known(task) is False]
 
 
 def with_informed(values: Any, tasks: Sequence[str]) -> Any:
@@ -48,27 +58,27 @@ def with_informed(values: Any, tasks: Sequence[str]) -> Any:
 
 
 def retention(
-    results: pd.DataFrame, teacher: Mapping[str, float], rows: Mapping[str, int]
+    results: pd.DataFrame, teacher: Mapping[str, float], uninformed: Sequence[str] = ()
 ) -> pd.DataFrame:
     """How much of the teacher's skill a student has: (student - chance) / (teacher - chance).
 
     Args:
         results: as in `tables.planned_trials`.
         teacher: metric -> fraction.
-        rows: task -> validation rows, to see whether the teacher itself is above chance.
+        uninformed: of `uninformed_tasks`.
 
     Returns:
         task, setting, distill_type, chance, teacher, n, retention (mean over seeds, a fraction),
         low, high (95 % t interval over seeds). `chance` is NaN for a task that is not in
         `data/tasks`, `teacher` where its accuracy is not recorded. Retention is NaN for both, and
-        where the teacher is not shown to be above chance (`above_chance`).
+        for uninformed tasks.
     """
     parts = []
     for name in tables.tasks_of(results):
         metric = f"{tables.ACCURACY}/{name}"
         task, top = TASKS.get(name), float(teacher.get(metric, np.nan))
         chance = task.chance if task else np.nan
-        scale = top - chance if above_chance(name, top, rows.get(name, 0)) else np.nan
+        scale = np.nan if name in uninformed else top - chance
         table = tables.summary_table(results, metric).rename(columns={"mean": "retention"})
         numbers = ["retention", "low", "high"]
         table[numbers] = table[numbers].sub(chance).div(scale)

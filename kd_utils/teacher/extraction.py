@@ -59,7 +59,8 @@ def cache_header(
         base, tuned: `model_fingerprint` of `config.teacher` and of `teacher`, taken before they
             were loaded.
         model, tokenizer: the teacher, loaded.
-        accuracy: of the teacher on the validation rows.
+        accuracy: of the teacher on validation and held-out rows (`scoring.accuracies`); beside it
+            the manifest says of how many rows: `held_out_rows/TASK`.
     """
     kinds = signal_kinds.kinds_of(config.signals)
     sizes = {name: size_of(model.config, name) for name in SHAPE}
@@ -101,6 +102,8 @@ def cache_header(
     if "attention" in kinds:
         specific["heads"] = shape["num_attention_heads"]
     folder = project_paths.project_path(config.teacher)
+    counted = prepared.held_out["task"].value_counts(sort=False)
+    held_out_rows = {f"held_out_rows/{task}": int(count) for task, count in counted.items()}
     return {
         "name": config.name,
         "key": key,
@@ -110,7 +113,7 @@ def cache_header(
         "teacher": teacher,
         "teacher_revision": config.teacher_revision,
         "tokenizer_files": encoding.tokenizer_files(folder) if folder.is_dir() else {},
-        "teacher_accuracy": accuracy,
+        "teacher_accuracy": accuracy | held_out_rows,
         "data_hash": prepared.data_hash,
         "signals": config.signals,
         "shape": shape,

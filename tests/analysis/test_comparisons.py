@@ -320,6 +320,24 @@ def test_a_loss_against_one_reference_is_one_of_four():
     assert row["outcome"] == "undecided"
 
 
+@pytest.mark.parametrize("shuffled, outcome", [(0.3, "better"), (0.9, "undecided")])
+def test_a_white_box_signal_adds_if_it_beats_every_reference_too(shuffled, outcome):
+    """One joint comparison for each of three methods: at 7 seeds each can be shown."""
+    chances = {"black_box": 0.5, "combined": 0.9, "attention": 0.5, "hidden_state": 0.5}
+    answers = Answers(*run(chances | REFERENCES | {"shuffled": shuffled}))
+    table = comparisons.compare(answers)
+    asked = table[(table["question"] == "white_box_references") & (table["metric"] == "macro")]
+    assert set(asked["family"]) == {3} and len(asked) == 3 * 4
+    rows = asked[asked["method"] == "combined"].set_index("baseline")
+    assert rows.loc["shuffled", "outcome"] == outcome
+    assert (
+        one(table, question="white_box", metric="macro", method="combined")["outcome"] == "better"
+    )
+    reach = questions.reach(answers.trials).set_index("question")
+    assert reach.loc["white_box_references", ["comparisons", "family"]].tolist() == [12, 3]
+    assert reach.loc["white_box_references", "smallest_p"] == 3 / 64
+
+
 def test_a_joint_question_with_one_reference_is_another_question():
     chances = {"black_box": 0.6, "task_only": 0.5}
     table = comparisons.compare(Answers(*run(chances, seeds=3)))

@@ -123,7 +123,8 @@ def test_longer_trials_are_compared_with_those_beside_them():
 
 
 def test_a_seed_counts_where_both_its_trials_are_done():
-    assert rest.twice([record()], longer(0.9)[:-1])["n"].item() == 2
+    moves = rest.twice([record()], longer(0.9)[:-1])
+    assert moves["n"].item() == 2 and rest.at_rest(moves) is None and rest.moving(moves).empty
 
 
 def test_the_first_run_that_agrees_measured_it():

@@ -33,7 +33,7 @@ def teacher(**accuracies: float) -> dict[str, float]:
 
 def test_by_hand_with_its_interval():
     table = retention(
-        results(sst2=[0.7, 0.8], gsm8k=[0.2, 0.2]), teacher(sst2=0.9, gsm8k=0.4), ROWS
+        results(sst2=[0.7, 0.8], gsm8k=[0.2, 0.2]), teacher(sst2=0.9, gsm8k=0.4)
     ).set_index("task")
     assert table.loc["sst2", "retention"] == pytest.approx((0.75 - 0.5) / 0.4)
     assert table.loc["gsm8k", "retention"] == pytest.approx(0.5) == table.loc["gsm8k", "low"]
@@ -46,21 +46,19 @@ def test_by_hand_with_its_interval():
 
 
 def test_a_student_below_chance_retains_less_than_nothing():
-    assert retention(results(sst2=[0.4]), teacher(sst2=0.9), ROWS)[
-        "retention"
-    ].item() == pytest.approx(-0.25)
+    table = retention(results(sst2=[0.4]), teacher(sst2=0.9))
+    assert table["retention"].item() == pytest.approx(-0.25)
 
 
 @pytest.mark.parametrize("task, accuracy", [("mmlu", 0.2875), ("sst2", 0.53), ("gsm8k", 1 / 30)])
 def test_a_teacher_at_chance_has_nothing_to_retain(task, accuracy):
-    table = retention(results(**{task: [0.9, 0.9]}), teacher(**{task: accuracy}), ROWS)
+    known = teacher(**{task: accuracy})
+    table = retention(results(**{task: [0.9, 0.9]}), known, uninformed_tasks(known, ROWS))
     assert np.isnan(table["retention"].item()) and formatting.retention(table).iloc[0, 0] == "–"
 
 
 def test_a_task_that_is_not_known_is_shown_and_its_retention_is_not():
-    table = retention(
-        results(sst2=[0.7, 0.8], riddles=[0.4, 0.5]), teacher(sst2=0.9, riddles=0.6), ROWS
-    )
+    table = retention(results(sst2=[0.7, 0.8], riddles=[0.4, 0.5]), teacher(sst2=0.9, riddles=0.6))
     assert table["task"].tolist() == ["sst2", "riddles"]
     assert table[["chance", "retention"]].iloc[1].isna().all() and table["teacher"][1] == 0.6
     shown = formatting.retention(table).iloc[0]
@@ -69,9 +67,7 @@ def test_a_task_that_is_not_known_is_shown_and_its_retention_is_not():
 
 
 def test_a_task_that_the_teacher_did_not_answer_has_no_retention():
-    shown = formatting.retention(
-        retention(results(sst2=[0.7], mmlu=[0.5]), teacher(sst2=0.9), ROWS)
-    )
+    shown = formatting.retention(retention(results(sst2=[0.7], mmlu=[0.5]), teacher(sst2=0.9)))
     assert shown["mmlu (teacher not known, chance 25)"].tolist() == ["not known"]
 
 
@@ -80,6 +76,16 @@ def test_the_tasks_on_which_the_teacher_has_nothing_to_hand_on():
     assert uninformed_tasks(known, ROWS) == ["mmlu", "gsm8k"]
     # What is not known is not said to be nothing.
     assert uninformed_tasks(teacher(sst2=0.9), ROWS | {"riddles": 9}) == []
+
+
+@pytest.mark.parametrize("on_validation", [0.25, 0.9])
+def test_held_out_rows_decide_what_a_teacher_knows_and_no_validation_row(on_validation):
+    known = teacher(sst2=on_validation, mmlu=on_validation)
+    known |= {"held_out_accuracy/sst2": 0.9, "held_out_rows/sst2": 20.0}
+    known |= {"held_out_accuracy/mmlu": 0.3, "held_out_rows/mmlu": 20.0}
+    assert uninformed_tasks(known, ROWS) == ["mmlu"]
+    # 30 % of 400 rows are more than a quarter, of 20 rows they may be chance.
+    assert uninformed_tasks(known | {"held_out_rows/mmlu": 400.0}, ROWS) == []
 
 
 def test_their_mean_is_left_to_the_others_and_is_no_task():

@@ -151,7 +151,7 @@ def test_from_rows_to_retention(folder, tmp_path):
     assert comparisons.Answers(results, predictions).metrics == ["macro", "micro", "arc_easy"]
     assert len(calibration.reliability_by_method(predictions))
     teacher = {"validation_accuracy/arc_easy": 0.75}
-    kept = retention.retention(results, teacher, {"arc_easy": len(validation)})
+    kept = retention.retention(results, teacher)
     mean = results["validation_accuracy/arc_easy"][:2].mean()
     assert kept["retention"][0] == pytest.approx((mean - 0.25) / 0.5)
     [heading] = formatting.retention(kept).columns

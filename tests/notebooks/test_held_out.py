@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from small_project import small_project
 
+from kd_utils.analysis.retention import uninformed_tasks
 from kd_utils.config.notebook_files import notebook_defaults, notebook_path
 from kd_utils.data.prepared_data import load_prepared, save_prepared
 from kd_utils.records.trial_record import read_record
@@ -41,11 +42,10 @@ PARAMETERS = {
 
 
 def scrambled(tables):
-    """The same rows; every validation row has another row's answer."""
+    """The same rows; every validation row has the answer of its task's last one."""
     table = tables["validation"]
-    answers = table.groupby("task")[["answer", "gold"]].shift(1)
     last = table.groupby("task")[["answer", "gold"]].transform("last")
-    return {**tables, "validation": table.assign(**answers.fillna(last))}
+    return {**tables, "validation": table.assign(**last)}
 
 
 def run(project, stem, **changes):
@@ -100,6 +100,20 @@ def test_the_teacher_and_its_signals_are_the_same(both):
     assert splits[0] == splits[1] >= {"train", "held_out", "validation"}
     differ = {name for name in sums[0] if sums[0][name] != sums[1][name]}
     assert differ and all(name.startswith("validation") for name in differ)
+
+
+def test_what_the_teacher_is_said_to_know_is_the_same(both):
+    """A verdict leaves out the tasks of which it knows nothing."""
+    found = []
+    for project in both:
+        [path] = (project.root / "artifacts" / "cache").glob("*/manifest.json")
+        found.append(json.loads(path.read_text())["teacher_accuracy"])
+    differ = {key for key in found[0] if found[0][key] != found[1][key]}
+    assert differ and all(key.startswith("validation_") for key in differ)
+    known = {"held_out_accuracy/sst2", "held_out_rows/sst2", "held_out_accuracy/gsm8k"}
+    assert known <= set(found[0])
+    counts = {"sst2": 8, "gsm8k": 4}
+    assert uninformed_tasks(found[0], counts) == uninformed_tasks(found[1], counts)
 
 
 def test_the_student_and_all_that_was_measured_while_it_trained_are_the_same(both):

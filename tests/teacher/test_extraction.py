@@ -197,7 +197,10 @@ def test_a_generation_config_counts_as_it_changes_answers(base):
 def test_the_teachers_accuracy_is_of_the_caches_own_setting(base):
     """Of another longest answer it is another accuracy, so the cache is another one too."""
     tokenizer = tiny_tokenizer(begin=False)
-    prepared = SimpleNamespace(data_hash="d", tokenizer_fingerprint="s", max_length=64)
+    held_out = pd.DataFrame({"task": ["sst2", "mmlu", "sst2"]})
+    prepared = SimpleNamespace(
+        data_hash="d", tokenizer_fingerprint="s", max_length=64, held_out=held_out
+    )
     model = tiny_model(tokenizer)
     headers = [
         extraction.cache_header(
@@ -208,10 +211,15 @@ def test_the_teachers_accuracy_is_of_the_caches_own_setting(base):
             "t",
             model,
             tokenizer,
-            {},
+            {"held_out_accuracy/sst2": 0.5},
         )
         for longest in (2, 24, 24)
     ]
+    assert headers[0]["teacher_accuracy"] == {
+        "held_out_accuracy/sst2": 0.5,
+        "held_out_rows/sst2": 2,
+        "held_out_rows/mmlu": 1,
+    }
     assert headers[0]["key"] != headers[1]["key"] == headers[2]["key"]
     assert headers[0]["base_fingerprint"] == "b" and headers[0]["key"]["teacher"] == "t"
 

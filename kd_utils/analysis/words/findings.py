@@ -22,6 +22,7 @@ NAMES = {
     "hard_answers": "over hard",
     "references": "over best",
     "white_box": "signals",
+    "white_box_references": "signals over best",
 }
 
 COLUMNS = (
@@ -132,8 +133,8 @@ def _cell(primary: pd.DataFrame, find: Callable[[str, list[Row]], list[str]]) ->
         family = rows.to_dict("records")
         if question in questions.JOINT:
             family = [
-                verdict.joint_row(of_setting.to_dict("records"))
-                for _, of_setting in rows.groupby("setting", sort=False)
+                verdict.joint_row(of_method.to_dict("records"))
+                for _, of_method in rows.groupby(["setting", "method"], sort=False)
             ]
         found += find(name, family)
     return ", ".join(found) or NOTHING

@@ -41,7 +41,7 @@ def rest_line(moves: pd.DataFrame, measured: str) -> str:
     if moves.empty:
         return ""
     unknown = {
-        metric: [_arm(row) for row in rows.to_dict("records") if not row["n"]]
+        metric: [_arm(row) for row in rest.unknown(rows).to_dict("records")]
         for metric, rows in moves.groupby("metric", sort=False)
     }
     where = f"twice the steps were measured in {measured}" if measured else _not_measured("")
@@ -131,4 +131,4 @@ def _of(some: list[str], moves: pd.DataFrame) -> str:
 
 
 def _not_measured(where: str) -> str:
-    return f"what twice the steps would change was not measured{where}"
+    return f"what twice the steps would change was not measured{where} over {rest.SEEDS} seeds"

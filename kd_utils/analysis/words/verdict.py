@@ -23,6 +23,8 @@ QUESTION_TEXTS = {
     "controls": "Negative controls: is training with no knowledge of the teacher's distribution "
     "better than training on its answers?",
     "white_box": "Do white-box signals help beyond logits?",
+    "white_box_references": "Do white-box signals add something, over the best of the same "
+    "references? Each method has the comparison with its strongest reference.",
     "which": "Which helps more, attention maps or hidden states?",
     "combining": "Is combining both signals better than each signal alone?",
     "task": "Does the gain over logits, in points of accuracy, depend on the task (an "
@@ -116,10 +118,12 @@ def verdict_text(found: pd.DataFrame, coverage: str, scope: str = SCOPE) -> str:
 
 def _by_outcome(family: list[Row], margin: float) -> tuple[str, list[str]]:
     """The answer to a question whose comparisons have outcomes, with their sentences."""
-    lines = [formatting.sentence(row, margin) for row in family]
+    question = family[0]["question"]
+    told = family if question != "white_box_references" else map(strongest, _by_method(family))
+    lines = [formatting.sentence(row, margin) for row in told]
     if all(row["outcome"] == "not tested" for row in family):
         return NOT_TESTED, lines
-    answer = SEVERAL.get(family[0]["question"], _answer_single)
+    answer = SEVERAL.get(question, _answer_single)
     return answer(family, f"equal within {formatting.margin_text(margin)}"), lines
 
 
@@ -154,28 +158,48 @@ def _answer_combining(family: list[Row], within: str) -> str:
 
 
 def _answer_references(family: list[Row], within: str) -> str:
-    better, worse, equal = _by_word(family, "baseline")
-    asked, joint = [row["baseline"] for row in family], joint_row(family)
+    asked = [row["baseline"] for row in family]
     missing = [name for name in questions.REFERENCES if name not in asked]
     partly = f" Not fully asked: this run has no {', '.join(missing)}." if missing else ""
+    return _adds(family, within, missing) + partly
+
+
+def _answer_white_box_references(family: list[Row], within: str) -> str:
+    answers = {rows[0]["method"]: _answer_references(rows, within) for rows in _by_method(family)}
+    return " ".join(f"[{method}] {answer}" for method, answer in answers.items())
+
+
+def _adds(family: list[Row], within: str, missing: list[str]) -> str:
+    better, worse, equal = _by_word(family, "baseline")
     against = [f"worse than {', '.join(worse)}"] * bool(worse)
     against += [f"{within} to {', '.join(equal)}"] * bool(equal)
     if against:
-        return f"Does not add: {'; '.join(against)}.{partly}"
+        return f"Does not add: {'; '.join(against)}."
+    joint = joint_row(family)
     if joint["outcome"] == "better":
-        return f"{'Better' if missing else 'Adds: better'} than {', '.join(better)}.{partly}"
-    return f"{_not_shown(family)} The strongest reference is {joint['baseline']}.{partly}"
+        return f"{'Better' if missing else 'Adds: better'} than {', '.join(better)}."
+    return f"{_not_shown(family)} The strongest reference is {joint['baseline']}."
 
 
 def joint_row(family: list[Row]) -> Row:
-    """A joint question's comparisons in one setting as one: that with the strongest baseline, whose
-    outcome is better if all are, worse or equivalent if any is, and undecided otherwise.
+    """A joint question's comparisons of one method in one setting as one: that with the strongest
+    baseline, whose outcome is better if all are, worse or equivalent if any is, and undecided
+    otherwise.
     """
-    strongest = min(family, key=lambda row: np.nan_to_num(row["difference"], nan=np.inf))
     outcomes = {row["outcome"] for row in family}
     known = [word for word in ("worse", "equivalent") if word in outcomes]
     outcome = outcomes.pop() if len(outcomes) == 1 else (known or ["undecided"])[0]
-    return strongest | {"outcome": outcome}
+    return strongest(family) | {"outcome": outcome}
+
+
+def strongest(family: list[Row]) -> Row:
+    """The comparison with the strongest baseline."""
+    return min(family, key=lambda row: np.nan_to_num(row["difference"], nan=np.inf))
+
+
+def _by_method(family: list[Row]) -> list[list[Row]]:
+    methods = dict.fromkeys(row["method"] for row in family)
+    return [[row for row in family if row["method"] == method] for method in methods]
 
 
 def _answer_controls(family: list[Row], within: str) -> str:
@@ -190,6 +214,7 @@ SEVERAL: dict[str, Callable[[list[Row], str], str]] = {
     "references": _answer_references,
     "controls": _answer_controls,
     "white_box": _answer_white_box,
+    "white_box_references": _answer_white_box_references,
     "combining": _answer_combining,
 }
 

@@ -61,9 +61,19 @@ def test_what_is_not_known_is_said():
         "100 % of the steps."
     )
     line = head.rest_line(moves([0.0, 0.0], [0.0, None]), "toy-rest")
-    assert "what twice the steps would change was not measured of attention" in line
+    assert "what twice the steps would change was not measured of attention over 3 seeds" in line
     assert line.endswith("is not known.")
     assert head.rest_line(rest.last_tenth([]), "") == ""
+
+
+@pytest.mark.parametrize("move", [0.0, 0.03])
+def test_twice_the_steps_of_two_seeds_say_nothing(move):
+    found = moves([0.0, 0.0], [0.0, move])
+    found.loc[found.index[-1], "n"] = 2
+    line = head.rest_line(found, "toy-rest")
+    assert "not measured of attention over 3 seeds" in line and line.endswith("is not known.")
+    found.loc[found.index[-1], "n"] = 3
+    assert head.rest_line(found, "toy-rest").startswith("Not at" if move else "At")
 
 
 @pytest.mark.parametrize(

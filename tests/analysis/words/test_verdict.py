@@ -216,6 +216,19 @@ def test_do_the_logits_add_something_over_the_best_reference(outcomes, answer):
     assert answers(*rows)["references"] == answer
 
 
+def test_what_a_white_box_signal_adds_is_said_of_each_method():
+    outcomes = {"hidden_state": ["better"] * 4, "attention": ["better"] * 3 + ["equivalent"]}
+    rows = [
+        row("white_box_references", method, reference, outcome)
+        for method, of_method in outcomes.items()
+        for reference, outcome in zip(REFERENCES, of_method)
+    ]
+    assert answers(*rows)["white_box_references"] == (
+        "[hidden_state] Adds: better than task_only, teacher_answers, label_smoothing, shuffled. "
+        "[attention] Does not add: equal within 1 point to shuffled."
+    )
+
+
 @pytest.mark.parametrize(
     "outcome, answer",
     [("better", "Yes."), ("equivalent", "No (equal within 1 point)."), ("undecided", "Not shown.")],
