@@ -37,7 +37,7 @@ def accuracy_by_record(panels: dict[str, str]) -> alt.Chart:
         trial = next((ROOT / run_dir).glob("trials/*/metrics.json")).parent
         teachers[f"{tables.ACCURACY}/{title}"] = read_record(trial)["teacher"]["accuracy"][MACRO]
     chart = result_plots.accuracy_by_task(pd.concat(trials), teachers)
-    chart.title.text = "Accuracy, mean of three tasks, by method and record; one point per seed"
+    chart.title.text = "Accuracy, mean of the tasks, by method and record; one point per seed"
     return chart
 
 

@@ -109,6 +109,13 @@ def at_rest(moves: pd.DataFrame) -> bool | None:
     return None if moves.empty or len(unknown(moves)) else True
 
 
+def others_rest(moves: pd.DataFrame) -> bool:
+    """Whether, of several methods, all are known to be at rest but those that are moving."""
+    arms = pd.MultiIndex.from_frame(moves[tables.KEYS])
+    moved = pd.MultiIndex.from_frame(moving(moves)[tables.KEYS])
+    return at_rest(moves[~arms.isin(moved)]) is True
+
+
 def moving(moves: pd.DataFrame) -> pd.DataFrame:
     """The rows of `moves` that show a method that is not at rest."""
     known = moves.drop(unknown(moves).index)

@@ -35,9 +35,9 @@ def uninformed_tasks(teacher: Mapping[str, float], rows: Mapping[str, int]) -> l
     """
 
     def known(task: str) -> bool | None:
-        held_out = teacher.get(f"held_out_rows/{task}")
+        held_out = teacher.get(f"held_out_accuracy/{task}")
         if held_out is not None:
-            return above_chance(task, teacher[f"held_out_accuracy/{task}"], round(held_out))
+            return above_chance(task, held_out, round(teacher[f"held_out_rows/{task}"]))
         return above_chance(task, teacher.get(f"{tables.ACCURACY}/{task}", np.nan), rows[task])
 
     return [task for task in rows if known(task) is False]

@@ -87,7 +87,7 @@ def _line(record: Path) -> Sequence[str]:
         f"{done}" + f" of {len(results)}" * bool(done < len(results)),
         *(_mean(analysis, metric, method) for method in ("task_only", questions.BASELINE)),
         *(_cell(primary, find) for find in (_shown, _equal, _not_shown)),
-        {True: "yes", False: "no", None: "?"}[rest.at_rest(moves)],
+        _at_rest(moves),
         _control(primary, "teacher", "seen", "not seen"),
         _negative(primary),
     ]
@@ -110,6 +110,13 @@ def _mean(analysis: pd.DataFrame, metric: str, method: str) -> str:
     if len(rows) == 1:
         return f"{means.item():.1f}" + ("" if sd.isna().item() else f" ± {sd.item():.1f}")
     return f"{means.min():.1f} to {means.max():.1f}" if len(rows) else NOTHING
+
+
+def _at_rest(moves: pd.DataFrame) -> str:
+    """Whether all methods are at rest; where only some are not, these."""
+    if rest.at_rest(moves) is False and rest.others_rest(moves):
+        return "but " + ", ".join(dict.fromkeys(rest.moving(moves)["distill_type"]))
+    return {True: "yes", False: "no", None: "?"}[rest.at_rest(moves)]
 
 
 def _control(primary: pd.DataFrame, question: str, found: str, not_found: str) -> str:

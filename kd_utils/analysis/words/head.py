@@ -50,7 +50,8 @@ def rest_line(moves: pd.DataFrame, measured: str) -> str:
             f"{_arm(row)} moves {100 * row['mean']:+.1f} points {PERIODS[row['metric']]}"
             for row in moved.to_dict("records")
         ]
-        return f"{SPEEDS} {', '.join(found)} ({where})."
+        others = " All other methods are at rest." * rest.others_rest(moves)
+        return f"{SPEEDS} {', '.join(found)} ({where}).{others}"
     if unknown[rest.LAST_TENTH]:
         return (
             "Whether training was at rest cannot be said: the record has no held-out accuracy at "

@@ -87,6 +87,11 @@ def test_moves_and_false_alarms_are_told(tmp_path):
     moves = [(rest.LAST_TENTH, "black_box", 0.02, 0.0)]
     found = line(write(tmp_path / "2026-12-01-toy", compared, (), moves))
     assert (found["at rest"], found["−"]) == ("no", "FALSE ALARM")
+    measured = (rest.LAST_TENTH, rest.TWICE)
+    moves += [(metric, "attention", 0.0, 0.0) for metric in measured]
+    assert line(write(tmp_path / "2026-12-02-toy", compared, (), moves))["at rest"] == (
+        "but black_box"
+    )
 
 
 def test_the_mean_is_that_of_the_tasks_that_the_verdict_rests_on(tmp_path):

@@ -54,6 +54,13 @@ def test_not_at_rest_compares_speeds_and_names_the_methods(last_tenth, twice, sa
     assert ("was not measured" in line) == (not measured)
 
 
+def test_methods_that_are_at_rest_are_told_from_one_that_is_not():
+    line = head.rest_line(moves([0.0, 0.02], [0.0, -0.03]), "toy-rest")
+    assert line.count("attention") == 2 and line.endswith("All other methods are at rest.")
+    for unsure in (moves([0.0, 0.02], [None, 0.0]), moves([0.02, 0.02], [0.0, 0.0])):
+        assert "All other" not in head.rest_line(unsure, "toy-rest")
+
+
 def test_what_is_not_known_is_said():
     line = head.rest_line(moves([None, None], [None, None]), "")
     assert line == (
