@@ -255,8 +255,10 @@ def test_12_reads_a_kept_record_and_leaves_it_alone(tmp_path):
     done = run(tmp_path, PAPERMILL, notebook_path("12_compare_worlds"), out, "--no-progress-bar")
     assert done.returncode == 0, done.stderr[-3000:]
     compared = tmp_path / "artifacts" / "analysis" / WORLDS / "comparisons.csv"
-    kept = (record / "comparisons.csv").read_text()
-    assert compared.read_text() == kept and len(kept.splitlines()) > 20
+    kept = (record / "comparisons.csv").read_text().splitlines()
+    asked = {line.split(",")[0] for line in kept}  # some questions are newer than the record
+    found = compared.read_text().splitlines()
+    assert [line for line in found if line.split(",")[0] in asked] == kept and len(kept) > 20
     assert out.read_text().count('"image/png": "iVBOR') == 2
     assert {path: path.read_bytes() for path in before} == before
 
