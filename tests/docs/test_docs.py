@@ -206,6 +206,15 @@ def test_kept_record_has_a_readme(record: str) -> None:
     assert not verdict(record) or not missing_numbers(text, verdict(record))
 
 
+@pytest.mark.parametrize("record", RECORDS)
+def test_kept_record_names_no_folder_of_one_machine(record: str) -> None:
+    """A folder beside the project is given as `../data`: the notebooks and the plan name it."""
+    folder = re.compile(r"""["'](?:/(?:home|root|work|tmp|mnt|opt|srv|Users)/|[A-Z]:\\\\)""")
+    files = [path for path in (ROOT / "runs" / record).rglob("*") if path.is_file()]
+    named = [path for path in files if path.suffix in (".json", ".ipynb", ".csv", ".md", ".txt")]
+    assert named and not [page_name(path) for path in named if folder.search(text_of(path))]
+
+
 def test_log_says_what_the_records_say() -> None:
     wrong, compared = [], 0
     for section in re.split(r"^## ", text_of(ROOT / "docs/log.md"), flags=re.MULTILINE)[1:]:

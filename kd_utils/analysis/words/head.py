@@ -78,6 +78,9 @@ def positive_line(primary: pd.DataFrame) -> str:
     what = f"Positive control ({questions.BASELINE} over task_only)"
     if not rows:
         return f"{what}: not in this run."
+    rows = [row for row in rows if row["outcome"] != "not tested"]
+    if not rows:
+        return f"{what}: not tested."
     seen = [row for row in rows if row["outcome"] == "better"]
     unseen = [row for row in rows if row["outcome"] != "better"]
     found = [f"seen: {', '.join(map(_difference, seen))}"] * bool(seen)

@@ -95,6 +95,8 @@ def test_the_positive_control(outcome, said):
     line = head.positive_line(rows("teacher", ("black_box", "task_only", outcome)))
     assert said in line and ("not seen" in line) == (outcome != "better")
     assert head.positive_line(rows("teacher")).endswith("not in this run.")
+    untested = head.positive_line(rows("teacher", ("black_box", "task_only", "not tested")))
+    assert untested.endswith("task_only): not tested.")
 
 
 def test_the_negative_controls():
