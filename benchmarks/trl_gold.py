@@ -236,8 +236,8 @@ def kd_utils_row(
 ) -> dict[str, Any]:
     """Compute this project's numbers for one row, group by group, and compare the gradients."""
     from kd_utils.distill.batches import collate
-    from kd_utils.distill.logit_losses import kd_loss, outcome_kl, span_log_probs, uld_loss
-    from kd_utils.distill.terms.kd import KD
+    from kd_utils.distill.logit_losses import kd_loss, uld_loss
+    from kd_utils.distill.terms.kd import KD, outcome_kl, span_log_probs
     from kd_utils.models.output_head import OutputHead
     from kd_utils.models.signals import Signals
     from kd_utils.tokens.alignment import align

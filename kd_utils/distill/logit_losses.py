@@ -1,4 +1,4 @@
-"""The losses of L_KD: how far two models' next-token distributions are apart."""
+"""The losses of L_KD over whole next-token distributions, from hidden states and output layers."""
 
 from typing import NamedTuple, Self
 
@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kd_utils.models.output_head import OutputHead
-from kd_utils.tokens import vocabulary
+from kd_utils.models.output_head import OutputHead, as_head
 
 
 class Shared(NamedTuple):
@@ -37,18 +36,6 @@ class Shared(NamedTuple):
         student_rest = np.setdiff1d(np.arange(student_size), student)
         ids = (teacher, student, teacher_rest, student_rest)
         return cls(*(torch.as_tensor(side, device=device) for side in ids))
-
-
-def shared_output_rows(
-    teacher: vocabulary.Vocabulary,
-    student: vocabulary.Vocabulary,
-    teacher_size: int,
-    student_size: int,
-) -> vocabulary.SharedPieces:
-    """The pieces of both vocabularies that have a row in both heads, of these sizes."""
-    pieces = vocabulary.shared_pieces(teacher, student)
-    kept = (pieces.teacher < teacher_size) & (pieces.student < student_size)
-    return vocabulary.SharedPieces(pieces.teacher[kept], pieces.student[kept])
 
 
 def kd_loss(
@@ -89,9 +76,9 @@ def kd_loss(
     Returns:
         Scalar, nats per token times T^2.
     """
-    heads = list(map(_as_head, _listed(teacher_head)))
+    heads = list(map(as_head, _listed(teacher_head)))
     teachers = list(zip(_listed(teacher_hidden), heads, mixture or [1.0], strict=True))
-    head, limit = _as_head(student_head), 2**25 // max(len(teacher.weight) for teacher in heads)
+    head, limit = as_head(student_head), 2**25 // max(len(teacher.weight) for teacher in heads)
     options = temperature, shared, max(16, min(chunk_tokens, limit)), torch.is_grad_enabled()
     total = _SummedKL.apply(student_hidden, head.weight, head.bias, head, teachers, *options)
     return total / (normaliser or max(len(student_hidden), 1))
@@ -99,10 +86,6 @@ def kd_loss(
 
 def _listed(value: object) -> list:
     return value if isinstance(value, list) else [value]
-
-
-def _as_head(head: OutputHead | torch.Tensor) -> OutputHead:
-    return head if isinstance(head, OutputHead) else OutputHead(head)
 
 
 class _SummedKL(torch.autograd.Function):
@@ -189,82 +172,6 @@ def _over_student_pieces(
     return student_side.index_copy_(1, shared.student, pieces)
 
 
-def outcome_kl(
-    student_log: torch.Tensor, teacher_log: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """T^2 KL per row over k outcomes and one bucket for all others, whose mass is the rest.
-
-    For a group of several tokens only the probability of its text can be compared, and k is 1.
-
-    Args:
-        student_log, teacher_log: (N, k) log-probability of each outcome.
-
-    Returns:
-        (N,) nats, times T^2; 0 where the two agree.
-    """
-    # log(1 - sum of the outcomes), kept finite where float32 leaves the rest no mass.
-    student_rest, teacher_rest = (
-        torch.log1p(-side.exp().sum(-1).clamp(max=1 - 1e-6)) for side in (student_log, teacher_log)
-    )
-    inside = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
-    return temperature**2 * (inside + teacher_rest.exp() * (teacher_rest - student_rest))
-
-
-def forward_kl_top_k(
-    student_logits: torch.Tensor,
-    top_logits: torch.Tensor,
-    top_ids: torch.Tensor,
-    log_mass: torch.Tensor,
-    temperature: float,
-) -> torch.Tensor:
-    """T^2 KL per token over the teacher's top k tokens and one bucket for the rest.
-
-    Merging tokens can only lower a KL (data processing inequality), so this is a lower bound of
-    `kd_loss`; it is equal where the student is proportional to the teacher within the rest.
-
-    Args:
-        student_logits: (N, V).
-        top_logits: (N, k) the teacher's largest logits z; top_ids: (N, k) their ids, int64.
-        log_mass: (N,) log sum_v exp(z_v / T) over the whole vocabulary, for this T.
-
-    Returns:
-        (N,) nats, times T^2.
-    """
-    student_log = (student_logits.float() / temperature).log_softmax(-1).gather(-1, top_ids)
-    teacher_log = top_logits.float() / temperature - log_mass.float()[:, None]
-    return outcome_kl(student_log, teacher_log, temperature)
-
-
-def span_log_probs(
-    hidden: torch.Tensor,
-    head: OutputHead | torch.Tensor,
-    targets: torch.Tensor,
-    span: torch.Tensor,
-    spans: int,
-    temperature: float,
-) -> torch.Tensor:
-    """Log-probability of each group of tokens: the sum over its tokens of log softmax(z / T).
-
-    Args:
-        hidden: (P, d) at the positions that predict a token; targets: (P,) those tokens.
-        span: (P,) the number of the group that each token belongs to, below `spans`.
-
-    Returns:
-        (spans,) nats.
-    """
-    head, total = _as_head(head), torch.zeros(spans, device=hidden.device)
-
-    def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = head.logits(hidden.to(head.weight.dtype)).float() / temperature
-        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
-    for start in range(0, len(hidden), 512):  # recomputed in the backward pass, and not kept
-        rows = slice(start, start + 512)
-        log_probs = checkpoint(part, hidden[rows], targets[rows], use_reentrant=False)
-        total = total.index_add(0, span[rows], log_probs)
-    return total
-
-
 def uld_loss(
     student_hidden: torch.Tensor,
     student_head: OutputHead | torch.Tensor,
@@ -281,7 +188,7 @@ def uld_loss(
 
     Args, returns: as `kd_loss`; between 0 and 2 per token.
     """
-    heads = (_as_head(student_head), _as_head(teacher_head))
+    heads = (as_head(student_head), as_head(teacher_head))
     wide = max(len(head.weight) for head in heads)
     total = torch.zeros((), device=student_hidden.device)
 

@@ -76,7 +76,7 @@ class NextTokens:
 
 @dataclass
 class Spans:
-    """Groups of more than one token, each side as `logit_losses.span_log_probs` takes it.
+    """Groups of more than one token, each side as `terms.kd.span_log_probs` takes it.
 
     Attributes:
         student, teacher: what predicts each token, (P_s,) flat positions of the student or (P_t, d)

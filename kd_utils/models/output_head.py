@@ -55,6 +55,11 @@ class OutputHead:
         return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
 
 
+def as_head(head: OutputHead | torch.Tensor) -> OutputHead:
+    """An output layer, given as one or as its weight."""
+    return head if isinstance(head, OutputHead) else OutputHead(head)
+
+
 def output_head(model: torch.nn.Module) -> OutputHead:
     """The model's head, tied or not, by its configuration; `require_known_head` tests it.
 

@@ -157,6 +157,18 @@ def shared_pieces(teacher: Vocabulary, student: Vocabulary) -> SharedPieces:
     return SharedPieces(pairs[:, 0].copy(), pairs[:, 1].copy())
 
 
+def shared_output_rows(
+    teacher: Vocabulary,
+    student: Vocabulary,
+    teacher_size: int,
+    student_size: int,
+) -> SharedPieces:
+    """The pieces of both vocabularies that have a row in both heads, of these sizes."""
+    pieces = shared_pieces(teacher, student)
+    kept = (pieces.teacher < teacher_size) & (pieces.student < student_size)
+    return SharedPieces(pieces.teacher[kept], pieces.student[kept])
+
+
 def same_pieces(teacher: Vocabulary, student: Vocabulary) -> bool:
     """Whether each id stands for the same piece in both, so that logits can be compared id by id.
 

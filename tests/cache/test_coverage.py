@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from kd_utils.cache.coverage import shared_mass, token_agreement
-from kd_utils.distill.logit_losses import shared_output_rows
 from kd_utils.tokens.encoding import Example
-from kd_utils.tokens.vocabulary import PIECE, SharedPieces, Vocabulary
+from kd_utils.tokens.vocabulary import PIECE, SharedPieces, Vocabulary, shared_output_rows
 
 
 def example(tokens, ends):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_utils.distill.logit_losses import outcome_kl, span_log_probs
+from kd_utils.distill.terms.kd import outcome_kl, span_log_probs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import trl_gold  # no package: a script of its own

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_utils.distill.logit_losses import Shared, kd_loss, outcome_kl, span_log_probs, uld_loss
+from kd_utils.distill.logit_losses import Shared, kd_loss, uld_loss
+from kd_utils.distill.terms.kd import outcome_kl, span_log_probs
 from kd_utils.models.output_head import OutputHead
 
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kd_utils.distill.logit_losses import forward_kl_top_k, kd_loss
+from kd_utils.distill.logit_losses import kd_loss
 from kd_utils.distill.targets import Maps, _merge
 from kd_utils.distill.terms.attention import attention_mse
 from kd_utils.distill.terms.hidden import hidden_mse
+from kd_utils.distill.terms.kd import forward_kl_top_k
 from kd_utils.distill.terms.task import Task
 from kd_utils.distill.training import weighted_sum
 from kd_utils.models.attention_maps import (

@@ -15,7 +15,7 @@ from kd_utils.cache.writer import assemble_cache, write_shards
 from kd_utils.config.notebook_files import notebook_defaults
 from kd_utils.config.trial import METHODS, Method, TrialConfig
 from kd_utils.distill.batches import collate, split_batch
-from kd_utils.distill.logit_losses import Shared, forward_kl_top_k, outcome_kl
+from kd_utils.distill.logit_losses import Shared
 from kd_utils.distill.teacher_terms import (
     TeacherTerms,
     TermSetup,
@@ -24,7 +24,7 @@ from kd_utils.distill.teacher_terms import (
 )
 from kd_utils.distill.terms.attention import AttentionMaps, head_mix
 from kd_utils.distill.terms.hidden import make_projector
-from kd_utils.distill.terms.kd import KD
+from kd_utils.distill.terms.kd import KD, forward_kl_top_k, outcome_kl
 from kd_utils.distill.training import loss_terms, weighted_sum
 from kd_utils.models.attention_maps import decode_map
 from kd_utils.models.devices import autocast

@@ -6,12 +6,12 @@ import torch
 from references import NEAR, PIECES, WIDTHS, Leaves, error, random_pair, signals_of
 
 from kd_utils.distill.batches import collate
-from kd_utils.distill.logit_losses import Shared, forward_kl_top_k
+from kd_utils.distill.logit_losses import Shared
 from kd_utils.distill.logit_losses import kd_loss as kd_of_hidden_states
 from kd_utils.distill.teacher_terms import TeacherTerms
 from kd_utils.distill.terms.attention import AttentionMaps, head_mix
 from kd_utils.distill.terms.hidden import Hidden
-from kd_utils.distill.terms.kd import KD
+from kd_utils.distill.terms.kd import KD, forward_kl_top_k
 from kd_utils.distill.training import loss_terms
 from kd_utils.models.devices import autocast
 from kd_utils.models.output_head import OutputHead

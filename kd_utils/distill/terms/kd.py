@@ -4,14 +4,15 @@ from collections.abc import Sequence
 from typing import Self
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from kd_utils.cache import teacher_cache
 from kd_utils.distill import logit_losses
 from kd_utils.distill.targets import Spans, Targets
 from kd_utils.distill.teacher_terms import Term, TermSetup, register
-from kd_utils.models.output_head import OutputHead
+from kd_utils.models.output_head import OutputHead, as_head
 from kd_utils.models.signals import Signals
-from kd_utils.tokens.vocabulary import same_pieces
+from kd_utils.tokens import vocabulary
 
 TOP_K = ("top_logits", "top_ids", "log_mass")
 
@@ -54,8 +55,8 @@ class KD(Term):
         teacher, shared = setup.cache.vocabulary(), None
         sizes = setup.shape["vocab_size"], setup.student.vocab_size
         # Models of one tokenizer may have output rows that no id uses, and not equally many.
-        if sizes[0] != sizes[1] or not same_pieces(teacher, setup.vocabulary):
-            pieces = logit_losses.shared_output_rows(teacher, setup.vocabulary, *sizes)
+        if sizes[0] != sizes[1] or not vocabulary.same_pieces(teacher, setup.vocabulary):
+            pieces = vocabulary.shared_output_rows(teacher, setup.vocabulary, *sizes)
             shared = logit_losses.Shared.of(pieces.teacher, pieces.student, *sizes, setup.device)
         return cls(head, config.temperature, shared=shared, logit_loss=config.logit_loss)
 
@@ -78,7 +79,7 @@ class KD(Term):
         places = targets.places[keep]
         if self.head is None:
             # Whether a longer group's tokens are among the largest logits is not known.
-            losses = logit_losses.forward_kl_top_k(
+            losses = forward_kl_top_k(
                 head.logits(student[places]),
                 teacher["top_logits"][keep],
                 teacher["top_ids"][keep].long(),
@@ -94,16 +95,16 @@ class KD(Term):
 
     def _span_kl(self, student: torch.Tensor, head: OutputHead, spans: Spans) -> torch.Tensor:
         places, tokens, group = spans.student
-        student_log = logit_losses.span_log_probs(
+        student_log = span_log_probs(
             student[places], head, tokens, group, spans.count, self.temperature
         )
         with torch.no_grad():
             hidden, tokens, group = spans.teacher
-            teacher_log = logit_losses.span_log_probs(
+            teacher_log = span_log_probs(
                 hidden, self.head, tokens, group, spans.count, self.temperature
             )
         sides = student_log[:, None], teacher_log[:, None]
-        return logit_losses.outcome_kl(*sides, self.temperature).sum()
+        return outcome_kl(*sides, self.temperature).sum()
 
     @classmethod
     def mixes(cls, terms: Sequence[Self], targets: Sequence[Targets]) -> bool:
@@ -138,6 +139,83 @@ class KD(Term):
         )
 
 
+def outcome_kl(
+    student_log: torch.Tensor, teacher_log: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """T^2 KL per row over k outcomes and one bucket for all others, whose mass is the rest.
+
+    For a group of several tokens only the probability of its text can be compared, and k is 1.
+
+    Args:
+        student_log, teacher_log: (N, k) log-probability of each outcome.
+
+    Returns:
+        (N,) nats, times T^2; 0 where the two agree.
+    """
+    # log(1 - sum of the outcomes), kept finite where float32 leaves the rest no mass.
+    student_rest, teacher_rest = (
+        torch.log1p(-side.exp().sum(-1).clamp(max=1 - 1e-6)) for side in (student_log, teacher_log)
+    )
+    inside = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
+    return temperature**2 * (inside + teacher_rest.exp() * (teacher_rest - student_rest))
+
+
+def forward_kl_top_k(
+    student_logits: torch.Tensor,
+    top_logits: torch.Tensor,
+    top_ids: torch.Tensor,
+    log_mass: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """T^2 KL per token over the teacher's top k tokens and one bucket for the rest.
+
+    Merging tokens can only lower a KL (data processing inequality), so this is a lower bound of
+    `logit_losses.kd_loss`; it is equal where the student is proportional to the teacher within the
+    rest.
+
+    Args:
+        student_logits: (N, V).
+        top_logits: (N, k) the teacher's largest logits z; top_ids: (N, k) their ids, int64.
+        log_mass: (N,) log sum_v exp(z_v / T) over the whole vocabulary, for this T.
+
+    Returns:
+        (N,) nats, times T^2.
+    """
+    student_log = (student_logits.float() / temperature).log_softmax(-1).gather(-1, top_ids)
+    teacher_log = top_logits.float() / temperature - log_mass.float()[:, None]
+    return outcome_kl(student_log, teacher_log, temperature)
+
+
+def span_log_probs(
+    hidden: torch.Tensor,
+    head: OutputHead | torch.Tensor,
+    targets: torch.Tensor,
+    span: torch.Tensor,
+    spans: int,
+    temperature: float,
+) -> torch.Tensor:
+    """Log-probability of each group of tokens: the sum over its tokens of log softmax(z / T).
+
+    Args:
+        hidden: (P, d) at the positions that predict a token; targets: (P,) those tokens.
+        span: (P,) the number of the group that each token belongs to, below `spans`.
+
+    Returns:
+        (spans,) nats.
+    """
+    head, total = as_head(head), torch.zeros(spans, device=hidden.device)
+
+    def part(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        logits = head.logits(hidden.to(head.weight.dtype)).float() / temperature
+        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    for start in range(0, len(hidden), 512):  # recomputed in the backward pass, and not kept
+        rows = slice(start, start + 512)
+        log_probs = checkpoint(part, hidden[rows], targets[rows], use_reentrant=False)
+        total = total.index_add(0, span[rows], log_probs)
+    return total
+
+
 def _require_top_k(setup: TermSetup) -> None:
     setup.require(TOP_K)
     config, temperatures = setup.config, setup.cache.manifest["temperatures"]
@@ -153,7 +231,7 @@ def _require_top_k(setup: TermSetup) -> None:
         )
     teacher, student = setup.shape["vocab_size"], setup.student.vocab_size
     other = f"{teacher:,} output rows (the student {student:,})" if teacher > student else ""
-    if not same_pieces(setup.cache.vocabulary(), setup.vocabulary):
+    if not vocabulary.same_pieces(setup.cache.vocabulary(), setup.vocabulary):
         other = "another tokenizer than the student"
     if other:
         raise ValueError(
