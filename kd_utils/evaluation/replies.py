@@ -12,7 +12,7 @@ from kd_utils.data import tasks
 from kd_utils.evaluation import readiness
 from kd_utils.evaluation.generation import batches, context_length, generate
 from kd_utils.models import folder_checks
-from kd_utils.tokens.encoding import encode_pair
+from kd_utils.tokens.encoding import encode_pairs
 
 
 class Reply(NamedTuple):
@@ -96,13 +96,16 @@ def choice_loglikelihoods(
     limit = context_length(model, tokenizer)
     requests: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = defaultdict(list)
     cut, used = 0, set[int]()
+    places, pairs = [], []
     for place, (prompt, choices) in enumerate(zip(table["prompt"], table["choices"], strict=True)):
-        for number, choice in enumerate(choices):
-            prompt_ids, choice_ids = encode_pair(tokenizer, prompt, choice)
-            ids = (prompt_ids + choice_ids)[:-1]
-            cut += len(ids) > limit
-            requests[tuple(ids[-limit:])].append((place, number, choice_ids))
-            used.update(prompt_ids, choice_ids)
+        places += [(place, number) for number in range(len(choices))]
+        pairs += [(prompt, choice) for choice in choices]
+    encoded = encode_pairs(tokenizer, pairs)
+    for (place, number), (prompt_ids, choice_ids) in zip(places, encoded, strict=True):
+        ids = (prompt_ids + choice_ids)[:-1]
+        cut += len(ids) > limit
+        requests[tuple(ids[-limit:])].append((place, number, choice_ids))
+        used.update(prompt_ids, choice_ids)
     folder_checks.require_known_ids(model, tokenizer, used)
     if cut:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pandas as pd
 from kd_utils.store.files import matching, sha256_file
 from kd_utils.tokens import alignment
 from kd_utils.tokens.vocabulary import Vocabulary, byte_ends
+
+#: Pairs whose texts a tokenizer gets in one call: more of them only hold more memory.
+PAIRS_AT_ONCE = 512
 
 
 def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
@@ -28,13 +32,40 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
         ValueError: the prompt is empty, the answer has no token of its own, or the tokenizer ends
             texts by itself.
     """
+    [pair] = encode_pairs(tokenizer, [(prompt, answer)])
+    return pair
+
+
+def encode_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """`encode_pair` of each of many (prompt, answer), which takes a third of the time: a tokenizer
+    gets many texts in one call, and each text once. Where a pair is wrong, its turn raises.
+    """
+    for start in range(0, len(pairs), PAIRS_AT_ONCE):
+        split = [_stripped(*pair) for pair in pairs[start : start + PAIRS_AT_ONCE]]
+        texts = dict.fromkeys(
+            text for prompt, answer in split for text in (prompt, prompt + answer)
+        )
+        ids = dict(zip(texts, tokenizer(list(texts))["input_ids"], strict=True))
+        for prompt, answer in split:
+            yield _cut(tokenizer, prompt, answer, ids[prompt], ids[prompt + answer])
+
+
+def _stripped(prompt: str, answer: str) -> tuple[str, str]:
+    """White space at the prompt's end goes to the answer's beginning."""
     stripped = prompt.rstrip()
-    prompt, answer = stripped, prompt[len(stripped) :] + answer
+    return stripped, prompt[len(stripped) :] + answer
+
+
+def _cut(
+    tokenizer: Any, prompt: str, answer: str, prompt_ids: list[int], whole_ids: list[int]
+) -> tuple[list[int], list[int]]:
+    """The ids of both, of the prompt's own and those of the whole; the errors of `encode_pair`."""
     if not prompt:
         raise ValueError(
             f"the prompt before {answer[:40]!r} is empty: a model needs a token to start from"
         )
-    prompt_ids = tokenizer.encode(prompt)
     last = prompt_ids[-1] if len(prompt_ids) > 1 else None
     if last != tokenizer.unk_token_id and last in tokenizer.all_special_ids:
         token = tokenizer.convert_ids_to_tokens(last)
@@ -44,7 +75,7 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
                 f"the tokenizer ends every text with {token!r}: set add_eos_token to false in its "
                 "tokenizer_config.json, or choose another tokenizer"
             )
-    answer_ids = tokenizer.encode(prompt + answer)[len(prompt_ids) :]
+    answer_ids = whole_ids[len(prompt_ids) :]
     if not answer_ids:
         raise ValueError(
             f"answer {answer[:40]!r} has no token of its own after {prompt[-40:]!r}: this "
@@ -55,13 +86,18 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
 
 def encode_example(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[int]]:
     """Ids of a training sequence: the prompt's, and the answer's followed by the end token."""
+    end = _end_token(tokenizer)
+    prompt_ids, answer_ids = encode_pair(tokenizer, prompt, answer)
+    return prompt_ids, [*answer_ids, end]
+
+
+def _end_token(tokenizer: Any) -> int:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             "the tokenizer has no end token (eos_token): a model trained with it would never stop; "
             "choose a tokenizer with an eos_token"
         )
-    prompt_ids, answer_ids = encode_pair(tokenizer, prompt, answer)
-    return prompt_ids, answer_ids + [tokenizer.eos_token_id]
+    return tokenizer.eos_token_id
 
 
 def chat_template_notes(tokenizers: dict[str, Any]) -> list[str]:
@@ -142,9 +178,12 @@ def encode_table(
         ValueError: names `where` and the row that this tokenizer cannot encode.
     """
     rows = []
-    for example_id, prompt, answer in table[["example_id", "prompt", "answer"]].to_numpy():
+    pairs = [(prompt, answer) for prompt, answer in table[["prompt", "answer"]].to_numpy()]
+    encoded = encode_pairs(tokenizer, pairs)
+    for example_id, (prompt, answer) in zip(table["example_id"], pairs, strict=True):
         try:
-            prompt_ids, answer_ids = encode_example(tokenizer, prompt, answer)
+            end = _end_token(tokenizer)
+            prompt_ids, answer_ids = next(encoded)
             if not prompt_ids:
                 raise ValueError(
                     f"this tokenizer has no token for the prompt {prompt[:40]!r}: leave the row "
@@ -152,7 +191,7 @@ def encode_table(
                 )
         except ValueError as error:
             raise ValueError(f"{where}, row {example_id}: {error}") from None
-        ids, ends = prompt_ids + answer_ids, None
+        ids, ends = [*prompt_ids, *answer_ids, end], None
         if vocabulary is not None:
             try:
                 ends = byte_ends(tokenizer, vocabulary, prompt + answer, ids)

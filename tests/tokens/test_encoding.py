@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from kd_utils.tokens.encoding import (
     encode_example,
     encode_pair,
+    encode_pairs,
     tokenizer_files,
     tokenizer_fingerprint,
 )
@@ -48,6 +49,26 @@ def test_encode_pair_refuses_what_cannot_be_scored():
         encode_pair(tokenizer, " ", "positive")
     with pytest.raises(ValueError, match="no token of its own"):
         encode_pair(tokenizer, "Answer:", "")
+
+
+@pytest.mark.parametrize("begin", [True, False])
+def test_many_pairs_are_encoded_as_each_alone_is(begin):
+    """Also those whose texts come again, and those that a call to the tokenizer parts."""
+    tokenizer = tiny_tokenizer(begin=begin)
+    pairs = [(f"{n % 700}+{n}= ", str(n)) for n in range(1500)]
+    for (prompt, answer), (prompt_ids, answer_ids) in zip(
+        pairs, encode_pairs(tokenizer, pairs), strict=True
+    ):
+        assert prompt_ids == tokenizer.encode(prompt.rstrip())
+        assert prompt_ids + answer_ids == tokenizer.encode(prompt + answer)
+
+
+def test_a_pair_that_is_wrong_raises_in_its_turn():
+    tokenizer = tiny_tokenizer(begin=False)
+    encoded = encode_pairs(tokenizer, [("Answer:", " 42"), ("Answer:", ""), ("12+30=", "42")])
+    assert next(encoded) == encode_pair(tokenizer, "Answer:", " 42")
+    with pytest.raises(ValueError, match="no token of its own after 'Answer:'"):
+        next(encoded)
 
 
 def test_encode_example_ends_with_the_end_token():

@@ -44,7 +44,8 @@ NOTHING = "–"
 def newest(runs: Path) -> list[Path]:
     """The newest record of each experiment under `runs`, by the experiments' names: folders called
     `DATE-NAME` or, a day's further ones, `DATE-NAME-2`, that notebook 04 has analysed. Runs that
-    measure another one's rest (`run_folder.rest_runs`) are no experiments.
+    measure another one's rest (`run_folder.rest_runs`) are no experiments, and a record in which no
+    comparison could be tested has no finding.
     """
     found: dict[str, tuple[str, int, Path]] = {}
     for path in sorted(runs.glob("20*/comparisons.csv")):
@@ -54,7 +55,8 @@ def newest(runs: Path) -> list[Path]:
                 continue
             record = date, int(number or 1), path.parent
             found[name] = max(found.get(name, record), record)
-    return [found[name][2] for name in sorted(found)]
+    folders = (found[name][2] for name in sorted(found))
+    return [folder for folder in folders if _is_tested(folder)]
 
 
 def markdown(records: Iterable[Path]) -> str:
@@ -91,6 +93,11 @@ def _line(record: Path) -> Sequence[str]:
         _control(primary, "teacher", "seen", "not seen"),
         _negative(primary),
     ]
+
+
+def _is_tested(record: Path) -> bool:
+    outcomes = set(_read(record / "comparisons.csv")["outcome"])
+    return outcomes != {"not tested"}
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -58,7 +58,8 @@ def import_all() -> None:
     for library, names in LATER.items():
         for name in names if library in sys.modules else ():
             importlib.import_module(name)
-    provenance.code_of(stages.TRAIN)  # it keeps what it has read of each source
+    for stem in (stages.TRAIN, stages.CACHE):  # a trial asks for its own code and its cache's
+        provenance.code_of(stem)  # it keeps what it has read of each source
     papermill.iorw.load_notebook_node(str(notebook_files.notebook_path(stages.TRAIN)))  # its schema
 
 
