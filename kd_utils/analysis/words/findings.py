@@ -42,21 +42,20 @@ NOTHING = "–"
 
 
 def newest(runs: Path) -> list[Path]:
-    """The newest record of each experiment under `runs`, by the experiments' names: folders called
-    `DATE-NAME` or, a day's further ones, `DATE-NAME-2`, that notebook 04 has analysed. Runs that
-    measure another one's rest (`run_folder.rest_runs`) are no experiments, and a record in which no
-    comparison could be tested has no finding.
+    """The newest record of each experiment under `runs` in which something was tested, by the
+    experiments' names: folders called `DATE-NAME` or, a day's further ones, `DATE-NAME-2`, that
+    notebook 04 has analysed. Runs that measure another one's rest (`run_folder.rest_runs`) are no
+    experiments.
     """
     found: dict[str, tuple[str, int, Path]] = {}
     for path in sorted(runs.glob("20*/comparisons.csv")):
         if match := re.fullmatch(r"(\d{4}-\d\d-\d\d)-(.+?)(?:-(\d+))?", path.parent.name):
             date, name, number = match.groups()
-            if re.search(r"-rest(-|$)", name):
+            if re.search(r"-rest(-|$)", name) or not _is_tested(path.parent):
                 continue
             record = date, int(number or 1), path.parent
             found[name] = max(found.get(name, record), record)
-    folders = (found[name][2] for name in sorted(found))
-    return [folder for folder in folders if _is_tested(folder)]
+    return [found[name][2] for name in sorted(found)]
 
 
 def markdown(records: Iterable[Path]) -> str:

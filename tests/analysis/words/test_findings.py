@@ -111,6 +111,7 @@ def test_the_newest_record_of_each_experiment(tmp_path):
     write(tmp_path / "toy")  # no record that is kept
     one_seed = [("teacher", "black_box", "task_only", "not tested")]
     write(tmp_path / "2026-11-23-smol", one_seed)
+    write(tmp_path / "2026-11-24-toy", one_seed)  # one seed hides no older record that was tested
     write(tmp_path / "2026-11-23-smol-cross", [*one_seed, ("which", "a", "b", "undecided")])
     names = [path.name for path in findings.newest(tmp_path)]
     assert names == ["2026-11-23-smol-cross", "2026-11-22-toy-2", "2026-11-20-toy-cross"]
