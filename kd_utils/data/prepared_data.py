@@ -7,6 +7,7 @@ looked at, so that nothing later meets a surprise.
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,14 @@ class PreparedData:
                 "tokenizer"
             )
 
-    @property
+    @cached_property
     def data_hash(self) -> str:
         """SHA-256 of the content of all tables, row by row, however parquet stores them."""
         digest = hashlib.sha256()
         for split, table in self.tables.items():
-            for values in zip(*(table[column] for column in columns_of(split)), strict=True):
+            for values in zip(
+                *(table[column].tolist() for column in columns_of(split)), strict=True
+            ):
                 row = [v if isinstance(v, (str, bool)) else list(v) for v in values]
                 digest.update(json.dumps([split, *row]).encode() + b"\n")
         return digest.hexdigest()

@@ -13,7 +13,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -56,6 +56,9 @@ MARKS = str.maketrans({"Ġ": "·", "▁": "·", "Ċ": "\\n", "\n": "\\n", " ": "
 #: Arguments of `show` with which the picture of `trial_curves` takes 10 kB of a notebook.
 SMALL: dict[str, Any] = {"scale": 1.0, "colours": 32}
 
+#: Draws a chart's specification as a PNG; for a forked trial another process does it.
+draw: Callable[..., bytes] = vl_convert.vegalite_to_png
+
 #: Depth and colour type in a PNG's header; for a palette with what follows them.
 RGBA, PALETTE = bytes([8, 6]), bytes([8, 3, 0, 0, 0])
 
@@ -74,7 +77,7 @@ def show(chart: alt.TopLevelMixin, scale: float = 1.5, colours: int = 256) -> Im
     # Altair refuses more than 5,000 rows, for a browser's sake; here only the picture is kept.
     with alt.data_transformers.enable("default", max_rows=None):
         specification = chart.to_dict()
-    png = _packed(vl_convert.vegalite_to_png(specification, scale=scale), colours)
+    png = _packed(draw(specification, scale=scale), colours)
     return Image(png, width=round(int.from_bytes(png[16:20], "big") / scale))
 
 

@@ -29,12 +29,17 @@ from kd_utils.sweep.slots import forks
 
 POLL_SECONDS = 0.2
 
+#: Least time between two writings of a notebook that runs; papermill would write it twice a cell.
+SAVE_SECONDS = 2
+
 #: Whose memory is full -> how torch, CUDA, numpy and Python say so. A context or a library that
 #: finds no room on a card where others run has words of its own.
 FULL = {
     "the GPU's": "OutOfMemoryError|CUDA (error: )?out of memory|ALLOC_FAILED",
     "this machine's": "MemoryError: |can't allocate memory",
 }
+
+ENGINE = "kd_utils"  # papermill's own, which writes the notebook less often
 
 #: For a kernel to start or to send an output: papermill's 60 and 4 are too short beside 27 others.
 KERNEL_SECONDS = 300
@@ -100,6 +105,7 @@ def execute(
     """
     import papermill
 
+    _register_engine()
     target.parent.mkdir(parents=True, exist_ok=True)
     _failed(target).unlink(missing_ok=True)
     for leftover in target.parent.glob(f".{target.stem}.partial-*"):  # of a killed execution
@@ -118,6 +124,8 @@ def execute(
                 parameters,
                 # On a cluster the kernel imports the code that travelled, not the shared folder's.
                 cwd=project_paths.CODE_ROOT,
+                engine_name=ENGINE,
+                autosave_cell_every=SAVE_SECONDS,
                 kernel_name="python3",
                 progress_bar=sys.stderr.isatty(),
                 **kernel_settings(sockets),
@@ -133,6 +141,30 @@ def execute(
         kept = keep_failure(target, stem, cause, aside)
         where = project_paths.short_path(_failed(target)) if kept else ""
         raise NotebookFailed(target.stem, cause, where) from None
+
+
+def _register_engine() -> None:
+    """Tell papermill of `ENGINE`. What is not written yet when a process is killed is the last
+    `SAVE_SECONDS` before a cell began or printed something.
+    """
+    from papermill.engines import NBClientEngine, papermill_engines
+
+    class SeldomSaved(NBClientEngine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man: Any, *args: Any, **kwargs: Any) -> None:
+            save = nb_man.save
+
+            def save_if_due() -> None:
+                if (nb_man.now() - nb_man.last_save_time).total_seconds() >= SAVE_SECONDS:
+                    save()
+
+            nb_man.save = save_if_due
+            try:
+                super().execute_managed_notebook(nb_man, *args, **kwargs)
+            finally:
+                nb_man.save = save  # what follows is the last one
+
+    papermill_engines.register(ENGINE, SeldomSaved)
 
 
 def kernel_settings(folder: str) -> dict[str, Any]:

@@ -33,8 +33,8 @@ def encode_pair(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], li
             texts by itself.
     """
     prompt, answer = _stripped(prompt, answer)
-    whole = tokenizer.encode(prompt + answer)
-    return _cut(tokenizer, prompt, answer, tokenizer.encode(prompt), whole)
+    ids = tokenizer.encode(prompt), tokenizer.encode(prompt + answer)
+    return _cut(tokenizer, _special_ids(tokenizer), prompt, answer, *ids)
 
 
 def encode_pairs(
@@ -43,14 +43,16 @@ def encode_pairs(
     """`encode_pair` of each of many (prompt, answer), sooner: the tokenizer gets many texts in one
     call, and each text once. A pair that is wrong raises in its turn.
     """
+    special = _special_ids(tokenizer)
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         split = [_stripped(*pair) for pair in pairs[start : start + PAIRS_AT_ONCE]]
         texts = dict.fromkeys(
             text for prompt, answer in split for text in (prompt, prompt + answer)
         )
-        ids = dict(zip(texts, tokenizer(list(texts))["input_ids"], strict=True))
+        encoded = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
+        ids = dict(zip(texts, encoded["input_ids"], strict=True))
         for prompt, answer in split:
-            yield _cut(tokenizer, prompt, answer, ids[prompt], ids[prompt + answer])
+            yield _cut(tokenizer, special, prompt, answer, ids[prompt], ids[prompt + answer])
 
 
 def _stripped(prompt: str, answer: str) -> tuple[str, str]:
@@ -59,8 +61,18 @@ def _stripped(prompt: str, answer: str) -> tuple[str, str]:
     return stripped, prompt[len(stripped) :] + answer
 
 
+def _special_ids(tokenizer: Any) -> set[int]:
+    """All but that of an unknown piece, which any text may end with."""
+    return set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+
+
 def _cut(
-    tokenizer: Any, prompt: str, answer: str, prompt_ids: list[int], whole_ids: list[int]
+    tokenizer: Any,
+    special: set[int],
+    prompt: str,
+    answer: str,
+    prompt_ids: list[int],
+    whole_ids: list[int],
 ) -> tuple[list[int], list[int]]:
     """The ids of both, of the prompt's own and those of the whole; the errors of `encode_pair`."""
     if not prompt:
@@ -68,7 +80,7 @@ def _cut(
             f"the prompt before {answer[:40]!r} is empty: a model needs a token to start from"
         )
     last = prompt_ids[-1] if len(prompt_ids) > 1 else None
-    if last != tokenizer.unk_token_id and last in tokenizer.all_special_ids:
+    if last in special:
         token = tokenizer.convert_ids_to_tokens(last)
         # It would be between prompt and answer, and shift the cut.
         if not prompt.endswith(token):
@@ -177,13 +189,15 @@ def encode_table(
     Raises:
         ValueError: names `where` and the row that this tokenizer cannot encode.
     """
-    rows = []
+    rows: list[Example] = []
+    end = None
     pairs = list(zip(table["prompt"], table["answer"], strict=True))
     encoded = encode_pairs(tokenizer, pairs)
     for example_id, (prompt, answer) in zip(table["example_id"], pairs, strict=True):
         try:
             prompt_ids, answer_ids = next(encoded)
-            answer_ids = [*answer_ids, _end_token(tokenizer)]
+            end = _end_token(tokenizer) if end is None else end
+            answer_ids = [*answer_ids, end]
             if not prompt_ids:
                 raise ValueError(
                     f"this tokenizer has no token for the prompt {prompt[:40]!r}: leave the row "

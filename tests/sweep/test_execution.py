@@ -57,6 +57,28 @@ def test_one_that_fails_does_not_take_what_another_process_writes(notebook):
     assert "ValueError: late" in target.with_name(f"{target.stem}.failed.ipynb").read_text()
 
 
+def test_what_a_notebook_printed_is_on_disk_while_it_runs_and_after_its_kernel_died(
+    notebook, monkeypatch
+):
+    target, does = notebook
+    monkeypatch.setattr(execution, "SAVE_SECONDS", 0.5)
+    does(
+        "import os, pathlib, time\n"
+        "time.sleep(0.6)\n"
+        "print('so', 'far')\n"
+        "time.sleep(0.4)\n"
+        f"[aside] = pathlib.Path({str(target.parent)!r}).glob('.*.partial-*.ipynb')\n"
+        "print('found' if 'so far' in aside.read_text() else 'missing')\n"
+        "time.sleep(0.6)\n"
+        "os.kill(os.getpid(), 9)"
+    )
+    with pytest.raises(execution.NotebookFailed, match="the kernel was killed"):
+        execution.execute("04_analyse_results", target, {}, dict)
+    kept = target.with_name(f"{target.stem}.failed.ipynb")
+    shown = nbformat.read(kept, 4).cells[-1].outputs
+    assert "".join(output.text for output in shown) == "so far\nfound\n"
+
+
 def test_kernels_that_start_side_by_side_take_no_port_of_each_other(notebook, monkeypatch):
     target, does = notebook
     does(

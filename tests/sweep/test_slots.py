@@ -1,5 +1,6 @@
 """A slot's process and its forks: as good as fresh ones, nothing handed on, none left over."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -8,12 +9,14 @@ import time
 
 import psutil
 import pytest
+import vl_convert
 from stubs import stub_project
 
 from kd_utils.config import project_paths
 from kd_utils.records import provenance
 from kd_utils.sweep.executor import Job
 from kd_utils.sweep.planning import Trial
+from kd_utils.sweep.slots import forks
 from kd_utils.sweep.slots.slot import MARK, Slot
 
 #: In place of `execute_trial`: a trial that does what its parameter says, and reports `about`.
@@ -43,7 +46,7 @@ found = {
     "names": sorted(name for name in globals() if not name.startswith("_")),
     "history": get_ipython().execution_count,
     "draws": [random.random(), numpy.random.random()],
-    "threads": sorted(thread.name for thread in threading.enumerate()),
+    "threads": sorted(thread.name.rstrip("0123456789") for thread in threading.enumerate()),
     "left": getattr(pandas, "left", None),
 }
 with open(os.environ["KD_FOUND"], "a") as file:
@@ -87,15 +90,20 @@ def slot(project):
     slot.end()
 
 
-def alive(mark: str) -> list[str]:
+def marked(mark: str) -> list[psutil.Process]:
+    """The processes of a slot that are alive."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter(["name"]):
         try:
             if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
-                found.append(process.name())
+                found.append(process)
         except psutil.Error:
             continue
     return found
+
+
+def alive(mark: str) -> list[str]:
+    return [process.info["name"] for process in marked(mark)]
 
 
 def gone(mark: str, within: float = 5) -> bool:
@@ -225,6 +233,58 @@ print(forks.why_not())
     ]
 
 
+def test_what_notebook_03_and_its_kernel_import_can_be_forked():
+    code = """
+import sys
+from kd_utils.sweep.slots import forks, server
+server.import_all()
+print([name for name in (*server.KERNEL, *server.LATER["torch"]) if name not in sys.modules])
+print(forks.why_not())
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | forks.WHEN_LOADED,
+        cwd=project_paths.CODE_ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (shown.stdout, shown.stderr) == ("[]\n\n", "")
+
+
+#: Draws a chart, and notes its size and how many threads that left in the trial's process.
+DRAW = """
+from kd_utils.figures import plots
+import hashlib
+chart = {"data": {"values": [{"a": 1}]}, "mark": "bar", "encoding": {"x": {"field": "a"}}}
+about["png"] = hashlib.sha256(plots.draw(chart, scale=1.5)).hexdigest()
+about["threads"] = len(os.listdir("/proc/self/task"))
+"""
+
+
+def test_one_process_beside_a_slots_draws_the_pictures_of_its_trials(slot, project):
+    path = project / "notebooks" / "03_train_student.ipynb"
+    draws = "import pandas\\nfrom kd_utils.figures import plots"
+    path.write_text(path.read_text().replace("import pandas", draws))
+    alone = run(slot, job("z", "about['threads'] = len(os.listdir('/proc/self/task'))"))[0].row
+    rows = [run(slot, job(name, DRAW))[0].row for name in "ab"]
+    assert alive(slot.mark).count("kd-drawing") == 1
+    assert {row["threads"] for row in rows} == {alone["threads"]}
+    # A trial that ends before it has its picture, and one whose chart is wrong.
+    leaves = "\nfrom multiprocessing.connection import Client\naddress, key, _ = plots.draw.args\n"
+    leaves += "Client(address, authkey=key).send((chart, 1.5))\nos._exit(0)"
+    assert [report.kind for report in run(slot, job("c", DRAW + leaves))] == ["lost"]
+    [failed] = run(slot, job("d", DRAW.replace('"bar"', "{}")))
+    assert failed.kind == "failed" and "ValueError" in failed.cause
+    rows.append(run(slot, job("e", DRAW))[0].row)
+    [drawing] = [p for p in marked(slot.mark) if p.info["name"] == "kd-drawing"]
+    drawing.kill()
+    rows.append(run(slot, job("f", DRAW))[0].row)
+    assert rows[-1]["threads"] > alone["threads"]
+    chart = {"data": {"values": [{"a": 1}]}, "mark": "bar", "encoding": {"x": {"field": "a"}}}
+    png = hashlib.sha256(vl_convert.vegalite_to_png(chart, scale=1.5)).hexdigest()
+    assert {row["png"] for row in rows} == {png}
+
+
 def test_a_forked_kernel_finds_what_a_fresh_one_finds(tmp_path, monkeypatch):
     """Whatever the kernel before it did: names, arguments, folders, signals, random numbers."""
     stub_project(tmp_path)
@@ -259,6 +319,7 @@ def test_a_forked_kernel_finds_what_a_fresh_one_finds(tmp_path, monkeypatch):
     lines = (tmp_path / "found.jsonl").read_text().splitlines()
     first, second, fresh = map(json.loads, lines)
     own = {MARK, "KD_FORK", "KD_PROGRESS", "JPY_PARENT_PID", "JE_ARROW_MALLOC_CONF"}
+    own.add("PYDEVD_USE_FRAME_EVAL")  # the debugger sets it when it is imported, and reads it then
     draws = []
     for found in (first, second, fresh):
         for name in own:

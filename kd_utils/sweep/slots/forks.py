@@ -22,8 +22,12 @@ from jupyter_client.provisioning import LocalProvisioner
 
 END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
-#: Arrow's allocator would start a thread when it is loaded. A fork has none in any case.
-WITHOUT_THREADS = {"JE_ARROW_MALLOC_CONF": "background_thread:false"}
+#: What libraries read when they are loaded. Arrow's allocator would start a thread, which a fork
+#: has not in any case; a kernel's debugger would warn of Python's frozen modules.
+WHEN_LOADED = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+}
 
 
 def why_not() -> str:

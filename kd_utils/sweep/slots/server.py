@@ -20,26 +20,37 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 from kd_utils.config import notebook_files, stages
 from kd_utils.records import provenance
 from kd_utils.sweep.executor import Job, Report, execute_trial
-from kd_utils.sweep.slots import forks
+from kd_utils.sweep.slots import drawing, forks
 
 TOLD = 86  # status of a trial's process that gave its last report
 
 #: What a trial's process and its kernel load when they start.
-KERNEL = ("papermill", "ipykernel.kernelapp", "ipykernel_launcher")
+KERNEL = (
+    "papermill.engines",
+    "ipykernel.kernelapp",
+    "ipykernel_launcher",
+    "ipykernel.debugger",
+    "ipykernel.zmqshell",
+    "IPython.core.completerlib",
+    "IPython.core.logger",
+)
 
 #: What a trial loads after its imports, by the library that its notebook imports.
 LATER = {
     "torch": (
+        "narwhals._pandas_like.namespace",
+        "pandas.io.formats.html",
         "pyarrow.dataset",
         "transformers.models.auto.tokenization_auto",
         "transformers.models.llama.modeling_llama",
+        "transformers.optimization",
     )
 }
 
@@ -53,11 +64,14 @@ def import_all() -> None:
             exec(compile(ast.Module([node], []), stages.TRAIN, "exec"), {})
     import papermill.iorw
 
-    for name in KERNEL:
-        importlib.import_module(name)
-    for library, names in LATER.items():
-        for name in names if library in sys.modules else ():
+    later = (name for library in LATER if library in sys.modules for name in LATER[library])
+    for name in (*KERNEL, *later):
+        with suppress(ModuleNotFoundError):  # another version of a library has other modules
             importlib.import_module(name)
+    if conversion := sys.modules.get("transformers.conversion_mapping"):
+        # It compiles 900 patterns for the first model that is loaded, and keeps them.
+        with suppress(AttributeError):
+            conversion.get_checkpoint_conversion_mapping("llama")
     for stem in (stages.TRAIN, stages.CACHE):  # a trial asks for its own code and its cache's
         provenance.code_of(stem)  # it keeps what it has read of each source
     papermill.iorw.load_notebook_node(str(notebook_files.notebook_path(stages.TRAIN)))  # its schema
@@ -82,7 +96,8 @@ def can_fork(pipe: Connection) -> bool:
 def main() -> None:
     forks.show_as("kd-slot")
     pipe: Any = Connection(int(sys.argv[1]))
-    forking = can_fork(pipe)
+    if forking := can_fork(pipe):
+        drawing.draw_beside(unused=pipe)
     while (asked := _next(pipe)) is not None:
         if not forking:
             _run(pipe, *asked)

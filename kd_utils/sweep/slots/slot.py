@@ -16,7 +16,7 @@ import psutil
 from kd_utils.config import project_paths
 from kd_utils.records import provenance
 from kd_utils.sweep.executor import Job, Report, thread_variables
-from kd_utils.sweep.slots.forks import WITHOUT_THREADS
+from kd_utils.sweep.slots.forks import WHEN_LOADED
 
 END_SECONDS = 10  # for a killed process to be gone: a GPU's driver may hold it for a while
 
@@ -91,7 +91,7 @@ class Slot:
         self.pipe, slot_end = Pipe()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (read when the process has ended)
         # What libraries read when they are loaded is as in a trial.
-        variables = self._variables() | thread_variables(self.threads) | WITHOUT_THREADS
+        variables = self._variables() | thread_variables(self.threads) | WHEN_LOADED
         self.process = subprocess.Popen(
             [sys.executable, "-m", "kd_utils.sweep.slots.server", str(slot_end.fileno())],
             cwd=project_paths.CODE_ROOT,  # where `-m` finds this code
