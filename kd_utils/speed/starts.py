@@ -20,7 +20,8 @@ def measure_starts(parameters: Path, rounds: int, run_dir: Path) -> pd.DataFrame
     turn, and between them the imports of one process.
 
     Args:
-        rounds: after one that is not measured, in which the slot's process imports.
+        rounds: after one that is not measured, in which the slot's process imports, and what draws
+            its pictures starts.
 
     Returns:
         Seconds, a row a round: `forked` and `fresh`, a trial's time beyond its training and

@@ -30,7 +30,7 @@ from kd_utils.sweep.slots import forks
 POLL_SECONDS = 0.2
 
 #: Least time between two writings of a notebook that runs; papermill would write it twice a cell.
-SAVE_SECONDS = 2
+SAVE_SECONDS = 5
 
 #: Whose memory is full -> how torch, CUDA, numpy and Python say so. A context or a library that
 #: finds no room on a card where others run has words of its own.
@@ -144,8 +144,8 @@ def execute(
 
 
 def _register_engine() -> None:
-    """Tell papermill of `ENGINE`. What is not written yet when a process is killed is the last
-    `SAVE_SECONDS` before a cell began or printed something.
+    """Tell papermill of `ENGINE`. It writes a notebook when a cell begins, ends or prints, if
+    `SAVE_SECONDS` are over, and at the end: what happened sooner waits for the next of them.
     """
     from papermill.engines import NBClientEngine, papermill_engines
 
@@ -162,7 +162,7 @@ def _register_engine() -> None:
             try:
                 super().execute_managed_notebook(nb_man, *args, **kwargs)
             finally:
-                nb_man.save = save  # what follows is the last one
+                del nb_man.save  # what follows is the last one
 
     papermill_engines.register(ENGINE, SeldomSaved)
 

@@ -49,7 +49,7 @@ def encode_pairs(
         texts = dict.fromkeys(
             text for prompt, answer in split for text in (prompt, prompt + answer)
         )
-        encoded = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False)
+        encoded = tokenizer(list(texts), return_attention_mask=False)
         ids = dict(zip(texts, encoded["input_ids"], strict=True))
         for prompt, answer in split:
             yield _cut(tokenizer, special, prompt, answer, ids[prompt], ids[prompt + answer])

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -205,7 +206,7 @@ def changed_table(table: pa.Table, change: tuple) -> pa.Table:
 def hash_of(train: pa.Table, whole: PreparedData) -> str:
     """What the manifest would say of such rows, if they can be hashed at all."""
     try:
-        rows = {column: train[column].to_pylist() for column in COLUMNS}
+        rows = {column: pd.Series(train[column].to_pylist(), dtype=object) for column in COLUMNS}
         return replace(whole, train=rows).data_hash
     except (KeyError, ValueError, TypeError, pa.ArrowException):
         return whole.data_hash

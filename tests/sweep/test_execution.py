@@ -66,10 +66,12 @@ def test_what_a_notebook_printed_is_on_disk_while_it_runs_and_after_its_kernel_d
         "import os, pathlib, time\n"
         "time.sleep(0.6)\n"
         "print('so', 'far')\n"
-        "time.sleep(0.4)\n"
         f"[aside] = pathlib.Path({str(target.parent)!r}).glob('.*.partial-*.ipynb')\n"
-        "print('found' if 'so far' in aside.read_text() else 'missing')\n"
-        "time.sleep(0.6)\n"
+        "until = time.monotonic() + 30\n"
+        "while 'so far' not in aside.read_text() and time.monotonic() < until:\n"
+        "    time.sleep(0.1)\n"
+        "print('found' if time.monotonic() < until else 'missing')\n"
+        "time.sleep(2)\n"
         "os.kill(os.getpid(), 9)"
     )
     with pytest.raises(execution.NotebookFailed, match="the kernel was killed"):

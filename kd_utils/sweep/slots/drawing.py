@@ -4,55 +4,70 @@ What draws a chart (vl-convert) starts a JavaScript engine, which takes as long 
 trial's imports and cannot be forked, for it has threads. Here it starts once for a slot.
 """
 
+import json
 import os
+import socket
 import sys
 from contextlib import suppress
 from functools import partial
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
-from types import ModuleType
+from multiprocessing.connection import Connection
 from typing import Any
 
 from kd_utils.sweep.slots import forks
 
-WAIT_SECONDS = 30  # for a picture; then whoever asked draws it
+WAIT_SECONDS = 30.0  # for each step on the way to a picture; then whoever asked draws it
 
-#: What a broken connection, a process that ended or a stranger's one raises.
-GONE = (OSError, EOFError, AuthenticationError)
+PNG_END = b"IEND\xaeB`\x82"  # a picture without it was cut
 
 
 def draw_beside(unused: Connection) -> None:
-    """Let this process and its forks have their charts drawn by one that begins now; nothing, where
-    none draws.
+    """Let this process and its forks have their charts drawn by one that begins now. Without
+    notebook 03's module of figures, or room for a process, each draws its own.
 
     Args:
         unused: what that process must not keep open.
     """
     if plots := sys.modules.get("kd_utils.figures.plots"):
-        key = os.urandom(32)
-        # A name that begins with NUL is no file, so nothing is left of it.
-        listener = Listener(f"\0kd-drawing-{os.urandom(8).hex()}", "AF_UNIX", authkey=key)
-        if not forks.fork("kd-drawing"):
-            unused.close()
-            _serve(listener, plots)
-        address = listener.address
-        listener.close()
-        plots.draw = partial(  # type: ignore[attr-defined]
-            _ask, address, key, plots.draw
-        )
+        with suppress(OSError):
+            ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+            if not forks.fork("kd-drawing"):
+                try:
+                    unused.close()
+                    ours.close()
+                    _serve(theirs, plots.draw)
+                finally:
+                    os._exit(1)
+            theirs.close()
+            ours.settimeout(WAIT_SECONDS)
+            plots.draw = partial(_ask, ours, plots.draw)  # type: ignore[attr-defined]
 
 
-def _serve(listener: Listener, plots: ModuleType) -> None:
-    while True:
-        with suppress(*GONE), listener.accept() as asked:
-            specification, scale = asked.recv()
-            with suppress(ValueError):  # whoever asked draws it, and has the error
-                asked.send(plots.draw(specification, scale=scale))
+def _serve(requests: socket.socket, draw: Any) -> None:
+    """Answer requests: each is the end of a connection of its own, so that nothing of a trial that
+    was killed while it asked is left for the next.
+    """
+    while descriptors := socket.recv_fds(requests, 1, 1)[1]:
+        with suppress(Exception), socket.socket(fileno=descriptors[0]) as asked:
+            asked.settimeout(WAIT_SECONDS)
+            specification, scale = json.loads(_all_of(asked))
+            asked.sendall(draw(specification, scale=scale))
 
 
-def _ask(address: str, key: bytes, draw: Any, specification: dict, *, scale: float) -> bytes:
-    with suppress(*GONE), Client(address, authkey=key) as asked:
-        asked.send((specification, scale))
-        if asked.poll(WAIT_SECONDS):
-            return asked.recv()
-    return draw(specification, scale=scale)
+def _ask(
+    requests: socket.socket, draw: Any, specification: dict[str, Any], *, scale: float
+) -> bytes:
+    with suppress(OSError):
+        asked, other = socket.socketpair()
+        with asked:
+            with other:
+                socket.send_fds(requests, [b" "], [other.fileno()])
+            asked.settimeout(WAIT_SECONDS)
+            asked.sendall(json.dumps([specification, scale]).encode())
+            asked.shutdown(socket.SHUT_WR)
+            if (png := _all_of(asked)).endswith(PNG_END):
+                return png
+    return draw(specification, scale=scale)  # it also raises what is wrong with the chart
+
+
+def _all_of(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(2**16), b""))
