@@ -14,7 +14,8 @@ from kd_utils.records import run_folder
 from kd_utils.sweep.display import Progress
 
 
-def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, capsys):
+def test_dry_run_writes_nothing_and_names_the_trials(stub_notebooks, monkeypatch, capsys):
+    monkeypatch.chdir(stub_notebooks)  # a checkout that ran the toy has its models
     (stub_notebooks / "p.yaml").write_text("epochs: 1\nbuild: toy\n")
     before = sorted(stub_notebooks.rglob("*"))
     assert main(["sweep", str(stub_notebooks / "p.yaml"), "--only", "seed=6", "--dry-run"]) == 0
