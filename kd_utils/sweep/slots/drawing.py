@@ -29,42 +29,42 @@ def draw_beside(unused: Connection) -> None:
     """
     if plots := sys.modules.get("kd_utils.figures.plots"):
         with suppress(OSError):
-            ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+            requesting, serving = socket.socketpair(type=socket.SOCK_SEQPACKET)
             if not forks.fork("kd-drawing"):
                 try:
                     unused.close()
-                    ours.close()
-                    _serve(theirs, plots.draw)
+                    requesting.close()
+                    _serve(serving, plots.draw)
                 finally:
                     os._exit(1)
-            theirs.close()
-            ours.settimeout(WAIT_SECONDS)
-            plots.draw = partial(_ask, ours, plots.draw)  # type: ignore[attr-defined]
+            serving.close()
+            requesting.settimeout(WAIT_SECONDS)
+            plots.draw = partial(_ask, requesting, plots.draw)  # type: ignore[attr-defined]
 
 
-def _serve(requests: socket.socket, draw: Any) -> None:
+def _serve(serving: socket.socket, draw: Any) -> None:
     """Answer requests: each is the end of a connection of its own, so that nothing of a trial that
     was killed while it asked is left for the next.
     """
-    while descriptors := socket.recv_fds(requests, 1, 1)[1]:
-        with suppress(Exception), socket.socket(fileno=descriptors[0]) as asked:
-            asked.settimeout(WAIT_SECONDS)
-            specification, scale = json.loads(_all_of(asked))
-            asked.sendall(draw(specification, scale=scale))
+    while descriptors := socket.recv_fds(serving, 1, 1)[1]:
+        with suppress(Exception), socket.socket(fileno=descriptors[0]) as answering:
+            answering.settimeout(WAIT_SECONDS)
+            specification, scale = json.loads(_all_of(answering))
+            answering.sendall(draw(specification, scale=scale))
 
 
 def _ask(
-    requests: socket.socket, draw: Any, specification: dict[str, Any], *, scale: float
+    requesting: socket.socket, draw: Any, specification: dict[str, Any], *, scale: float
 ) -> bytes:
     with suppress(OSError):
-        asked, other = socket.socketpair()
-        with asked:
-            with other:
-                socket.send_fds(requests, [b" "], [other.fileno()])
-            asked.settimeout(WAIT_SECONDS)
-            asked.sendall(json.dumps([specification, scale]).encode())
-            asked.shutdown(socket.SHUT_WR)
-            if (png := _all_of(asked)).endswith(PNG_END):
+        asking, answering = socket.socketpair()
+        with asking:
+            with answering:
+                socket.send_fds(requesting, [b" "], [answering.fileno()])
+            asking.settimeout(WAIT_SECONDS)
+            asking.sendall(json.dumps([specification, scale]).encode())
+            asking.shutdown(socket.SHUT_WR)
+            if (png := _all_of(asking)).endswith(PNG_END):
                 return png
     return draw(specification, scale=scale)  # it also raises what is wrong with the chart
 

@@ -30,6 +30,10 @@ WHEN_LOADED = {
 }
 
 
+#: Variables that imports set in the slot's process; a kernel that imports has them too.
+set_by_imports: dict[str, str] = {}
+
+
 def why_not() -> str:
     """Why processes forked from this one are not safe, in one line; "" if they are.
 
@@ -124,7 +128,7 @@ def _wait_and_run(pipe: Connection) -> None:
         command, cwd, environment = pipe.recv()
         show_as("kd-kernel")
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(set_by_imports | environment)
         os.chdir(cwd or ".")
         if numpy := sys.modules.get("numpy"):
             numpy.random.seed()  # from the system, as in a fresh process

@@ -81,6 +81,7 @@ def can_fork(pipe: Connection) -> bool:
     """Import everything; whether trials can then be forked."""
     if os.environ.get("KD_FORK") == "0" or sys.platform != "linux":
         return False
+    before = dict(os.environ)
     try:
         with _ending_with(pipe):
             import_all()
@@ -88,6 +89,7 @@ def can_fork(pipe: Connection) -> bool:
         return False
     if forks.why_not():
         return False
+    forks.set_by_imports.update(os.environ.items() - before.items())
     gc.collect()
     gc.freeze()  # so that no fork copies pages only to look for garbage in them
     return True
