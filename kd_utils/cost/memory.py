@@ -55,7 +55,9 @@ def training(
         if "attention" in terms:
             most_heads = max(student["num_attention_heads"], teacher["num_attention_heads"])
             signals += pairs * teacher["num_attention_heads"] * length
-            one_map = 24 * most_heads * length**2
+            entries = most_heads * length**2
+            # Of one example, or of a few short ones together (`terms.attention.ENTRIES`).
+            one_map = 24 * max(entries, min(examples * entries, 2**20))
     if "smoothing" in terms:  # a chunk's logits, their log-softmax and both gradients
         kl = 16 * vocabulary * min(512, tokens) + 4 * head
     moments_of_loss = (

@@ -209,12 +209,22 @@ class TrialData:
         return self._parts(self._plan(1)[0])[0]
 
     def batches(self, split: str) -> Iterator[tuple[Batch, list[str]]]:
-        """Each batch of a split with the task of each of its examples."""
-        size, ids, table = self.config.batch_size, self.ids[split], self.tables[split]
+        """Each batch of a split with the task of each of its examples.
+
+        Shorter rows share larger batches: none has more tokens, padding too, than `batch_size` of
+        the split's longest rows.
+        """
+        ids, table = self.ids[split], self.tables[split]
         task_of = dict(zip(table["example_id"], table["task"], strict=True))
-        plan = [ids[i : i + size] for i in range(0, len(ids), size)]
+        lengths = [len(self.student_examples[i].tokens) for i in ids]  # from short to long
+        plan, room = [list[str]()], self.config.batch_size * lengths[-1]
+        for example_id, length in zip(ids, lengths):
+            if (len(plan[-1]) + 1) * length > room:
+                plan.append([])
+            plan[-1].append(example_id)
         tasks = ([task_of[i] for i in batch] for batch in plan)
-        return zip(prefetched(lambda batch: self._parts(batch, size)[0], plan), tasks, strict=True)
+        whole = prefetched(lambda batch: self._parts(batch, len(batch))[0], plan)
+        return zip(whole, tasks, strict=True)
 
     def _plan(self, epoch: int) -> list[list[str]]:
         ids = self.ids["train"]

@@ -31,15 +31,16 @@ class Merge:
     groups: int
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
-        """(H, queries, K) -> (H, Q, groups)."""
-        chosen = rows.index_select(1, self.rows)
-        merged = torch.zeros(*chosen.shape[:2], self.groups, device=rows.device)
-        return merged.index_add_(2, self.group_of_key, chosen)
+        """(..., queries, K) -> (..., Q, groups)."""
+        chosen = rows.index_select(-2, self.rows)
+        merged = torch.zeros(*chosen.shape[:-1], self.groups, device=rows.device)
+        return merged.index_add_(-1, self.group_of_key, chosen)
 
     def spread(self, slope: torch.Tensor, queries: int) -> torch.Tensor:
-        """The transpose, for gradients: (H, Q, groups) -> (H, queries, K)."""
-        spread = torch.zeros(len(slope), queries, len(self.group_of_key), device=slope.device)
-        return spread.index_copy_(1, self.rows, slope.index_select(2, self.group_of_key))
+        """The transpose, for gradients: (..., Q, groups) -> (..., queries, K)."""
+        sizes = *slope.shape[:-2], queries, len(self.group_of_key)
+        spread = torch.zeros(sizes, device=slope.device)
+        return spread.index_copy_(-2, self.rows, slope.index_select(-1, self.group_of_key))
 
 
 @dataclass

@@ -47,12 +47,15 @@ class Attention:
 
     def example(self, b: int, first_query: int, last_query: int) -> Attention:
         """Example b's query rows [first_query, last_query) and their keys, as a batch of one."""
-        rows = slice(first_query, last_query)
-        mask = (
-            None if self.mask is None else self.mask[b % len(self.mask), None, :, rows, :last_query]
-        )
-        key = self.key[b, None, :, :last_query]
-        return replace(self, query=self.query[b, None, :, rows], key=key, mask=mask)
+        return self.examples(slice(b, b + 1), first_query, last_query)
+
+    def examples(self, which: slice, first_query: int, last_query: int) -> Attention:
+        """The query rows [first_query, last_query) of these examples, and their keys."""
+        rows, mask = slice(first_query, last_query), self.mask
+        if mask is not None:
+            mask = mask[which if len(mask) > 1 else slice(1), :, rows, :last_query]
+        key = self.key[which, :, :last_query]
+        return replace(self, query=self.query[which, :, rows], key=key, mask=mask)
 
     def _scores(self) -> torch.Tensor:
         key = self.key.repeat_interleave(self.query.shape[1] // self.key.shape[1], dim=1)
@@ -196,13 +199,14 @@ def decode_map(packed: torch.Tensor, first_query: int, last_query: int) -> torch
     A row of uint8 is divided by its sum, since its entries were rounded one by one.
 
     Args:
-        packed: (H, P), the part of the triangle that `causal_slice` gives.
+        packed: (..., H, P), the part of the triangle that `causal_slice` gives.
 
     Returns:
-        (H, last_query - first_query, last_query) float32; 0 above the diagonal.
+        (..., H, last_query - first_query, last_query) float32; 0 above the diagonal.
     """
     values = packed.float().div_(255).square_() if packed.dtype == torch.uint8 else packed.float()
     places = causal_places(first_query, last_query, packed.device)
-    rows = torch.zeros(len(packed), last_query - first_query, last_query, device=packed.device)
-    rows.view(len(packed), -1).index_copy_(1, places, values)
+    sizes = *packed.shape[:-1], last_query - first_query, last_query
+    rows = torch.zeros(sizes, device=packed.device)
+    rows.view(*packed.shape[:-1], -1).index_copy_(-1, places, values)
     return rows.div_(rows.sum(-1, keepdim=True)) if packed.dtype == torch.uint8 else rows

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from kd_utils.distill.logit_losses import kd_loss
-from kd_utils.distill.targets import Maps, _merge
-from kd_utils.distill.terms.attention import attention_mse
+from kd_utils.distill.targets import Maps, Merge, _merge
+from kd_utils.distill.terms import attention as terms_attention
+from kd_utils.distill.terms.attention import attention_mse, head_mix
 from kd_utils.distill.terms.hidden import hidden_mse
 from kd_utils.distill.terms.kd import forward_kl_top_k
 from kd_utils.distill.terms.task import Task
@@ -199,14 +200,18 @@ def test_attention_mse_by_hand():
     assert attention_mse(flat, maps_of([torch.tensor([[1.0, 0.5, 0.5]])], [(0, 2)])) == 0
 
 
-@pytest.mark.parametrize("queries", [[(0, 6), (0, 4)], [(3, 6), (1, 2)]])
+ALIKE = [(0, 6), (0, 6), (0, 6), (2, 5), (2, 5), (0, 5)]  # neighbours are compared together
+
+
+@pytest.mark.parametrize("queries", [[(0, 6), (0, 4)], [(3, 6), (1, 2)], ALIKE])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
 @pytest.mark.parametrize("windowed, softcap", [(False, None), (True, None), (False, 1.5)])
 def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed, softcap):
     maps, results = teacher_maps(queries, dtype=dtype), []
-    mask = torch.ones(6, 6).tril().triu(-2).bool()[None, None] if windowed else None
+    windows = [torch.ones(6, 6).tril().triu(-2 - b % 2).bool()[None] for b in range(len(queries))]
+    mask = torch.stack(windows) if windowed else None
     for by_torch in (True, False):
-        student = attention()
+        student = attention(batch=len(queries))
         student.mask, student.softcap = mask, softcap
         student.query.requires_grad_(), student.key.requires_grad_()
         if by_torch:
@@ -225,6 +230,31 @@ def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed, sof
         (3 * loss).backward()
         results.append((loss.detach(), student.query.grad, student.key.grad))
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("student_heads", [4, 2])
+def test_examples_compared_together_give_what_each_gives_alone(student_heads, monkeypatch):
+    maps, results = maps_of(teacher_maps(ALIKE), ALIKE), []
+    start = None if student_heads == 4 else head_mix("mean_groups", 2, 4)
+    for entries, runs in ((terms_attention.ENTRIES, [3, 2, 1]), (4 * 45, [2, 1, 2, 1])):
+        monkeypatch.setattr(terms_attention, "ENTRIES", entries)
+        found = list(terms_attention._neighbours_alike(maps))
+        assert [part.stop - part.start for part in found] == runs
+        student = attention(len(ALIKE), student_heads)
+        leaves = [student.query, student.key] + ([] if start is None else [start.clone()])
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss = attention_mse(student, maps, mix=None if start is None else leaves[2])
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results, atol=1e-7, rtol=1e-5)
+
+
+def test_examples_whose_maps_are_merged_are_compared_one_by_one():
+    merged = Merge(torch.arange(6), torch.arange(6), 6)
+    maps = maps_of(teacher_maps(ALIKE[:3]), ALIKE[:3])
+    maps.merges[1] = (merged, merged)
+    found = list(terms_attention._neighbours_alike(maps))
+    assert found == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
 def test_attention_mse_refuses_unequal_heads():

@@ -24,7 +24,7 @@ from kd_utils.distill.training import (
     split_losses,
     weighted_sum,
 )
-from kd_utils.models.devices import autocast
+from kd_utils.models.devices import autocast, mixed_seed
 from kd_utils.models.output_head import OutputHead, output_head, trained_parameters
 from kd_utils.models.signals import forward_signals
 from kd_utils.speed.step import cosine, exact_rows
@@ -191,6 +191,35 @@ def test_a_stretch_begins_and_ends_inside_an_epoch_and_changes_no_order():
         ]
         assert found == wanted
     assert list(data.steps(range(0))) == []
+
+
+def test_the_rows_of_a_split_are_measured_in_batches_of_bounded_tokens():
+    rows = example_rows(np.random.default_rng(1).integers(5, 40, 61).tolist())
+    ids = [row.example_id for row in rows]
+    config = notebook_config("03_train_student", {"distill_type": "task_only", "batch_size": 4})
+    table = pd.DataFrame({"example_id": ids, "task": [f"of {i}" for i in ids], "labelled": True})
+    prepared = SimpleNamespace(train=table, tables={"train": table, "validation": table})
+    cache = SimpleNamespace(splits={"train": ids, "validation": ids})
+    data = TrialData(prepared, {"validation": rows}, [cache], config, torch.device("cpu"))
+    by_length = sorted(rows, key=lambda row: (len(row.tokens), row.example_id))
+    found = list(data.batches("validation"))
+    assert [task for _, tasks in found for task in tasks] == [
+        f"of {row.example_id}" for row in by_length
+    ]
+    assert [n for batch, _ in found for n in batch.lengths] == [len(r.tokens) for r in by_length]
+    room = 4 * max(len(row.tokens) for row in rows)
+    *full, last = [(len(batch.lengths), batch.input_ids.numel()) for batch, _ in found]
+    assert max(tokens for _, tokens in (*full, last)) <= room
+    assert min(examples for examples, _ in full) >= 4 < full[0][0]
+
+
+def test_a_step_is_seeded_as_torch_would_be_and_leaves_nothing_behind():
+    waiting = len(torch.cuda._queued_calls)
+    seed_step(3, 11)
+    drawn = torch.rand(3)
+    assert len(torch.cuda._queued_calls) == waiting  # `torch.manual_seed` adds one for ever
+    torch.manual_seed(mixed_seed(3, 11))
+    assert torch.equal(drawn, torch.rand(3))
 
 
 def test_dropout_is_the_same_whatever_was_drawn_before():

@@ -1,6 +1,7 @@
 """L_attention: the student's attention maps against the teacher's."""
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -9,6 +10,9 @@ from kd_utils.distill.targets import Maps, Targets
 from kd_utils.distill.teacher_terms import LayerTerm, TermSetup, register
 from kd_utils.models.attention_maps import Attention, decode_map
 from kd_utils.models.signals import Signals, size_of
+
+#: Examples are compared together while their packed maps have so many entries.
+ENTRIES = 2**19
 
 
 @register
@@ -112,8 +116,9 @@ def attention_mse(
     """L_attention: mean squared error between causal maps (after TinyBERT, Jiao et al. 2020).
 
     TinyBERT compares scores; these are probabilities. Padding and the upper triangle do not count.
-    Maps exist for one example at a time; as in `kd_loss`, the gradient is computed in the forward
-    pass. Where tokens differ, both maps are first merged by groups (`targets.Merge`).
+    Maps exist for one example at a time, or for a few short ones; as in `kd_loss`, the gradient is
+    computed in the forward pass. Where tokens differ, both maps are first merged by groups
+    (`targets.Merge`).
 
     Args:
         student: the layer's queries and keys.
@@ -157,29 +162,31 @@ class _SummedMapError(torch.autograd.Function):
         total = torch.zeros((), device=query.device)
         leaves = (query, key) if mix is None else (query, key, mix)
         slopes = [torch.zeros_like(leaf) for leaf in leaves] if wants_gradient else []
-        for b, (packed, teacher_rows, (first, last), merge) in enumerate(
-            zip(maps.packed, maps.teacher_rows, maps.student_rows, maps.merges, strict=True)
-        ):
-            part = student.example(b, first, last)
-            probs = part.map()[0]  # (H, Q, K)
-            teacher, merged = decode_map(packed, *teacher_rows), probs
+        for alike in _neighbours_alike(maps):
+            (first, last), merge = maps.student_rows[alike.start], maps.merges[alike.start]
+            part = student.examples(alike, first, last)
+            probs = part.map()  # (n, H, Q, K)
+            with torch.autocast(query.device.type, enabled=False):  # it joins no float16
+                packed = torch.stack(maps.packed[alike])
+            teacher, merged = decode_map(packed, *maps.teacher_rows[alike.start]), probs
             if merge:
                 teacher, merged = merge[0].apply(teacher), merge[1].apply(probs)
-            target = teacher if mix is None else _in_float32("st,tqk->sqk", mix, teacher)
+            target = teacher if mix is None else _in_float32("st,ntqk->nsqk", mix, teacher)
             error = target.sub_(merged)  # the sign changes nothing before `backward`
-            total += torch.dot(error.view(-1), error.view(-1))
+            total += torch.dot(error.reshape(-1), error.reshape(-1))
             if slopes:  # through the softmax: P * (E - sum_k E P), then through q k^T
                 if mix is not None:
-                    slopes[2].sub_(_in_float32("sqk,tqk->st", error, teacher))
+                    slopes[2].sub_(_in_float32("nsqk,ntqk->st", error, teacher))
                 error = merge[1].spread(error, last - first) if merge else error
                 slope = error.sub_((error * probs).sum(-1, keepdim=True)).mul_(probs)
-                slope = (slope if part.softcap is None else slope * part.cap_slope()[0]).to(
+                slope = (slope if part.softcap is None else slope * part.cap_slope()).to(
                     query.dtype
                 )
                 groups = query.shape[1] // key.shape[1]
-                slopes[0][b, :, first:last] = slope @ part.key[0].repeat_interleave(groups, dim=0)
-                per_head = slope.transpose(-1, -2) @ part.query[0]  # (H, K, head_dim)
-                slopes[1][b, :, :last] = per_head.unflatten(0, (-1, groups)).sum(1)
+                for_query = slope @ part.key.repeat_interleave(groups, dim=1)
+                per_head = slope.transpose(-1, -2) @ part.query  # (n, H, K, head_dim)
+                slopes[0][alike, :, first:last] = for_query
+                slopes[1][alike, :, :last] = per_head.unflatten(1, (-1, groups)).sum(2)
         if slopes:
             ctx.save_for_backward(*slopes)
             ctx.scaling = student.scaling
@@ -191,6 +198,18 @@ class _SummedMapError(torch.autograd.Function):
         slope = -2 * slope  # d error^2 = 2 error; error here is teacher minus student
         for_mix = slope * mix[0] if mix else None
         return slope * ctx.scaling * query, slope * ctx.scaling * key, for_mix, None, None, None
+
+
+def _neighbours_alike(maps: Maps) -> Iterator[slice]:
+    """Examples that follow one another with the same rows, not to be merged, at most `ENTRIES` in
+    one slice; else an example alone. A batch has its rows in the order of their length.
+    """
+    rows, start = list(zip(maps.teacher_rows, maps.student_rows)), 0
+    for b in range(1, len(rows) + 1):
+        alike = b < len(rows) and rows[b] == rows[start] and not any(maps.merges[start : b + 1])
+        if not alike or (b + 1 - start) * maps.packed[start].numel() > ENTRIES:
+            yield slice(start, b)
+            start = b
 
 
 def _in_float32(equation: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
