@@ -5,6 +5,7 @@ bootstrap here says whether a difference would also hold on other examples of th
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -161,15 +162,12 @@ def hierarchical_errors(
     seeds = len(difference)
     if seeds < 2:
         return np.full(weights.shape[1], np.nan)
-    rng = np.random.default_rng(seed)
-    # (draws, N)
-    means = rng.multinomial(seeds, np.full(seeds, 1 / seeds), draws) / seeds @ difference
+    each = [tasks == task for task in sorted(set(tasks))]
+    of_seeds, of_examples = _drawn(seeds, tuple(int(one.sum()) for one in each), draws, seed)
+    means = of_seeds / seeds @ difference  # (draws, N)
     total, excess = np.zeros((draws, weights.shape[1])), np.zeros(weights.shape[1])
-    for task in sorted(set(tasks)):
-        chosen = tasks == task
-        count = chosen.sum()
-        # Drawing N of N examples gives each a count; the sum over the counts is all that is needed.
-        counts = rng.multinomial(count, np.full(count, 1 / count), draws)
+    for chosen, counts in zip(each, of_examples):
+        count = counts.shape[1]
         total += means[:, chosen] * counts @ weights[chosen]
         # The noise that the draws contain beyond once (see above), by second moments of weights.
         centred = difference[:, chosen] - difference[:, chosen].mean(axis=0)
@@ -179,6 +177,23 @@ def hierarchical_errors(
         excess += noise * (seeds / (seeds - 1) * ((2 - 1 / seeds) * (2 - 1 / count) - 1) - 1)
     over_seeds = (difference @ weights).var(axis=0, ddof=1) / seeds
     return np.sqrt(np.maximum(total.var(axis=0, ddof=1) * seeds / (seeds - 1) - excess, over_seeds))
+
+
+@lru_cache(maxsize=1)
+def _drawn(
+    seeds: int, examples: tuple[int, ...], draws: int, seed: int
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """How often each draw has each seed, (draws, S), and each example of each task, (draws, n).
+
+    Drawing n of n gives each a count; the sum over the counts is all that is needed. Comparisons of
+    the same numbers of rows have the same draws, and most of their time would go into them.
+    """
+    rng = np.random.default_rng(seed)
+    of_seeds, *of_examples = (
+        rng.multinomial(count, np.full(count, 1 / count), draws).astype(np.min_scalar_type(count))
+        for count in (seeds, *examples)
+    )
+    return of_seeds, of_examples
 
 
 def hierarchical_interval(

@@ -79,6 +79,20 @@ def test_metrics_together_have_the_errors_that_they_have_alone():
     )
 
 
+def test_an_error_does_not_depend_on_what_was_compared_before():
+    rng, weights = np.random.default_rng(5), example_weights(TASKS)["macro"][:, None]
+    seven, five = (rng.integers(-1, 2, (seeds, len(TASKS))) for seeds in (7, 5))
+    others = [(five, {}), (seven, {"seed": 1}), (seven, {"draws": 300}), (-seven, {})]
+    first = hierarchical_errors(seven, TASKS, weights)
+    for difference, options in others:
+        hierarchical_errors(difference, TASKS, weights, **options)
+        assert hierarchical_errors(seven, TASKS, weights) == first
+    fewer = TASKS[:-1]
+    hierarchical_errors(seven[:, :-1], fewer, example_weights(fewer)["macro"][:, None])
+    assert hierarchical_errors(seven, TASKS, weights) == first
+    assert hierarchical_errors(seven, TASKS, weights, seed=1) != first
+
+
 def test_one_seed_has_no_interval_and_no_p():
     one = np.zeros((1, len(TASKS)))
     assert np.isnan(interval(one, "micro")).all() and np.isnan(hierarchical_p(0.0, np.nan, 1))
