@@ -57,7 +57,7 @@ def training(
             signals += pairs * teacher["num_attention_heads"] * length
             entries = most_heads * length**2
             # Of one example, or of a few short ones together (`terms.attention.ENTRIES`).
-            one_map = 24 * max(entries, min(examples * entries, 2**20))
+            one_map = 24 * max(entries, min(examples * entries, 2**18))
     if "smoothing" in terms:  # a chunk's logits, their log-softmax and both gradients
         kl = 16 * vocabulary * min(512, tokens) + 4 * head
     moments_of_loss = (

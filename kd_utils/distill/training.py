@@ -21,10 +21,12 @@ LABELS = TeacherTerms([Task()])
 
 
 def seed_step(seed: int, global_step: int) -> None:
-    """Seed torch for one step, so that all methods have the same dropout."""
+    """Seed torch for one step, so that all methods have the same dropout. A GPU is seeded if it is
+    in use already.
+    """
     number = mixed_seed(seed, global_step)
-    # `torch.manual_seed` also notes, with a stack trace and for good, each call for a device that
-    # is not in use: half a millisecond of every step without a GPU.
+    # `torch.manual_seed` also takes a stack trace for each kind of device that is not in use: half
+    # a millisecond of every step without a GPU.
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(number)

@@ -2,9 +2,9 @@
 
 Where no map is asked for, the model computes attention, or what it has in its place, as it does
 anyway. For maps attention runs fused (SDPA), except in families that soft-cap their scores. Queries
-and keys are kept for the layers that are asked for; maps are computed from them one example at a
-time, so that training builds no (B, H, T, T) tensor. Layers are numbered from 1 to L, by their
-output.
+and keys are kept for the layers that are asked for; maps are computed from them for one example, or
+a few short ones, at a time, so that training builds no (B, H, T, T) tensor of long rows. Layers are
+numbered from 1 to L, by their output.
 """
 
 from collections.abc import Callable, Collection

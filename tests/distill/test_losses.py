@@ -205,11 +205,13 @@ ALIKE = [(0, 6), (0, 6), (0, 6), (2, 5), (2, 5), (0, 5)]  # neighbours are compa
 
 @pytest.mark.parametrize("queries", [[(0, 6), (0, 4)], [(3, 6), (1, 2)], ALIKE])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.uint8])
-@pytest.mark.parametrize("windowed, softcap", [(False, None), (True, None), (False, 1.5)])
-def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed, softcap):
+@pytest.mark.parametrize(
+    "masks, softcap", [("none", None), ("one", None), ("one each", None), ("none", 1.5)]
+)
+def test_attention_mse_equals_torch_with_gradients(queries, dtype, masks, softcap):
     maps, results = teacher_maps(queries, dtype=dtype), []
     windows = [torch.ones(6, 6).tril().triu(-2 - b % 2).bool()[None] for b in range(len(queries))]
-    mask = torch.stack(windows) if windowed else None
+    mask = {"none": None, "one": windows[0][None], "one each": torch.stack(windows)}[masks]
     for by_torch in (True, False):
         student = attention(batch=len(queries))
         student.mask, student.softcap = mask, softcap
@@ -232,14 +234,19 @@ def test_attention_mse_equals_torch_with_gradients(queries, dtype, windowed, sof
     torch.testing.assert_close(*results, atol=1e-6, rtol=1e-4)
 
 
+def run_lengths(maps, student_heads):
+    found = list(terms_attention._neighbours_alike(maps, student_heads))
+    assert [i for run in found for i in range(run.start, run.stop)] == list(range(len(maps.packed)))
+    return [run.stop - run.start for run in found]
+
+
 @pytest.mark.parametrize("student_heads", [4, 2])
 def test_examples_compared_together_give_what_each_gives_alone(student_heads, monkeypatch):
     maps, results = maps_of(teacher_maps(ALIKE), ALIKE), []
     start = None if student_heads == 4 else head_mix("mean_groups", 2, 4)
-    for entries, runs in ((terms_attention.ENTRIES, [3, 2, 1]), (4 * 45, [2, 1, 2, 1])):
+    for entries, lengths in ((terms_attention.ENTRIES, [3, 2, 1]), (2 * 4 * 6 * 6, [2, 1, 2, 1])):
         monkeypatch.setattr(terms_attention, "ENTRIES", entries)
-        found = list(terms_attention._neighbours_alike(maps))
-        assert [part.stop - part.start for part in found] == runs
+        assert run_lengths(maps, student_heads) == lengths
         student = attention(len(ALIKE), student_heads)
         leaves = [student.query, student.key] + ([] if start is None else [start.clone()])
         for leaf in leaves:
@@ -253,8 +260,12 @@ def test_examples_whose_maps_are_merged_are_compared_one_by_one():
     merged = Merge(torch.arange(6), torch.arange(6), 6)
     maps = maps_of(teacher_maps(ALIKE[:3]), ALIKE[:3])
     maps.merges[1] = (merged, merged)
-    found = list(terms_attention._neighbours_alike(maps))
-    assert found == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert run_lengths(maps, 4) == [1, 1, 1]
+
+
+def test_more_heads_than_the_teacher_has_let_fewer_examples_be_compared_together(monkeypatch):
+    monkeypatch.setattr(terms_attention, "ENTRIES", 2 * 4 * 6 * 6)
+    assert run_lengths(maps_of(teacher_maps(ALIKE), ALIKE), 8) == [1, 1, 1, 2, 1]
 
 
 def test_attention_mse_refuses_unequal_heads():

@@ -1,6 +1,7 @@
 """Batches, terms, splitting, pairing: what the loop in notebook 03 relies on."""
 
 import json
+import traceback
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -193,8 +194,13 @@ def test_a_stretch_begins_and_ends_inside_an_epoch_and_changes_no_order():
     assert list(data.steps(range(0))) == []
 
 
-def test_the_rows_of_a_split_are_measured_in_batches_of_bounded_tokens():
+@pytest.mark.parametrize("long_answers", [False, True])
+def test_the_rows_of_a_split_are_measured_in_batches_of_bounded_tokens(long_answers):
     rows = example_rows(np.random.default_rng(1).integers(5, 40, 61).tolist())
+    if long_answers:  # short rows are answer but for a token, long ones have two
+        rows = [
+            replace(r, answer_start=1 if len(r.tokens) < 20 else len(r.tokens) - 2) for r in rows
+        ]
     ids = [row.example_id for row in rows]
     config = notebook_config("03_train_student", {"distill_type": "task_only", "batch_size": 4})
     table = pd.DataFrame({"example_id": ids, "task": [f"of {i}" for i in ids], "labelled": True})
@@ -207,19 +213,28 @@ def test_the_rows_of_a_split_are_measured_in_batches_of_bounded_tokens():
         f"of {row.example_id}" for row in by_length
     ]
     assert [n for batch, _ in found for n in batch.lengths] == [len(r.tokens) for r in by_length]
-    room = 4 * max(len(row.tokens) for row in rows)
-    *full, last = [(len(batch.lengths), batch.input_ids.numel()) for batch, _ in found]
-    assert max(tokens for _, tokens in (*full, last)) <= room
-    assert min(examples for examples, _ in full) >= 4 < full[0][0]
+    assert max(batch.input_ids.numel() for batch, _ in found) <= 4 * len(by_length[-1].tokens)
+    longest = max(len(row.tokens) - row.answer_start for row in rows)
+    assert max(len(batch.targets) for batch, _ in found) <= 4 * longest
+    *full, _ = [len(batch.lengths) for batch, _ in found]
+    assert min(full) >= 4 and max(full) > 8
 
 
-def test_a_step_is_seeded_as_torch_would_be_and_leaves_nothing_behind():
-    waiting = len(torch.cuda._queued_calls)
-    seed_step(3, 11)
-    drawn = torch.rand(3)
-    assert len(torch.cuda._queued_calls) == waiting  # `torch.manual_seed` adds one for ever
+def test_a_step_is_seeded_as_torch_would_be_without_a_stack_trace(monkeypatch):
     torch.manual_seed(mixed_seed(3, 11))
+    drawn = torch.rand(3)
+    with monkeypatch.context() as patched:
+        patched.setattr(traceback, "format_stack", lambda *_: pytest.fail("it takes its time"))
+        seed_step(3, 11)
     assert torch.equal(drawn, torch.rand(3))
+
+
+def test_a_gpu_in_use_is_seeded_too(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeds.append)
+    seed_step(3, 11)
+    assert seeds == [mixed_seed(3, 11)]
 
 
 def test_dropout_is_the_same_whatever_was_drawn_before():

@@ -11,8 +11,8 @@ from kd_utils.distill.teacher_terms import LayerTerm, TermSetup, register
 from kd_utils.models.attention_maps import Attention, decode_map
 from kd_utils.models.signals import Signals, size_of
 
-#: Examples are compared together while their packed maps have so many entries.
-ENTRIES = 2**19
+#: Neighbours of one length are compared together, up to so many entries of their maps.
+ENTRIES = 2**18
 
 
 @register
@@ -162,21 +162,21 @@ class _SummedMapError(torch.autograd.Function):
         total = torch.zeros((), device=query.device)
         leaves = (query, key) if mix is None else (query, key, mix)
         slopes = [torch.zeros_like(leaf) for leaf in leaves] if wants_gradient else []
-        for alike in _neighbours_alike(maps):
+        for alike in _neighbours_alike(maps, query.shape[1]):
             (first, last), merge = maps.student_rows[alike.start], maps.merges[alike.start]
             part = student.examples(alike, first, last)
             probs = part.map()  # (n, H, Q, K)
-            with torch.autocast(query.device.type, enabled=False):  # it joins no float16
-                packed = torch.stack(maps.packed[alike])
+            packed = _together(maps.packed[alike])
             teacher, merged = decode_map(packed, *maps.teacher_rows[alike.start]), probs
+            del packed
             if merge:
                 teacher, merged = merge[0].apply(teacher), merge[1].apply(probs)
-            target = teacher if mix is None else _in_float32("st,ntqk->nsqk", mix, teacher)
+            target = teacher if mix is None else _mixed(mix, teacher)
             error = target.sub_(merged)  # the sign changes nothing before `backward`
-            total += torch.dot(error.reshape(-1), error.reshape(-1))
+            total += torch.dot(error.view(-1), error.view(-1))
             if slopes:  # through the softmax: P * (E - sum_k E P), then through q k^T
                 if mix is not None:
-                    slopes[2].sub_(_in_float32("nsqk,ntqk->st", error, teacher))
+                    slopes[2].sub_(_slope_of_mix(error, teacher))
                 error = merge[1].spread(error, last - first) if merge else error
                 slope = error.sub_((error * probs).sum(-1, keepdim=True)).mul_(probs)
                 slope = (slope if part.softcap is None else slope * part.cap_slope()).to(
@@ -200,19 +200,37 @@ class _SummedMapError(torch.autograd.Function):
         return slope * ctx.scaling * query, slope * ctx.scaling * key, for_mix, None, None, None
 
 
-def _neighbours_alike(maps: Maps) -> Iterator[slice]:
-    """Examples that follow one another with the same rows, not to be merged, at most `ENTRIES` in
-    one slice; else an example alone. A batch has its rows in the order of their length.
+def _neighbours_alike(maps: Maps, student_heads: int) -> Iterator[slice]:
+    """Examples that follow one another with the same rows, not to be merged, as many as `ENTRIES`
+    allows; else an example alone. A batch has its rows in the order of their length.
     """
-    rows, start = list(zip(maps.teacher_rows, maps.student_rows)), 0
+    sides = (maps.teacher_rows, maps.student_rows)
+    rows, start = list(zip(*sides, maps.packed, maps.merges, strict=True)), 0
     for b in range(1, len(rows) + 1):
-        alike = b < len(rows) and rows[b] == rows[start] and not any(maps.merges[start : b + 1])
-        if not alike or (b + 1 - start) * maps.packed[start].numel() > ENTRIES:
+        *places, packed, _ = rows[start]
+        heads = max(student_heads, len(packed))
+        entries = heads * max((last - first) * last for first, last in places)
+        alike = b < len(rows) and rows[b][:2] == tuple(places)
+        if not alike or any(maps.merges[start : b + 1]) or (b + 1 - start) * entries > ENTRIES:
             yield slice(start, b)
             start = b
 
 
-def _in_float32(equation: str, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`einsum` of maps, which autocast would round to 8 bits."""
-    with torch.autocast(left.device.type, enabled=False):
-        return torch.einsum(equation, left, right)
+def _together(packed: list[torch.Tensor]) -> torch.Tensor:
+    """(n, H, P) packed maps of one size; an example alone, perhaps a large one, is not copied."""
+    if len(packed) == 1:
+        return packed[0][None]
+    with torch.autocast(packed[0].device.type, enabled=False):  # it joins no float16
+        return torch.stack(packed)
+
+
+def _mixed(mix: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """(n, H_t, Q, K) -> (n, H_s, Q, K), in float32: autocast would round maps to 8 bits."""
+    with torch.autocast(mix.device.type, enabled=False):
+        return (mix @ maps.flatten(2)).unflatten(-1, maps.shape[2:])
+
+
+def _slope_of_mix(error: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """(H_s, H_t), summed over examples, queries and keys; in float32 likewise."""
+    with torch.autocast(maps.device.type, enabled=False):
+        return (error.flatten(2) @ maps.flatten(2).mT).sum(0)
