@@ -162,11 +162,12 @@ def hierarchical_errors(
     seeds = len(difference)
     if seeds < 2:
         return np.full(weights.shape[1], np.nan)
-    each = [tasks == task for task in sorted(set(tasks))]
-    of_seeds, of_examples = _drawn(seeds, tuple(int(one.sum()) for one in each), draws, seed)
+    in_task = [tasks == task for task in sorted(set(tasks))]
+    sizes = tuple(int(chosen.sum()) for chosen in in_task)
+    of_seeds, of_examples = _drawn(seeds, sizes, draws, seed)
     means = of_seeds / seeds @ difference  # (draws, N)
     total, excess = np.zeros((draws, weights.shape[1])), np.zeros(weights.shape[1])
-    for chosen, counts in zip(each, of_examples):
+    for chosen, counts in zip(in_task, of_examples):
         count = counts.shape[1]
         total += means[:, chosen] * counts @ weights[chosen]
         # The noise that the draws contain beyond once (see above), by second moments of weights.

@@ -212,18 +212,20 @@ class TrialData:
         """Each batch of a split with the task of each of its examples.
 
         Shorter rows share larger batches: none has more tokens, padding too, than `batch_size` of
-        the split's longest rows, nor more tokens to answer than as many of its longest answers.
+        the split's longest rows, nor more answer tokens than as many of its longest answers.
         """
         ids, table = self.ids[split], self.tables[split]
         task_of = dict(zip(table["example_id"], table["task"], strict=True))
         rows = [self.student_examples[i] for i in ids]  # from short to long
         tokens = [len(row.tokens) for row in rows]
         answers = [len(row.tokens) - row.answer_start for row in rows]
-        most = [self.config.batch_size * max(counts) for counts in (tokens, answers)]
+        most_tokens, most_answers = (
+            self.config.batch_size * max(counts) for counts in (tokens, answers)
+        )
         plan, answered = [list[str]()], 0
         for example_id, length, answer in zip(ids, tokens, answers):
             answered += answer
-            if (len(plan[-1]) + 1) * length > most[0] or answered > most[1]:
+            if (len(plan[-1]) + 1) * length > most_tokens or answered > most_answers:
                 plan.append([])
                 answered = answer
             plan[-1].append(example_id)

@@ -204,13 +204,11 @@ def _neighbours_alike(maps: Maps, student_heads: int) -> Iterator[slice]:
     """Examples that follow one another with the same rows, not to be merged, as many as `ENTRIES`
     allows; else an example alone. A batch has its rows in the order of their length.
     """
-    sides = (maps.teacher_rows, maps.student_rows)
-    rows, start = list(zip(*sides, maps.packed, maps.merges, strict=True)), 0
+    rows, start = list(zip(maps.teacher_rows, maps.student_rows, strict=True)), 0
     for b in range(1, len(rows) + 1):
-        *places, packed, _ = rows[start]
-        heads = max(student_heads, len(packed))
-        entries = heads * max((last - first) * last for first, last in places)
-        alike = b < len(rows) and rows[b][:2] == tuple(places)
+        heads = max(student_heads, len(maps.packed[start]))
+        entries = heads * max((last - first) * last for first, last in rows[start])
+        alike = b < len(rows) and rows[b] == rows[start]
         if not alike or any(maps.merges[start : b + 1]) or (b + 1 - start) * entries > ENTRIES:
             yield slice(start, b)
             start = b
