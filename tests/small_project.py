@@ -17,6 +17,8 @@ from kd_utils.config.parameter_files import notebook_config
 from kd_utils.data.answers import answered_tables
 from kd_utils.data.drawing import prepare
 from kd_utils.data.prepared_data import load_prepared, save_prepared
+from kd_utils.evaluation.footprint import footprint
+from kd_utils.evaluation.scoring import evaluate
 from kd_utils.models.devices import choose_device
 from kd_utils.models.loading import load_causal_lm, load_tokenizer, model_fingerprint, save_model
 from kd_utils.teacher.answers import ask_teacher
@@ -103,10 +105,16 @@ def cache(parameters: dict[str, Any], **changes: Any) -> tuple[Path, pd.Series]:
         attention_dtype=config.attention_dtype,
         layers=cached_layers(config, model),
     )
-    write = partial(write_shards, folder, signals_of=run_teacher, batch_tokens=config.batch_tokens)
+    options = {"batch_tokens": config.batch_tokens, "new_sums": run_teacher.new_sums}
+    write = partial(write_shards, folder, signals_of=run_teacher, **options)
     has_hidden = "hidden" in header["dtypes"]
     lm_head = stored_lm_head(model) if has_hidden else None
     bias = stored_head_bias(model) if has_hidden else None
+    header["footprint"] = footprint(model, examples["validation"])
+    answered = evaluate(
+        model, tokenizer, prepared.validation, batch_size=8, max_new_tokens=config.max_new_tokens
+    )
     sizes = dict(shard_examples=16, vocabulary=vocabulary, head_bias=bias, answers=said)
+    sizes["predictions"] = answered
     assemble_cache(folder, examples, write, lm_head, header, **sizes)
     return folder, verify(folder, data, run_teacher).set_index("check")["result"]

@@ -171,6 +171,32 @@ def tiny_llama(
     return LlamaForCausalLM(LlamaConfig(**{**values, **config})).eval()
 
 
+def tiny_of_family(family: str, **config: Any) -> Any:
+    """A random model of six layers, all of whose parameters are random."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=6, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | config)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def logits(model: Any) -> Any:
+    """(1, 37, V) of the ids from 3 on."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None], use_cache=False).logits
+
+
 def example_rows(lengths: list[int], *, vocab: int = 97, seed: int = 0) -> list[Any]:
     """Examples of random tokens whose answers are their last third; no signals yet."""
     import numpy as np

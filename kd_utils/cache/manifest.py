@@ -15,6 +15,13 @@ from kd_utils.store.sealed import SealedFolder
 
 FORMAT_VERSION = 5
 
+#: A cache's table of sums over the training rows (`models.importance.sums`), from which the
+#: importance of the teacher's units follows.
+UNIT_SUMS = "importance.parquet"
+
+#: A cache's table of which validation rows the teacher answers right: `example_id`, `correct`.
+PREDICTIONS = "validation_predictions.parquet"
+
 FOLDER = re.compile(r"(?P<name>.+)-\d{4}-\d\d-\d\d-(?P<key>[0-9a-f]{8})")
 
 

@@ -12,7 +12,13 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.torch import load_file
 
-from kd_utils.cache.manifest import CacheError, check_files, sealed_cache
+from kd_utils.cache.manifest import (
+    PREDICTIONS,
+    UNIT_SUMS,
+    CacheError,
+    check_files,
+    sealed_cache,
+)
 from kd_utils.models.output_head import OutputHead
 from kd_utils.models.signal_kinds import kind_of
 from kd_utils.tokens.encoding import Example
@@ -134,6 +140,35 @@ class TeacherCache:
             CacheError: the cache has none.
         """
         return read_answers(self.folder)
+
+    def unit_sums(self) -> pd.DataFrame | None:
+        """The sums from which the importance of the teacher's units follows (`models.importance`),
+        if it is of a family whose units are known. The file is checked again.
+        """
+        if UNIT_SUMS not in self.manifest["checksums"]:
+            return None
+        return pd.read_parquet(sealed_cache(self.folder).file(UNIT_SUMS, self.manifest))
+
+    def with_teacher(self, predictions: pd.DataFrame) -> pd.DataFrame:
+        """A student's predictions with the column `teacher_correct`: whether the teacher answers
+        the same row right. A cache of older code does not say so; then nothing is added.
+
+        Args:
+            predictions: of the validation rows (`scoring.evaluate`).
+
+        Raises:
+            CacheError: the teacher was not asked a row, or the file is damaged.
+        """
+        if PREDICTIONS not in self.manifest["checksums"]:
+            return predictions
+        table = pd.read_parquet(sealed_cache(self.folder).file(PREDICTIONS, self.manifest))
+        right = table.set_index("example_id")["correct"]
+        if lacking := set(predictions["example_id"]) - set(right.index):
+            raise CacheError(
+                f"{self.folder.name}/{PREDICTIONS} lacks the teacher's answer to {len(lacking)} "
+                "validation rows: run 02 again"
+            )
+        return predictions.assign(teacher_correct=predictions["example_id"].map(right))
 
     def _head_file(self) -> dict[str, Any]:
         if "lm_head.safetensors" not in self.manifest["checksums"]:

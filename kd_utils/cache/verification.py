@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.cache import manifest as manifests
-from kd_utils.cache.manifest import CacheError
+from kd_utils.cache.manifest import UNIT_SUMS, CacheError
 from kd_utils.cache.teacher_cache import TeacherCache
 from kd_utils.config.project_paths import project_path
 from kd_utils.models import loading, signal_kinds
+from kd_utils.models.importance.sums import ROWS, SUMS
 from kd_utils.records.provenance import Ingredients
 from kd_utils.store.locks import locked
 from kd_utils.tokens.encoding import Example, tokenizer_files
@@ -61,6 +62,8 @@ def verify(
                 worst[promise] = max(off, worst.get(promise, 0.0))
         checks["values"] = f"{len(cache)} rows, shapes right, all finite"
         checks |= {promise: f"within {off:.1e}" for promise, off in worst.items()}
+        if (sums := cache.unit_sums()) is not None:
+            checks["importance"] = _check_unit_sums(cache, sums)
         if recompute is not None:
             checks["recomputed"] = _check_recomputed(cache, recompute)
         if records:
@@ -116,6 +119,18 @@ def check_row(manifest: dict[str, Any], row: Example) -> dict[str, float]:
             "delete the cache's folder and run 02 again"
         )
     return kept
+
+
+def _check_unit_sums(cache: TeacherCache, sums: pd.DataFrame) -> str:
+    values = sums[SUMS].to_numpy()
+    counted, rows = values[sums["kind"] == ROWS].sum(), len(cache.splits["train"])
+    why = "" if np.isfinite(values).all() else "values that are not finite"
+    if why or counted != rows:
+        raise CacheError(
+            f"{cache.folder.name}: {UNIT_SUMS} has {why or f'{counted:g} of {rows} rows'}: delete "
+            "the cache's folder and run 02 again"
+        )
+    return f"of {len(sums) - 1:,} units, from {rows} training rows, all finite"
 
 
 def _check_recomputed(cache: TeacherCache, recompute: Callable) -> str:

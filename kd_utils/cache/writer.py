@@ -2,11 +2,10 @@
 
 The teacher runs in the calling thread; writer threads pack, compress and write, so that a device
 does not wait for them, with at most a few batches in memory. Until there is a manifest, each
-finished shard has a note in the folder `.NAME.shards` beside the cache, with its checksum and what
-it was made for. A run that resumes keeps the shards that agree with their notes, and no others.
+finished shard has a note (`shard_notes`). A run that resumes keeps the shards that agree with their
+notes, and no others.
 """
 
-import json
 import os
 import shutil
 import time
@@ -16,23 +15,36 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import Full, Queue
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 import pyarrow.parquet as pq
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kd_utils.cache import manifest
+from kd_utils.cache import manifest, shard_notes
 from kd_utils.cache.teacher_cache import as_table
+from kd_utils.models.importance.sums import UnitSums
 from kd_utils.store import files, locks
 from kd_utils.tokens.encoding import Example
 from kd_utils.tokens.vocabulary import Vocabulary
 
-#: Starts the teacher on one batch; the result waits for the device and gives rows with signals.
-SignalsOf = Callable[[list[Example]], Iterable[Example]]
-
 WRITERS = 2  # shards that are packed and compressed side by side
+
+
+class SignalsOf(Protocol):
+    """Starts the teacher on one batch; the result waits for the device and gives rows with signals.
+
+    It is given `sums` where the batch's rows are to be counted in them.
+    """
+
+    def __call__(self, batch: list[Example], sums: UnitSums | None = None) -> Iterable[Example]: ...
+
+
+class End(NamedTuple):
+    """Follows a shard's last batch; `sums` are those over its rows, a table of `UnitSums`."""
+
+    sums: pd.DataFrame | None
 
 
 class Shard(NamedTuple):
@@ -55,6 +67,7 @@ def assemble_cache(
     vocabulary: Vocabulary | None = None,
     head_bias: Tensor | None = None,
     answers: pd.DataFrame | None = None,
+    predictions: pd.DataFrame | None = None,
 ) -> dict[str, Any]:
     """Write what is missing of a cache.
 
@@ -68,6 +81,7 @@ def assemble_cache(
         vocabulary: what the teacher's ids spell, for a student with another tokenizer.
         head_bias: (V,) of an output layer that has one.
         answers: the teacher's, over which rows without a label are cached (`data.answers`).
+        predictions: the teacher's, of the validation rows (`scoring.evaluate`).
 
     Returns:
         The manifest.
@@ -86,12 +100,17 @@ def assemble_cache(
             beside: dict[str, Callable[[Path], object]] = {}
             if answers is not None:
                 beside["answers.parquet"] = partial(answers.to_parquet, index=False)
+            if predictions is not None:
+                right = predictions[["example_id", "correct"]]
+                beside[manifest.PREDICTIONS] = partial(right.to_parquet, index=False)
             if vocabulary is not None:
                 table = vocabulary.table()
                 beside["vocabulary.parquet"] = partial(pq.write_table, table, compression="zstd")
             if lm_head is not None:
                 bias = {} if head_bias is None else {"bias": head_bias}
                 beside["lm_head.safetensors"] = partial(save_file, {"lm_head": lm_head, **bias})
+            if (sums := shard_notes.unit_sums(folder, shards)) is not None:
+                beside[manifest.UNIT_SUMS] = partial(sums.to_parquet, index=False)
             for name, save in beside.items():
                 with files.written_aside(folder / name) as aside:
                     save(aside)
@@ -119,7 +138,7 @@ def assemble_cache(
             [time.time_ns(), *(other.stat().st_mtime_ns + 10**9 for other in other_manifests)]
         )
         os.utime(folder / "manifest.json", ns=(newest, newest))
-        shutil.rmtree(_notes(folder), ignore_errors=True)
+        shutil.rmtree(shard_notes.folder_of(folder), ignore_errors=True)
     return document
 
 
@@ -152,7 +171,7 @@ def _write_missing(
     folder: Path, shards: list[Shard], write: Callable[[list[Shard]], None]
 ) -> dict[str, str]:
     """Write the shards that are missing or damaged; returns the checksum of each shard's file."""
-    known = _known_checksums(folder, shards)
+    known = shard_notes.known_checksums(folder, shards)
     missing = [
         shard
         for shard in shards
@@ -164,7 +183,7 @@ def _write_missing(
             write(missing)
     finally:
         _remove_half_files(folder)  # of workers that were killed
-    known |= _known_checksums(folder, missing)
+    known |= shard_notes.known_checksums(folder, missing)
     names = [shard.file for shard in shards]
     if lost := [name for name in names if name not in known or not (folder / name).is_file()]:
         raise manifest.CacheError(
@@ -174,25 +193,8 @@ def _write_missing(
     return {name: known[name] for name in names}
 
 
-def _known_checksums(folder: Path, shards: list[Shard]) -> dict[str, str]:
-    """The checksums of those of these shards that were finished for this very cache."""
-    known: dict[str, str] = {}
-    with suppress(manifest.CacheError):
-        known |= manifest.read_manifest(folder)["checksums"]
-    for shard in shards:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            note = json.loads((_notes(folder) / f"{shard.file}.json").read_bytes())
-            if note["made_for"] == shard.made_for:
-                known[shard.file] = note["sha256"]
-    return known
-
-
-def _notes(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.shards")
-
-
 def _remove_half_files(folder: Path) -> None:
-    for place in (folder, _notes(folder)):
+    for place in (folder, shard_notes.folder_of(folder)):
         for aside in place.glob(".*.partial-*"):
             aside.unlink(missing_ok=True)
 
@@ -203,6 +205,7 @@ def write_shards(
     signals_of: SignalsOf,
     *,
     batch_tokens: int,
+    new_sums: Callable[[], UnitSums | None] = lambda: None,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> None:
     """Write each shard aside and rename it, while the teacher runs over the next batches.
@@ -210,6 +213,7 @@ def write_shards(
     Args:
         signals_of: runs the teacher over one batch and fills in the signals.
         batch_tokens: most tokens, padding included, in one batch.
+        new_sums: begins the sums over a shard of training rows, if there are to be any.
         progress: wraps the list of shards, e.g. `tqdm`.
 
     Raises:
@@ -221,11 +225,13 @@ def write_shards(
             if len(jobs) == WRITERS:
                 jobs.pop(0).result()
             batches: Queue = Queue(maxsize=2)
+            sums = new_sums() if shard.split == "train" else None
             try:
                 jobs.append(pool.submit(_write_shard, folder, shard, batches))
                 for batch in token_batches(shard.rows, batch_tokens):
-                    _hand_over(batches, signals_of(batch), jobs[-1])
-                _hand_over(batches, None, jobs[-1])
+                    rows = signals_of(batch) if sums is None else signals_of(batch, sums)
+                    _hand_over(batches, rows, jobs[-1])
+                _hand_over(batches, End(None if sums is None else sums.table()), jobs[-1])
             except BaseException as error:  # the writer must not wait for rows that will never come
                 while not batches.empty():
                     batches.get_nowait()
@@ -270,7 +276,7 @@ def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
     writer = None
     with files.written_aside(folder / shard.file) as aside:
         try:
-            while (batch := batches.get()) is not None:
+            while not isinstance(batch := batches.get(), End):
                 if isinstance(batch, BaseException):
                     raise RuntimeError("the teacher stopped") from batch
                 for row in batch:
@@ -288,7 +294,4 @@ def _write_shard(folder: Path, shard: Shard, batches: Queue) -> None:
             if writer:
                 writer.close()
         # Before the shard is renamed: a note without its shard only has the shard written again.
-        files.write_json(
-            _notes(folder) / f"{shard.file}.json",
-            {"made_for": shard.made_for, "sha256": files.sha256_file(aside)},
-        )
+        shard_notes.write(folder, shard, files.sha256_file(aside), batch.sums)

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}"
 PAIRS = re.compile(r"[1-9]\d{0,3}:[1-9]\d{0,3}( [1-9]\d{0,3}:[1-9]\d{0,3})*")
@@ -24,6 +24,23 @@ def check_layers(choice: str) -> str:
             "spaces, counted from 1 (such as '16:11 32:22')"
         )
     return choice
+
+
+def _kept(value: Any) -> Any:
+    """Text of how much of something is kept: a share of 1 is "all", a whole number a count."""
+    if isinstance(value, float) and value == 1:
+        return "all"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.9g}" if number else value
+
+
+def _check_kept(text: str) -> str:
+    if not re.fullmatch(r"all|[1-9]\d{0,8}|0?\.\d{1,9}", text) or text.strip("0.") == "":
+        raise ValueError(
+            "Input should be 'all', how many are kept (such as 96), or a share of them above 0 "
+            "and below 1 (such as 0.5)"
+        )
+    return text
 
 
 def teacher_weights(text: str) -> dict[str, float]:
@@ -69,6 +86,7 @@ Name = Annotated[str, Field(pattern=rf"^{NAME}$", max_length=80)]
 Place = Annotated[str, AfterValidator(_place)]
 NamedPlaces = Annotated[str, AfterValidator(_named_places)]
 MoreTeachers = Annotated[str, AfterValidator(lambda text: text if teacher_weights(text) else "")]
+Kept = Annotated[str, BeforeValidator(_kept), AfterValidator(_check_kept)]
 Layers = Annotated[str, AfterValidator(check_layers)]
 PlaceOrBlank = Annotated[str, AfterValidator(lambda text: text.strip() and _place(text))]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$")]

@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -98,10 +99,14 @@ def load_parameters(path: str | Path) -> dict[str, Any]:
 
 
 def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
-    """Load a grid file: flat YAML, a list of values for each swept parameter of 03.
+    """Load a grid file: flat YAML, a list of values for each swept parameter of 03. Parameters that
+    change together are one key, `keep_heads keep_mlp: [[8, 384], [4, 192]]`.
 
     Args:
         path: None for the project's own grid, all methods times 7 seeds.
+
+    Returns:
+        Key -> values; a value of a key of several parameters is a list, one entry for each.
 
     Raises:
         ValueError: the file is not `key: [values]`, or has a key that cannot be swept or a value
@@ -115,23 +120,52 @@ def load_grid(path: str | Path | None = None) -> dict[str, list[Any]]:
     swept = [key for key in TrialConfig.model_fields if key not in NEVER_IN_A_RESULT]
     grid: dict[str, list[Any]] = {}
     for key, node in nodes.items():
-        if key not in swept:
+        names = key.split()
+        if unknown := [name for name in names or [key] if name not in swept]:
             raise ValueError(
-                f"{path}: {shown(key)} cannot be swept; a grid may have: {', '.join(swept)}"
+                f"{path}: {shown(unknown[0])} cannot be swept; a grid may have: {', '.join(swept)}"
             )
-        is_list = isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq"
-        if not is_list or not node.value:
+        if not _is_list(node) or not node.value:
             raise ValueError(
-                f"{path}: {key} must be a list of one or more scalars, got {_source(loader, node)}"
+                f"{path}: {key} must be a list of one or more "
+                f"{'scalars' if len(names) == 1 else 'lists'}, got {_source(loader, node)}"
             )
-        values = [_scalar(loader, item, f"{path}: each value of {key}") for item in node.value]
-        grid[key] = [_grid_value(key, value, path) for value in values]
+        where = f"{path}: each value of {key}"
+        if len(names) == 1:
+            values = [_scalar(loader, item, where) for item in node.value]
+            grid[key] = [_grid_value(key, value, path) for value in values]
+            continue
+        grid[" ".join(names)] = [
+            [
+                _grid_value(name, _scalar(loader, part, where), path)
+                for name, part in zip(names, _parts(loader, item, len(names), where), strict=True)
+            ]
+            for item in node.value
+        ]
+    swept_twice = Counter(name for key in grid for name in key.split())
+    for name, count in swept_twice.items():
+        if count > 1:
+            raise ValueError(f"{path}: {name} is swept by two keys: give it in one of them")
     trials = math.prod(map(len, grid.values()))
     if trials > MOST_TRIALS:
         raise ValueError(
             f"{path} has {trials:,} combinations of {', '.join(grid)}: at most {MOST_TRIALS:,}"
         )
     return grid
+
+
+def _is_list(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.SequenceNode) and node.tag == "tag:yaml.org,2002:seq"
+
+
+def _parts(loader: yaml.SafeLoader, node: yaml.Node, count: int, where: str) -> list[yaml.Node]:
+    """The nodes of one value of a key of several parameters."""
+    if not _is_list(node) or len(node.value) != count:
+        raise ValueError(
+            f"{where} must be a list of {count} scalars, one for each parameter, got "
+            f"{_source(loader, node)}"
+        )
+    return node.value
 
 
 def _grid_value(key: str, value: Any, path: Path) -> Any:

@@ -77,10 +77,10 @@ TOY = re.compile(r"toy(?:-([0-9]{1,6}))?")
 
 
 def _embedded(name: str) -> str:
-    if name not in ("smol", "smol-cross", "none") and not TOY.fullmatch(name):
+    if name not in ("toy-large", "smol", "smol-cross", "none") and not TOY.fullmatch(name):
         raise ValueError(
-            "Input should be 'toy', 'smol', 'smol-cross', 'none', or another world of the toy, "
-            "such as 'toy-2'"
+            "Input should be 'toy', 'toy-large', 'smol', 'smol-cross', 'none', or another world of "
+            "the toy, such as 'toy-2'"
         )
     return name
 
@@ -117,7 +117,7 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _another_toy_is_read(self) -> Self:
-        another = self.toy_seed is not None and self.build != "toy"
+        another = self.toy_name not in ("", "toy")
         if another and f"/{self.build}/" not in f"/{self.data_dir}/":
             raise ValueError(
                 f"build = {self.build!r} makes artifacts/embedded/{self.build}, but data_dir = "
@@ -127,9 +127,15 @@ class DataConfig(Config):
         return self
 
     @property
+    def toy_name(self) -> str:
+        """The folder of the toy that is built under `artifacts/embedded/`; "" for other data."""
+        name = "toy" if self.build == "toy-large" else self.build  # which has the toy's rows
+        return name if TOY.fullmatch(name) else ""
+
+    @property
     def toy_seed(self) -> int | None:
         """Which world of the toy is built: `toy` is the first; None for other data."""
-        toy = TOY.fullmatch(self.build)
+        toy = TOY.fullmatch(self.toy_name)
         return int(toy[1] or 1) if toy else None
 
     @property

@@ -1,5 +1,6 @@
 """The parameters of one trial, and the table of methods: the terms of each method's loss."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -45,6 +46,36 @@ METHODS: dict[str, Method] = {
     "combined": Method({**_LOGITS, **_HIDDEN, **_MAPS}),
 }
 
+#: The ways in which an initial student is made -> the parameters that each of them reads.
+INITIAL: dict[str, tuple[str, ...]] = {
+    "pretrained": (),
+    "layers": ("student_layers",),
+    "random": ("keep_layers", "keep_heads", "keep_mlp", "keep_width", "student_seed"),
+    "svd": ("student_width", "student_basis", "student_seed"),
+    "pruned": (
+        "keep_layers",
+        "keep_heads",
+        "keep_mlp",
+        "keep_width",
+        "importance",
+        "student_seed",
+    ),
+}
+
+
+def initial_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that decide how a trial's initial student is made of its source.
+
+    Args:
+        config: a trial's parameters; one that an older record lacks is left out.
+    """
+    way = config.get("student_init", "pretrained")
+    settings = {key: config[key] for key in INITIAL[way] if key in config}
+    if "random" not in {way, *settings.values()}:
+        settings.pop("student_seed", None)  # nothing is drawn
+    return settings
+
+
 DISTILLATIONS = tuple(name for name, method in METHODS.items() if method.kind == "distillation")
 
 #: Further users of a parameter, beside the terms: any term that reads a teacher; the training; a
@@ -86,8 +117,18 @@ class TrialConfig(Config):
     distill_type: Annotated[str, AfterValidator(_known_method)] = "black_box"
     seed: Annotated[fields.Seed, UsedBy(TRAINING)] = 0
     student: fields.Place = "artifacts/embedded/toy/student"
-    student_init: Literal["pretrained", "layers", "random"] = "pretrained"
+    student_init: Literal["pretrained", "layers", "random", "svd", "pruned"] = "pretrained"
     student_layers: fields.PositiveInt = 2
+    student_width: fields.PositiveInt = 48
+    student_basis: Literal["weights", "activations", "channels", "random"] = "weights"
+    keep_layers: fields.Kept = "all"
+    keep_heads: fields.Kept = "all"
+    keep_mlp: fields.Kept = "all"
+    keep_width: fields.Kept = "all"
+    importance: Literal["minitron", "block_influence", "leave_one_out", "random", "lowest"] = (
+        "minitron"
+    )
+    student_seed: fields.Seed = 0
     answers: Annotated[Literal["gold", "teacher"], UsedBy(CHOICE)] = "teacher"
     teacher: fields.Place = "artifacts/embedded/toy/teacher"
     more_teachers: Annotated[fields.MoreTeachers, UsedBy(TEACHER)] = ""
@@ -212,6 +253,11 @@ class TrialConfig(Config):
         )
 
     @property
+    def initial_settings(self) -> dict[str, Any]:
+        """The parameters that decide how the initial student is made (`initial_settings`)."""
+        return initial_settings(self.model_dump())
+
+    @property
     def trains(self) -> bool:
         """Whether the method takes any step: the untrained student is only measured."""
         return self.distill_type != "untrained"
@@ -243,4 +289,6 @@ class TrialConfig(Config):
         }
         if not layers & {"uniform", "reversed", "random"}:
             unused.add("paired_layers")
+        unused |= {key for settings in INITIAL.values() for key in settings}
+        unused -= self.initial_settings.keys()
         return unused

@@ -1,7 +1,8 @@
 """What an experiment will take, as `--dry-run` prints it: from configs alone, nothing is loaded."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
@@ -11,6 +12,7 @@ from kd_utils.cost import cards, estimates, work
 from kd_utils.cost.rows import expected_rows
 from kd_utils.cost.shapes import local_model, shape_of
 from kd_utils.models import devices, signal_kinds
+from kd_utils.models.initial.ways import WAYS
 
 
 def experiment_lines(
@@ -31,12 +33,12 @@ def experiment_lines(
     Raises:
         ValueError: a model's config cannot be read on this machine, in one line.
     """
-    sized = lru_cache(local_model)  # most trials have the same student
-    model = sized(cache.teacher, cache.teacher_revision)
+    sized = lru_cache(_sized)  # most trials have the same student
+    model = local_model(cache.teacher, cache.teacher_revision)
     teacher, layers = shape_of(model), layers_of(cache, model)
     total = teacher["num_hidden_layers"]
     columns = signal_kinds.columns_of(cache.signals, layers, total, cache.attention_dtype)
-    students = [shape_of(sized(*_source(trial, cache))) for trial in trials]
+    students = [shape_of(sized(*_student(trial, cache))) for trial in trials]
     rows, source = expected_rows(data)
     here = work.Machine.here(devices.choose_device(cache.device), cache.precision)
     yield (
@@ -64,9 +66,16 @@ def experiment_lines(
         yield from cards.lines({"02": of_02, "03": of_03}, note)
 
 
-def _source(trial: TrialConfig, cache: stages.CacheConfig) -> tuple[str, str, int]:
-    """A student's name, revision and number of layers, for `local_model`."""
-    layers = trial.student_layers if trial.student_init == "layers" else 0
+def _student(trial: TrialConfig, cache: stages.CacheConfig) -> tuple[Any, ...]:
+    """What a trial's initial student is made of, and how: all that its sizes depend on."""
+    name, revision = trial.student, ""
     if trial.student == "teacher":
-        return cache.teacher, cache.teacher_revision, layers
-    return trial.student, "", layers
+        name, revision = cache.teacher, cache.teacher_revision
+    return name, revision, trial.student_init, *trial.initial_settings.items()
+
+
+def _sized(name: str, revision: str, way: str, *settings: tuple[str, Any]) -> torch.nn.Module:
+    """The initial student on the `meta` device, as `_student` describes it."""
+    if way == "pretrained":
+        return local_model(name, revision)
+    return local_model(name, revision, partial(WAYS[way].config, **dict(settings)))

@@ -1,13 +1,12 @@
 """What a model's cost depends on: its number of weights and its widths, without its weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from kd_utils.config.project_paths import project_path
 from kd_utils.data import hub
-from kd_utils.models.initial.layers import kept_config
 from kd_utils.models.signals import layer_count, size_of
 
 #: The sizes of a decoder of Llama's kind, by the names that `transformers` uses.
@@ -39,18 +38,20 @@ def shape_of(model: torch.nn.Module) -> Shape:
 
 def matrices(shape: Shape) -> dict[str, int]:
     """How many weights a model's matrices have: "body", all layers together, and "head"."""
-    width, heads = shape["hidden_size"], shape["num_attention_heads"]
-    key_width = width * shape["num_key_value_heads"] // heads
-    layer = 2 * width**2 + 2 * width * key_width + 3 * width * shape["intermediate_size"]
+    width, size = shape["hidden_size"], shape["head_dim"]
+    attention = 2 * size * (shape["num_attention_heads"] + shape["num_key_value_heads"])
+    layer = width * (attention + 3 * shape["intermediate_size"])
     return {"body": shape["num_hidden_layers"] * layer, "head": width * shape["vocab_size"]}
 
 
-def local_model(name: str, revision: str = "", layers: int = 0) -> torch.nn.Module:
+def local_model(
+    name: str, revision: str = "", made: Callable[[Any], Any] = lambda config: config
+) -> torch.nn.Module:
     """A causal LM on the `meta` device: it has sizes and no values, and takes no memory.
 
     Args:
         name: a folder, or a model in the hub's local cache; the network is not used.
-        layers: how many layers to keep, the first ones; 0: all.
+        made: the config of the model that is meant, from that of the named one (`Way.config`).
 
     Raises:
         ValueError: the model is not on this machine, or it is none that can be sized, in one line.
@@ -61,9 +62,8 @@ def local_model(name: str, revision: str = "", layers: int = 0) -> torch.nn.Modu
     options: Any = {"revision": revision or "main", "local_files_only": True}
     try:
         config = AutoConfig.from_pretrained(folder if folder.is_dir() else name, **options)
-        config = kept_config(config, list(range(layers))) if layers else config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(made(config))
     except OSError:
         raise ValueError(f"{name} is not on this machine") from None
     except Exception as error:  # a folder that somebody else made may be wrong in every way

@@ -260,7 +260,7 @@ def ingredients(config: stages.DataConfig) -> provenance.Ingredients:
     source = {name: files.sha256_file(path) for name, path in paths.items() if path.is_file()}
     tokenizer = project_paths.project_path(config.tokenizer)
     of_tokenizer = encoding.tokenizer_files(tokenizer) if tokenizer.is_dir() else {}
-    builders = BUILDERS.get("toy" if config.toy_seed is not None else config.build, [])
+    builders = BUILDERS.get("toy" if config.toy_name else config.build, [])
     start = {"data.prepared_data", "data.drawing", *builders}
     return provenance.Ingredients(
         config=config.model_dump(exclude={"name", "artifacts_dir"}),

@@ -7,6 +7,7 @@ that it is a toy.
 
 import random
 import re
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,14 @@ def pretraining_text(tables: dict[str, list[toy.Row]], seed: int) -> list[tuple[
     return [pair for pair in _pairs(rows) if pair[0] not in told]
 
 
-def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int) -> None:
+def pretrain(
+    model: Any,
+    tokenizer: Any,
+    text: list[tuple[str, str]],
+    seed: int,
+    settings: dict[str, Any] = PRETRAINING,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> None:
     """Train `model` on `text`, with the same result whatever the number of cores."""
     table = pd.DataFrame(text, columns=["prompt", "answer"]).assign(example_id="")
     rows = encode_table(tokenizer, table)
@@ -82,10 +90,11 @@ def pretrain(model: Any, tokenizer: Any, text: list[tuple[str, str]], seed: int)
             fine_tune(
                 model,
                 rows,
-                **PRETRAINING,
+                **settings,
                 seed=seed,
                 autocast=nullcontext,
                 device=model.device,
+                progress=progress,
             )
     finally:
         torch.set_num_threads(threads)
@@ -179,6 +188,16 @@ def build(folder: Path, seed: int = 1) -> None:
     code = code_of("01_prepare_data", {"demos.toy_models"})
     del code["notebooks/01_prepare_data.ipynb"]  # the models do not depend on it
     made_from = Ingredients(seed={"seed": seed}, code=code)
+    build_once(folder, made_from, lambda aside: _write(aside, seed))
+
+
+def build_once(folder: Path, made_from: Ingredients, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder that will be `folder`, unless it is there, made from the same.
+
+    Raises:
+        FileExistsError: `folder` holds something that no build wrote.
+        OSError: the disk is full.
+    """
     target = sealed.SealedFolder(folder, f"{folder.name}.json")
     files.remove_leftovers(folder)
     if _is_built(target, made_from):
@@ -191,7 +210,7 @@ def build(folder: Path, seed: int = 1) -> None:
         # Another arithmetic gives other weights, which are no worse: it is told, and not compared.
         about = {"made_from": made_from, "arithmetic": arithmetic("cpu")}
         with target.replaced(about) as aside:
-            _write(aside, seed)
+            write(aside)
     except OSError:
         # Another process may have built the same toy meanwhile.
         if not _is_built(target, made_from):

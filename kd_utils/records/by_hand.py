@@ -14,7 +14,7 @@ from typing import Any
 
 from kd_utils.config.base import NEVER_IN_A_RESULT
 from kd_utils.config.project_paths import ROOT, project_path
-from kd_utils.config.trial import TrialConfig, trial_name
+from kd_utils.config.trial import TrialConfig, initial_settings, trial_name
 from kd_utils.records import trial_record
 from kd_utils.records.provenance import COMPUTING, Ingredients
 from kd_utils.records.trial_status import PLAN, Status, why_stale
@@ -183,7 +183,7 @@ def _started(metrics: Metrics) -> float:
 def _initial_weights(metrics: Metrics) -> dict[Any, Any]:
     """The model that a trial names -> its fingerprint; how the initial student is made -> its."""
     config, model = metrics["config"], metrics["config"].get("student")
-    way = (model, config.get("student_init"), config.get("student_layers"))
+    way = (model, config.get("student_init"), *initial_settings(config).values())
     return {model: metrics.get("student", {}).get("fingerprint"), way: metrics.get("initial")}
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from kd_utils.config.trial import initial_settings
 from kd_utils.records import provenance, run_folder
 from kd_utils.records.run_folder import PLAN, SUMMARY, Status, trials_with_status
 from kd_utils.records.trial_record import Metrics, Shape, read_record, require_shape
@@ -264,8 +265,8 @@ def differences(run_dir: Path, trials: list[tuple[dict[str, Any], Status]]) -> l
 def _made_in_this_way(config: dict[str, Any]) -> dict[str, str]:
     """Names for what differs by intention between trials whose students are swept."""
     student, way = config.get("student"), config.get("student_init", "pretrained")
-    layers = f" {config.get('student_layers')}" if way == "layers" else ""
+    settings = "".join(f" {value}" for value in initial_settings(config).values())
     return {
         "student": f"initial weights of {student}",
-        "initial": f"the initial student ({way}{layers}) of {student}",
+        "initial": f"the initial student ({way}{settings}) of {student}",
     }

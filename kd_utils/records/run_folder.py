@@ -170,8 +170,8 @@ def collect(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
 
     Returns:
         Columns `trial`, `config/<swept key>` (distill_type and seed first), `status`, `why`, one
-        per key of the last row of metrics (empty unless done), `seconds` (whole trial),
-        `peak_memory_mb`, `config_hash`.
+        per key of the last row of metrics (empty unless done), `student/SIZE` for each size of the
+        student, `seconds` (whole trial), `peak_memory_mb`, `config_hash`.
     """
     rows, results = [], []
     for planned, state in trials_with_status(run_dir, experiment):
@@ -181,6 +181,8 @@ def collect(run_dir: str | Path, experiment: str = "") -> pd.DataFrame:
         if state.state == "done":
             metrics = trial_record.read_record(Path(run_dir) / "trials" / planned["trial"])
             about = {key: metrics[key] for key in ("peak_memory_mb", "config_hash")}
+            sizes = metrics.get("sizes", {}).get("student", {})
+            about |= {f"student/{key}": size for key, size in sizes.items()}
             results[-1] = {**metrics["final"], "seconds": metrics["seconds"]["total"], **about}
     columns = ["trial", "config/distill_type", "config/seed", "status", "why"]
     left = pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)

@@ -78,6 +78,7 @@ class Metrics(Shape):
     student: dict[str, str] = {}
     initial: str = ""
     tokenizer: str = ""
+    sizes: dict[str, dict[str, float]] = {}
     more_caches: dict[str, str] = {}
     code: dict[str, str] = {}
     arithmetic: dict[str, Any] = {}
@@ -204,7 +205,13 @@ def made_from(config: Any, caches: list[Any], student: Any, precision: str, devi
 
 
 def metrics_document(
-    config: Any, made: dict[str, Any], caches: list[Any], tokenizer: str, meter: Any, memory: float
+    config: Any,
+    made: dict[str, Any],
+    caches: list[Any],
+    tokenizer: str,
+    meter: Any,
+    memory: float,
+    sizes: dict[str, dict[str, float]],
 ) -> dict[str, Any]:
     """What `metrics.json` says of a trial that is done.
 
@@ -213,6 +220,7 @@ def metrics_document(
         tokenizer: fingerprint of the student's tokenizer.
         meter: the trial's (`distill.meter.Meter`).
         memory: the largest memory in use, MB.
+        sizes: of "teacher" and "student" (`evaluation.footprint`).
     """
     contents = {
         name: {"name": cache.folder.name, "content_hash": cache.manifest["content_hash"]}
@@ -231,6 +239,7 @@ def metrics_document(
         "precision": made["precision"],
         "arithmetic": made["arithmetic"],
         "teacher": {"name": manifest["teacher"], "accuracy": manifest["teacher_accuracy"]},
+        "sizes": sizes,
         **provenance.environment(),
         "started": meter.started.isoformat(timespec="seconds"),
         "seconds": meter.seconds,

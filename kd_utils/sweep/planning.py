@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,13 @@ def plan(
     check_values(parameters)  # of 03 too: a value that the grid overrides must be right as well
     trials: list[Trial] = []
     known: dict[str, Trial] = {}  # by name and by config
-    for values in itertools.product(*grid.values()):
-        combination = dict(zip(grid, values, strict=True))
+    for combination in combinations(grid):
         try:
             config = notebook_config(stages.TRAIN, {**parameters, **combination})
         except ValueError as error:
             where = ", ".join(f"{key}={value}" for key, value in combination.items())
             raise ValueError(f"{error} (in the grid: {where})") from None
-        unused = [key for key in grid if key in config.without_effect]
+        unused = [key for key in combination if key in config.without_effect]
         used = {key: value for key, value in combination.items() if key not in unused}
         swept = {"distill_type": config.distill_type, "seed": config.seed} | used
         name = trial_name(**swept)
@@ -77,6 +77,20 @@ def plan(
     return trials
 
 
+def combinations(grid: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    """Every combination of a grid's values, first key slowest: parameter -> value.
+
+    Args:
+        grid: as `load_grid` returns it; a key may name several parameters that change together.
+    """
+    for values in itertools.product(*grid.values()):
+        combination: dict[str, Any] = {}
+        for key, value in zip(grid, values, strict=True):
+            names = key.split()
+            combination |= zip(names, [value] if len(names) == 1 else value, strict=True)
+        yield combination
+
+
 def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[Trial]:
     """Choose trials as `--only` does: `key=value`, `key=a+b`, `seed=0-2+5`, several keys separated
     by commas.
@@ -84,22 +98,27 @@ def select(trials: list[Trial], only: str, grid: dict[str, list[Any]]) -> list[T
     Raises:
         ValueError: a key or value that the grid does not have.
     """
+    values_of: dict[str, dict[Any, None]] = {}  # without repeats, in their order
+    for combination in combinations(grid):
+        for key, value in combination.items():
+            values_of.setdefault(key, {})[value] = None
     wanted: dict[str, list[Any]] = {}
     for part in filter(None, (part.strip() for part in only.split(","))):
         key, _, text = part.partition("=")
-        if key not in grid or key in wanted or not text:
+        if key not in values_of or key in wanted or not text:
             raise ValueError(
-                f"--only {part}: give each key once, as key=value; the grid has {', '.join(grid)}"
+                f"--only {part}: give each key once, as key=value; the grid has "
+                f"{', '.join(values_of)}"
             )
         wanted[key] = []
         for word in _words(text):
             found = [
                 value
-                for value in grid[key]
+                for value in values_of[key]
                 if word == str(value) or isinstance(value, float) and word == f"{value:g}"
             ]
             if not found:
-                values = ", ".join(map(str, grid[key]))
+                values = ", ".join(map(str, values_of[key]))
                 raise ValueError(
                     f"--only {part}: {key}={word} is not in the grid, which has {values}"
                 )

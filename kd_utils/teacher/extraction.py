@@ -1,16 +1,17 @@
 """The teacher run over examples for its signals, and what the cache's manifest says about it."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from kd_utils.cache.manifest import cache_code
-from kd_utils.cache.writer import SignalsOf
 from kd_utils.config import project_paths, stages
 from kd_utils.data.prepared_data import PreparedData
 from kd_utils.models import devices, layer_pairs, output_head, signal_kinds
+from kd_utils.models.importance.sums import UnitSums, new_sums
 from kd_utils.models.signals import attention_modules, layer_count, size_of
 from kd_utils.records import provenance
 from kd_utils.store.files import sha256_json
@@ -136,6 +137,26 @@ def signal_options(config: stages.CacheConfig, header: dict[str, Any]) -> dict[s
     }
 
 
+@dataclass(frozen=True)
+class TeacherSignals:
+    """The teacher as a function from a batch of examples to the same examples with signals.
+
+    It returns as soon as the device has its work; the rows that it returns wait for the device.
+    """
+
+    model: torch.nn.Module
+    run: Callable[[list[encoding.Example], UnitSums | None], Iterator[encoding.Example]]
+
+    def __call__(
+        self, batch: list[encoding.Example], sums: UnitSums | None = None
+    ) -> Iterator[encoding.Example]:
+        return self.run(batch, sums)
+
+    def new_sums(self) -> UnitSums | None:
+        """Sums over rows of the teacher's units, to be filled by calls; None: they are unknown."""
+        return new_sums(self.model)
+
+
 def signal_function(
     model: torch.nn.Module,
     *,
@@ -144,10 +165,8 @@ def signal_function(
     temperatures: Sequence[float] = (),
     attention_dtype: str = "float16",
     layers: dict[str, list[int]] | None = None,
-) -> SignalsOf:
-    """A function that runs the teacher over a batch of examples and adds the signals to cache.
-
-    It returns as soon as the device has its work; the rows that it returns wait for the device.
+) -> TeacherSignals:
+    """The function that runs the teacher over a batch of examples and adds the signals to cache.
 
     Args:
         model: the teacher, in eval mode, on its device.
@@ -169,26 +188,28 @@ def signal_function(
     captured = signal_kinds.captured_layers([(kind, layer) for kind, layer, _ in columns.values()])
 
     @torch.inference_mode()
-    def run(batch: list[encoding.Example]) -> Iterator[encoding.Example]:
+    def run(batch: list[encoding.Example], sums: UnitSums | None) -> Iterator[encoding.Example]:
         padded, lengths = encoding.right_padded(batch)
         input_ids = devices.to_device(padded, device)
         teacher = signal_kinds.TeacherPass(
             model, input_ids, captured, top_k, temperatures, attention_dtype
         )
-        taken = [
-            {
-                column: kind.take(teacher, b, n, layer).to(getattr(torch, dtype))
-                for column, (kind, layer, dtype) in columns.items()
-            }
-            for b, n in enumerate(lengths)
-        ]
+        ids = [row.example_id for row in batch]
+        with nullcontext() if sums is None else sums.of_batch(ids, lengths):
+            taken = [
+                {
+                    column: kind.take(teacher, b, n, layer).to(getattr(torch, dtype))
+                    for column, (kind, layer, dtype) in columns.items()
+                }
+                for b, n in enumerate(lengths)
+            ]
         # One copy per column is under way when this returns.
         flat = {column: torch.cat([row[column].flatten() for row in taken]) for column in columns}
         copies = devices.HostCopy(flat)
         shapes = [{column: array.shape for column, array in row.items()} for row in taken]
         return _rows(batch, copies, shapes)
 
-    return run
+    return TeacherSignals(model, run)
 
 
 def _rows(

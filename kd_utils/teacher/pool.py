@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from kd_utils.cache.writer import WRITERS, Shard, SignalsOf, write_shards
+from kd_utils.cache.writer import WRITERS, Shard, write_shards
 from kd_utils.cluster.session import ray_running
 from kd_utils.config.stages import CacheConfig
 from kd_utils.models import devices, loading
-from kd_utils.teacher.extraction import signal_function
+from kd_utils.models.importance.sums import UnitSums
+from kd_utils.teacher.extraction import TeacherSignals, signal_function
 from kd_utils.tokens.encoding import Example
 
 RESTARTS = 3  # of a worker that dies, and of the shard that it was writing
@@ -49,7 +50,8 @@ def shard_writer(
     def write(shards: list[Shard]) -> None:
         workers = min(pool_size(config.workers, device), len(shards))
         if workers == 1:
-            return write_shards(folder, shards, signal_function(model, **how), **options)
+            run = signal_function(model, **how)
+            return write_shards(folder, shards, run, new_sums=run.new_sums, **options)
         dtype, place = devices.amp_dtype(device, config.precision), next(model.parameters()).device
         load = partial(
             load_signal_function, teacher, config.teacher_revision, device.type, dtype, how
@@ -94,7 +96,7 @@ def _available(resource: str) -> int:
 
 def load_signal_function(
     teacher: str, revision: str, device: str, dtype: torch.dtype, how: dict[str, Any]
-) -> SignalsOf:
+) -> TeacherSignals:
     """Load the teacher from a folder or the hub, as a function from batches to signals."""
     return signal_function(
         loading.load_causal_lm(teacher, revision, dtype).to(device).eval(), **how
@@ -104,7 +106,7 @@ def load_signal_function(
 def write_shards_in_pool(
     folder: Path,
     shards: list[Shard],
-    load: Callable[[], SignalsOf],
+    load: Callable[[], TeacherSignals],
     *,
     workers: int,
     on_gpu: bool,
@@ -182,7 +184,7 @@ class ShardWorker:
     that they are writing. After an error it writes nothing more, and the rest of the shards pass.
     """
 
-    def __init__(self, folder: Path, load: Callable[[], SignalsOf], batch_tokens: int) -> None:
+    def __init__(self, folder: Path, load: Callable[[], TeacherSignals], batch_tokens: int) -> None:
         self.folder, self.load, self.batch_tokens = folder, cache(load), batch_tokens
         self.failure = ""
         self.teacher_is_free = Lock()  # one thread at a time uses a model
@@ -192,13 +194,18 @@ class ShardWorker:
         """Write one shard; return what went wrong in this worker so far, or ""."""
         if not self.failure:
             try:
-                write_shards(self.folder, [shard], self._signals, batch_tokens=self.batch_tokens)
+                options: Any = {"batch_tokens": self.batch_tokens, "new_sums": self._new_sums}
+                write_shards(self.folder, [shard], self._signals, **options)
             except Exception as error:
                 self.failure = (
                     f"{shard.file}: {type(error).__name__}: {' '.join(str(error).split())}"
                 )
         return self.failure
 
-    def _signals(self, batch: list[Example]) -> Iterable[Example]:
+    def _signals(self, batch: list[Example], sums: UnitSums | None = None) -> Iterable[Example]:
         with self.teacher_is_free:
-            return self.load()(batch)
+            return self.load()(batch, sums)
+
+    def _new_sums(self) -> UnitSums | None:
+        with self.teacher_is_free:
+            return self.load().new_sums()

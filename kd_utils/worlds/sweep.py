@@ -149,7 +149,7 @@ def _require_different(sweeps: dict[str, Sweep]) -> None:
         data, teacher, trial = (
             notebook_config(stem, sweep.parameters) for stem in (PREPARE, CACHE, TRAIN)
         )
-        student = trial.student, trial.student_init, trial.student_layers
+        student = trial.student, trial.student_init, *trial.initial_settings.values()
         same = made_from.setdefault((data.fingerprint(), teacher.fingerprint(), student), world)
         if same != world:
             raise ValueError(

@@ -111,6 +111,18 @@ def test_a_missing_parameter_file_names_its_neighbours(tmp_path):
         ("", "must hold"),
         ("seed: [", "is not YAML"),
         ("seed: [0, [1]]", r"each value of seed must be one scalar .*, got '\[1\]'"),
+        (
+            "epochs seed: [1, 2]",
+            "each value of epochs seed must be a list of 2 scalars, .*, got '1'",
+        ),
+        ("epochs seed: [[1, 2, 3]]", "must be a list of 2 scalars, one for each parameter"),
+        ("epochs seed: [[1, [2]]]", "each value of epochs seed must be one scalar"),
+        ("epochs seed: [[1, -2]]", "seed = -2: Input should be"),
+        ("epochs seed: []", "epochs seed must be a list of one or more lists"),
+        ("epochs sede: [[1, 2]]", "'sede' cannot be swept"),
+        ('"": [1]', "'' cannot be swept"),
+        ("epochs seed: [[1, 2]]\nseed: [3]", "seed is swept by two keys: give it in one"),
+        ("epochs epochs: [[1, 2]]", "epochs is swept by two keys"),
         ("seed: [0, -1]", "seed = -1: Input should be greater than or equal to 0"),
         ("seed: [0, yes]", "seed = True: Input should be a number, not true or false"),
         ('teacher: ["a\\nb"]', "in teacher: 'a.nb' must be ASCII"),
@@ -127,6 +139,12 @@ def test_a_bad_grid_file_is_one_clear_error(tmp_path, grid, message):
     path.write_text(grid)
     with pytest.raises(ValueError, match=message):
         load_grid(path)
+
+
+def test_parameters_that_change_together_are_one_key(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("epochs   learning_rate: [[1, 1e-3], [2, 1]]\nseed: [0]")
+    assert load_grid(path) == {"epochs learning_rate": [[1, 0.001], [2, 1]], "seed": [0]}
 
 
 def test_names_that_papermill_injected():

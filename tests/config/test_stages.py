@@ -15,7 +15,7 @@ from kd_utils.config.notebook_files import notebook_defaults, notebook_path
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.config.project_paths import ROOT, project_path, run_label, short_path
 from kd_utils.config.stages import NOTEBOOKS, AnalysisConfig
-from kd_utils.config.trial import METHODS, TrialConfig
+from kd_utils.config.trial import INITIAL, METHODS, TrialConfig
 
 DEFAULTS = notebook_defaults("03_train_student")
 FILES = sorted((ROOT / "papermill_params").glob("*.yaml"))
@@ -230,6 +230,9 @@ OF_LOGITS = {"beta", "temperature", "logit_loss", "distill_tokens", "more_teache
 NO_TEACHER = OF_LOGITS | {"answers", "paired_layers", "weighting"}
 OF_HIDDEN = {"gamma_hidden", "hidden_layers"}
 OF_SHARES = {"hidden_share", "attention_share"}
+KEPT = {"keep_layers", "keep_heads", "keep_mlp", "keep_width"}
+#: With `student_init` "pretrained" nothing is made.
+OF_INITIAL = {key for keys in INITIAL.values() for key in keys}
 OF_ATTENTION = {"gamma_attention", "attention_normaliser", "attention_layers", "head_mapping"}
 
 
@@ -300,6 +303,15 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
         "weight_decay": 0.5,
         "max_grad_norm": 0.5,
         "trained": "layers",
+        "student_layers": 3,
+        "student_width": 8,
+        "student_basis": "channels",
+        "keep_layers": 1,
+        "keep_heads": 0.5,
+        "keep_mlp": "0.5",
+        "keep_width": 4,
+        "importance": "lowest",
+        "student_seed": 3,
     }
     same = {
         key
@@ -307,7 +319,44 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
         if TrialConfig(**{**DEFAULTS, "distill_type": method, key: value}).fingerprint()
         == base.fingerprint()
     }
-    assert same == without_effect | OF_SHARES == base.without_effect
+    assert same == without_effect | OF_SHARES | OF_INITIAL == base.without_effect
+
+
+@pytest.mark.parametrize(
+    "init, used",
+    [
+        ({"student_init": "layers"}, {"student_layers"}),
+        ({"student_init": "random"}, KEPT | {"student_seed"}),
+        ({"student_init": "svd"}, {"student_width", "student_basis"}),
+        (
+            {"student_init": "svd", "student_basis": "random"},
+            {"student_width", "student_basis", "student_seed"},
+        ),
+        ({"student_init": "pruned"}, KEPT | {"importance"}),
+        (
+            {"student_init": "pruned", "importance": "random"},
+            KEPT | {"importance", "student_seed"},
+        ),
+    ],
+)
+def test_a_student_is_made_from_the_parameters_of_its_way_alone(init, used):
+    config = TrialConfig(**{**DEFAULTS, **init})
+    assert config.initial_settings.keys() == used == OF_INITIAL - config.without_effect
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [("all", "all"), (1.0, "all"), (1, "1"), (96, "96"), (0.5, "0.5"), (".25", ".25")],
+)
+def test_what_is_kept_is_a_count_or_a_share(value, text):
+    assert TrialConfig(**{**DEFAULTS, "keep_mlp": value}).keep_mlp == text
+
+
+@pytest.mark.parametrize("value", [0, -1, 0.0, 1.5, "half", "", True, "0.", "1e3"])
+def test_what_cannot_be_kept_is_refused_in_one_line(value):
+    with pytest.raises(ValueError, match="keep_mlp = .*: Input should be") as told:
+        TrialConfig(**{**DEFAULTS, "keep_mlp": value})
+    assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize(

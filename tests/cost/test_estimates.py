@@ -16,6 +16,7 @@ from kd_utils.config.parameter_files import notebook_config
 from kd_utils.cost import cards, estimates, experiment, rows, shapes, work
 from kd_utils.data import prepared_data
 from kd_utils.models import signal_kinds
+from kd_utils.models.initial.ways import WAYS
 
 MACHINE = work.Machine(half=False, memory=16e9, rate=1e11, operation=0.0, overlaps=False)
 
@@ -33,7 +34,8 @@ def test_a_models_sizes_need_no_weights(root):
     assert shapes.shape_of(shapes.local_model("model")) == shapes.shape_of(model)
     assert shapes.shape_of(model)["weights"] == model.num_parameters()
     assert next(shapes.local_model("model").parameters()).is_meta
-    assert shapes.shape_of(shapes.local_model("model", layers=1))["num_hidden_layers"] == 1
+    made = partial(WAYS["layers"].config, student_layers=1)
+    assert shapes.shape_of(shapes.local_model("model", made=made))["num_hidden_layers"] == 1
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_neither_probe_nor_sizing_draws_a_random_number(root):
     tiny_llama().config.save_pretrained(root / "model")
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     work.Machine.here(torch.device("cpu"), "float32")
-    shapes.local_model("model", layers=1)
+    shapes.local_model("model", made=partial(WAYS["layers"].config, student_layers=1))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.random.get_state()[1].tolist() == before[1]
 

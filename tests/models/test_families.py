@@ -10,7 +10,7 @@ import torch
 from tiny import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kd_utils.models.initial.layers import keep_layers
+from kd_utils.models.cut.layers import keep_layers
 from kd_utils.models.loading import load_causal_lm, with_soft_capping
 from kd_utils.models.output_head import output_head, require_known_head
 from kd_utils.models.signals import IMPLEMENTATION, decoder_layers, forward_signals

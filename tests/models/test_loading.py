@@ -9,8 +9,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from kd_utils.data import hub
+from kd_utils.models.cut.layers import evenly_spaced, keep_layers
 from kd_utils.models.devices import amp_dtype, autocast, choose_device
-from kd_utils.models.initial.layers import evenly_spaced, keep_layers
 from kd_utils.models.initial.ways import random_weights, some_layers
 from kd_utils.models.loading import load_causal_lm, load_tokenizer, model_folder, save_model
 from kd_utils.models.signals import forward_signals

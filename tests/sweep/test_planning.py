@@ -31,6 +31,31 @@ def test_the_untrained_student_goes_with_every_seed(stub_notebooks):
     assert [t.trial for t in chosen] == ["untrained_seed0", "task_only_seed1"]
 
 
+def test_parameters_that_change_together_are_planned_and_chosen_together(stub_notebooks):
+    grid = {
+        "distill_type": ["black_box"],
+        "epochs learning_rate": [[1, 0.1], [2, 0.1], [2, 0.2]],
+        "seed": [0, 1],
+    }
+    trials = planning.plan({}, grid, stub_notebooks / "runs" / "x")
+    assert len(trials) == 6
+    assert trials[2].trial == "black_box_seed0_epochs=2_learning_rate=0.1"
+    assert trials[2].parameters["learning_rate"] == 0.1 and trials[2].epochs == 2
+
+    def chosen(only):
+        return {
+            (t.swept["epochs"], t.swept["learning_rate"])
+            for t in planning.select(trials, only, grid)
+        }
+
+    assert chosen("epochs=2") == {(2, 0.1), (2, 0.2)}
+    assert chosen("learning_rate=0.1,epochs=2,seed=1") == {(2, 0.1)}
+    with pytest.raises(ValueError, match="the grid has distill_type, epochs, learning_rate, seed"):
+        planning.select(trials, "epochs learning_rate=2", grid)
+    with pytest.raises(ValueError, match="epochs=3 is not in the grid, which has 1, 2$"):
+        planning.select(trials, "epochs=3", grid)
+
+
 def test_a_combination_that_is_refused_is_named(stub_notebooks):
     with pytest.raises(
         ValueError,

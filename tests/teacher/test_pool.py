@@ -19,6 +19,7 @@ from kd_utils.config.parameter_files import notebook_config
 from kd_utils.models.loading import load_causal_lm, save_model
 from kd_utils.teacher import pool
 from kd_utils.teacher.pool import (
+    TeacherSignals,
     load_signal_function,
     pool_size,
     shard_writer,
@@ -52,7 +53,9 @@ def load(teacher):
 def expected(load, tmp_path_factory):
     """The content hash of the single process's cache."""
     folder = tmp_path_factory.mktemp("single")
-    return assemble(folder, partial(write_shards, folder, signals_of=load(), batch_tokens=LIMIT))
+    run = load()
+    options = {"batch_tokens": LIMIT, "new_sums": run.new_sums}
+    return assemble(folder, partial(write_shards, folder, signals_of=run, **options))
 
 
 @pytest.fixture(scope="module")
@@ -94,28 +97,28 @@ def dies_once(load, folder, mark):
     """
     run = load()
 
-    def signals(batch):
+    def signals(batch, sums):
         while batch[0].example_id == "row1" and not mark.exists():  # in its shard's second batch
             if asides := [path.name for path in folder.glob(".train-00001*.partial-*")]:
                 mark.write_text(asides[0])
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.05)
-        return run(batch)
+        return run(batch, sums)
 
-    return signals
+    return TeacherSignals(run.model, signals)
 
 
 def runs_out_of_disk(load):
     run = load()
 
-    def signals(batch):
+    def signals(batch, sums):
         if any(
             row.example_id == "vrow1" for row in batch
         ):  # of the last shard: others are whole by then
             raise OSError(28, "No space left on device")
-        return run(batch)
+        return run(batch, sums)
 
-    return signals
+    return TeacherSignals(run.model, signals)
 
 
 def test_a_pool_makes_the_same_cache(ray, teacher, expected, tmp_path):
@@ -134,7 +137,7 @@ def test_a_pool_makes_the_same_cache(ray, teacher, expected, tmp_path):
     )
     assert assemble(tmp_path, write) == expected
     assert len(steps) == 4 and sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [*steps, "manifest.json"]
+        [*steps, "importance.parquet", "manifest.json"]
     )
 
 

@@ -8,20 +8,32 @@ the same bytes. With student_init "pretrained" it is the source's own folder. In
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import pandas as pd
 
 from kd_utils.config.project_paths import short_path
 from kd_utils.data import hub
 from kd_utils.models import loading
+from kd_utils.models.importance.calibration import Calibration
 from kd_utils.models.initial.ways import WAYS
 from kd_utils.records.provenance import Ingredients, code_of, environment
 from kd_utils.store.locks import locked
 from kd_utils.store.sealed import SealedFolder
-from kd_utils.tokens.encoding import tokenizer_fingerprint
+from kd_utils.tokens.encoding import Example, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from kd_utils.config.trial import TrialConfig
+
+
+class Cache(Protocol):
+    """What is read of a teacher cache (`cache.teacher_cache.TeacherCache`)."""
+
+    manifest: dict[str, Any]
+
+    def unit_sums(self) -> pd.DataFrame | None: ...
 
 
 class StudentSource(NamedTuple):
@@ -42,20 +54,23 @@ class StudentSource(NamedTuple):
     initial: str
 
 
-def student_source(config: TrialConfig, manifest: dict[str, Any], tokenizer: Any) -> StudentSource:
+def student_source(
+    config: TrialConfig, cache: Cache, tokenizer: Any, training_rows: list[Example]
+) -> StudentSource:
     """The model that the parameter `student` names, and the initial student that is made of it.
 
     An initial student that does not exist yet is made; other trials that need it wait meanwhile.
 
     Args:
-        manifest: of the trial's teacher cache, whose teacher is what "teacher" names.
+        cache: the trial's teacher cache, whose teacher is what "teacher" names.
         tokenizer: the student's, which is written beside the weights.
+        training_rows: in the student's tokens; a cut may depend on them.
 
     Raises:
         ValueError: the teacher's weights changed after they were cached, the student cannot be made
             in this way, or a file of an initial student changed after it was written.
     """
-    name, revision = config.student, ""
+    name, revision, manifest = config.student, "", cache.manifest
     if config.student == "teacher":
         name, revision = manifest["teacher"], manifest["teacher_revision"]
     fingerprint = loading.model_fingerprint(name, revision)
@@ -65,15 +80,20 @@ def student_source(config: TrialConfig, manifest: dict[str, Any], tokenizer: Any
         )
     if config.student_init == "pretrained":
         return StudentSource(name, revision, fingerprint, name, revision, fingerprint)
-    way = WAYS[config.student_init]
-    settings = {key: getattr(config, key) for key in way.settings}
+    way, settings = WAYS[config.student_init], config.initial_settings
     made_from = Ingredients(
         source={"fingerprint": fingerprint},
         config={"student_init": config.student_init, **settings},
         tokenizer={"fingerprint": tokenizer_fingerprint(tokenizer)},
         code=_code(),
     )
-    label = (Path(name).name[:80], config.student_init, *settings.values(), made_from.digest)
+    if way.reads_rows({*settings.values()}):
+        # Rows without a label have the teacher's answers.
+        made_from["rows"] = {key: manifest["key"][key] for key in ("data", "teacher")}
+    parts = [
+        f"{key.partition('keep_')[2]}{value}" for key, value in settings.items() if value != "all"
+    ]
+    label = (Path(name).name[:80], config.student_init, *parts, made_from.digest)
     place = config.artifacts / "initial_students" / "-".join(map(str, label))
     folder = SealedFolder(
         place,
@@ -82,8 +102,10 @@ def student_source(config: TrialConfig, manifest: dict[str, Any], tokenizer: Any
         remedy="remove this folder, then the next trial makes it again",
     )
     if not place.exists():
+        rows = Calibration(manifest["key"]["teacher"], cache.unit_sums, training_rows)
+        build = partial(way.build, name, revision, rows, **settings)
         document = {"made_from": made_from, "source": name, "versions": environment()["versions"]}
-        _make(folder, document, tokenizer, lambda: way.build(name, revision, **settings))
+        _make(folder, document, tokenizer, build)
     initial = hub.fingerprint_of(folder.check("config.json")["checksums"])
     return StudentSource(name, revision, fingerprint, short_path(place), "", initial)
 

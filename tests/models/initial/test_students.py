@@ -4,16 +4,19 @@ import json
 import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import example_rows, tiny_llama, tiny_tokenizer
 
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.models.initial import ways
 from kd_utils.models.initial.students import student_source
 from kd_utils.models.loading import load_causal_lm, model_fingerprint, save_model
 
+#: Of a cache of another teacher.
+KEY = {"data": "0a", "teacher": "0b"}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -24,10 +27,14 @@ def project(tmp_path):
     model = tiny_llama(layers=4, vocab=len(tokenizer))
     save_model(model, tokenizer, tmp_path / "models" / "large")
 
+    cache = SimpleNamespace(manifest={"key": KEY}, unit_sums=lambda: None)
+    rows = example_rows([9, 5, 7, 12], vocab=len(tokenizer))
+
     def source(**parameters):
         values = {"student": str(tmp_path / "models" / "large"), "student_init": "layers"}
         values |= {"artifacts_dir": str(tmp_path / "artifacts")} | parameters
-        return student_source(notebook_config("03_train_student", values), {}, tokenizer)
+        config = notebook_config("03_train_student", values)
+        return student_source(config, cache, tokenizer, rows)
 
     source.folders = tmp_path / "artifacts" / "initial_students"
     source.large = tmp_path / "models" / "large"
@@ -60,7 +67,7 @@ def test_an_initial_student_is_made_once_and_says_of_what(project, monkeypatch):
         "code"
     ].keys()
     assert load_causal_lm(source.folder).config.num_hidden_layers == 2
-    monkeypatch.setitem(ways.WAYS, "layers", ways.Way(None, ("student_layers",)))
+    monkeypatch.setitem(ways.WAYS, "layers", ways.Way(None, None))
     assert project() == source  # read, not made
     monkeypatch.undo()
     assert project(student_layers=3).initial != source.initial and len(listed(project.folders)) == 2
@@ -70,9 +77,9 @@ def test_trials_that_start_side_by_side_read_one_folder(project, tmp_path, monke
     start, found = FORK.Barrier(3), FORK.Queue()
     build = ways.random_weights
 
-    def slow(*source):
+    def slow(*source, **settings):
         (tmp_path / f"made-{os.getpid()}").touch()
-        model = build(*source)
+        model = build(*source, **settings)
         with torch.no_grad():
             model.lm_head.weight.add_(os.getpid())  # another machine's random weights
         return model
@@ -82,7 +89,7 @@ def test_trials_that_start_side_by_side_read_one_folder(project, tmp_path, monke
         source = project(student_init="random")
         found.put((source.initial, float(load_causal_lm(source.folder).lm_head.weight[0, 0])))
 
-    monkeypatch.setitem(ways.WAYS, "random", ways.Way(slow))
+    monkeypatch.setitem(ways.WAYS, "random", ways.Way(slow, None))
     trials = [FORK.Process(target=trial) for _ in range(3)]
     for process in trials:
         process.start()

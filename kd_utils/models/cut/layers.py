@@ -1,7 +1,7 @@
 """Some decoder layers of a causal LM as a model of their own."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from kd_utils.data import hub
 from kd_utils.models import loading
-from kd_utils.models.initial.renumbering import renumbered
+from kd_utils.models.cut.renumbering import renumbered
 from kd_utils.models.signals import decoder_layers
 
 
@@ -49,7 +49,7 @@ def keep_layers(model: nn.Module, kept: list[int]) -> nn.Module:
             made.tie_weights()  # undone by `assign`
         made.to(model.device).set_attn_implementation(model.config._attn_implementation)
         made.generation_config = model.generation_config
-        with _passed_over(layer for number, layer in enumerate(layers) if number not in kept):
+        with passed_over(layer for number, layer in enumerate(layers) if number not in kept):
             wanted = loading.probe_logits(model)
         why = _changed_settings([layers[number] for number in kept], _layer_list(made)[1])
         if not why and not loading.same(wanted, loading.probe_logits(made)):
@@ -106,7 +106,7 @@ def _has_ties(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _passed_over(layers: Iterator[nn.Module]) -> Iterator[None]:
+def passed_over(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Meanwhile these layers give back the hidden state that they are given."""
 
     def give_back(_layer: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from tiny import logits, tiny_llama, tiny_of_family, tiny_tokenizer
 
-from kd_utils.models.initial import layers
-from kd_utils.models.initial.layers import keep_layers
+from kd_utils.models.cut import layers
+from kd_utils.models.cut.layers import keep_layers
 from kd_utils.models.loading import load_causal_lm, save_model
 
 KEPT = [0, 2, 5]  # of six
@@ -40,29 +39,9 @@ RENUMBERED = {
 }  # fmt: skip
 
 
-def tiny(family, **config):
-    """A random model of six layers, all of whose parameters are random."""
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=400, hidden_size=32, intermediate_size=48, num_hidden_layers=6, head_dim=8,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | config)))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(torch.arange(3, 40)[None], use_cache=False).logits
-
-
 @pytest.mark.parametrize(("family", "config", "said"), RENUMBERED.values(), ids=RENUMBERED.keys())
 def test_the_folder_is_the_model_with_the_kept_layers(family, config, said, tmp_path):
-    whole, tokenizer = tiny(family, **config), tiny_tokenizer(begin=False)
+    whole, tokenizer = tiny_of_family(family, **config), tiny_tokenizer(begin=False)
     before = logits(whole)
     save_model(keep_layers(whole, KEPT), tokenizer, tmp_path / "made")
     assert torch.equal(logits(whole), before)  # it is as it was
@@ -88,13 +67,13 @@ def test_layers_that_no_config_describes_are_refused_by_name(family, config, why
     with pytest.raises(
         ValueError, match=f"3 of 6 layers of .*{why}.*set student_init to"
     ) as raised:
-        keep_layers(tiny(family, **config), KEPT)
+        keep_layers(tiny_of_family(family, **config), KEPT)
     assert "\n" not in str(raised.value)
 
 
 def test_a_window_that_is_longer_than_the_probe_is_compared_too(monkeypatch):
     windows = dict(use_sliding_window=True, sliding_window=32, max_window_layers=2)
-    whole = tiny("qwen2", **windows)
+    whole = tiny_of_family("qwen2", **windows)
     kinds = ["full_attention", "sliding_attention", "sliding_attention"]
     assert keep_layers(whole, KEPT).config.layer_types == kinds
 

@@ -1,0 +1,48 @@
+"""How large a model is and what running it costs: what its accuracy is read against."""
+
+from typing import Any
+
+import torch
+
+from kd_utils.models.signals import size_of
+from kd_utils.tokens.encoding import Example
+
+
+def footprint(model: torch.nn.Module, rows: list[Example]) -> dict[str, float]:
+    """The sizes of a decoder of Llama's kind.
+
+    Args:
+        rows: the sequences over whose mean length n the cost of attention is averaged.
+
+    Returns:
+        parameters: all weights, a tied one once.
+        non_embedding: without the embedding and the output layer, which are a large part of a small
+            model and do not grow with its depth.
+        flops_per_token: floating-point operations of the forward pass (two a multiply-add), the
+            output layer included: 2 (non_embedding + V d) + 2 L H P n, where a token attends to
+            n / 2 tokens on average.
+        bytes: of the weights as they are stored.
+        state_bytes_per_token: of keys and values that generation keeps, 2 L K P times their size.
+    """
+    length = sum(len(row.tokens) for row in rows) / len(rows)
+    named = {id(weight): weight for weight in model.parameters()}
+    outer = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding = {id(layer.weight): layer.weight for layer in outer if hasattr(layer, "weight")}
+    parameters = sum(weight.numel() for weight in named.values())
+    non_embedding = parameters - sum(weight.numel() for weight in embedding.values())
+    layers, heads = size_of(model.config, "num_hidden_layers"), _size(model, "num_attention_heads")
+    size = _size(model, "head_dim") or _size(model, "hidden_size") // max(heads, 1)
+    keys = _size(model, "num_key_value_heads") or heads
+    head = outer[1].weight.numel() if hasattr(outer[1], "weight") else 0
+    return {
+        "parameters": parameters,
+        "non_embedding": non_embedding,
+        "flops_per_token": 2 * (non_embedding + head) + 2 * (layers or 0) * heads * size * length,
+        "bytes": sum(weight.numel() * weight.element_size() for weight in named.values()),
+        "state_bytes_per_token": 2 * (layers or 0) * keys * size * model.dtype.itemsize,
+    }
+
+
+def _size(model: Any, name: str) -> int:
+    """A size by its name in the config; 0: there is none."""
+    return size_of(model.config, name) or 0

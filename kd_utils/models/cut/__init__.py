@@ -1,0 +1,1 @@
+"""How is a smaller model of the same kind cut out of a larger one?"""
