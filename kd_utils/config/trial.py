@@ -59,6 +59,8 @@ INITIAL: dict[str, tuple[str, ...]] = {
         "keep_width",
         "importance",
         "student_seed",
+        "rounds",
+        "round",
     ),
 }
 
@@ -73,6 +75,8 @@ def initial_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {key: config[key] for key in INITIAL[way] if key in config}
     if "random" not in {way, *settings.values()}:
         settings.pop("student_seed", None)  # nothing is drawn
+    if settings.get("rounds") == 1:
+        del settings["rounds"], settings["round"]
     return settings
 
 
@@ -129,6 +133,8 @@ class TrialConfig(Config):
         "minitron"
     )
     student_seed: fields.Seed = 0
+    rounds: fields.PositiveInt = 1
+    round: fields.PositiveInt = 1
     answers: Annotated[Literal["gold", "teacher"], UsedBy(CHOICE)] = "teacher"
     teacher: fields.Place = "artifacts/embedded/toy/teacher"
     more_teachers: Annotated[fields.MoreTeachers, UsedBy(TEACHER)] = ""
@@ -180,12 +186,36 @@ class TrialConfig(Config):
                 f"weighting 'share' with {named} leaves nothing to the terms of a fixed weight: "
                 "keep the sum of the shares below 1, and alpha or beta above 0"
             )
+        if self.rounds > 1:
+            self._require_possible_rounds()
         if self.name in fields.teacher_weights(self.more_teachers):
             raise ValueError(
                 f"more_teachers names {self.name}, the trial's own experiment, whose teacher has "
                 "the rest of the weight: name other experiments"
             )
         return self
+
+    def _require_possible_rounds(self) -> None:
+        """Raise a ValueError for rounds of cuts that no sweep could run."""
+        shares = [key for key in INITIAL["pruned"] if "." in str(getattr(self, key))]
+        why = ""
+        if self.student_init != "pruned":
+            why = f"student_init = {self.student_init!r}: set it to 'pruned', or rounds to 1"
+        elif shares:
+            why = f"{shares[0]} = {getattr(self, shares[0])}, a share: give how many are kept"
+        elif self.trains and self.epochs % self.rounds:
+            why = f"epochs = {self.epochs}, which they share: set it to a multiple"
+        elif self.round < self.rounds and not self.save_student:
+            why = "save_student = False, and each starts from the student before: set it to True"
+        if self.round > self.rounds:
+            why = f"round = {self.round}: a sweep sets it"
+        if why:
+            raise ValueError(f"rounds = {self.rounds} with {why}")
+
+    @property
+    def own_epochs(self) -> int:
+        """How many epochs this trial trains for: `epochs` are shared by all rounds of cuts."""
+        return self.epochs // self.rounds
 
     @property
     def method(self) -> Method:
@@ -291,4 +321,6 @@ class TrialConfig(Config):
             unused.add("paired_layers")
         unused |= {key for settings in INITIAL.values() for key in settings}
         unused -= self.initial_settings.keys()
+        if self.student_init == "pruned":
+            unused.discard("rounds")  # one cut is compared with several
         return unused

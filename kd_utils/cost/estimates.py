@@ -181,7 +181,7 @@ def trial_cost(
     averaged = disk.MODEL_BYTES * (config.average_last > 0)
     state = trained * (disk.STATE_BYTES + averaged) * student["weights"]
     return Cost(
-        trained * config.epochs * epoch,
+        trained * config.own_epochs * epoch,
         max(trial_memory(config, student, teachers, rows, machine.half).values()),
         config.save_student * disk.MODEL_BYTES * student["weights"],
         2 * state,  # the next is written before the last one goes
@@ -233,6 +233,6 @@ def trial_lines(
     here, teachers = work.Machine.here(device, config.precision), [m["shape"] for m in manifests]
     rows, student = counted_rows(tables, encoded), shape_of(model)
     cost = trial_cost(config, student, teachers, rows, here)
-    what = f"training for {config.epochs} epochs" if config.trains else "no training"
+    what = f"training for {config.own_epochs} epochs" if config.trains else "no training"
     yield from cost.lines(what, here, config.artifacts)
     yield from cards.lines({"03": trial_part(config, student, teachers, rows)})

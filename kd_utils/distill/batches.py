@@ -173,7 +173,7 @@ class TrialData:
         }
         self.tables = prepared.tables
         self._steps_per_epoch = -(-len(self.ids["train"]) // config.batch_size)
-        self.total_steps = config.epochs * self._steps_per_epoch * config.trains
+        self.total_steps = config.own_epochs * self._steps_per_epoch * config.trains
         self._others: dict[str, str] = {}
         if config.method.signals == "other":
             train = self.tables["train"]

@@ -180,7 +180,7 @@ class Meter:
         share = self.global_step / steps if steps else 0.0
         self.rows.append(
             {
-                "epoch": round(self.config.epochs * share, 4),
+                "epoch": round(self.config.own_epochs * share, 4),
                 "step": self.global_step,
                 **self._means.result(),
                 **measured,
@@ -202,7 +202,7 @@ class Meter:
         left = self._stretches[-1].stop - done.stop
         return " | ".join(
             [
-                f"epoch {row['epoch']:g} of {self.config.epochs * self.config.trains}",
+                f"epoch {row['epoch']:g} of {self.config.own_epochs * self.config.trains}",
                 *([f"loss {', '.join(terms)}"] if terms else []),
                 *(
                     f"{split.replace('_', '-')} loss {row[f'{split}_loss']:.3f}, "

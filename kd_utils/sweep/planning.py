@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from kd_utils.config import fields, project_paths, stages
+from kd_utils.config import fields, notebook_files, project_paths, stages
 from kd_utils.config.parameter_files import WORLDS, check_values, notebook_config
 from kd_utils.config.trial import trial_name
 from kd_utils.sweep.execution import injected
@@ -25,6 +25,7 @@ class Trial:
     epochs: int  # how many it trains for; 1 for an untrained student, which is measured once
     parameters: dict[str, Any]  # what papermill injects into 03
     without_effect: list[str]  # keys of the grid that its method does not use
+    after: str = ""  # the trial whose student it starts from
 
 
 def plan(
@@ -43,38 +44,82 @@ def plan(
         ValueError: a value that a notebook refuses, or two combinations that are the same trial.
     """
     check_values(parameters)  # of 03 too: a value that the grid overrides must be right as well
+    if "round" in grid:
+        raise ValueError("the grid has round, which a sweep sets: give rounds")
     trials: list[Trial] = []
     known: dict[str, Trial] = {}  # by name and by config
     for combination in combinations(grid):
-        try:
-            config = notebook_config(stages.TRAIN, {**parameters, **combination})
-        except ValueError as error:
-            where = ", ".join(f"{key}={value}" for key, value in combination.items())
-            raise ValueError(f"{error} (in the grid: {where})") from None
-        unused = [key for key in combination if key in config.without_effect]
-        used = {key: value for key, value in combination.items() if key not in unused}
-        swept = {"distill_type": config.distill_type, "seed": config.seed} | used
-        name = trial_name(**swept)
-        if len(name) > 200:  # it becomes the name of files
-            raise ValueError(
-                f"the trial name {fields.shown(name)} is longer than 200 characters: sweep fewer "
-                "parameters, or shorter values"
-            )
-        same = known.get(config.fingerprint()) or known.get(name)
-        if same and unused and used.items() <= same.swept.items():
-            continue
-        if same:
-            raise ValueError(
-                f"the grid has the same trial twice: {same.trial} and {name}: remove one of "
-                "the two values"
-            )
-        place = {"run_dir": project_paths.short_path(run_dir), "trial": name}
-        inject = injected(stages.TRAIN, {**parameters, **combination}) | swept | place
-        epochs = config.epochs if config.trains else 1
-        trial = Trial(name, swept, config.fingerprint(), epochs, inject, unused)
-        trials.append(trial)
-        known[name] = known[trial.config_hash] = trial
+        before: Trial | None = None
+        for cut in _rounds(parameters | combination):
+            trial = _planned(parameters, combination | cut, run_dir, before)
+            same = known.get(trial.config_hash) or known.get(trial.trial)
+            used = {k: v for k, v in trial.swept.items() if k not in trial.without_effect}
+            if same and trial.without_effect and used.items() <= same.swept.items():
+                before = same
+                continue
+            if same:
+                raise ValueError(
+                    f"the grid has the same trial twice: {same.trial} and {trial.trial}: remove "
+                    "one of the two values"
+                )
+            trials.append(trial)
+            known[trial.trial] = known[trial.config_hash] = before = trial
     return trials
+
+
+def _rounds(parameters: dict[str, Any]) -> list[dict[str, int]]:
+    """What the trials of one combination differ in: the round, where there are several."""
+    default = notebook_files.notebook_defaults(stages.TRAIN)["rounds"]
+    rounds = parameters.get("rounds", default)
+    if rounds == 1 or not isinstance(rounds, int):  # 03's config refuses what is no number
+        return [{}]
+    return [{"round": number} for number in range(1, rounds + 1)]
+
+
+def _planned(
+    parameters: dict[str, Any], combination: dict[str, Any], run_dir: str | Path, before: Any
+) -> Trial:
+    """One trial of a plan.
+
+    Args:
+        before: the trial from whose student this one starts; None: from that of the parameters.
+    """
+    start = {}
+    if before:
+        folder = notebook_config(stages.TRAIN, before.parameters).student_folder
+        start = {"student": project_paths.short_path(folder)}
+    try:
+        config = notebook_config(stages.TRAIN, {**parameters, **combination, **start})
+    except ValueError as error:
+        where = ", ".join(f"{key}={value}" for key, value in combination.items())
+        raise ValueError(f"{error} (in the grid: {where})") from None
+    unused = [key for key in combination if key in config.without_effect]
+    used = {key: value for key, value in combination.items() if key not in unused}
+    swept = {"distill_type": config.distill_type, "seed": config.seed} | used
+    name = trial_name(**swept)
+    if len(name) > 200:  # it becomes the name of files
+        raise ValueError(
+            f"the trial name {fields.shown(name)} is longer than 200 characters: sweep fewer "
+            "parameters, or shorter values"
+        )
+    place = {"run_dir": project_paths.short_path(run_dir), "trial": name}
+    inject = injected(stages.TRAIN, {**parameters, **combination}) | swept | start | place
+    epochs = config.own_epochs if config.trains else 1
+    after = before.trial if before else ""
+    return Trial(name, swept, config.fingerprint(), epochs, inject, unused, after)
+
+
+def waves(trials: list[Trial]) -> list[list[Trial]]:
+    """Trials in the order in which they can run: those of a wave start from students of earlier
+    ones, or of none of these trials.
+    """
+    number: dict[str, int] = {}
+    for trial in trials:  # a plan has a trial behind the one that it starts from
+        number[trial.trial] = number.get(trial.after, -1) + 1
+    return [
+        [trial for trial in trials if number[trial.trial] == wave]
+        for wave in sorted({*number.values()})
+    ]
 
 
 def combinations(grid: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:

@@ -202,21 +202,43 @@ class Sweep:
                 execute_stage(stem, self.run_dir, self.parameters, made)
         self._write_plan()
         states = self.states(self.trials)
-        todo = [trial for trial in self.chosen if states[trial.trial].state != "done"]
-        shared, code = self._shared_files(), provenance.code_of(TRAIN)
+        todo = self._to_run(states)
         already = sum(state.state == "done" for state in states.values())
         progress = Progress({trial.trial: trial.epochs for trial in todo}, already)
         try:
-            executor.require_same_view(shared)
+            executor.require_same_view(self._shared_files())
             with progress.shown():
                 for trial in todo:
                     if states[trial.trial].state == "stale":
                         say(f"{trial.trial}: stale: {states[trial.trial].why}")
-                jobs = [Job(trial, self.place, code, shared) for trial in todo]
-                run_trials(executor, jobs, progress)
+                for wave in planning.waves(todo):
+                    self._run_wave(executor, wave, progress)
         finally:  # after Ctrl-C too: the table says what is done so far
             results = self._write_summary()
         return results
+
+    def _to_run(self, states: dict[str, run_folder.Status]) -> list[planning.Trial]:
+        """The chosen trials that are not done, or start from one that is to run again."""
+        todo: dict[str, planning.Trial] = {}
+        for trial in self.chosen:
+            if states[trial.trial].state != "done" or trial.after in todo:
+                todo[trial.trial] = trial
+        return list(todo.values())
+
+    def _run_wave(self, executor: Executor, wave: list[planning.Trial], progress: Progress) -> None:
+        """Run trials of which none starts from another one's student."""
+        starts = {trial.after for trial in wave} - {""}
+        if starts:
+            self._write_plan()  # which names the students that they left
+        states = self.states([trial for trial in self.trials if trial.trial in starts])
+        ready = []
+        for trial in wave:
+            if trial.after and states[trial.after].state != "done":
+                progress.broke(trial.trial, f"it starts from {trial.after}, which is not done")
+            else:
+                ready.append(trial)
+        shared, code = self._shared_files(), provenance.code_of(TRAIN)
+        run_trials(executor, [Job(trial, self.place, code, shared) for trial in ready], progress)
 
     def _remove_leftovers(self) -> None:
         """What trials left that were killed after they wrote their records, when all are done."""

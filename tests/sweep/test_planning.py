@@ -231,3 +231,51 @@ def test_a_name_that_is_too_long_with_method_and_seed_is_refused(stub_notebooks)
         match="the trial name 'black_box_seed0_student=s.*is longer than 200 characters: sweep fewer",
     ):
         planning.plan({}, grid, stub_notebooks / "runs" / "x")
+
+
+CUT = {"student_init": "pruned", "keep_mlp": "8", "epochs": 6}
+
+
+def test_rounds_are_trials_that_start_from_each_other(stub_notebooks):
+    grid = {"distill_type": ["black_box"], "rounds": [1, 3], "seed": [0, 1]}
+    trials = planning.plan(CUT, grid, stub_notebooks / "runs" / "x")
+    assert [t.trial for t in trials] == [
+        "black_box_seed0_rounds=1",
+        "black_box_seed1_rounds=1",
+        *(f"black_box_seed0_round={n}_rounds=3" for n in (1, 2, 3)),
+        *(f"black_box_seed1_round={n}_rounds=3" for n in (1, 2, 3)),
+    ]
+    one_shot, rounds = trials[0], trials[2:5]
+    assert one_shot.epochs == 6 and [t.epochs for t in rounds] == [2, 2, 2]
+    assert [t.after for t in rounds] == ["", rounds[0].trial, rounds[1].trial]
+    assert rounds[0].parameters.get("student") == one_shot.parameters.get("student")
+    assert [t.parameters["student"] for t in rounds[1:]] == [
+        f"artifacts/students/x/{t.trial}" for t in rounds[:2]
+    ]
+    assert [len(wave) for wave in planning.waves(trials)] == [4, 2, 2]
+    assert planning.waves(trials)[1] == [trials[3], trials[6]]
+    assert planning.waves(trials[3:5]) == [[trials[3]], [trials[4]]]
+
+
+@pytest.mark.parametrize(
+    "parameters, message",
+    [
+        ({"student_init": "svd"}, "rounds = 3 with student_init = 'svd': set it to 'pruned'"),
+        ({"keep_mlp": "0.5"}, "rounds = 3 with keep_mlp = 0.5, a share: give how many are kept"),
+        ({"epochs": 7}, "rounds = 3 with epochs = 7, which they share: set it to a multiple"),
+        ({"save_student": False}, "rounds = 3 with save_student = False, and each starts from"),
+    ],
+)
+def test_rounds_that_no_sweep_could_run_are_refused(stub_notebooks, parameters, message):
+    with pytest.raises(ValueError, match=message) as told:
+        planning.plan(
+            {**CUT, "rounds": 3, **parameters}, {"seed": [0]}, stub_notebooks / "runs" / "x"
+        )
+    assert "\n" not in str(told.value)
+
+
+def test_a_round_is_not_swept(stub_notebooks):
+    with pytest.raises(ValueError, match="the grid has round, which a sweep sets: give rounds"):
+        planning.plan(CUT, {"rounds": [3], "round": [1, 2]}, stub_notebooks / "runs" / "x")
+    with pytest.raises(ValueError, match="rounds = 2 with round = 3: a sweep sets it"):
+        TrialConfig(**CUT, rounds=2, round=3)

@@ -25,10 +25,12 @@ def sizes_of(config: Any) -> Sizes:
     )
 
 
-def kept_sizes(config: Any, **keep: str) -> Sizes:
+def kept_sizes(config: Any, cuts: int = 1, **keep: str) -> Sizes:
     """The sizes that `keep_layers`, `keep_heads`, `keep_mlp` and `keep_width` ask for.
 
     Args:
+        cuts: in how many cuts of one ratio these sizes are to be reached; the result is that of the
+            first of them.
         keep: "all", a count ("96"), or a share above 0 and below 1 ("0.5"), which is rounded to
             the nearest number that is possible.
 
@@ -36,32 +38,32 @@ def kept_sizes(config: Any, **keep: str) -> Sizes:
         ValueError: a count that is not possible, with the nearest one that is.
     """
     whole, groups = sizes_of(config), config.num_key_value_heads
-    layers = _count("keep_layers", keep["keep_layers"], whole.layers)
-    mlp = _count("keep_mlp", keep["keep_mlp"], whole.mlp)
-    heads = _count("keep_heads", keep["keep_heads"], whole.heads)
-    if heads % groups:
+    exact = {key: cuts == 1 and "." not in text for key, text in keep.items()}
+    counts = {
+        key: _count(key, text, getattr(whole, key.removeprefix("keep_")), cuts)
+        for key, text in keep.items()
+    }
+    if (heads := counts["keep_heads"]) % groups:
         nearest = max(round(heads / groups), 1) * groups
-        if "." not in keep["keep_heads"]:
+        if exact["keep_heads"]:
             raise ValueError(
                 f"keep_heads = {heads}: the {whole.heads} query heads share {groups} key/value "
                 f"heads, and each of these groups must keep as many: set it to {nearest}"
             )
         heads = nearest
-    width = _count("keep_width", keep["keep_width"], whole.width)
-    sizes = whole._replace(layers=layers, heads=heads, mlp=mlp)
-    return sizes._replace(
-        width=legal_width(config, sizes, width, "keep_width", exact="." not in keep["keep_width"])
-    )
+    sizes = Sizes(counts["keep_layers"], heads, counts["keep_mlp"], whole.width)
+    width = counts["keep_width"], "keep_width"
+    return sizes._replace(width=legal_width(config, sizes, *width, exact=exact["keep_width"]))
 
 
-def _count(parameter: str, text: str, whole: int) -> int:
-    """How many units of `whole` the text asks for."""
+def _count(parameter: str, text: str, whole: int, cuts: int) -> int:
+    """How many units of `whole` the text asks for, after the first of so many cuts."""
     if text == "all":
         return whole
     count = max(round(float(text) * whole), 1) if "." in text else int(text)
     if not 1 <= count <= whole:
         raise ValueError(f"{parameter} = {count}: choose 1 to {whole}, or 'all'")
-    return count
+    return round(whole * (count / whole) ** (1 / cuts))
 
 
 def legal_width(config: Any, sizes: Sizes, width: int, parameter: str, *, exact: bool) -> int:

@@ -55,7 +55,7 @@ def random_weights(
     _: calibration.Calibration | None = None,
     *,
     student_seed: int = 0,
-    **keep: str,
+    **keep: Any,
 ) -> torch.nn.Module:
     """The architecture only, in the sizes that `keep` leaves, with random weights from one seed."""
     from transformers import AutoModelForCausalLM
@@ -68,12 +68,14 @@ def random_weights(
     return loading.with_soft_capping(model).eval()  # no dropout, as a model that was loaded
 
 
-def smaller_config(source: Any, **keep: Any) -> Any:
-    """The config of the sizes that `keep_layers`, `keep_heads`, `keep_mlp`, `keep_width` leave."""
-    keep = {key: value for key, value in keep.items() if key.startswith("keep_")}
+def smaller_config(source: Any, rounds: int = 1, round: int = 1, **settings: Any) -> Any:
+    """The config of the sizes that `keep_layers`, `keep_heads`, `keep_mlp`, `keep_width` leave, in
+    this round of several cuts.
+    """
+    keep = {key: value for key, value in settings.items() if key.startswith("keep_")}
     if {*keep.values()} <= {"all"}:
         return source  # of any family
-    return sizes.cut_config(source, sizes.kept_sizes(source, **keep))
+    return sizes.cut_config(source, sizes.kept_sizes(source, rounds - round + 1, **keep))
 
 
 def narrowed(
@@ -111,11 +113,15 @@ def pruned(
     *,
     importance: str,
     student_seed: int = 0,
+    rounds: int = 1,
+    round: int = 1,
     **keep: str,
 ) -> torch.nn.Module:
-    """The source's units that `importance` ranks highest, in the sizes that `keep` leaves."""
+    """The source's units that `importance` ranks highest, in the sizes that `keep` leaves, in this
+    round of several cuts; the source is the student of the round before.
+    """
     source = StoredModel(name, revision)
-    kept = sizes.kept_sizes(source.config, **keep)
+    kept = sizes.kept_sizes(source.config, rounds - round + 1, **keep)
     if importance == "random":
         known = choosing.random_scores(source.config, student_seed)
     else:

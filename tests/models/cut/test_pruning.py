@@ -234,3 +234,21 @@ def test_weights_that_are_not_the_configs_are_refused(tmp_path):
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(ValueError, match=r"its model.norm.weight is \(3,\), .* \(32,\)"):
         slots.StoredModel(str(tmp_path / "m"))
+
+
+def test_several_cuts_of_one_ratio_end_at_the_sizes_that_are_asked_for():
+    config, keep = tiny_of_family("llama").config, ALL | {"keep_mlp": "6", "keep_layers": "3"}
+    found = []
+    for cuts in (3, 2, 1):
+        found.append(sizes.kept_sizes(config, cuts, **keep))
+        config = sizes.cut_config(config, found[-1])
+    assert [(made.mlp, made.layers) for made in found] == [(24, 5), (12, 4), (6, 3)]
+
+
+def test_a_size_on_the_way_is_one_that_is_possible():
+    keep = ALL | {"keep_heads": "2", "keep_width": "8"}
+    assert sizes.kept_sizes(tiny_of_family("llama").config, 2, **keep)[1::2] == (4, 16)
+    keep = ALL | {"keep_width": "6"}  # which the last cut refuses, beside four heads
+    assert sizes.kept_sizes(tiny_of_family("llama").config, 2, **keep).width == 16
+    with pytest.raises(ValueError, match="keep_width = 6: .*set it to 8"):
+        sizes.kept_sizes(tiny_of_family("llama").config, **keep)
