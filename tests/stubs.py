@@ -98,6 +98,7 @@ run_folder.collect(project_path(AnalysisConfig.from_notebook(globals()).run_dir)
     "05_measure_speed": "",
     "06_any_teacher": "",
     "07_published_claim": "",
+    "09_prune": "",
     "12_compare_worlds": """
 from kd_utils.config.stages import WorldsConfig
 from kd_utils.worlds import runs

@@ -256,6 +256,28 @@ class PublishedConfig(Config):
     notebook = "07_published_claim"
 
 
+class CutConfig(Config):
+    """Parameters of `09_prune`."""
+
+    notebook = "09_prune"
+
+    teacher: fields.Place = "artifacts/embedded/toy/teacher"
+    tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
+    kept_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    random_draws: fields.PositiveInt = 5
+    seed: fields.Seed = 0
+    epochs: fields.PositiveInt = 8
+    learning_rate: fields.PositiveFloat = 2e-3
+    device: fields.Device = "auto"
+    run_dir: fields.PlaceOrBlank = ""
+
+    @property
+    def of_trial(self) -> dict[str, Any]:
+        """The parameters that `03_train_student` has too."""
+        own = self.model_dump(exclude={"run_dir"})
+        return {key: value for key, value in own.items() if key in TrialConfig.model_fields}
+
+
 NOTEBOOKS: dict[str, type[Config]] = {
     config.notebook: config
     for config in (
@@ -267,10 +289,11 @@ NOTEBOOKS: dict[str, type[Config]] = {
         AlignmentConfig,
         PublishedConfig,
         WorldsConfig,
+        CutConfig,
     )
 }
 
-PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN, _, JOIN = NOTEBOOKS
+PREPARE, CACHE, TRAIN, ANALYSE, SPEED, ALIGN, _, JOIN, _ = NOTEBOOKS
 
 
 def parameter_names() -> set[str]:

@@ -186,7 +186,7 @@ class TrialConfig(Config):
                 f"weighting 'share' with {named} leaves nothing to the terms of a fixed weight: "
                 "keep the sum of the shares below 1, and alpha or beta above 0"
             )
-        if self.rounds > 1:
+        if self.cuts > 1:
             self._require_possible_rounds()
         if self.name in fields.teacher_weights(self.more_teachers):
             raise ValueError(
@@ -199,9 +199,7 @@ class TrialConfig(Config):
         """Raise a ValueError for rounds of cuts that no sweep could run."""
         shares = [key for key in INITIAL["pruned"] if "." in str(getattr(self, key))]
         why = ""
-        if self.student_init != "pruned":
-            why = f"student_init = {self.student_init!r}: set it to 'pruned', or rounds to 1"
-        elif shares:
+        if shares:
             why = f"{shares[0]} = {getattr(self, shares[0])}, a share: give how many are kept"
         elif self.trains and self.epochs % self.rounds:
             why = f"epochs = {self.epochs}, which they share: set it to a multiple"
@@ -213,9 +211,14 @@ class TrialConfig(Config):
             raise ValueError(f"rounds = {self.rounds} with {why}")
 
     @property
+    def cuts(self) -> int:
+        """In how many rounds the student is cut, each with a trial of its own; 1 if it is not."""
+        return self.rounds if self.student_init == "pruned" else 1
+
+    @property
     def own_epochs(self) -> int:
         """How many epochs this trial trains for: `epochs` are shared by all rounds of cuts."""
-        return self.epochs // self.rounds
+        return self.epochs // self.cuts
 
     @property
     def method(self) -> Method:

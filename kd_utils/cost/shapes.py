@@ -38,8 +38,9 @@ def shape_of(model: torch.nn.Module) -> Shape:
 
 def matrices(shape: Shape) -> dict[str, int]:
     """How many weights a model's matrices have: "body", all layers together, and "head"."""
-    width, size = shape["hidden_size"], shape["head_dim"]
-    attention = 2 * size * (shape["num_attention_heads"] + shape["num_key_value_heads"])
+    width, heads = shape["hidden_size"], shape["num_attention_heads"]
+    size = shape.get("head_dim") or width // heads
+    attention = 2 * size * (heads + shape["num_key_value_heads"])
     layer = width * (attention + 3 * shape["intermediate_size"])
     return {"body": shape["num_hidden_layers"] * layer, "head": width * shape["vocab_size"]}
 

@@ -1,11 +1,12 @@
 """How large a model is and what running it costs: what its accuracy is read against."""
 
+import time
 from typing import Any
 
 import torch
 
 from kd_utils.models.signals import size_of
-from kd_utils.tokens.encoding import Example
+from kd_utils.tokens.encoding import Example, right_padded
 
 
 def footprint(model: torch.nn.Module, rows: list[Example]) -> dict[str, float]:
@@ -41,6 +42,22 @@ def footprint(model: torch.nn.Module, rows: list[Example]) -> dict[str, float]:
         "bytes": sum(weight.numel() * weight.element_size() for weight in named.values()),
         "state_bytes_per_token": 2 * (layers or 0) * keys * size * model.dtype.itemsize,
     }
+
+
+@torch.inference_mode()
+def tokens_per_second(model: torch.nn.Module, rows: list[Example], seconds: float = 1.0) -> float:
+    """Real tokens a second of forward passes over these rows in one batch, by the fastest pass of
+    so many seconds, at least two. Other work on the machine makes it smaller.
+    """
+    padded, lengths = right_padded(rows)
+    device = next(model.parameters()).device
+    input_ids, end = torch.from_numpy(padded).to(device), time.perf_counter() + seconds
+    taken: list[float] = []
+    while len(taken) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        model(input_ids=input_ids, use_cache=False).logits[0, 0, 0].item()  # waits for the device
+        taken.append(time.perf_counter() - start)
+    return sum(lengths) / min(taken[1:])
 
 
 def _size(model: Any, name: str) -> int:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pandas as pd
 
-from kd_utils.config import fields, notebook_files, project_paths, stages
+from kd_utils.config import fields, project_paths, stages
 from kd_utils.config.parameter_files import WORLDS, check_values, notebook_config
-from kd_utils.config.trial import trial_name
+from kd_utils.config.trial import TrialConfig, trial_name
 from kd_utils.sweep.execution import injected
 
 
@@ -50,7 +50,7 @@ def plan(
     known: dict[str, Trial] = {}  # by name and by config
     for combination in combinations(grid):
         before: Trial | None = None
-        for cut in _rounds(parameters | combination):
+        for cut in _rounds(parameters, combination):
             trial = _planned(parameters, combination | cut, run_dir, before)
             same = known.get(trial.config_hash) or known.get(trial.trial)
             used = {k: v for k, v in trial.swept.items() if k not in trial.without_effect}
@@ -67,13 +67,21 @@ def plan(
     return trials
 
 
-def _rounds(parameters: dict[str, Any]) -> list[dict[str, int]]:
+def _rounds(parameters: dict[str, Any], combination: dict[str, Any]) -> list[dict[str, int]]:
     """What the trials of one combination differ in: the round, where there are several."""
-    default = notebook_files.notebook_defaults(stages.TRAIN)["rounds"]
-    rounds = parameters.get("rounds", default)
-    if rounds == 1 or not isinstance(rounds, int):  # 03's config refuses what is no number
-        return [{}]
-    return [{"round": number} for number in range(1, rounds + 1)]
+    cuts = _config(parameters, combination).cuts
+    return [{}] if cuts == 1 else [{"round": number} for number in range(1, cuts + 1)]
+
+
+def _config(
+    parameters: dict[str, Any], combination: dict[str, Any], start: dict[str, str] | None = None
+) -> TrialConfig:
+    """A trial's config; an error names its place in the grid."""
+    try:
+        return notebook_config(stages.TRAIN, {**parameters, **combination, **(start or {})})
+    except ValueError as error:
+        where = ", ".join(f"{key}={value}" for key, value in combination.items())
+        raise ValueError(f"{error} (in the grid: {where})") from None
 
 
 def _planned(
@@ -88,14 +96,10 @@ def _planned(
     if before:
         folder = notebook_config(stages.TRAIN, before.parameters).student_folder
         start = {"student": project_paths.short_path(folder)}
-    try:
-        config = notebook_config(stages.TRAIN, {**parameters, **combination, **start})
-    except ValueError as error:
-        where = ", ".join(f"{key}={value}" for key, value in combination.items())
-        raise ValueError(f"{error} (in the grid: {where})") from None
+    config = _config(parameters, combination, start)
     unused = [key for key in combination if key in config.without_effect]
     used = {key: value for key, value in combination.items() if key not in unused}
-    swept = {"distill_type": config.distill_type, "seed": config.seed} | used
+    swept: dict[str, Any] = {"distill_type": config.distill_type, "seed": config.seed} | used
     name = trial_name(**swept)
     if len(name) > 200:  # it becomes the name of files
         raise ValueError(

@@ -18,6 +18,7 @@ from kd_utils.config.notebook_files import notebook_path
 from kd_utils.config.project_paths import ROOT
 from kd_utils.config.stages import NOTEBOOKS
 from kd_utils.records.run_folder import trial_predictions
+from kd_utils.records.trial_record import read_record
 from kd_utils.speed.meters import GOALS
 
 SMALL = {
@@ -261,6 +262,21 @@ def test_12_reads_a_kept_record_and_leaves_it_alone(tmp_path):
     assert [line for line in found if line.split(",")[0] in asked] == kept and len(kept) > 20
     assert out.read_text().count('"image/png": "iVBOR') == 2
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_09_cuts_the_cached_teacher_and_distils_one_cut(home):
+    out = home / "09.ipynb"
+    small = ("-f", home / "small.yaml", "-p", "random_draws", "2")
+    done = run(home, PAPERMILL, notebook_path("09_prune"), out, *small, "--no-progress-bar")
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = read_record(home / "runs" / "explore-cut" / "trials" / "toy-neurons-0.5")
+    assert record["config"]["student_init"] == "pruned" and record["epochs"][-1]["epoch"] == 2
+    sizes = record["sizes"]
+    assert sizes["student"]["non_embedding"] < 0.8 * sizes["teacher"]["non_embedding"]
+    text = out.read_text()
+    assert text.count('"image/png": "iVBOR') == 5 and "unigram" in text
+    answers = trial_predictions(home / "runs" / "explore-cut" / "trials" / "toy-neurons-0.5")
+    assert answers["teacher_correct"].dtype == bool and len(answers) == 24
 
 
 def test_07_reads_nothing_and_judges_the_published_claim(tmp_path):

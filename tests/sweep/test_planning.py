@@ -2,11 +2,17 @@
 
 import pytest
 from stubs import VALUES
+from transformers import LlamaConfig
 
+from kd_utils.analysis.compression.contrasts import QUESTIONS, Kind
+from kd_utils.analysis.compression.students import start_of
 from kd_utils.config import parameter_files, project_paths
 from kd_utils.config.trial import DISTILLATIONS, TrialConfig
+from kd_utils.demos import toy_large
+from kd_utils.models.initial import ways
 from kd_utils.sweep import planning
 
+GRIDS = sorted(project_paths.CODE_ROOT.glob("papermill_params/grid-*.yaml"))
 GRID = {"distill_type": ["black_box", "attention"], "seed": [0, 1, 2, 3]}
 
 
@@ -97,7 +103,7 @@ def test_a_method_that_does_not_use_a_swept_key_is_one_trial_for_all_its_values(
 
 @pytest.mark.parametrize(
     "path",
-    sorted(project_paths.CODE_ROOT.glob("papermill_params/grid-*.yaml")),
+    [path for path in GRIDS if not path.stem.startswith("grid-cut")],
     ids=lambda path: path.stem,
 )
 def test_every_further_grid_is_planned_with_its_references_once(stub_notebooks, path):
@@ -114,6 +120,37 @@ def test_every_further_grid_is_planned_with_its_references_once(stub_notebooks, 
     values = [swept[key] for swept in last]
     assert values == [value for value in grid[key] for _ in range(seeds)]
     assert planning.default_run_dir({}, path).name == f"stub-{path.stem.removeprefix('grid-')}"
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in GRIDS if path.stem.startswith("grid-cut")], ids=lambda path: path.stem
+)
+def test_every_grid_of_cuts_asks_a_question_with_seeds_enough(path):
+    """Of the real notebook and its file: each size is possible, and no arm stands alone."""
+    params = project_paths.CODE_ROOT / "papermill_params"
+    parameters = parameter_files.load_parameters(params / "toy-large.yaml")
+    trials = planning.plan(parameters, parameter_files.load_grid(path), "runs/x")
+    kinds = {}
+    for trial in trials:
+        config = parameter_files.notebook_config("03_train_student", trial.parameters)
+        if config.round == config.rounds:
+            kept = {k: v for k, v in config.initial_settings.items() if k.startswith("keep_")}
+            shape = str(kept or config.student_width)
+            kind = Kind(start_of(config.model_dump()), config.distill_type)
+            kinds.setdefault(kind, set()).add((shape, config.seed))
+            if config.student_init != "svd":
+                whole = LlamaConfig(**toy_large.SIZES, vocab_size=9)
+                ways.smaller_config(whole, **{**config.initial_settings, "rounds": 1, "round": 1})
+    asked = [
+        question
+        for question, pairs in QUESTIONS.items()
+        for pair in pairs
+        if all(kind in kinds for kind in pair)
+        and len({seed for _, seed in kinds[pair[0]] & kinds[pair[1]]}) >= 5
+    ]
+    assert asked or path.stem == "grid-cut-basis"
+    # A width of svd and of random weights are called differently: the notebook matches shapes.
+    assert all(len(found) >= 5 for found in kinds.values())
 
 
 def test_the_projects_grid_has_the_plain_run_folder():
@@ -260,7 +297,6 @@ def test_rounds_are_trials_that_start_from_each_other(stub_notebooks):
 @pytest.mark.parametrize(
     "parameters, message",
     [
-        ({"student_init": "svd"}, "rounds = 3 with student_init = 'svd': set it to 'pruned'"),
         ({"keep_mlp": "0.5"}, "rounds = 3 with keep_mlp = 0.5, a share: give how many are kept"),
         ({"epochs": 7}, "rounds = 3 with epochs = 7, which they share: set it to a multiple"),
         ({"save_student": False}, "rounds = 3 with save_student = False, and each starts from"),
@@ -272,6 +308,12 @@ def test_rounds_that_no_sweep_could_run_are_refused(stub_notebooks, parameters, 
             {**CUT, "rounds": 3, **parameters}, {"seed": [0]}, stub_notebooks / "runs" / "x"
         )
     assert "\n" not in str(told.value)
+
+
+def test_what_is_not_pruned_has_no_rounds(stub_notebooks):
+    grid = {"student_init": ["pruned", "random"], "rounds": [3], "seed": [0]}
+    trials = planning.plan(CUT, grid, stub_notebooks / "runs" / "x")
+    assert [t.epochs for t in trials] == [2, 2, 2, 6] and "rounds" not in trials[-1].swept
 
 
 def test_a_round_is_not_swept(stub_notebooks):

@@ -43,6 +43,18 @@ class Scores(NamedTuple):
     mlp: np.ndarray
 
 
+def tidy(found: Scores) -> pd.DataFrame:
+    """The scores as a table: kind, layer (from 1; 0 for the one residual stream), index, score."""
+    parts = []
+    for kind, values in zip(Scores._fields, found, strict=True):
+        by_layer = np.atleast_2d(values if kind != "layers" else values[:, None])
+        first = 0 if kind == "width" else 1
+        for layer, of_layer in enumerate(by_layer, first):
+            about = {"kind": kind, "layer": layer, "index": np.arange(len(of_layer))}
+            parts.append(pd.DataFrame(about | {"score": of_layer}))
+    return pd.concat(parts, ignore_index=True)
+
+
 def scores(table: pd.DataFrame, groups: Collection[int] = range(GROUPS)) -> Scores:
     """The scores from a table of sums.
 

@@ -1,0 +1,1 @@
+"""What is left of a teacher in smaller students, by how much smaller they are?"""

@@ -1,0 +1,140 @@
+"""The students of a run by how they were made and how large they are, beside their teacher."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from kd_utils.analysis.pairs import example_weights
+from kd_utils.config.trial import initial_settings
+from kd_utils.data.tasks import TASKS
+
+#: How a record's sizes are called (`evaluation.footprint`).
+SIZES = ("parameters", "non_embedding", "flops_per_token", "bytes", "state_bytes_per_token")
+
+#: Parameters that say how large a student is, not how it was made.
+OF_SIZE = ("student_layers", "student_width", "round")
+
+
+def start_of(config: Mapping[str, Any]) -> str:
+    """Where a student's weights come from, in words: "pruned minitron", "svd weights", "random".
+
+    Args:
+        config: of a trial's record.
+    """
+    settings = initial_settings(config)
+    words = [
+        f"{key}={value}" if key == "rounds" else str(value)
+        for key, value in settings.items()
+        if not key.startswith("keep_") and key not in (*OF_SIZE, "student_seed")
+    ]
+    return " ".join([config.get("student_init", "pretrained"), *words])
+
+
+class Students(NamedTuple):
+    """All done trials of one run whose students are final: not those of an earlier round.
+
+    Attributes:
+        table: a row a trial: trial, start (`start_of`), distill_type, shape, seed, draw (the
+            `student_seed`), `SIZES`, and ratio: the teacher's non-embedding parameters over the
+            student's.
+        correct: (trials, N) 1.0 where the student answered the row right.
+        teacher: (N,) the same of the teacher.
+        tasks: (N,) the rows' tasks.
+        sizes: the teacher's.
+    """
+
+    table: pd.DataFrame
+    correct: np.ndarray
+    teacher: np.ndarray
+    tasks: np.ndarray
+    sizes: dict[str, float]
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]], predictions: pd.DataFrame) -> "Students":
+        """From `run_folder.done_records` and `run_folder.predictions`.
+
+        Raises:
+            ValueError: the records do not say how large the models are, or how the teacher
+                answered, as those of older code.
+        """
+        rows = [row for record in records if (row := _row(record))]
+        if not rows or "teacher_correct" not in predictions:
+            raise ValueError(
+                "no trial of this run says how large its student is and what its teacher answers: "
+                "run the sweep again, or set run_dir to another run"
+            )
+        table = pd.DataFrame(rows).sort_values(["ratio", "start", "distill_type", "seed", "draw"])
+        answers = predictions.pivot(index="trial", columns="example_id", values="correct")
+        of_rows = predictions.drop_duplicates("example_id").set_index("example_id")
+        of_rows = of_rows.loc[answers.columns]
+        teacher = records[0]["sizes"]["teacher"]
+        return cls(
+            table.reset_index(drop=True),
+            answers.loc[table["trial"]].to_numpy(float),
+            of_rows["teacher_correct"].to_numpy(float),
+            of_rows["task"].to_numpy(),
+            teacher,
+        )
+
+    def without(self, tasks: Iterable[str]) -> "Students":
+        """The same without the rows of some tasks."""
+        kept = ~np.isin(self.tasks, list(tasks))
+        return self._replace(
+            correct=self.correct[:, kept], teacher=self.teacher[kept], tasks=self.tasks[kept]
+        )
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(N,) of each row in the mean over tasks."""
+        return example_weights(list(self.tasks))["macro"]
+
+    @property
+    def chance(self) -> float:
+        """Of a blind guess, mean over tasks."""
+        return float(np.mean([TASKS[task].chance for task in dict.fromkeys(self.tasks)]))
+
+
+def _row(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A trial's row of the table; {} for a student of a round before the last."""
+    config, sizes = record["config"], record.get("sizes") or {}
+    if not sizes.get("student") or not sizes.get("teacher"):
+        return {}
+    settings = initial_settings(config)
+    if settings.get("round", 1) < settings.get("rounds", 1):
+        return {}
+    keep = {key: value for key, value in settings.items() if value != "all"}
+    shape = " ".join(
+        f"{key.partition('_')[2]}={keep[key]}"
+        for key in (*keep,)
+        if key.startswith("keep_") or key in OF_SIZE[:2]
+    )
+    return {
+        "trial": config["trial"] or f"{config['distill_type']}_seed{config['seed']}",
+        "start": start_of(config),
+        "distill_type": config["distill_type"],
+        "shape": shape or "whole",
+        "seed": config["seed"],
+        "draw": config.get("student_seed", 0),
+        **{key: sizes["student"][key] for key in SIZES},
+        "ratio": sizes["teacher"]["non_embedding"] / sizes["student"]["non_embedding"],
+    }
+
+
+def draws_of_rows(tasks: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
+    """(draws, N) the rows' weights in the mean over tasks, in each draw of a bootstrap: the rows of
+    each task are drawn with replacement.
+    """
+    random, weights = np.random.default_rng(seed), np.zeros((draws, len(tasks)))
+    names = list(dict.fromkeys(tasks))
+    for name in names:
+        places = np.flatnonzero(tasks == name)
+        counts = random.multinomial(len(places), np.full(len(places), 1 / len(places)), draws)
+        weights[:, places] = counts / len(places) / len(names)
+    return weights
+
+
+def draws_of_trials(count: int, draws: int, seed: int = 1) -> np.ndarray:
+    """(draws, count) places of trials, drawn with replacement."""
+    return np.random.default_rng(seed).integers(count, size=(draws, count))
