@@ -91,6 +91,7 @@ def sweep(
     from kd_utils.sweep.executor import open_executor
     from kd_utils.sweep.planning import default_run_dir
     from kd_utils.sweep.sweep import Sweep
+    from kd_utils.worlds.chain import ChainSweep
     from kd_utils.worlds.parameters import parameters_by_world
     from kd_utils.worlds.sweep import WorldsSweep
 
@@ -108,6 +109,8 @@ def sweep(
         )
     machines.limit_cores(cpus)
     kind = WorldsSweep if parameters_by_world(values) else Sweep
+    if parameter_files.CHAIN in values:
+        kind = ChainSweep
     planned = kind(values, lists, run_dir or default_run_dir(values, grid), only)
     changed = parameter_files.changed_defaults(planned.notebooks)
     if strict and changed:

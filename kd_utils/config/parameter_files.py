@@ -17,8 +17,8 @@ from kd_utils.config.fields import kind_of, shown
 from kd_utils.config.project_paths import CODE_ROOT
 from kd_utils.config.stages import NOTEBOOKS, SWEPT, TrialConfig, parameter_names
 
-#: The key of a parameter file that no notebook declares.
-WORLDS = "worlds"
+#: The keys of a parameter file that no notebook declares, which a sweep alone reads.
+WORLDS, CHAIN = "worlds", "chain"
 
 #: No parameter file is longer than this, and no sweep with more trials comes to its end.
 MOST_BYTES, MOST_TRIALS = 1_000_000, 10_000
@@ -87,14 +87,14 @@ def changed_defaults(stems: Iterable[str]) -> list[str]:
 
 def load_parameters(path: str | Path) -> dict[str, Any]:
     """Load a parameter file: flat YAML, one scalar for each key, only keys of some notebook, and
-    `worlds` (`worlds.parameters`), which a sweep alone reads.
+    `worlds` (`worlds.parameters`) and `chain` (`worlds.chain`), which a sweep alone reads.
 
     Raises:
         ValueError: the file is not flat YAML, or has a key that no notebook declares.
         FileNotFoundError: no such file; the error lists the files that are there.
     """
     loader, nodes = _read_yaml(Path(path), "parameter")
-    notebook_files.refuse_unknown_keys(nodes, str(path), parameter_names() | {WORLDS})
+    notebook_files.refuse_unknown_keys(nodes, str(path), parameter_names() | {WORLDS, CHAIN})
     return {key: _scalar(loader, node, f"{path}: {key}") for key, node in nodes.items()}
 
 

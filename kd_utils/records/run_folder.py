@@ -40,10 +40,12 @@ class Plan(trial_record.Shape):
         config_hash: str
 
     class World(trial_record.Shape):
-        """One of several worlds, whose run is a folder in this one."""
+        """One of several worlds, or one link of a chain, whose run is a folder in this one."""
 
         world: str
-        run: Annotated[str, Field(pattern=r"^world-[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
+        run: Annotated[
+            str, Field(pattern=r"^(world|link)-[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)
+        ]
 
     cache: trial_record.Metrics.Cache | None
     more_caches: dict[str, str] = {}

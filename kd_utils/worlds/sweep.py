@@ -45,7 +45,10 @@ class WorldsSweep:
     """
 
     #: The notebooks that it executes.
-    notebooks = (*SWEPT, JOIN)
+    notebooks: tuple[str, ...] = (*SWEPT, JOIN)
+
+    #: What one of its sweeps is called.
+    WORD = "world"
 
     def __init__(
         self,
@@ -59,12 +62,17 @@ class WorldsSweep:
         self.place = project_paths.short_path(self.run_dir)
         self.name = str(parameters.get("name", "toy"))
         staleness.require_experiment(self.run_dir, self.name, several_worlds=True)
-        self.sweeps = {
-            world: Sweep(values, grid, self.run_dir / f"world-{world}", only)
-            for world, values in parameters_by_world(parameters).items()
-        }
+        self.sweeps = self._sweeps(only)
         self.parameters = next(iter(self.sweeps.values())).parameters  # of the first world
-        _require_different(self.sweeps)
+
+    def _sweeps(self, only: str) -> dict[str, Sweep]:
+        """World -> its sweep, in the order in which they run."""
+        sweeps = {
+            world: Sweep(values, self.grid, self.run_dir / f"world-{world}", only)
+            for world, values in parameters_by_world(self.listed).items()
+        }
+        _require_different(sweeps)
+        return sweeps
 
     def dry_run(self) -> Iterator[str]:
         """What each world's sweep would do, what the first that is not done would cost, and
@@ -72,11 +80,11 @@ class WorldsSweep:
         """
         looks = {world: sweep.look() for world, sweep in self.sweeps.items()}
         for world, sweep in self.sweeps.items():
-            yield f"world {world}: {sweep.place}"
+            yield f"{self.WORD} {world}: {sweep.place}"
             yield from sweep.to_run(looks[world])
         for world, sweep in self.sweeps.items():
             if costs := [*sweep.costs(looks[world])]:
-                yield from (f"world {world} alone: {line}" for line in costs)
+                yield from (f"{self.WORD} {world} alone: {line}" for line in costs)
                 break
         planned = planned_results(self.chosen)
         by_world = pd.concat(planned.assign(world=world) for world in self.sweeps)
@@ -109,14 +117,21 @@ class WorldsSweep:
             running = cache(lambda: stack.enter_context(executor()))
             self._write_plan()
             for number, (world, sweep) in enumerate(self.sweeps.items(), 1):
-                say(f"world {world} ({number} of {len(self.sweeps)}): {sweep.place}")
-                sweep.run(lambda: nullcontext(running()))
+                say(f"{self.WORD} {world} ({number} of {len(self.sweeps)}): {sweep.place}")
+                self._require_done(world, sweep.run(lambda: nullcontext(running())))
             results = write_summary(self.run_dir, runs.collect(self.run_dir))
             if (results["status"] == "done").any():
-                parameters = self.parameters | {"name": self.name, "run_dir": self.place}
-                about = partial(written, self.run_dir, run_folder.SUMMARY, *ANALYSES)
-                execute_stage(JOIN, self.run_dir, parameters, about)
+                self._join()
         return results
+
+    def _require_done(self, world: str, results: pd.DataFrame) -> None:
+        """Raise a ValueError if what is to follow needs a trial of this world that is not done."""
+
+    def _join(self) -> None:
+        """Compare the worlds that are done: execute 12."""
+        parameters = self.parameters | {"name": self.name, "run_dir": self.place}
+        about = partial(written, self.run_dir, run_folder.SUMMARY, *ANALYSES)
+        execute_stage(JOIN, self.run_dir, parameters, about)
 
     def outcome(self, results: pd.DataFrame) -> Iterator[str]:
         """The joint verdict, and where the records are."""

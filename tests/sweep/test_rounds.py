@@ -1,41 +1,15 @@
 """Rounds of cuts in a sweep: trials that start from each other's students, and what makes them stale."""
 
-from collections import deque
-
 import pytest
+from serial_executor import Serial
 from small_project import small_project
 
 from kd_utils.models.cut.sizes import sizes_of
 from kd_utils.models.loading import load_causal_lm
 from kd_utils.records.trial_record import read_record
-from kd_utils.sweep.executor import Report, execute_trial
 from kd_utils.sweep.sweep import Sweep
 
 pytestmark = pytest.mark.notebook
-
-
-class Serial:
-    """An executor that runs one trial after the other, here; `breaks` names trials that fail."""
-
-    def __init__(self, breaks=()):
-        self.jobs, self.ran, self.breaks = deque(), [], breaks
-
-    def require_same_view(self, files):
-        pass
-
-    def submit(self, job):
-        self.jobs.append(job)
-
-    def reports(self):
-        job = self.jobs.popleft()
-        self.ran.append(job.name)
-        if job.name in self.breaks:
-            yield Report(job.name, "failed", cause="broken")
-        else:
-            yield from execute_trial(job, threads=1)
-
-    def cancel(self):
-        pass
 
 
 @pytest.fixture

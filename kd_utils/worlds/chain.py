@@ -1,0 +1,132 @@
+"""A chain of teachers: an experiment whose teachers are the students of another one, seed by seed.
+
+`chain: toy-large` in a parameter file names the experiments that come before, by their files,
+separated by spaces. The first of them has an ordinary teacher and is swept as usual, one trial a
+seed. In every later one, and in the file's own experiment, the teacher of seed k is the student
+that the experiment before trained with seed k (a *teacher assistant*, Mirzadeh et al. 2020). It is
+cached by 02 as any other teacher, and trials of seed k train from that cache alone, so seeds stay
+independent. A student that was trained anew makes the caches after it stale.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+
+from kd_utils.config.parameter_files import CHAIN, WORLDS, load_parameters, notebook_config
+from kd_utils.config.project_paths import CODE_ROOT, short_path
+from kd_utils.config.stages import SWEPT, TRAIN
+from kd_utils.sweep.planning import Trial
+from kd_utils.sweep.sweep import Sweep
+from kd_utils.worlds.sweep import WorldsSweep
+
+
+class ChainSweep(WorldsSweep):
+    """A parameter file with `chain`, times a grid: its links are runs in one folder, `link-NAME` of
+    the first experiment and `link-NAME-seed-K` of every later one.
+
+    Args:
+        parameters, grid, run_dir, only: as of a `WorldsSweep`. The grid is that of the last
+            experiment; the earlier ones have its seeds, and the method that their files say.
+
+    Raises:
+        ValueError: a file of the chain that is missing or part of a circle, or an experiment that
+            keeps no students.
+    """
+
+    notebooks = SWEPT
+    WORD = "link"
+
+    def _sweeps(self, only: str) -> dict[str, Sweep]:
+        links = links_of(self.listed)
+        seeds = self.grid.get("seed")
+        if seeds is None:
+            raise ValueError(f"a grid for a {CHAIN} needs a key of its own for the seeds, `seed`")
+        name, *later = links
+        first = links[name] | {"name": f"{self.name}-{name}"}
+        method = [notebook_config(TRAIN, first).distill_type]
+        grid = {"distill_type": method, "seed": seeds}
+        sweeps = {name: Sweep(first, grid, self.run_dir / f"link-{name}")}
+        teachers = _students(sweeps[name])
+        for link in later:
+            last, following = link == later[-1], dict[int, str]()
+            for seed in seeds:
+                place = self.run_dir / f"link-{link}-seed-{seed}"
+                values = links[link] | {"teacher": teachers[seed], "teacher_epochs": 0}
+                values["name"] = f"{self.name}-{'' if last else f'{link}-'}{seed}"
+                method = [notebook_config(TRAIN, values).distill_type]
+                own = self.grid if last else {"distill_type": method}
+                sweep = Sweep(values, own | {"seed": [seed]}, place, only if last else "")
+                sweeps[f"{link}-seed-{seed}"] = sweep
+                following |= _students(sweep)
+            teachers = following
+        return sweeps
+
+    @property
+    def chosen(self) -> list[Trial]:
+        """The trials of all links."""
+        return [trial for sweep in self.sweeps.values() for trial in sweep.chosen]
+
+    def _require_done(self, world: str, results: pd.DataFrame) -> None:
+        """Refuse to go on without the students that are the next link's teachers."""
+        undone = results.loc[results["status"] != "done", "trial"].tolist()
+        if undone and not self._is_last(world):
+            raise ValueError(
+                f"{world}: {undone[0]} is not done, and its student is to teach the next link: see "
+                f"{self.sweeps[world].place}, then run the same command again"
+            )
+
+    def _is_last(self, link: str) -> bool:
+        """Whether a run is of the file's own experiment, whose students teach nobody."""
+        return link.startswith(f"{self.name}-seed-")
+
+    def _join(self) -> None:
+        """The links have other teachers; notebook 04 of each says what its trials show."""
+
+    def outcome(self, results: pd.DataFrame) -> Iterator[str]:
+        """How many trials of each link are done, and where the records are."""
+        for link, sweep in self.sweeps.items():
+            of_link = results[results["world"] == link]
+            done = int((of_link["status"] == "done").sum())
+            yield f"{link}: {done} of {len(of_link)} trials are done, in {sweep.place}"
+
+
+def links_of(parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Link -> its parameters, the file's own experiment last, by its `name`.
+
+    Raises:
+        ValueError: an experiment is named twice, has a chain or worlds of its own, or keeps no
+            students.
+    """
+    own = {key: value for key, value in parameters.items() if key != CHAIN}
+    name = str(own.get("name", "toy"))
+    links: dict[str, dict[str, Any]] = {}
+    for earlier in str(parameters[CHAIN]).replace(",", " ").split():
+        if earlier in (*links, name):
+            raise ValueError(
+                f"{CHAIN} = {parameters[CHAIN]!r} of {name} comes back to {earlier}: a student "
+                "cannot teach its own teacher; name each experiment once"
+            )
+        values = load_parameters(CODE_ROOT / "papermill_params" / f"{earlier}.yaml")
+        for key in (CHAIN, WORLDS):
+            if key in values:
+                raise ValueError(
+                    f"{CHAIN} names {earlier}, whose file has `{key}` itself: write the whole "
+                    "chain into one file, of experiments without it"
+                )
+        if not notebook_config(TRAIN, values).save_student:
+            raise ValueError(
+                f"{CHAIN} names {earlier}, whose students are not kept: set save_student to True"
+            )
+        links[earlier] = values
+    if not links:
+        raise ValueError(f"{CHAIN} is empty: name the experiments whose students are the teachers")
+    return links | {name: own}
+
+
+def _students(sweep: Sweep) -> dict[int, str]:
+    """Seed -> the folder of the student that this sweep trains with it."""
+    return {
+        trial.swept["seed"]: short_path(notebook_config(TRAIN, trial.parameters).student_folder)
+        for trial in sweep.trials
+    }
