@@ -69,9 +69,12 @@ def experiment_lines(
 def _student(trial: TrialConfig, cache: stages.CacheConfig) -> tuple[Any, ...]:
     """What a trial's initial student is made of, and how: all that its sizes depend on."""
     name, revision = trial.student, ""
-    if trial.student == "teacher":
+    if trial.student == "teacher" or trial.round > 1:  # whose source is not trained yet
         name, revision = cache.teacher, cache.teacher_revision
-    return name, revision, trial.student_init, *trial.initial_settings.items()
+    settings = trial.initial_settings
+    if trial.cuts > 1 and trial.round > 1:  # sized as the last cut of the teacher
+        settings |= {"rounds": 1, "round": 1}
+    return name, revision, trial.student_init, *settings.items()
 
 
 def _sized(name: str, revision: str, way: str, *settings: tuple[str, Any]) -> torch.nn.Module:

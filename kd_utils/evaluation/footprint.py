@@ -22,8 +22,8 @@ def footprint(model: torch.nn.Module, rows: list[Example]) -> dict[str, float]:
         flops_per_token: floating-point operations of the forward pass (two a multiply-add), the
             output layer included: 2 (non_embedding + V d) + 2 L H P n, where a token attends to
             n / 2 tokens on average.
-        bytes: of the weights as they are stored.
-        state_bytes_per_token: of keys and values that generation keeps, 2 L K P times their size.
+        bytes: of the weights, four a weight, whatever precision they have here.
+        state_bytes_per_token: of keys and values that generation keeps, 2 L K P times four.
     """
     length = sum(len(row.tokens) for row in rows) / len(rows)
     named = {id(weight): weight for weight in model.parameters()}
@@ -39,8 +39,8 @@ def footprint(model: torch.nn.Module, rows: list[Example]) -> dict[str, float]:
         "parameters": parameters,
         "non_embedding": non_embedding,
         "flops_per_token": 2 * (non_embedding + head) + 2 * (layers or 0) * heads * size * length,
-        "bytes": sum(weight.numel() * weight.element_size() for weight in named.values()),
-        "state_bytes_per_token": 2 * (layers or 0) * keys * size * model.dtype.itemsize,
+        "bytes": 4 * parameters,
+        "state_bytes_per_token": 4 * 2 * (layers or 0) * keys * size,
     }
 
 

@@ -30,8 +30,11 @@ NAMES = {
 
 
 def with_kind(table: pd.DataFrame) -> pd.DataFrame:
-    """The table with the column `KIND`, of its `start` and `distill_type`."""
-    return table.assign(**{KIND: table["start"] + " + " + table["distill_type"]})
+    """The table with the column `KIND`, of its `start`, `distill_type` and `setting`."""
+    kind = table["start"] + " + " + table["distill_type"]
+    return table.assign(
+        **{KIND: kind + (", " + table["setting"]).where(table["setting"] != "", "")}
+    )
 
 
 def kind_colour(kinds: Sequence[str]) -> alt.Color:
@@ -147,10 +150,11 @@ def frontier(table: pd.DataFrame, sizes: dict[str, str]) -> alt.HConcatChart:
         sizes: column -> its title, a panel each.
     """
     data = with_kind(table)
-    for end in ("", "_low", "_high"):  # the interval of the ratio, times the teacher's accuracy
-        data[f"percent{end}"] = 100 * data[f"raw{end}"] * data["teacher"]
+    for end in ("", "_low", "_high"):
+        data[f"percent{end}"] = 100 * data[f"accuracy{end}"]
     kinds = list(dict.fromkeys(data[KIND]))
     panels = []
+    y = alt.Y("percent:Q", title="accuracy (%)", scale=alt.Scale(zero=False, padding=8))
     for column, title in sizes.items():
         base = alt.Chart(data.dropna(subset=[column])).encode(
             x=alt.X(
@@ -161,14 +165,11 @@ def frontier(table: pd.DataFrame, sizes: dict[str, str]) -> alt.HConcatChart:
             ),
             color=kind_colour(kinds),
         )
-        y = alt.Y("percent:Q", title="accuracy (%)", scale=alt.Scale(zero=False, padding=8))
         teacher = alt.Chart(data.head(1)).mark_rule(strokeDash=[4, 3], color="#7f7f7f")
         panels.append(
             alt.layer(
                 teacher.transform_calculate(top="100 * datum.teacher").encode(y="top:Q"),
-                base.mark_rule(opacity=0.6).encode(y="percent_low:Q", y2="percent_high:Q"),
-                base.mark_line(strokeWidth=1.5).encode(y=y),
-                base.mark_circle(size=45, opacity=1).encode(y=y),
+                *_with_bars(base, y, "percent"),
                 width=230,
                 height=200,
             )
@@ -181,17 +182,29 @@ def frontier(table: pd.DataFrame, sizes: dict[str, str]) -> alt.HConcatChart:
     )
 
 
-def retention_bands(table: pd.DataFrame, bands: dict[int, Sequence[float]]) -> alt.LayerChart:
+def _with_bars(base: alt.Chart, y: alt.Y, name: str) -> tuple[alt.Chart, ...]:
+    """The intervals NAME_low to NAME_high, a line through the points, and the points."""
+    return (
+        base.mark_rule(opacity=0.6).encode(y=f"{name}_low:Q", y2=f"{name}_high:Q"),
+        base.mark_line(strokeWidth=1.5).encode(y=y),
+        base.mark_circle(size=45, opacity=1).encode(y=y),
+    )
+
+
+def retention_bands(
+    table: pd.DataFrame, bands: dict[int, Sequence[float]], near: float
+) -> alt.LayerChart:
     """Retention against the ratio of sizes, beside the figures that are expected.
 
     Args:
         table: of `analysis.compression.retained.retained`.
         bands: ratio -> from and to, fractions (`retained.BANDS`).
+        near: a band is for ratios within this factor of its own.
     """
     data = with_kind(table)
     shown = pd.DataFrame(
         [
-            {"from": ratio / 1.2, "to": ratio * 1.2, "low": 100 * low, "high": 100 * high}
+            {"from": ratio / near, "to": ratio * near, "low": 100 * low, "high": 100 * high}
             for ratio, (low, high) in bands.items()
         ]
     )
@@ -211,9 +224,7 @@ def retention_bands(table: pd.DataFrame, bands: dict[int, Sequence[float]]) -> a
     )
     chart = alt.layer(
         boxes,
-        base.mark_rule(opacity=0.6).encode(y="raw_low:Q", y2="raw_high:Q"),
-        base.mark_line(strokeWidth=1.5).encode(y=y),
-        base.mark_circle(size=45, opacity=1).encode(y=y),
+        *_with_bars(base, y, "raw"),
         width=460,
         height=260,
     )

@@ -44,7 +44,7 @@ def plan(
         ValueError: a value that a notebook refuses, or two combinations that are the same trial.
     """
     check_values(parameters)  # of 03 too: a value that the grid overrides must be right as well
-    if "round" in grid:
+    if any("round" in key.split() for key in grid):
         raise ValueError("the grid has round, which a sweep sets: give rounds")
     trials: list[Trial] = []
     known: dict[str, Trial] = {}  # by name and by config
@@ -108,6 +108,9 @@ def _planned(
         )
     place = {"run_dir": project_paths.short_path(run_dir), "trial": name}
     inject = injected(stages.TRAIN, {**parameters, **combination}) | swept | start | place
+    for key, value in inject.items():  # as records have it: "8" and not 8 of what may be "all"
+        if isinstance(checked := getattr(config, key), str):
+            inject[key] = checked if key not in place else value
     epochs = config.own_epochs if config.trains else 1
     after = before.trial if before else ""
     return Trial(name, swept, config.fingerprint(), epochs, inject, unused, after)

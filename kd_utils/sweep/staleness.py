@@ -14,6 +14,7 @@ from kd_utils.config import fields, notebook_files, project_paths, stages
 from kd_utils.config.parameter_files import notebook_config
 from kd_utils.data import prepared_data
 from kd_utils.records import provenance, run_folder
+from kd_utils.records.trial_status import Status
 from kd_utils.store.files import matching, sha256_file
 from kd_utils.store.sealed import RecordError, SealedFolder
 from kd_utils.sweep.planning import Trial
@@ -52,6 +53,27 @@ def made_of(trials: list[Trial], run_dir: Path, parameters: dict[str, Any]) -> d
         "students": {name: _initial_weights(name, now["cache"]) for name in names},
         "code": provenance.code_of(stages.TRAIN),
     }
+
+
+def with_lineage(trials: list[Trial], states: dict[str, Status]) -> dict[str, Status]:
+    """The states of trials, some of which start from students of others, in the plan's order.
+
+    One that starts from a trial that is to run is stale. One that is done is to run again if its
+    student is gone and another trial needs it.
+    """
+    found, names = dict(states), {trial.trial: trial for trial in trials}
+    for trial in trials:
+        start = found.get(trial.after, Status("done"))
+        if start.state != "done" and found[trial.trial].state == "done":
+            why = f"it starts from {trial.after}, which is to run"
+            found[trial.trial] = Status("stale", why)
+    for trial in reversed(trials):
+        before = names.get(trial.after)
+        if before and found[trial.trial].state != "done" == found[before.trial].state:
+            if not notebook_config(stages.TRAIN, before.parameters).student_folder.is_dir():
+                why = f"its student is missing, from which {trial.trial} starts"
+                found[before.trial] = Status("broken", why)
+    return found
 
 
 def earlier_plan(run_dir: Path) -> dict[str, Any]:

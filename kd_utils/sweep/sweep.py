@@ -90,12 +90,13 @@ class Sweep:
     def states(self, trials: list[planning.Trial]) -> dict[str, run_folder.Status]:
         """Whether each trial is done with its config and with today's code, student and cache."""
         made = staleness.made_of(trials, self.run_dir, self.parameters)
-        return {
+        found = {
             t.trial: run_folder.trial_status(
                 self.run_dir, t.trial, t.config_hash, made, t.parameters
             )
             for t in trials
         }
+        return staleness.with_lineage(trials, found)
 
     def dry_run(self) -> Iterator[str]:
         """What a run would do: the state of 01, 02 and each trial; whether any effect could be
@@ -202,8 +203,11 @@ class Sweep:
                 execute_stage(stem, self.run_dir, self.parameters, made)
         self._write_plan()
         states = self.states(self.trials)
-        todo = self._to_run(states)
-        already = sum(state.state == "done" for state in states.values())
+        todo = [trial for trial in self.chosen if states[trial.trial].state != "done"]
+        already, code = (
+            sum(state.state == "done" for state in states.values()),
+            provenance.code_of(TRAIN),
+        )
         progress = Progress({trial.trial: trial.epochs for trial in todo}, already)
         try:
             executor.require_same_view(self._shared_files())
@@ -212,21 +216,23 @@ class Sweep:
                     if states[trial.trial].state == "stale":
                         say(f"{trial.trial}: stale: {states[trial.trial].why}")
                 for wave in planning.waves(todo):
-                    self._run_wave(executor, wave, progress)
+                    self._run_wave(executor, wave, progress, code)
         finally:  # after Ctrl-C too: the table says what is done so far
             results = self._write_summary()
         return results
 
-    def _to_run(self, states: dict[str, run_folder.Status]) -> list[planning.Trial]:
-        """The chosen trials that are not done, or start from one that is to run again."""
-        todo: dict[str, planning.Trial] = {}
-        for trial in self.chosen:
-            if states[trial.trial].state != "done" or trial.after in todo:
-                todo[trial.trial] = trial
-        return list(todo.values())
+    def _run_wave(
+        self,
+        executor: Executor,
+        wave: list[planning.Trial],
+        progress: Progress,
+        code: dict[str, str],
+    ) -> None:
+        """Run trials of which none starts from another one's student.
 
-    def _run_wave(self, executor: Executor, wave: list[planning.Trial], progress: Progress) -> None:
-        """Run trials of which none starts from another one's student."""
+        Args:
+            code: of the sweep's begin, which every trial must run.
+        """
         starts = {trial.after for trial in wave} - {""}
         if starts:
             self._write_plan()  # which names the students that they left
@@ -234,10 +240,12 @@ class Sweep:
         ready = []
         for trial in wave:
             if trial.after and states[trial.after].state != "done":
-                progress.broke(trial.trial, f"it starts from {trial.after}, which is not done")
+                state = states[trial.after]
+                why = f"{state.state}: {state.why}" if state.why else state.state
+                progress.broke(trial.trial, f"it starts from {trial.after}, which is {why}")
             else:
                 ready.append(trial)
-        shared, code = self._shared_files(), provenance.code_of(TRAIN)
+        shared = self._shared_files()
         run_trials(executor, [Job(trial, self.place, code, shared) for trial in ready], progress)
 
     def _remove_leftovers(self) -> None:

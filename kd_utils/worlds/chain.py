@@ -16,6 +16,7 @@ import pandas as pd
 from kd_utils.config.parameter_files import CHAIN, WORLDS, load_parameters, notebook_config
 from kd_utils.config.project_paths import CODE_ROOT, short_path
 from kd_utils.config.stages import SWEPT, TRAIN
+from kd_utils.sweep import planning
 from kd_utils.sweep.planning import Trial
 from kd_utils.sweep.sweep import Sweep
 from kd_utils.worlds.sweep import WorldsSweep
@@ -38,10 +39,16 @@ class ChainSweep(WorldsSweep):
     WORD = "link"
 
     def _sweeps(self, only: str) -> dict[str, Sweep]:
+        if WORLDS in self.listed:
+            raise ValueError(f"{self.name} has {CHAIN} and {WORLDS}: give one of them")
         links = links_of(self.listed)
-        seeds = self.grid.get("seed")
-        if seeds is None:
+        if "seed" not in self.grid:
             raise ValueError(f"a grid for a {CHAIN} needs a key of its own for the seeds, `seed`")
+        *_, last = links
+        planned = planning.plan(links[last], self.grid, self.run_dir)
+        chosen = {trial.swept["seed"] for trial in planning.select(planned, only, self.grid)}
+        seeds = [seed for seed in self.grid["seed"] if seed in chosen]
+        only = ",".join(part for part in only.split(",") if not part.strip().startswith("seed="))
         name, *later = links
         first = links[name] | {"name": f"{self.name}-{name}"}
         method = [notebook_config(TRAIN, first).distill_type]
@@ -49,18 +56,23 @@ class ChainSweep(WorldsSweep):
         sweeps = {name: Sweep(first, grid, self.run_dir / f"link-{name}")}
         teachers = _students(sweeps[name])
         for link in later:
-            last, following = link == later[-1], dict[int, str]()
+            following = dict[int, str]()
             for seed in seeds:
                 place = self.run_dir / f"link-{link}-seed-{seed}"
                 values = links[link] | {"teacher": teachers[seed], "teacher_epochs": 0}
-                values["name"] = f"{self.name}-{'' if last else f'{link}-'}{seed}"
+                values["name"] = f"{self.name}-{'' if link == last else f'{link}-'}{seed}"
                 method = [notebook_config(TRAIN, values).distill_type]
-                own = self.grid if last else {"distill_type": method}
-                sweep = Sweep(values, own | {"seed": [seed]}, place, only if last else "")
+                own = self.grid if link == last else {"distill_type": method}
+                its_part = only if link == last else ""
+                sweep = Sweep(values, own | {"seed": [seed]}, place, its_part)
                 sweeps[f"{link}-seed-{seed}"] = sweep
                 following |= _students(sweep)
             teachers = following
         return sweeps
+
+    def _reach(self) -> Iterator[str]:
+        """Nothing: links are not compared as worlds are."""
+        return iter(())
 
     @property
     def chosen(self) -> list[Trial]:

@@ -86,6 +86,10 @@ class WorldsSweep:
             if costs := [*sweep.costs(looks[world])]:
                 yield from (f"{self.WORD} {world} alone: {line}" for line in costs)
                 break
+        yield from self._reach()
+
+    def _reach(self) -> Iterator[str]:
+        """Whether so many worlds can show an effect."""
         planned = planned_results(self.chosen)
         by_world = pd.concat(planned.assign(world=world) for world in self.sweeps)
         of_worlds = tables.planned_trials(results_by_world(by_world))

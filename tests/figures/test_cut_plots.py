@@ -47,7 +47,11 @@ RETAINED = pd.DataFrame(
     {
         "start": ["pruned minitron"] * 2 + ["random"] * 2,
         "distill_type": "black_box",
+        "setting": "",
         "ratio": [2.0, 10.0] * 2,
+        "accuracy": [0.95, 0.78, 0.87, 0.48],
+        "accuracy_low": [0.93, 0.75, 0.85, 0.45],
+        "accuracy_high": [0.97, 0.8, 0.9, 0.5],
         "raw": [0.98, 0.8, 0.9, 0.5],
         "raw_low": [0.96, 0.7, 0.8, 0.4],
         "raw_high": [0.99, 0.9, 0.95, np.nan],
@@ -64,14 +68,14 @@ def test_the_frontier_has_a_panel_for_each_size_and_no_interval_below_the_points
     assert len(chart["hconcat"]) == 2
     rows = next(iter(chart["datasets"].values()))
     first = next(row for row in rows if row.get("ratio") == 2.0)
-    assert first["percent"] == pytest.approx(0.98 * 97)
+    assert first["percent"] == pytest.approx(95)
     assert first["percent_low"] < first["percent"] < first["percent_high"]
 
 
 def test_bands_are_drawn_beside_the_points():
-    chart = drawn(cut_plots.retention_bands(RETAINED, {2: (0.95, 0.99), 10: (0.8, 0.9)}))
+    chart = drawn(cut_plots.retention_bands(RETAINED, {2: (0.95, 0.99), 10: (0.8, 0.9)}, 1.25))
     boxes = next(layer for layer in chart["layer"] if layer["mark"]["type"] == "rect")
     rows = chart["datasets"][boxes["data"]["name"]]
-    assert [row["low"] for row in rows] == [95, 80]
+    assert [row["low"] for row in rows] == [95, 80] and rows[0]["to"] == 2.5
     colours = str(chart["layer"][1]["encoding"]["color"])
     assert cut_plots.COLOURS["pruned minitron + black_box"] in colours

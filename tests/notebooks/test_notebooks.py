@@ -269,14 +269,43 @@ def test_09_cuts_the_cached_teacher_and_distils_one_cut(home):
     small = ("-f", home / "small.yaml", "-p", "random_draws", "2")
     done = run(home, PAPERMILL, notebook_path("09_prune"), out, *small, "--no-progress-bar")
     assert done.returncode == 0, done.stderr[-3000:]
-    record = read_record(home / "runs" / "explore-cut" / "trials" / "toy-neurons-0.5")
+    [trial] = (
+        path for path in (home / "runs" / "explore-cut" / "trials").iterdir() if path.is_dir()
+    )
+    record = read_record(trial)
     assert record["config"]["student_init"] == "pruned" and record["epochs"][-1]["epoch"] == 2
     sizes = record["sizes"]
     assert sizes["student"]["non_embedding"] < 0.8 * sizes["teacher"]["non_embedding"]
     text = out.read_text()
     assert text.count('"image/png": "iVBOR') == 5 and "unigram" in text
-    answers = trial_predictions(home / "runs" / "explore-cut" / "trials" / "toy-neurons-0.5")
+    answers = trial_predictions(trial)
     assert answers["teacher_correct"].dtype == bool and len(answers) == 24
+
+
+def test_09_reads_a_run_of_cuts_against_their_size(home):
+    (home / "cut.yaml").write_text((home / "small.yaml").read_text() + "\nstudent: teacher\n")
+    (home / "cuts.yaml").write_text(
+        "distill_type student_init: [[black_box, pruned], [task_only, pruned], [black_box, random],"
+        " [black_box, svd]]\nkeep_mlp: [96]\nstudent_width: [48]\nseed: [0, 1]\n"
+    )
+    where = ("--grid", home / "cuts.yaml", "--run-dir", home / "runs" / "cuts")
+    done = run(home, "kd_utils", "sweep", home / "cut.yaml", *where, "--executor", "local")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    given = ("-f", home / "small.yaml", "-p", "random_draws", "1", "-p", "run_dir", "runs/cuts")
+    out = home / "09-cuts.ipynb"
+    done = run(home, PAPERMILL, notebook_path("09_prune"), out, *given, "--no-progress-bar")
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = pd.read_csv(home / "runs" / "cuts" / "retention.csv", keep_default_na=False)
+    assert sorted(table["start"]) == ["pruned minitron", "pruned minitron", "random", "svd weights"]
+    assert set(table["n"]) == {2} and set(table["shape"]) == {"mlp=96", "width=48"}
+    assert (table["tokens_per_second"].astype(float) > 0).all()
+    compared = pd.read_csv(home / "runs" / "cuts" / "contrasts.csv")
+    assert compared["baseline"].tolist() == ["pruned minitron + task_only", "random + black_box"]
+    assert (compared["seeds"] == 2).all()
+    in_text = pd.read_csv(home / "runs" / "cuts" / "text_retention.csv")
+    assert len(in_text) == 4 and in_text["bits"].between(0.1, 20).all()
+    check = run(home, "kd_utils", "check", home / "runs" / "cuts")
+    assert check.returncode == 0, check.stdout
 
 
 def test_07_reads_nothing_and_judges_the_published_claim(tmp_path):

@@ -1,5 +1,7 @@
 """Rounds of cuts in a sweep: trials that start from each other's students, and what makes them stale."""
 
+import shutil
+
 import pytest
 from serial_executor import Serial
 from small_project import small_project
@@ -67,11 +69,26 @@ def test_each_round_starts_from_the_student_before_and_one_that_changed_is_stale
     assert swept()[0] == [SECOND, THIRD]
 
 
+def test_a_student_that_is_gone_is_trained_again_if_a_later_round_needs_it(swept, tmp_path):
+    _, _, run = swept(breaks=(THIRD,))
+    students = tmp_path / "artifacts/students" / run_label(run)
+    shutil.rmtree(students / SECOND)
+    why = run.states(run.trials)[SECOND]
+    assert why == ("broken", f"its student is missing, from which {THIRD} starts")
+    ran, states, _ = swept()
+    assert ran == [SECOND, THIRD] and set(states.values()) == {"done"}
+    shutil.rmtree(students)  # nobody needs them now
+    assert swept()[0] == []
+    shutil.rmtree(tmp_path / "run" / "trials" / FIRST)
+    lost = {name: state.state for name, state in run.states(run.trials).items()}
+    assert lost == {FIRST: "missing", SECOND: "stale", THIRD: "stale"}
+
+
 def test_a_round_whose_predecessor_failed_is_not_run(swept, capsys):
     ran, states, _ = swept(breaks=(SECOND,))
     assert ran == [FIRST, SECOND]
     assert states == {FIRST: "done", SECOND: "failed", THIRD: "missing"}
-    assert f"FAILED: it starts from {SECOND}, which is not done" in capsys.readouterr().err
+    assert f"FAILED: it starts from {SECOND}, which is failed: broken" in capsys.readouterr().err
     ran, states, _ = swept()
     assert ran == [SECOND, THIRD] and set(states.values()) == {"done"}
 

@@ -56,6 +56,19 @@ def test_every_seed_has_an_assistant_of_its_own(files, tmp_path):
     assert {t.epochs for t in sweep.sweeps["end-seed-0"].trials} == {3}
 
 
+def test_a_part_of_a_chain_has_its_seeds_in_every_link(files, tmp_path):
+    files(first={})
+    own = {"name": "end", "chain": "first"}
+    sweep = ChainSweep(own, GRID, tmp_path / "run", "seed=3,distill_type=black_box")
+    assert [(link, [t.trial for t in of.chosen]) for link, of in sweep.sweeps.items()] == [
+        ("first", ["black_box_seed3"]), ("end-seed-3", ["black_box_seed3"])
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="seed=4 is not in the grid"):
+        ChainSweep(own, GRID, tmp_path / "run", "seed=4")
+    with pytest.raises(ValueError, match="end has chain and worlds: give one of them"):
+        ChainSweep(own | {"worlds": "1-2"}, GRID, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "chained, message",
     [

@@ -1,13 +1,14 @@
 """Kinds of students compared at one size: by start, importance, losses, and number of cuts."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis.compression.retained import DRAWS
-from kd_utils.analysis.compression.students import Students, draws_of_rows, draws_of_trials
+from kd_utils.analysis import stats
+from kd_utils.analysis.compression.students import Students
+from kd_utils.analysis.pairs import hierarchical_errors, hierarchical_interval, hierarchical_p
 
 
 class Kind(NamedTuple):
@@ -49,68 +50,77 @@ QUESTIONS: dict[str, tuple[tuple[Kind, Kind], ...]] = {
 
 
 def contrasts(students: Students) -> pd.DataFrame:
-    """Every pair of kinds of every question, at each shape that both have.
+    """Every pair of kinds of every question, at each shape and setting that both have.
 
     The difference is within a seed; several draws of a random start count as their mean. The
-    interval (95 %) is over validation rows and seeds, both drawn with replacement.
+    interval (95 %, not corrected) and p are over validation rows and seeds
+    (`pairs.hierarchical_interval`); p_holm is corrected within a question.
 
     Returns:
-        question, shape, ratio, method, baseline, seeds, accuracy, baseline_accuracy, difference,
-        low, high (fractions), and outcome: "better", "worse" (the interval does not hold 0) or "not
-        shown"; "not tested" with fewer than two seeds.
+        question, shape, setting, ratio, method, baseline, seeds, accuracy, baseline_accuracy,
+        difference, low, high (fractions), p, p_holm, and outcome: "better", "worse" (p_holm under
+        0.05), "not shown", or "not tested" with fewer than two seeds.
     """
-    weights, rows = draws_of_rows(students.tasks, DRAWS), []
-    for question, pairs in QUESTIONS.items():
-        for method, baseline in pairs:
-            for shape, both in _matched(students, method, baseline):
-                first, second = (_by_seed(students, places) for places in both)
-                seeds = sorted(first.keys() & second.keys())
-                difference = np.stack([first[seed] - second[seed] for seed in seeds])
-                chosen = draws_of_trials(len(seeds), DRAWS)
-                drawn = np.take_along_axis(weights @ difference.T, chosen, axis=1).mean(axis=1)
-                low, high = np.quantile(drawn, [0.025, 0.975])
-                accuracies = [
-                    float(np.mean([found[seed] @ students.weights for seed in seeds]))
-                    for found in (first, second)
-                ]
-                word = "better" if low > 0 else "worse" if high < 0 else "not shown"
-                rows.append(
-                    {
-                        "question": question,
-                        "shape": shape,
-                        "ratio": students.table.loc[both[0], "ratio"].mean(),
-                        "method": str(method),
-                        "baseline": str(baseline),
-                        "seeds": len(seeds),
-                        "accuracy": accuracies[0],
-                        "baseline_accuracy": accuracies[1],
-                        "difference": accuracies[0] - accuracies[1],
-                        "low": float(low),
-                        "high": float(high),
-                        "outcome": word if len(seeds) > 1 else "not tested",
-                    }
-                )
-    columns = (
-        "question shape ratio method baseline seeds accuracy baseline_accuracy difference low high "
-        "outcome"
-    )
-    return pd.DataFrame(rows, columns=columns.split())
-
-
-def _matched(
-    students: Students, method: Kind, baseline: Kind
-) -> Iterator[tuple[str, tuple[pd.Index, pd.Index]]]:
-    """The shapes that both kinds have, and the places of their trials."""
-    table = students.table
-    of_kind = [
-        table[(table["start"] == kind.start) & (table["distill_type"] == kind.method)]
-        for kind in (method, baseline)
+    rows = [
+        {"question": question, **row}
+        for question, pairs in QUESTIONS.items()
+        for method, baseline in pairs
+        for row in _compared(students, method, baseline)
     ]
-    for shape in of_kind[0]["shape"].unique():
-        places = [kind.index[kind["shape"] == shape] for kind in of_kind]
-        seeds = [set(table.loc[place, "seed"]) for place in places]
-        if seeds[0] & seeds[1]:
-            yield shape, (places[0], places[1])
+    columns = (
+        "question shape setting ratio method baseline seeds accuracy baseline_accuracy difference "
+        "low high p"
+    )
+    table = pd.DataFrame(rows, columns=columns.split())
+    table["p_holm"] = table.groupby("question", sort=False)["p"].transform(stats.holm)
+    found = zip(table["p_holm"], table["difference"], strict=True)
+    return table.assign(outcome=[_outcome(p, difference) for p, difference in found])
+
+
+def _outcome(p: float, difference: float) -> str:
+    if np.isnan(p):
+        return "not tested"
+    if p >= stats.ALPHA:
+        return "not shown"
+    return "better" if difference > 0 else "worse"
+
+
+def _compared(students: Students, method: Kind, baseline: Kind) -> Iterator[dict[str, Any]]:
+    """A row for each shape and setting in which both kinds have trials of the same seeds."""
+    tasks, weights = students.tasks, students.weights
+    of_kinds = [_by_shape(students.table, kind) for kind in (method, baseline)]
+    for (shape, setting), places in of_kinds[0].items():
+        if (shape, setting) not in of_kinds[1]:
+            continue
+        both = [_by_seed(students, found) for found in (places, of_kinds[1][shape, setting])]
+        if not (seeds := sorted(both[0].keys() & both[1].keys())):
+            continue
+        correct = [np.stack([found[seed] for seed in seeds]) for found in both]
+        difference = correct[0] - correct[1]
+        centre = float(np.mean(difference @ weights))
+        [error] = hierarchical_errors(difference, tasks, weights[:, None])
+        low, high = hierarchical_interval(centre, error, difference, tasks, weights, 0.95)
+        yield {
+            "shape": shape,
+            "setting": setting,
+            "ratio": students.table.loc[places, "ratio"].mean(),
+            "method": str(method),
+            "baseline": str(baseline),
+            "seeds": len(seeds),
+            "accuracy": float(np.mean(correct[0] @ weights)),
+            "baseline_accuracy": float(np.mean(correct[1] @ weights)),
+            "difference": centre,
+            "low": low,
+            "high": high,
+            "p": hierarchical_p(centre, error, len(seeds)) if len(seeds) > 1 else np.nan,
+        }
+
+
+def _by_shape(table: pd.DataFrame, kind: Kind) -> dict[tuple[str, str], pd.Index]:
+    """(shape, setting) -> the places of a kind's trials."""
+    of_kind = table[(table["start"] == kind.start) & (table["distill_type"] == kind.method)]
+    groups = of_kind.groupby(["shape", "setting"], sort=False)
+    return {(str(shape), str(setting)): group.index for (shape, setting), group in groups}
 
 
 def _by_seed(students: Students, places: pd.Index) -> dict[int, np.ndarray]:

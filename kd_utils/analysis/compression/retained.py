@@ -1,9 +1,11 @@
 """Retention against size: how much of the teacher's skill students of each size keep.
 
 The published figures are ratios of accuracies, student over teacher. Above chance is stricter:
-(student - chance) / (teacher - chance). Both have the interval of a paired bootstrap: validation
-rows are drawn once for both models, and the student's trials are drawn too, so the interval holds
-the teacher's own error. There is one teacher, so it does not hold the variation between teachers.
+(student - chance) / (teacher - chance). The interval of a ratio r is that of the mean of
+(student - chance) - r (teacher - chance), row by row and trial by trial, over the teacher's skill
+(the delta method). Its error is `pairs.hierarchical_errors`, by a bootstrap that draws validation
+rows once for both models and the student's trials too. So it holds the teacher's own error. There
+is one teacher, so it does not hold the variation between teachers.
 """
 
 from typing import Any
@@ -11,14 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from kd_utils.analysis.compression.students import (
-    SIZES,
-    Students,
-    draws_of_rows,
-    draws_of_trials,
-)
-
-DRAWS = 2000
+from kd_utils.analysis.compression.students import KIND, SIZES, Students
+from kd_utils.analysis.pairs import hierarchical_errors, hierarchical_interval
 
 #: What is expected of a student that is so many times smaller: raw retention, from and to.
 BANDS = {2: (0.95, 0.99), 4: (0.90, 0.95), 10: (0.80, 0.90), 50: (0.60, 0.80)}
@@ -37,10 +33,12 @@ def band_of(ratio: float) -> tuple[float, float] | None:
 
 def verdict(low: float, high: float, band: tuple[float, float] | None) -> str:
     """Where an interval lies beside its band: "inside" it, "above", "below", "not shown" (it
-    reaches over an end of the band), or "no figure".
+    reaches over an end of the band), "no figure", or "not tested" (fewer than two trials).
     """
     if band is None:
         return "no figure"
+    if np.isnan(low):
+        return "not tested"
     if low >= band[0] and high <= band[1]:
         return "inside"
     if low > band[1]:
@@ -52,26 +50,20 @@ def retained(students: Students) -> pd.DataFrame:
     """Retention of every kind of student and every size, on the mean over tasks.
 
     Returns:
-        start, distill_type, shape, n (trials), ratio, `SIZES` (means over trials), accuracy and
-        teacher (fractions); raw and above_chance, each with NAME_low and NAME_high (95 %); band
-        (text) and verdict, of the raw ratio. Smaller ratios first.
+        `KIND`, n (trials), ratio, `SIZES` (means over trials), teacher (its accuracy); accuracy,
+        raw and above_chance, each with NAME_low and NAME_high (95 %; NaN for one trial); fractions;
+        band (text) and verdict, of the raw ratio. Smaller ratios first.
     """
-    weights = draws_of_rows(students.tasks, DRAWS)
-    teacher, teachers = students.teacher @ students.weights, weights @ students.teacher
     rows = []
-    groups = students.table.groupby(["start", "distill_type", "shape"], sort=False)
-    for names, group in groups:
+    for names, group in students.table.groupby(KIND, sort=False):
         correct = students.correct[group.index]
-        accuracy = float(np.mean(correct @ students.weights))
-        drawn = weights @ correct.T  # (draws, trials)
-        chosen = draws_of_trials(len(group), DRAWS)
-        means = np.take_along_axis(drawn, chosen, axis=1).mean(axis=1)
-        row = dict(zip(("start", "distill_type", "shape"), names, strict=True))
+        row = dict(zip(KIND, names, strict=True))
         row |= {"n": len(group), "ratio": group["ratio"].mean()}
         row |= {key: group[key].mean() for key in SIZES}
-        row |= {"accuracy": accuracy, "teacher": teacher}
-        row |= _ratio("raw", accuracy, means, teacher, teachers, 0.0)
-        row |= _ratio("above_chance", accuracy, means, teacher, teachers, students.chance)
+        row["teacher"] = float(students.teacher @ students.weights)
+        row |= _with_interval("accuracy", correct, np.ones(1), 0.0, students)
+        row |= _with_interval("raw", correct, students.teacher, 0.0, students)
+        row |= _with_interval("above_chance", correct, students.teacher, students.chance, students)
         band = band_of(row["ratio"])
         row["band"] = "" if band is None else f"{100 * band[0]:.0f} to {100 * band[1]:.0f}"
         row["verdict"] = verdict(row["raw_low"], row["raw_high"], band)
@@ -79,27 +71,28 @@ def retained(students: Students) -> pd.DataFrame:
     return pd.DataFrame(rows).sort_values("ratio", kind="stable", ignore_index=True)
 
 
-def _ratio(
-    name: str,
-    student: float,
-    students: np.ndarray,
-    teacher: float,
-    teachers: np.ndarray,
-    chance: float,
+def _with_interval(
+    name: str, correct: np.ndarray, teacher: np.ndarray, chance: float, students: Students
 ) -> dict[str, Any]:
-    """A retention and its interval; NaN where the teacher is at chance in some draw."""
-    if (teachers <= chance).any():
+    """The ratio of mean skills above chance and its interval; NaN where the teacher's is not shown
+    to be above chance.
+
+    Args:
+        correct: (S, N) of the trials; teacher: (N,), or a single 1, whose ratio is the accuracy.
+    """
+    weights, tasks = students.weights, students.tasks
+    skills = np.broadcast_to(teacher - chance, correct.shape)
+    skill, spread = float(skills[0] @ weights), float(np.sqrt(skills[0].var() / len(weights)))
+    if skill <= 2 * spread:
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
-    drawn = (students - chance) / (teachers - chance)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return {
-        name: (student - chance) / (teacher - chance),
-        f"{name}_low": float(low),
-        f"{name}_high": float(high),
-    }
+    ratio = float(np.mean(correct @ weights) - chance) / skill
+    beside = correct - chance - ratio * skills
+    [error] = hierarchical_errors(beside, tasks, weights[:, None])
+    low, high = hierarchical_interval(0.0, error, beside, tasks, weights, 0.95)
+    return {name: ratio, f"{name}_low": ratio + low / skill, f"{name}_high": ratio + high / skill}
 
 
-def bits_retention(unigram: float, student: float, teacher: float) -> float:
+def bits_retention(unigram: float, student: Any, teacher: float) -> Any:
     """Retention of text, for which there is no chance level: (H_1 - student) / (H_1 - teacher).
 
     Args:

@@ -7,7 +7,8 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.analysis.pairs import example_weights
-from kd_utils.config.trial import initial_settings
+from kd_utils.analysis.tables import setting_text
+from kd_utils.config.trial import INITIAL, initial_settings
 from kd_utils.data.tasks import TASKS
 
 #: How a record's sizes are called (`evaluation.footprint`).
@@ -15,6 +16,10 @@ SIZES = ("parameters", "non_embedding", "flops_per_token", "bytes", "state_bytes
 
 #: Parameters that say how large a student is, not how it was made.
 OF_SIZE = ("student_layers", "student_width", "round")
+
+#: What trials that differ in seed or draw alone have in common: where the student's weights come
+#: from, its method, its shape, and other swept parameters.
+KIND = ["start", "distill_type", "shape", "setting"]
 
 
 def start_of(config: Mapping[str, Any]) -> str:
@@ -36,28 +41,31 @@ class Students(NamedTuple):
     """All done trials of one run whose students are final: not those of an earlier round.
 
     Attributes:
-        table: a row a trial: trial, start (`start_of`), distill_type, shape, seed, draw (the
-            `student_seed`), `SIZES`, and ratio: the teacher's non-embedding parameters over the
-            student's.
+        table: a row a trial: trial, `KIND`, seed, draw (the `student_seed`), `SIZES`, and ratio:
+            the teacher's non-embedding parameters over the student's.
         correct: (trials, N) 1.0 where the student answered the row right.
         teacher: (N,) the same of the teacher.
         tasks: (N,) the rows' tasks.
-        sizes: the teacher's.
     """
 
     table: pd.DataFrame
     correct: np.ndarray
     teacher: np.ndarray
     tasks: np.ndarray
-    sizes: dict[str, float]
 
     @classmethod
-    def of(cls, records: Sequence[Mapping[str, Any]], predictions: pd.DataFrame) -> "Students":
+    def of(
+        cls, records: Sequence[Mapping[str, Any]], predictions: pd.DataFrame, cache: str = ""
+    ) -> "Students":
         """From `run_folder.done_records` and `run_folder.predictions`.
+
+        Args:
+            cache: the `content_hash` of the teacher cache that they must have; "": any.
 
         Raises:
             ValueError: the records do not say how large the models are, or how the teacher
-                answered, as those of older code.
+                answered, as those of older code; trials did not answer the same rows; or they had
+                another teacher.
         """
         rows = [row for record in records if (row := _row(record))]
         if not rows or "teacher_correct" not in predictions:
@@ -65,17 +73,24 @@ class Students(NamedTuple):
                 "no trial of this run says how large its student is and what its teacher answers: "
                 "run the sweep again, or set run_dir to another run"
             )
+        found = {record["cache"]["content_hash"] for record in records} if cache else {cache}
+        if found != {cache}:
+            raise ValueError(
+                "the run's trials were taught from another cache than the one that is read here: "
+                "set name, teacher and tokenizer to those of the run's experiment, or run 02 again"
+            )
         table = pd.DataFrame(rows).sort_values(["ratio", "start", "distill_type", "seed", "draw"])
         answers = predictions.pivot(index="trial", columns="example_id", values="correct")
+        answers = answers.loc[table["trial"]]
+        if answers.isna().any(axis=None) or predictions["teacher_correct"].isna().any():
+            raise ValueError("trials did not answer the same rows: run the sweep again")
         of_rows = predictions.drop_duplicates("example_id").set_index("example_id")
         of_rows = of_rows.loc[answers.columns]
-        teacher = records[0]["sizes"]["teacher"]
         return cls(
-            table.reset_index(drop=True),
-            answers.loc[table["trial"]].to_numpy(float),
+            _with_one_name_a_shape(table.reset_index(drop=True)),
+            answers.to_numpy(float),
             of_rows["teacher_correct"].to_numpy(float),
             of_rows["task"].to_numpy(),
-            teacher,
         )
 
     def without(self, tasks: Iterable[str]) -> "Students":
@@ -96,6 +111,14 @@ class Students(NamedTuple):
         return float(np.mean([TASKS[task].chance for task in dict.fromkeys(self.tasks)]))
 
 
+def _with_one_name_a_shape(table: pd.DataFrame) -> pd.DataFrame:
+    """The table in which students of the same sizes have one name for their shape: "mlp=0.5" and
+    "mlp=192" may be the same.
+    """
+    shapes = table.groupby([*SIZES])["shape"].transform("first")
+    return table.assign(shape=shapes)
+
+
 def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     """A trial's row of the table; {} for a student of a round before the last."""
     config, sizes = record["config"], record.get("sizes") or {}
@@ -105,6 +128,13 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     if settings.get("round", 1) < settings.get("rounds", 1):
         return {}
     keep = {key: value for key, value in settings.items() if value != "all"}
+    own = {
+        "distill_type",
+        "seed",
+        "student_init",
+        *(key for keys in INITIAL.values() for key in keys),
+    }
+    swept = {key: value for key, value in record.get("swept", {}).items() if key not in own}
     shape = " ".join(
         f"{key.partition('_')[2]}={keep[key]}"
         for key in (*keep,)
@@ -115,26 +145,9 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "start": start_of(config),
         "distill_type": config["distill_type"],
         "shape": shape or "whole",
+        "setting": setting_text(swept),
         "seed": config["seed"],
         "draw": config.get("student_seed", 0),
         **{key: sizes["student"][key] for key in SIZES},
         "ratio": sizes["teacher"]["non_embedding"] / sizes["student"]["non_embedding"],
     }
-
-
-def draws_of_rows(tasks: np.ndarray, draws: int, seed: int = 0) -> np.ndarray:
-    """(draws, N) the rows' weights in the mean over tasks, in each draw of a bootstrap: the rows of
-    each task are drawn with replacement.
-    """
-    random, weights = np.random.default_rng(seed), np.zeros((draws, len(tasks)))
-    names = list(dict.fromkeys(tasks))
-    for name in names:
-        places = np.flatnonzero(tasks == name)
-        counts = random.multinomial(len(places), np.full(len(places), 1 / len(places)), draws)
-        weights[:, places] = counts / len(places) / len(names)
-    return weights
-
-
-def draws_of_trials(count: int, draws: int, seed: int = 1) -> np.ndarray:
-    """(draws, count) places of trials, drawn with replacement."""
-    return np.random.default_rng(seed).integers(count, size=(draws, count))

@@ -6,9 +6,6 @@ from torch import Tensor
 from kd_utils.models.cut.narrowing import folded
 from kd_utils.models.cut.slots import StoredModel, slot_of
 
-#: What a basis is taken from, by the parameter `student_basis`: the "weights" and three controls.
-BASES = ("weights", "activations", "channels", "random")
-
 
 def of_weights(source: StoredModel, width: int) -> Tensor:
     """(d, k) the top right singular vectors of all matrices that touch the residual stream.
@@ -16,7 +13,7 @@ def of_weights(source: StoredModel, width: int) -> Tensor:
     They are stacked, each divided by its Frobenius norm, with its rows along the stream:
     [E; head; W_q; W_k; W_v; W_o^T; W_gate; W_up; W_down^T] of all layers, gains folded in. The
     vectors are the eigenvectors of the stack's (d, d) Gram matrix, to which one matrix is added at
-    a time.
+    a time. A tied output layer counts beside the embedding, with its own gain.
     """
     size = source.config.hidden_size
     gram = torch.zeros(size, size, dtype=torch.float64)

@@ -35,7 +35,7 @@ def narrow_config(config, width: int, parameter: str = "student_width"):
     settings = {
         "head_dim": head_dim(config),
         "hidden_size": width,
-        # Beside a mean square over fewer channels.
+        # Beside a mean square over fewer channels. Qwen3's norms of single heads have it too.
         "rms_norm_eps": config.rms_norm_eps * config.hidden_size / width,
         "tie_word_embeddings": False,
     }

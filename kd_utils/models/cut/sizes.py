@@ -35,8 +35,10 @@ def kept_sizes(config: Any, cuts: int = 1, **keep: str) -> Sizes:
             the nearest number that is possible.
 
     Raises:
-        ValueError: a count that is not possible, with the nearest one that is.
+        ValueError: a count that is not possible, with the nearest one that is; a share that rounds
+            to all of them; or another family of models.
     """
+    require_family(config)
     whole, groups = sizes_of(config), config.num_key_value_heads
     exact = {key: cuts == 1 and "." not in text for key, text in keep.items()}
     counts = {
@@ -51,6 +53,13 @@ def kept_sizes(config: Any, cuts: int = 1, **keep: str) -> Sizes:
                 f"heads, and each of these groups must keep as many: set it to {nearest}"
             )
         heads = nearest
+        counts["keep_heads"] = heads
+    for key, count in counts.items():
+        if "." in keep[key] and count == getattr(whole, key.removeprefix("keep_")):
+            raise ValueError(
+                f"{key} = {keep[key]} of {count} rounds to all of them: give a smaller share, a "
+                "count, or 'all'"
+            )
     sizes = Sizes(counts["keep_layers"], heads, counts["keep_mlp"], whole.width)
     width = counts["keep_width"], "keep_width"
     return sizes._replace(width=legal_width(config, sizes, *width, exact=exact["keep_width"]))
@@ -74,6 +83,7 @@ def legal_width(config: Any, sizes: Sizes, width: int, parameter: str, *, exact:
         parameter: what asks for this width.
         exact: refuse a width that is not possible.
     """
+    require_family(config)
     if not 1 <= width <= config.hidden_size:
         raise ValueError(f"{parameter} = {width}: choose 1 to {config.hidden_size}")
     near = sorted(range(1, config.hidden_size + 1), key=lambda k: (abs(k - width), -k))

@@ -90,14 +90,15 @@ class StoredModel:
         self.name = name
         self.config = loading.load_pretrained("AutoConfig", name, hub.MODEL_FILES, revision)
         require_family(self.config)
+        shapes = _shapes(self.config)
         self._files: dict[str, Any] = {}
         for path in sorted(loading.model_folder(name, hub.MODEL_FILES, revision).iterdir()):
             if path.suffix == ".safetensors":
                 file = safe_open(path, framework="pt")
                 self._files |= dict.fromkeys(file.keys(), file)
-        tied = self.config.tie_word_embeddings
-        wanted = {key: shape for key, shape in _shapes(self.config).items() if key in self._files}
-        if lacking := sorted(_shapes(self.config).keys() - wanted - ({_HEAD} if tied else set())):
+        wanted = {key: shape for key, shape in shapes.items() if key in self._files}
+        tied = {HEAD} if self.config.tie_word_embeddings else set()
+        if lacking := sorted(shapes.keys() - wanted - tied):
             raise ValueError(
                 f"cannot cut {name}: its weights lack {lacking[0]}: give a folder that "
                 "save_pretrained wrote"
@@ -110,7 +111,11 @@ class StoredModel:
                     f"cannot cut {name}: its {key} is {found}, and its config asks for {shape}: "
                     "give the config.json that belongs to the weights"
                 )
-        self.keys = tuple(wanted)
+        if tied & wanted.keys() and not torch.equal(self.read(HEAD), self.read(_EMBEDDING)):
+            # transformers does not tie them then, whatever the config says.
+            self.config.tie_word_embeddings = False
+        #: Every weight by its name, the output layer too where it is the embedding.
+        self.keys = tuple(shapes)
 
     def read(self, key: str) -> Tensor:
         """One weight, as it is stored; a tied output layer is the embedding."""
@@ -118,7 +123,7 @@ class StoredModel:
         return self._files[key].get_tensor(key)
 
 
-_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def _shapes(config: Any) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,6 +35,19 @@ class Calibration:
     teacher: str
     teacher_sums: Callable[[], pd.DataFrame | None]
     rows: list[Example]
+
+    def require_known(self, config: Any, name: str) -> None:
+        """Refuse rows with token ids that the model `name` with this config does not know.
+
+        Raises:
+            ValueError: the rows are in the tokens of another model.
+        """
+        largest = max(int(row.tokens.max()) for row in self.rows)
+        if largest >= config.vocab_size:
+            raise ValueError(
+                f"the training rows have the token id {largest}, and {name} knows the ids below "
+                f"{config.vocab_size}: set tokenizer to the one that belongs to the student"
+            )
 
     def sums_of(self, name: str, revision: str = "") -> pd.DataFrame:
         """The sums of a model over the training rows: the cache's if it is the cached teacher,
@@ -80,6 +94,7 @@ def leave_one_out(model: nn.Module, rows: list[Example]) -> np.ndarray:
     return np.array(losses)
 
 
+@torch.inference_mode()
 def answer_loss(model: nn.Module, rows: list[Example]) -> float:
     """Cross-entropy of the answers' tokens, and of the end token: nats per token."""
     total, count = 0.0, 0

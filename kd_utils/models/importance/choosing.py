@@ -8,11 +8,6 @@ from kd_utils.models.cut.pruning import Units
 from kd_utils.models.cut.sizes import Sizes, sizes_of
 from kd_utils.models.importance.scores import Scores
 
-#: How units are ranked, by the parameter `importance`. Channels, heads and neurons always have
-#: Minitron's scores, but for the controls; "block_influence" and "leave_one_out" rank layers, and
-#: "minitron" ranks them by Block Influence. "random" and "lowest" are controls.
-IMPORTANCE = ("minitron", "block_influence", "leave_one_out", "random", "lowest")
-
 
 def kept_units(config: Any, sizes: Sizes, scores: Scores) -> Units:
     """The units with the highest scores, in the order that they have in the source.

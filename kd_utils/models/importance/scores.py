@@ -87,14 +87,19 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
         the mean over layers.
     """
     half, counts = GROUPS // 2, table.loc[table["kind"] == ROWS, SUMS].iloc[0]
+    columns = ["rows", "kind", "rank_correlation"]
+    if not counts.iloc[half:].sum():  # too few rows
+        return pd.DataFrame(columns=columns)
     others, found = scores(table, range(half, GROUPS)), []
-    for size in (1, 2, 4):
+    for size in (size for size in (1, 2, 4) if counts.iloc[:size].sum()):
         few = scores(table, range(size))
         for kind, a, b in zip(Scores._fields, few, others, strict=True):
+            if np.shape(a)[-1] < 2:  # a single unit has no rank
+                continue
             pairs = zip(np.atleast_2d(a), np.atleast_2d(b), strict=True)
             mean = np.mean([_rank_correlation(x, y) for x, y in pairs])
             found.append((int(counts.iloc[:size].sum()), kind, mean))
-    return pd.DataFrame(found, columns=["rows", "kind", "rank_correlation"])
+    return pd.DataFrame(found, columns=columns)
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

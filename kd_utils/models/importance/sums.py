@@ -70,7 +70,9 @@ class UnitSums:
         # (B, T): a row's real tokens weigh 1 / T_row each, its padding 0.
         real = torch.arange(max(lengths), device=device) < counts[:, None]
         self._weights = real / counts[:, None]
-        self._groups = torch.tensor([group_of(name) for name in example_ids], device=device)
+        groups = torch.tensor([group_of(name) for name in example_ids], device=device)
+        # (GROUPS, B): a product adds up in one order, which `index_add_` does not on a GPU.
+        self._groups = torch.nn.functional.one_hot(groups, GROUPS).T.float()
         self._seen: set[tuple[str, int]] = set()
         handles = self._hooks()
         try:
@@ -118,7 +120,9 @@ class UnitSums:
 
     def _mean_cosine(self, after: Tensor, before: Tensor) -> Tensor:
         """(B, 1) of twice (B, T, d)."""
-        cos = torch.cosine_similarity(before.float(), after.float(), dim=-1)
+        before, after = before.float(), after.float()
+        norms = torch.linalg.vector_norm(before, dim=-1) * torch.linalg.vector_norm(after, dim=-1)
+        cos = torch.einsum("btd,btd->bt", before, after) / norms.clamp(min=1e-30)
         return (cos * self._weights).sum(1, keepdim=True)
 
     def _add(self, kind: str, layer: int, x: Tensor, per_row: Callable[[Tensor], Tensor]) -> None:
@@ -127,7 +131,7 @@ class UnitSums:
             self._seen.add(place)
             found = per_row(x)
             sums = self._sums.setdefault(place, found.new_zeros(GROUPS, found.shape[1]))
-            sums.index_add_(0, self._groups, found)
+            sums += self._groups @ found
 
     def table(self) -> pd.DataFrame:
         """The sums so far, a row a unit: `kind`, `layer`, `index` and the columns `SUMS`."""

@@ -20,6 +20,7 @@ from kd_utils.models import loading
 from kd_utils.models.importance.calibration import Calibration
 from kd_utils.models.initial.ways import WAYS
 from kd_utils.records.provenance import Ingredients, code_of, environment
+from kd_utils.store.files import sha256_json
 from kd_utils.store.locks import locked
 from kd_utils.store.sealed import SealedFolder
 from kd_utils.tokens.encoding import Example, tokenizer_fingerprint
@@ -88,8 +89,8 @@ def student_source(
         code=_code(),
     )
     if way.reads_rows({*settings.values()}):
-        # Rows without a label have the teacher's answers.
-        made_from["rows"] = {key: manifest["key"][key] for key in ("data", "teacher")}
+        # Rows without a label have the teacher's answers, and sums are those of the cache's pass.
+        made_from["rows"] = {"cache": sha256_json(manifest["key"])}
     parts = [
         f"{key.partition('keep_')[2]}{value}" for key, value in settings.items() if value != "all"
     ]

@@ -11,7 +11,8 @@ import torch
 from kd_utils.models import loading
 from kd_utils.models.cut import bases, layers, narrowing, pruning, sizes
 from kd_utils.models.cut.slots import StoredModel
-from kd_utils.models.importance import calibration, choosing
+from kd_utils.models.importance import choosing
+from kd_utils.models.importance.calibration import Calibration, leave_one_out, second_moments
 from kd_utils.models.importance.scores import scores
 
 
@@ -33,7 +34,7 @@ class Way(NamedTuple):
 def some_layers(
     name: str,
     revision: str = "",
-    _: calibration.Calibration | None = None,
+    _: Calibration | None = None,
     *,
     student_layers: int,
 ) -> torch.nn.Module:
@@ -52,7 +53,7 @@ def some_layers(
 def random_weights(
     name: str,
     revision: str = "",
-    _: calibration.Calibration | None = None,
+    _: Calibration | None = None,
     *,
     student_seed: int = 0,
     **keep: Any,
@@ -81,7 +82,7 @@ def smaller_config(source: Any, rounds: int = 1, round: int = 1, **settings: Any
 def narrowed(
     name: str,
     revision: str,
-    training_rows: calibration.Calibration,
+    calibration: Calibration,
     *,
     student_width: int,
     student_basis: str,
@@ -91,14 +92,15 @@ def narrowed(
     source = StoredModel(name, revision)
     size = source.config.hidden_size
     narrowing.narrow_config(source.config, student_width)  # refuses what is not possible
+    calibration.require_known(source.config, name)
     if student_basis == "weights":
         basis = bases.of_weights(source, student_width)
     elif student_basis == "activations":
         model = loading.load_causal_lm(name, revision).eval()
-        moments = calibration.second_moments(model, training_rows.few_rows)
+        moments = second_moments(model, calibration.few_rows)
         basis = bases.top_eigenvectors(moments, student_width)
     elif student_basis == "channels":
-        known = scores(training_rows.sums_of(name, revision))
+        known = scores(calibration.sums_of(name, revision))
         kept = sizes.sizes_of(source.config)._replace(width=student_width)
         basis = bases.of_channels(choosing.kept_units(source.config, kept, known).width, size)
     else:
@@ -109,7 +111,7 @@ def narrowed(
 def pruned(
     name: str,
     revision: str,
-    training_rows: calibration.Calibration,
+    calibration: Calibration,
     *,
     importance: str,
     student_seed: int = 0,
@@ -122,13 +124,14 @@ def pruned(
     """
     source = StoredModel(name, revision)
     kept = sizes.kept_sizes(source.config, rounds - round + 1, **keep)
+    calibration.require_known(source.config, name)
     if importance == "random":
         known = choosing.random_scores(source.config, student_seed)
     else:
-        known = scores(training_rows.sums_of(name, revision))
+        known = scores(calibration.sums_of(name, revision))
     if importance == "leave_one_out":
         model = loading.load_causal_lm(name, revision).eval()
-        known = known._replace(layers=calibration.leave_one_out(model, training_rows.few_rows))
+        known = known._replace(layers=leave_one_out(model, calibration.few_rows))
     if importance == "lowest":
         known = choosing.reversed_scores(known)
     return pruning.pruned(source, choosing.kept_units(source.config, kept, known))

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from kd_utils.analysis.compression import contrasts, retained
-from kd_utils.analysis.compression.students import Students, draws_of_rows, start_of
+from kd_utils.analysis.compression.students import Students, start_of
 from kd_utils.config.notebook_files import notebook_defaults
 from kd_utils.config.trial import TrialConfig
 
@@ -70,19 +70,29 @@ def test_retention_is_the_ratio_of_means_over_tasks():
     assert row["raw"] == pytest.approx(student / teacher)
     assert row["above_chance"] == pytest.approx((student - 0.25) / (teacher - 0.25))
     assert row["above_chance"] < row["raw"]
+    assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
     assert row["raw_low"] < row["raw"] < row["raw_high"] and row["ratio"] == 2 and row["n"] == 3
     assert row["shape"] == "mlp=64" and row["parameters"] == 600
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
-    """Students and teacher of known accuracies, measured again and again."""
-    held, raw = [], 0.75 / 0.9
+    """Students whose accuracies vary from seed to seed, and a teacher, measured again and again."""
+    held, widths, false_alarms, raw = [], [], 0, 0.75 / 0.9
     for seed in range(24):
-        records = [record(s, 2, **CUT) for s in range(3)]
-        students = Students.of(records, predictions(records, [0.75] * 3, seed=seed))
-        [row] = retained.retained(students).to_dict("records")
-        held.append(row["raw_low"] <= raw <= row["raw_high"])
-    assert 0.8 <= np.mean(held) <= 1.0
+        levels = np.random.default_rng(seed).normal(0.75, 0.05, 10)
+        records = [record(s, 2, **CUT) for s in range(5)]
+        records += [record(s, 2, **CUT, importance="random") for s in range(5)]
+        students = Students.of(records, predictions(records, levels, seed=seed))
+        rows = retained.retained(students)
+        held += ((rows["raw_low"] <= raw) & (raw <= rows["raw_high"])).tolist()
+        widths += (rows["raw_high"] - rows["raw_low"]).tolist()
+        # The two kinds are alike, so a difference would be a false alarm.
+        table = contrasts.contrasts(students)
+        false_alarms += table["outcome"].isin(["better", "worse"]).sum()
+    assert np.mean(held) >= 0.9 and false_alarms <= 4  # of 24; 1.2 are expected
+    # sd / sqrt(5) of the seeds alone, by t(4): an interval that is much wider says nothing.
+    alone = 2 * 2.776 * 0.05 / np.sqrt(5) / 0.9
+    assert 0.7 * alone < np.mean(widths) < 1.6 * alone
 
 
 def test_rows_are_drawn_once_for_both_models():
@@ -96,9 +106,9 @@ def test_rows_are_drawn_once_for_both_models():
 
 
 def test_a_teacher_at_chance_has_nothing_to_retain():
-    records = [record(0, 2, **CUT)]
+    records = [record(seed, 2, **CUT) for seed in range(2)]
     [row] = retained.retained(
-        Students.of(records, predictions(records, [0.3], teacher=0.25))
+        Students.of(records, predictions(records, [0.3, 0.3], teacher=0.25))
     ).to_dict("records")
     assert np.isnan(row["above_chance"]) and np.isfinite(row["raw"])
 
@@ -112,6 +122,7 @@ def test_a_teacher_at_chance_has_nothing_to_retain():
         (10.0, 0.85, 0.95, "not shown"),
         (25.0, 0.5, 0.6, "no figure"),
         (48.0, 0.61, 0.79, "inside"),
+        (2.0, np.nan, np.nan, "not tested"),
     ],
 )
 def test_the_verdict_rests_on_the_interval(ratio, low, high, word):
@@ -135,9 +146,22 @@ def test_contrasts_are_within_seeds_and_at_one_shape():
     assert table["shape"].unique().tolist() == ["mlp=64"]  # only one kind has the other shape
     helps = table[table["question"].str.contains("teacher")].iloc[0]
     assert helps["difference"] == pytest.approx(0.3, abs=0.05) and helps["outcome"] == "better"
+    assert helps["p"] <= helps["p_holm"] < 0.05
     assert helps["seeds"] == 5 and helps["baseline"] == "pruned minitron + task_only"
     which = table[table["question"].str.contains("units")].iloc[0]
     assert which["outcome"] == "not shown" and which["low"] < 0 < which["high"]
+
+
+def test_how_a_student_was_made_is_no_setting():
+    random = {"student": "teacher", "student_init": "random", "keep_mlp": "64"}
+    records = [
+        record(seed, 2, **way) | {"swept": {"seed": seed, **way}}
+        for way in (CUT, random)
+        for seed in range(3)
+    ]
+    table = contrasts.contrasts(Students.of(records, predictions(records, [0.9] * 3 + [0.3] * 3)))
+    assert table["baseline"].tolist() == ["random + black_box"]
+    assert table["setting"].tolist() == ["student=teacher"]
 
 
 def test_one_seed_tests_nothing():
@@ -163,13 +187,36 @@ def test_older_records_are_refused_with_the_remedy():
             Students.of(made, table)
 
 
-def test_draws_of_rows_keep_the_tasks_weights():
-    tasks = np.array(["sst2"] * 3 + ["gsm8k"] * 9)
-    weights = draws_of_rows(tasks, 50)
-    assert weights.shape == (50, 12) and np.allclose(weights[:, :3].sum(1), 0.5)
-    assert np.allclose(weights[:, 3:].sum(1), 0.5)
-
-
 def test_bits_retention():
     assert retained.bits_retention(2.0, 1.0, 0.5) == pytest.approx(2 / 3)
     assert retained.bits_retention(2.0, 0.5, 0.5) == 1
+
+
+def test_other_swept_parameters_are_settings_and_no_seeds():
+    records = [
+        record(seed, 2, **CUT, temperature=t) | {"swept": {"seed": seed, "temperature": t}}
+        for t in (1.0, 4.0)
+        for seed in range(2)
+    ]
+    for made in records:
+        made["config"]["trial"] += str(made["config"]["temperature"])[0]
+    found = retained.retained(Students.of(records, predictions(records, [0.9, 0.9, 0.5, 0.5])))
+    assert found["n"].tolist() == [2, 2]
+    assert found["setting"].tolist() == ["temperature=1", "temperature=4"]
+
+
+def test_shapes_are_what_they_are_and_not_how_they_were_asked_for():
+    records = [record(0, 2, **CUT), record(1, 2, **(CUT | {"keep_mlp": "0.5"}))]
+    assert (
+        retained.retained(Students.of(records, predictions(records, [0.9, 0.8])))["n"].item() == 2
+    )
+
+
+def test_trials_of_another_teacher_or_other_rows_are_refused():
+    records = [record(seed, 2, **CUT) | {"cache": {"content_hash": "a"}} for seed in range(2)]
+    answered = predictions(records, [0.5, 0.6])
+    assert len(Students.of(records, answered, cache="a").table) == 2
+    with pytest.raises(ValueError, match="from another cache .* set name, teacher and tokenizer"):
+        Students.of(records, answered, cache="b")
+    with pytest.raises(ValueError, match="did not answer the same rows"):
+        Students.of(records, answered.iloc[:-1])

@@ -5,11 +5,12 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import logits, tiny_llama, tiny_of_family, tiny_tokenizer
 
 from kd_utils.models.attention_maps import relative_difference
 from kd_utils.models.cut import bases, narrowing, pruning, sizes, slots
+from kd_utils.models.initial.ways import random_weights
 from kd_utils.models.loading import load_causal_lm, save_model
 
 ALL = dict.fromkeys(("keep_layers", "keep_heads", "keep_mlp", "keep_width"), "all")
@@ -211,6 +212,42 @@ def test_a_family_may_have_any_width():
         narrowing.narrow_config(tiny_of_family("llama").config, 30)
 
 
+def test_a_config_that_says_tied_beside_a_head_of_its_own_is_not_believed(tmp_path):
+    model = tiny_of_family("llama", tie_word_embeddings=True)
+    save_model(model, tiny_tokenizer(begin=False), tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    head = torch.randn_like(model.lm_head.weight)
+    save_file({**load_file(file), "lm_head.weight": head}, file, {"format": "pt"})
+    loaded = load_causal_lm(str(tmp_path / "m")).eval()
+    assert torch.equal(loaded.lm_head.weight, head)
+    source = slots.StoredModel(str(tmp_path / "m"))
+    made = pruning.pruned(source, units_of(source.config))
+    assert torch.equal(logits(made), logits(loaded)) and not made.config.tie_word_embeddings
+    save_model(made, tiny_tokenizer(begin=False), tmp_path / "made")
+    turned = narrowing.narrowed(source, torch.eye(32))
+    assert relative_difference(logits(turned), logits(loaded)) < 1e-5
+
+
+def test_a_tied_output_layer_counts_in_the_basis_with_its_own_gain(tmp_path):
+    model = tiny_llama(tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.arange(32) / 32 + 0.1)
+    save_model(model, tiny_tokenizer(begin=False), tmp_path / "tied")
+    untied = tiny_llama(tie_word_embeddings=False)
+    untied.load_state_dict(model.state_dict())
+    save_model(untied, tiny_tokenizer(begin=False), tmp_path / "untied")
+    found = [bases.of_weights(slots.StoredModel(str(tmp_path / n)), 8) for n in ("tied", "untied")]
+    torch.testing.assert_close(found[0] @ found[0].T, found[1] @ found[1].T, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "keep, share", [({"keep_heads": "0.9"}, "0.9 of 4"), ({"keep_mlp": "0.999"}, "0.999 of 48")]
+)
+def test_a_share_that_cuts_nothing_is_refused(keep, share):
+    with pytest.raises(ValueError, match=f"{share} rounds to all of them: give a smaller share"):
+        sizes.kept_sizes(tiny_of_family("llama").config, **(ALL | keep))
+
+
 def test_other_families_are_refused_by_name(tmp_path):
     save_model(
         tiny_of_family("gpt_neox", num_attention_heads=4),
@@ -219,11 +256,12 @@ def test_other_families_are_refused_by_name(tmp_path):
     )
     with pytest.raises(ValueError, match="a gpt_neox model cannot be cut: .*llama, mistral"):
         slots.StoredModel(str(tmp_path / "m"))
+    with pytest.raises(ValueError, match="a gpt_neox model cannot be cut"):
+        random_weights(str(tmp_path / "m"), **(ALL | {"keep_mlp": "0.5"}))
+    assert random_weights(str(tmp_path / "m"), **ALL).config.model_type == "gpt_neox"
 
 
 def test_weights_that_are_not_the_configs_are_refused(tmp_path):
-    from safetensors.torch import save_file
-
     save_model(tiny_of_family("llama"), tiny_tokenizer(begin=False), tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     weights = load_file(file)

@@ -11,6 +11,11 @@ import torch
 from tiny import example_rows, tiny_llama, tiny_tokenizer
 
 from kd_utils.config.parameter_files import notebook_config
+from kd_utils.models.cut import bases, narrowing, pruning, sizes
+from kd_utils.models.cut.slots import StoredModel
+from kd_utils.models.importance import calibration, choosing
+from kd_utils.models.importance.calibration import Calibration
+from kd_utils.models.importance.scores import scores
 from kd_utils.models.initial import ways
 from kd_utils.models.initial.students import student_source
 from kd_utils.models.loading import load_causal_lm, model_fingerprint, save_model
@@ -37,6 +42,7 @@ def project(tmp_path):
         return student_source(config, cache, tokenizer, rows)
 
     source.folders = tmp_path / "artifacts" / "initial_students"
+    source.cache, source.rows = cache, rows
     source.large = tmp_path / "models" / "large"
     return source
 
@@ -141,3 +147,77 @@ def test_a_student_that_cannot_be_made_leaves_no_folder(project):
     with pytest.raises(ValueError, match="student_layers = 5: choose 2 to 4"):
         project(student_layers=5)
     assert listed(project.folders) == []
+
+
+SHAPE = {"student_init": "pruned", "keep_mlp": "16", "keep_width": "16"}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        *({"student_init": "svd", "student_width": 16, "student_basis": basis}
+          for basis in ("weights", "activations", "channels", "random")),
+        *(SHAPE | {"importance": importance}
+          for importance in ("minitron", "block_influence", "random", "lowest")),
+        SHAPE | {"importance": "leave_one_out", "keep_layers": "2"},
+        SHAPE | {"student_init": "random"},
+    ],
+    ids=lambda parameters: " ".join(map(str, parameters.values())),
+)  # fmt: skip
+def test_every_way_makes_what_its_parameters_say(project, parameters):
+    source = StoredModel(str(project.large))
+    rows = Calibration("another", lambda: None, project.rows)
+    size = source.config.hidden_size
+    whole = sizes.sizes_of(source.config)
+    cut = whole._replace(width=16, mlp=64 if parameters["student_init"] == "svd" else 16)
+    known = scores(rows.sums_of(str(project.large)))
+    model = load_causal_lm(str(project.large)).eval()
+
+    def narrow(basis):
+        return narrowing.narrowed(source, basis)
+
+    def prune(found, layers=4):
+        units = choosing.kept_units(source.config, cut._replace(layers=layers), found)
+        return pruning.pruned(source, units)
+
+    lost = known._replace(layers=calibration.leave_one_out(model, rows.few_rows))
+    expected = {
+        "weights": lambda: narrow(bases.of_weights(source, 16)),
+        "activations": lambda: narrow(
+            bases.top_eigenvectors(calibration.second_moments(model, rows.few_rows), 16)
+        ),
+        "channels": lambda: narrow(
+            bases.of_channels(choosing.kept_units(source.config, cut, known).width, size)
+        ),
+        "minitron": lambda: prune(known),
+        "block_influence": lambda: prune(known),
+        "lowest": lambda: prune(choosing.reversed_scores(known)),
+        "leave_one_out": lambda: prune(lost, layers=2),
+    }
+    kind = parameters.get("importance") or parameters.get("student_basis", "random")
+    if kind == "random":
+        first, second = (
+            load_causal_lm(project(**parameters, student_seed=s).folder) for s in (0, 1)
+        )
+        assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+        assert first.config.hidden_size == 16
+        return
+    made = load_causal_lm(project(**parameters).folder).state_dict()
+    for name, weight in expected[kind]().state_dict().items():
+        assert torch.equal(made[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "parameters, reads",
+    [
+        ({"student_init": "svd", "student_width": 16}, False),
+        ({"student_init": "svd", "student_width": 16, "student_basis": "channels"}, True),
+        (SHAPE, True),
+        (SHAPE | {"importance": "random"}, False),
+        (SHAPE | {"student_init": "random"}, False),
+    ],
+)
+def test_another_cache_makes_another_student_only_if_its_rows_are_read(project, parameters, reads):
+    before = project(**parameters).folder
+    project.cache.manifest["key"] = KEY | {"teacher_dtype": "torch.bfloat16"}
+    assert (project(**parameters).folder != before) == reads
