@@ -158,7 +158,8 @@ def test_every_grid_of_cuts_asks_a_question_with_seeds_enough(path):
         and len({seed for _, seed in kinds[pair[0]] & kinds[pair[1]]}) >= least
     ]
     assert asked
-    assert all(len(found) >= least for found in kinds.values())
+    trained = [found for kind, found in kinds.items() if kind.method != "untrained"]
+    assert all(len(found) >= least for found in trained)
 
 
 def test_the_projects_grid_has_the_plain_run_folder():
