@@ -81,7 +81,7 @@ def test_a_student_that_is_gone_is_trained_again_if_a_later_round_needs_it(swept
     assert swept()[0] == []
     shutil.rmtree(tmp_path / "run" / "trials" / FIRST)
     lost = {name: state.state for name, state in run.states(run.trials).items()}
-    assert lost == {FIRST: "missing", SECOND: "stale", THIRD: "stale"}
+    assert lost == {FIRST: "broken", SECOND: "stale", THIRD: "stale"}
 
 
 def test_a_round_whose_predecessor_failed_is_not_run(swept, capsys):

@@ -65,7 +65,11 @@ def test_the_whole_source_is_never_in_memory(folders, way):
     )  # fmt: skip
     used, result = map(float, ran.stdout.split())
     assert 12 * layer > 5 * layer + result  # so the whole source would not fit into the bound
-    assert used < result + layer, f"{used:.0f} MB for {result:.0f} MB, a layer is {layer:.0f}"
+    # A basis needs a few (d, d) matrices in double precision too.
+    square = {"pruned": 0, "svd": 4 * 768**2 * 8 / 2**20}[way]
+    assert used < result + layer + square, (
+        f"{used:.0f} MB for {result:.0f} MB, a layer is {layer:.0f}"
+    )
 
 
 def test_the_same_cut_of_half_precision_is_that_of_its_values(folders, tmp_path):
