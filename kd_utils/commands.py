@@ -90,10 +90,7 @@ def sweep(
     from kd_utils.config import parameter_files
     from kd_utils.sweep.executor import open_executor
     from kd_utils.sweep.planning import default_run_dir
-    from kd_utils.sweep.sweep import Sweep
-    from kd_utils.worlds.chain import ChainSweep
-    from kd_utils.worlds.parameters import parameters_by_world
-    from kd_utils.worlds.sweep import WorldsSweep
+    from kd_utils.worlds.chain import kind_of_sweep
 
     values, lists = parameter_files.load_parameters(parameters), parameter_files.load_grid(grid)
     if data_dir is not None:
@@ -108,10 +105,7 @@ def sweep(
             "it has: leave one out"
         )
     machines.limit_cores(cpus)
-    kind = WorldsSweep if parameters_by_world(values) else Sweep
-    if parameter_files.CHAIN in values:
-        kind = ChainSweep
-    planned = kind(values, lists, run_dir or default_run_dir(values, grid), only)
+    planned = kind_of_sweep(values)(values, lists, run_dir or default_run_dir(values, grid), only)
     changed = parameter_files.changed_defaults(planned.notebooks)
     if strict and changed:
         raise ValueError(

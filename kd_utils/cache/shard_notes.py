@@ -37,11 +37,9 @@ def write(cache: Path, shard: Shard, sha256: str, sums: pd.DataFrame | None) -> 
     """
     note: dict[str, Any] = {"made_for": shard.made_for, "sha256": sha256}
     if sums is not None:
-        file = _sums_file(cache, shard)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with files.written_aside(file) as aside:
+        with files.written_aside(_sums_file(cache, shard)) as aside:
             sums.to_parquet(aside, index=False)
-        note["sums"] = files.sha256_file(file)
+            note["sums"] = files.sha256_file(aside)
     files.write_json(folder_of(cache) / f"{shard.file}.json", note)
 
 

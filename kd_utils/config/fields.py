@@ -28,10 +28,7 @@ def check_layers(choice: str) -> str:
 
 def _kept(value: Any) -> Any:
     """Text of how much of something is kept: a share of 1 is "all", a whole number a count."""
-    if isinstance(value, float) and value == 1:
-        return "all"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"{value:.9g}" if number else value
+    return "all" if isinstance(value, float) and value == 1 else _as_text(value)
 
 
 def _check_kept(text: str) -> str:
@@ -61,6 +58,74 @@ def teacher_weights(text: str) -> dict[str, float]:
             "Input should leave some weight to the trial's own teacher: these sum to 1 or more"
         )
     return weights
+
+
+def rows_by_task(text: str) -> dict[str, int]:
+    """`"sst2:600 mmlu:730"` -> {"sst2": 600, "mmlu": 730}.
+
+    Raises:
+        ValueError: not of this form, a task without rows, or a task that is named twice.
+    """
+    rows = _counts(text, ":", least=1)
+    if not rows:
+        raise ValueError(
+            "Input should be TASK:ROWS, several with spaces between, such as 'sst2:600 mmlu:730': "
+            "each task once and with at least 1 row (leave out a task that should have none)"
+        )
+    return rows
+
+
+def _counts(text: str, sign: str, least: int) -> dict[str, int]:
+    """Task -> number, of `"TASK:NUMBER TASK:NUMBER"` with another sign; {} for other text."""
+    parts = [part.partition(sign)[::2] for part in text.split()]
+    counts = {task: int(n) for task, n in parts if re.fullmatch("0|[1-9][0-9]{0,8}", n)}
+    well_formed = len(counts) == len(parts) and "" not in counts
+    return counts if well_formed and min(counts.values(), default=0) >= least else {}
+
+
+TaskRows = Annotated[str, AfterValidator(lambda text: rows_by_task(text) and text)]
+
+
+def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
+    """How many training rows of each task have a label.
+
+    Args:
+        text: a share of every task's rows, rounded, at least one row (`"0.15"`; "0" is none), or
+            the most labels of some tasks (`"sst2:90 mmlu:100"`, or with `=`; the others have all
+            their labels).
+        rows: the training rows of each task.
+    """
+    if SHARE.fullmatch(text):
+        share = float(text)
+        return {task: max(round(share * n), 1) if share else 0 for task, n in rows.items()}
+    counts = named_labels(text)
+    return {task: min(counts.get(task, n), n) for task, n in rows.items()}
+
+
+def named_labels(text: str) -> dict[str, int]:
+    """The tasks whose labels a text counts, and how many; {} for a share."""
+    return _counts(text, "=" if "=" in text else ":", least=0)
+
+
+SHARE = re.compile(r"0|1|0?\.\d{1,9}")
+
+
+def _labels(text: str) -> str:
+    if not SHARE.fullmatch(text) and not named_labels(text):
+        raise ValueError(
+            "Input should be a share of every task's training rows, from 0 to 1 (such as '0.15'), "
+            "or TASK:ROWS, several with spaces between (such as 'sst2:90 mmlu:0'), each task once"
+        )
+    return text
+
+
+def _as_text(value: Any) -> Any:
+    """A number as YAML reads it, as text: 1.0 is "1"."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"{value:.9g}" if number else value
+
+
+Labelled = Annotated[str, BeforeValidator(_as_text), AfterValidator(_labels)]
 
 
 def _place(text: str) -> str:

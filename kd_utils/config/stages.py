@@ -8,70 +8,11 @@ in `papermill_params/` holds what differs from them.
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kd_utils.config import fields
 from kd_utils.config.base import Config
 from kd_utils.config.trial import TrialConfig
-
-
-def rows_by_task(text: str) -> dict[str, int]:
-    """`"sst2:600 mmlu:730"` -> {"sst2": 600, "mmlu": 730}.
-
-    Raises:
-        ValueError: not of this form, a task without rows, or a task that is named twice.
-    """
-    rows = _counts(text, ":", least=1)
-    if not rows:
-        raise ValueError(
-            "Input should be TASK:ROWS, several with spaces between, such as 'sst2:600 mmlu:730': "
-            "each task once and with at least 1 row (leave out a task that should have none)"
-        )
-    return rows
-
-
-def _counts(text: str, sign: str, least: int) -> dict[str, int]:
-    """Task -> number, of `"TASK:NUMBER TASK:NUMBER"` with another sign; {} for other text."""
-    parts = [part.partition(sign)[::2] for part in text.split()]
-    counts = {task: int(n) for task, n in parts if re.fullmatch("0|[1-9][0-9]{0,8}", n)}
-    well_formed = len(counts) == len(parts) and "" not in counts
-    return counts if well_formed and min(counts.values(), default=0) >= least else {}
-
-
-TaskRows = Annotated[str, AfterValidator(lambda text: rows_by_task(text) and text)]
-
-
-def label_counts(text: str, rows: dict[str, int]) -> dict[str, int]:
-    """How many training rows of each task have a label.
-
-    Args:
-        text: a share of every task's rows, rounded, at least one row (`"0.15"`; "0" is none), or
-            the most labels of some tasks (`"sst2:90 mmlu:100"`, or with `=`; the others have all
-            their labels).
-        rows: the training rows of each task.
-    """
-    if SHARE.fullmatch(text):
-        share = float(text)
-        return {task: max(round(share * n), 1) if share else 0 for task, n in rows.items()}
-    counts = _label_counts(text)
-    return {task: min(counts.get(task, n), n) for task, n in rows.items()}
-
-
-def _label_counts(text: str) -> dict[str, int]:
-    return _counts(text, "=" if "=" in text else ":", least=0)
-
-
-SHARE = re.compile(r"0|1|0?\.\d{1,9}")
-
-
-def _labels(text: str) -> str:
-    if not SHARE.fullmatch(text) and not _label_counts(text):
-        raise ValueError(
-            "Input should be a share of every task's training rows, from 0 to 1 (such as '0.15'), "
-            "or TASK:ROWS, several with spaces between (such as 'sst2:90 mmlu:0'), each task once"
-        )
-    return text
-
 
 TOY = re.compile(r"toy(?:-([0-9]{1,6}))?")
 
@@ -85,15 +26,6 @@ def _embedded(name: str) -> str:
     return name
 
 
-def _as_text(value: Any) -> Any:
-    """A number as YAML reads it, as text: 1.0 is "1"."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return f"{value:.9g}" if number else value
-
-
-Labelled = Annotated[str, BeforeValidator(_as_text), AfterValidator(_labels)]
-
-
 class DataConfig(Config):
     """Parameters of `01_prepare_data`. Which tasks there are is known to `data/tasks`."""
 
@@ -104,16 +36,16 @@ class DataConfig(Config):
     tokenizer: fields.Place = "artifacts/embedded/toy/tokenizer"
     max_length: fields.PositiveInt = 64
     data_seed: fields.Seed = 0
-    train_rows: TaskRows = "sst2:400 mmlu:400 gsm8k:400"
-    labelled: Labelled = "sst2:50 mmlu:100 gsm8k:100"
+    train_rows: fields.TaskRows = "sst2:400 mmlu:400 gsm8k:400"
+    labelled: fields.Labelled = "sst2:50 mmlu:100 gsm8k:100"
     held_out_rows: fields.PositiveInt = 300
-    validation_rows: TaskRows = "sst2:1000 mmlu:1200 gsm8k:1000"
+    validation_rows: fields.TaskRows = "sst2:1000 mmlu:1200 gsm8k:1000"
 
     def rows(self, split: str) -> dict[str, int]:
         """How many rows of each task go into `split` ("train", "held_out" or "validation")."""
         if split == "held_out":
             return dict.fromkeys(self.rows("train"), self.held_out_rows)
-        return rows_by_task(getattr(self, f"{split}_rows"))
+        return fields.rows_by_task(getattr(self, f"{split}_rows"))
 
     @model_validator(mode="after")
     def _another_toy_is_read(self) -> Self:
@@ -141,12 +73,12 @@ class DataConfig(Config):
     @property
     def labels(self) -> dict[str, int]:
         """How many training rows of each task have a label."""
-        return label_counts(self.labelled, self.rows("train"))
+        return fields.label_counts(self.labelled, self.rows("train"))
 
     @property
     def labelled_tasks(self) -> set[str]:
         """The tasks that `labelled` names; not all of them need training rows."""
-        return set(_label_counts(self.labelled))
+        return set(fields.named_labels(self.labelled))
 
     @property
     def tasks(self) -> set[str]:

@@ -46,22 +46,15 @@ METHODS: dict[str, Method] = {
     "combined": Method({**_LOGITS, **_HIDDEN, **_MAPS}),
 }
 
+_KEPT = ("keep_layers", "keep_heads", "keep_mlp", "keep_width")
+
 #: The ways in which an initial student is made -> the parameters that each of them reads.
 INITIAL: dict[str, tuple[str, ...]] = {
     "pretrained": (),
     "layers": ("student_layers",),
-    "random": ("keep_layers", "keep_heads", "keep_mlp", "keep_width", "student_seed"),
+    "random": (*_KEPT, "student_seed"),
     "svd": ("student_width", "student_basis", "student_seed"),
-    "pruned": (
-        "keep_layers",
-        "keep_heads",
-        "keep_mlp",
-        "keep_width",
-        "importance",
-        "student_seed",
-        "rounds",
-        "round",
-    ),
+    "pruned": (*_KEPT, "importance", "student_seed", "rounds", "round"),
 }
 
 
@@ -197,7 +190,7 @@ class TrialConfig(Config):
 
     def _require_possible_rounds(self) -> None:
         """Raise a ValueError for rounds of cuts that no sweep could run."""
-        shares = [key for key in INITIAL["pruned"] if "." in str(getattr(self, key))]
+        shares = [key for key in _KEPT if "." in str(getattr(self, key))]
         why = ""
         if shares:
             why = f"{shares[0]} = {getattr(self, shares[0])}, a share: give how many are kept"

@@ -21,8 +21,8 @@ SIZES = dict(
     num_key_value_heads=4,
 )
 
-#: With the toy's own settings (a rate of 2e-3, 4 epochs) a model of this size does not learn to
-#: read contrasts: docs/log.md.
+#: With the toy's own settings (a rate of 2e-3, 4 epochs) a model of this size gets 69 % of
+#: sentiments right after its fine-tuning: docs/log.md.
 PRETRAINING: dict[str, Any] = toy_models.PRETRAINING | dict(epochs=6, learning_rate=7e-4)
 
 

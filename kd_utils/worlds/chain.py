@@ -8,7 +8,7 @@ cached by 02 as any other teacher, and trials of seed k train from that cache al
 independent. A student that was trained anew makes the caches after it stale.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pandas as pd
@@ -19,6 +19,7 @@ from kd_utils.config.stages import SWEPT, TRAIN
 from kd_utils.sweep import planning
 from kd_utils.sweep.planning import Trial
 from kd_utils.sweep.sweep import Sweep
+from kd_utils.worlds.parameters import parameters_by_world
 from kd_utils.worlds.sweep import WorldsSweep
 
 
@@ -101,6 +102,13 @@ class ChainSweep(WorldsSweep):
             of_link = results[results["world"] == link]
             done = int((of_link["status"] == "done").sum())
             yield f"{link}: {done} of {len(of_link)} trials are done, in {sweep.place}"
+
+
+def kind_of_sweep(parameters: dict[str, Any]) -> Callable[..., Any]:
+    """The class that sweeps a parameter file: of a chain, of several worlds, or of neither."""
+    if CHAIN in parameters:
+        return ChainSweep
+    return WorldsSweep if parameters_by_world(parameters) else Sweep
 
 
 def links_of(parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:

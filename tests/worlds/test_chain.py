@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import pandas as pd
 import pytest
 from serial_executor import Serial
 from small_project import write_rows
@@ -67,6 +68,16 @@ def test_a_part_of_a_chain_has_its_seeds_in_every_link(files, tmp_path):
         ChainSweep(own, GRID, tmp_path / "run", "seed=4")
     with pytest.raises(ValueError, match="end has chain and worlds: give one of them"):
         ChainSweep(own | {"worlds": "1-2"}, GRID, tmp_path / "run")
+
+
+def test_a_chain_stops_where_an_assistant_is_missing(files, tmp_path):
+    files(first={})
+    sweep = ChainSweep({"name": "end", "chain": "first"}, GRID, tmp_path / "run")
+    results = pd.DataFrame({"trial": ["a", "b"], "status": ["done", "failed"]})
+    with pytest.raises(ValueError, match="first: b is not done, and its student is to teach"):
+        sweep._require_done("first", results)
+    sweep._require_done("first", results[:1])
+    sweep._require_done("end-seed-3", results)  # teaches nobody
 
 
 @pytest.mark.parametrize(

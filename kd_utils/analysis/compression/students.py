@@ -1,6 +1,6 @@
 """The students of a run by how they were made and how large they are, beside their teacher."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,13 +93,6 @@ class Students(NamedTuple):
             of_rows["task"].to_numpy(),
         )
 
-    def without(self, tasks: Iterable[str]) -> "Students":
-        """The same without the rows of some tasks."""
-        kept = ~np.isin(self.tasks, list(tasks))
-        return self._replace(
-            correct=self.correct[:, kept], teacher=self.teacher[kept], tasks=self.tasks[kept]
-        )
-
     @property
     def weights(self) -> np.ndarray:
         """(N,) of each row in the mean over tasks."""
@@ -137,8 +130,8 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
     swept = {key: value for key, value in record.get("swept", {}).items() if key not in own}
     shape = " ".join(
         f"{key.partition('_')[2]}={keep[key]}"
-        for key in (*keep,)
-        if key.startswith("keep_") or key in OF_SIZE[:2]
+        for key in keep
+        if key.startswith("keep_") or key in ("student_layers", "student_width")
     )
     return {
         "trial": config["trial"] or f"{config['distill_type']}_seed{config['seed']}",

@@ -7,6 +7,7 @@ block, and so needs matrices between blocks, which no plain model has.)
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,13 @@ NORMS = {
 }
 
 
-def narrow_config(config, width: int, parameter: str = "student_width"):
+def narrow_config(config: Any, width: int) -> Any:
     """The config of a model of this width, with an output layer of its own, in a new object.
 
     Raises:
         ValueError: a width that the family does not have, with the nearest one.
     """
-    legal_width(config, sizes_of(config), width, parameter, exact=True)
+    legal_width(config, sizes_of(config), width, "student_width", exact=True)
     settings = {
         "head_dim": head_dim(config),
         "hidden_size": width,
