@@ -170,7 +170,7 @@ def _parts(loader: yaml.SafeLoader, node: yaml.Node, count: int, where: str) -> 
 
 def _grid_value(key: str, value: Any, path: Path) -> Any:
     """The value that a trial's config will have: YAML reads 1e-4 as text, and 3.0 is no seed."""
-    if isinstance(value, str) and not re.fullmatch("[ -~]+", value):
+    if isinstance(value, str) and not re.fullmatch("[ -~]*", value):
         raise ValueError(
             f"{path}: in {key}: {shown(value)} must be ASCII: it becomes part of a trial's name"
         )

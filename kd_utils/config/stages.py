@@ -202,11 +202,12 @@ class CutConfig(Config):
     learning_rate: fields.PositiveFloat = 2e-3
     device: fields.Device = "auto"
     run_dir: fields.PlaceOrBlank = ""
+    chain_run: fields.PlaceOrBlank = ""
 
     @property
     def of_trial(self) -> dict[str, Any]:
         """The parameters that `03_train_student` has too."""
-        own = self.model_dump(exclude={"run_dir"})
+        own = self.model_dump(exclude={"run_dir", "chain_run"})
         return {key: value for key, value in own.items() if key in TrialConfig.model_fields}
 
 

@@ -53,7 +53,7 @@ INITIAL: dict[str, tuple[str, ...]] = {
     "pretrained": (),
     "layers": ("student_layers",),
     "random": (*_KEPT, "student_seed"),
-    "svd": ("student_width", "student_basis", "student_seed"),
+    "svd": ("student_width", "student_basis", "student_output", "student_seed"),
     "pruned": (*_KEPT, "importance", "student_seed", "rounds", "round"),
 }
 
@@ -118,6 +118,7 @@ class TrialConfig(Config):
     student_layers: fields.PositiveInt = 2
     student_width: fields.PositiveInt = 48
     student_basis: Literal["weights", "activations", "channels", "random"] = "weights"
+    student_output: Literal["own", "tied"] = "own"
     keep_layers: fields.Kept = "all"
     keep_heads: fields.Kept = "all"
     keep_mlp: fields.Kept = "all"

@@ -9,6 +9,7 @@ independent. A student that was trained anew makes the caches after it stale.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,6 +17,8 @@ import pandas as pd
 from kd_utils.config.parameter_files import CHAIN, WORLDS, load_parameters, notebook_config
 from kd_utils.config.project_paths import CODE_ROOT, short_path
 from kd_utils.config.stages import SWEPT, TRAIN
+from kd_utils.records import run_folder
+from kd_utils.records.trial_record import RecordError
 from kd_utils.sweep import planning
 from kd_utils.sweep.planning import Trial
 from kd_utils.sweep.sweep import Sweep
@@ -91,7 +94,7 @@ class ChainSweep(WorldsSweep):
 
     def _is_last(self, link: str) -> bool:
         """Whether a run is of the file's own experiment, whose students teach nobody."""
-        return link.startswith(f"{self.name}-seed-")
+        return _is_last(link, self.name)
 
     def _join(self) -> None:
         """The links have other teachers; notebook 04 of each says what its trials show."""
@@ -142,6 +145,26 @@ def links_of(parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not links:
         raise ValueError(f"{CHAIN} is empty: name the experiments whose students are the teachers")
     return links | {name: own}
+
+
+def last_runs(run_dir: str | Path) -> list[Path]:
+    """The folders of a chain's last link, a run for each seed, whose students teach nobody.
+
+    Raises:
+        RecordError: `run_dir` is not a run of a chain.
+    """
+    name = (run_folder.read_plan(run_dir) or {}).get("name", "")
+    links = run_folder.world_runs(run_dir).items()
+    if found := [folder for link, folder in links if _is_last(link, name)]:
+        return found
+    raise RecordError(
+        f"{Path(run_dir).name} is no run of a {CHAIN}: sweep a parameter file that has the key "
+        f"`{CHAIN}`, such as toy-chain.yaml, and give its run"
+    )
+
+
+def _is_last(link: str, name: str) -> bool:
+    return link.startswith(f"{name}-seed-")
 
 
 def _students(sweep: Sweep) -> dict[int, str]:

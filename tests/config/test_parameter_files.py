@@ -125,6 +125,7 @@ def test_a_missing_parameter_file_names_its_neighbours(tmp_path):
         ("epochs epochs: [[1, 2]]", "epochs is swept by two keys"),
         ("seed: [0, -1]", "seed = -1: Input should be greater than or equal to 0"),
         ("seed: [0, yes]", "seed = True: Input should be a number, not true or false"),
+        ('teacher: [""]', "teacher = '': Input should be a path or a name"),
         ('teacher: ["a\\nb"]', "in teacher: 'a.nb' must be ASCII"),
         ("teacher: [caf\u00e9]", "in teacher: 'caf.' must be ASCII"),
         (
@@ -163,6 +164,8 @@ def test_a_grids_values_are_what_a_trial_will_have(tmp_path):
     path.write_text('seed: ["0", 10, 3.0]\nlearning_rate: [1e-4, 0.001]\ngamma_hidden: [1, 0.5]\n')
     grid = load_grid(path)
     assert grid == {"seed": [0, 10, 3], "learning_rate": [1e-4, 0.001], "gamma_hidden": [1, 0.5]}
+    path.write_text('more_teachers: ["", "other=0.5"]\n')  # without and with one
+    assert load_grid(path) == {"more_teachers": ["", "other=0.5"]}
     assert [str(value) for values in grid.values() for value in values] == [
         "0",
         "10",

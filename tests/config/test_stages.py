@@ -307,6 +307,7 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
         "student_layers": 3,
         "student_width": 8,
         "student_basis": "channels",
+        "student_output": "tied",
         "keep_layers": 1,
         "keep_heads": 0.5,
         "keep_mlp": "0.5",
@@ -328,10 +329,10 @@ def test_what_a_method_does_not_use_does_not_make_another_trial(method, without_
     [
         ({"student_init": "layers"}, {"student_layers"}),
         ({"student_init": "random"}, KEPT | {"student_seed"}),
-        ({"student_init": "svd"}, {"student_width", "student_basis"}),
+        ({"student_init": "svd"}, {"student_width", "student_basis", "student_output"}),
         (
             {"student_init": "svd", "student_basis": "random"},
-            {"student_width", "student_basis", "student_seed"},
+            {"student_width", "student_basis", "student_output", "student_seed"},
         ),
         ({"student_init": "pruned"}, KEPT | {"importance", "rounds"}),
         (

@@ -12,7 +12,7 @@ from kd_utils.config.parameter_files import load_parameters, notebook_config
 from kd_utils.config.project_paths import CODE_ROOT
 from kd_utils.models.loading import save_model
 from kd_utils.records import check
-from kd_utils.records.trial_record import read_record
+from kd_utils.records.trial_record import RecordError, read_record
 from kd_utils.worlds import chain
 from kd_utils.worlds.chain import ChainSweep, links_of
 
@@ -107,6 +107,11 @@ def test_a_grid_of_a_chain_has_seeds(files, tmp_path):
         ChainSweep({"name": "end", "chain": "first"}, {"seed epochs": [[0, 1]]}, tmp_path / "run")
 
 
+def test_a_run_of_one_experiment_is_no_chain(tmp_path):
+    with pytest.raises(RecordError, match="run is no run of a chain: sweep a parameter file"):
+        chain.last_runs(tmp_path / "run")
+
+
 def test_the_projects_chains_are_planned(tmp_path):
     parameters = load_parameters(CODE_ROOT / "papermill_params" / "toy-chain.yaml")
     sweep = ChainSweep(parameters, GRID, tmp_path / "run")
@@ -156,6 +161,7 @@ def test_a_student_is_taught_by_the_assistant_of_its_seed(files, tmp_path, monke
     assert last["sizes"]["teacher"]["non_embedding"] > last["sizes"]["student"]["non_embedding"]
     problems = check.check_run(tmp_path / "run")
     assert problems and all("04_analyse_results.ipynb is missing" in line for line in problems)
+    assert chain.last_runs(tmp_path / "run") == [tmp_path / "run" / "link-end-seed-3"]
     assert run()[0] == []
     changed = helper.student_folder / "generation_config.json"
     changed.write_text(changed.read_text() + " ")

@@ -1,13 +1,13 @@
 """Kinds of students compared at one size: by start, importance, losses, and number of cuts."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from kd_utils.analysis import stats
-from kd_utils.analysis.compression.students import Students
+from kd_utils.analysis.compression.students import KIND, Students
 from kd_utils.analysis.pairs import hierarchical_errors, hierarchical_interval, hierarchical_p
 
 
@@ -61,12 +61,43 @@ def contrasts(students: Students) -> pd.DataFrame:
         difference, low, high (fractions), p, p_holm, and outcome: "better", "worse" (p_holm under
         0.05), "not shown", or "not tested" with fewer than two seeds.
     """
-    rows = [
+    return _with_outcomes(
         {"question": question, **row}
         for question, pairs in QUESTIONS.items()
         for method, baseline in pairs
         for row in _compared(students, method, baseline)
-    ]
+    )
+
+
+def with_a_chain(chain: Students, students: Students) -> pd.DataFrame:
+    """Students of a chain of teachers beside every kind of student of the first teacher, at each
+    shape that both have: the table of `contrasts`, whose question it is whether the chain helps.
+
+    Args:
+        chain: students that were taught by students; students: of a run without a chain. Their
+            setting, such as more epochs or another teacher beside, is the baseline's.
+
+    Raises:
+        ValueError: they did not answer the same rows.
+    """
+    if not chain.examples.equals(students.examples):
+        raise ValueError(
+            "the chain's students did not answer the same validation rows as the run's: set "
+            "chain_run and run_dir to runs on the same data"
+        )
+    rows = []
+    for (start, method, shape), places in chain.table.groupby(KIND[:3], sort=False).groups.items():
+        of_shape = students.table[students.table["shape"] == shape]
+        for (other, losses, _, setting), found in of_shape.groupby(KIND, sort=False).groups.items():
+            row = _row((chain, places), (students, found))
+            if row:
+                row |= {"shape": shape, "setting": setting, "baseline": f"{other} + {losses}"}
+                rows.append(row | {"method": f"chain, {start} + {method}"})
+    return _with_outcomes({"question": "Does a chain of teachers help?", **row} for row in rows)
+
+
+def _with_outcomes(rows: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """The table of these rows, with Holm's correction within a question."""
     columns = (
         "question shape setting ratio method baseline seeds accuracy baseline_accuracy difference "
         "low high p"
@@ -87,33 +118,36 @@ def _outcome(p: float, difference: float) -> str:
 
 def _compared(students: Students, method: Kind, baseline: Kind) -> Iterator[dict[str, Any]]:
     """A row for each shape and setting in which both kinds have trials of the same seeds."""
-    tasks, weights = students.tasks, students.weights
-    of_kinds = [_by_shape(students.table, kind) for kind in (method, baseline)]
-    for (shape, setting), places in of_kinds[0].items():
-        if (shape, setting) not in of_kinds[1]:
-            continue
-        both = [_by_seed(students, found) for found in (places, of_kinds[1][shape, setting])]
-        if not (seeds := sorted(both[0].keys() & both[1].keys())):
-            continue
-        correct = [np.stack([found[seed] for seed in seeds]) for found in both]
-        difference = correct[0] - correct[1]
-        centre = float(np.mean(difference @ weights))
-        [error] = hierarchical_errors(difference, tasks, weights[:, None])
-        low, high = hierarchical_interval(centre, error, difference, tasks, weights, 0.95)
-        yield {
-            "shape": shape,
-            "setting": setting,
-            "ratio": students.table.loc[places, "ratio"].mean(),
-            "method": str(method),
-            "baseline": str(baseline),
-            "seeds": len(seeds),
-            "accuracy": float(np.mean(correct[0] @ weights)),
-            "baseline_accuracy": float(np.mean(correct[1] @ weights)),
-            "difference": centre,
-            "low": low,
-            "high": high,
-            "p": hierarchical_p(centre, error, len(seeds)) if len(seeds) > 1 else np.nan,
-        }
+    first, second = (_by_shape(students.table, kind) for kind in (method, baseline))
+    for shape, setting in (place for place in first if place in second):
+        row = _row((students, first[shape, setting]), (students, second[shape, setting]))
+        if row:
+            row |= {"shape": shape, "setting": setting}
+            yield row | {"method": str(method), "baseline": str(baseline)}
+
+
+def _row(method: tuple[Students, pd.Index], baseline: tuple[Students, pd.Index]) -> dict[str, Any]:
+    """What is measured of two sets of trials on the same rows; {} where no seed has both."""
+    tasks, weights = method[0].tasks, method[0].weights
+    both = [_by_seed(*of_kind) for of_kind in (method, baseline)]
+    seeds = sorted(both[0].keys() & both[1].keys())
+    if not seeds:
+        return {}
+    correct = [np.stack([found[seed] for seed in seeds]) for found in both]
+    difference = correct[0] - correct[1]
+    centre = float(np.mean(difference @ weights))
+    [error] = hierarchical_errors(difference, tasks, weights[:, None])
+    low, high = hierarchical_interval(centre, error, difference, tasks, weights, 0.95)
+    return {
+        "ratio": baseline[0].table.loc[baseline[1], "ratio"].mean(),
+        "seeds": len(seeds),
+        "accuracy": float(np.mean(correct[0] @ weights)),
+        "baseline_accuracy": float(np.mean(correct[1] @ weights)),
+        "difference": centre,
+        "low": low,
+        "high": high,
+        "p": hierarchical_p(centre, error, len(seeds)) if len(seeds) > 1 else np.nan,
+    }
 
 
 def _by_shape(table: pd.DataFrame, kind: Kind) -> dict[tuple[str, str], pd.Index]:

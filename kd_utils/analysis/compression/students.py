@@ -23,7 +23,8 @@ KIND = ["start", "distill_type", "shape", "setting"]
 
 
 def start_of(config: Mapping[str, Any]) -> str:
-    """Where a student's weights come from, in words: "pruned minitron", "svd weights", "random".
+    """Where a student's weights come from, in words: "pruned minitron", "svd weights", "svd
+    weights tied", "random".
 
     Args:
         config: of a trial's record.
@@ -32,7 +33,7 @@ def start_of(config: Mapping[str, Any]) -> str:
     words = [
         f"{key}={value}" if key == "rounds" else str(value)
         for key, value in settings.items()
-        if not key.startswith("keep_") and key not in (*OF_SIZE, "student_seed")
+        if not key.startswith("keep_") and key not in (*OF_SIZE, "student_seed") and value != "own"
     ]
     return " ".join([config.get("student_init", "pretrained"), *words])
 
@@ -46,12 +47,14 @@ class Students(NamedTuple):
         correct: (trials, N) 1.0 where the student answered the row right.
         teacher: (N,) the same of the teacher.
         tasks: (N,) the rows' tasks.
+        examples: (N,) the rows' ids.
     """
 
     table: pd.DataFrame
     correct: np.ndarray
     teacher: np.ndarray
     tasks: np.ndarray
+    examples: pd.Index
 
     @classmethod
     def of(
@@ -91,6 +94,7 @@ class Students(NamedTuple):
             answers.to_numpy(float),
             of_rows["teacher_correct"].to_numpy(float),
             of_rows["task"].to_numpy(),
+            answers.columns,
         )
 
     @property
@@ -128,6 +132,8 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         *(key for keys in INITIAL.values() for key in keys),
     }
     swept = {key: value for key, value in record.get("swept", {}).items() if key not in own}
+    if "more_teachers" in swept:  # an assistant of each seed: one kind of teacher
+        swept["more_teachers"] = swept["more_teachers"].replace(f"-{config['seed']}=", "-SEED=")
     shape = " ".join(
         f"{key.partition('_')[2]}={keep[key]}"
         for key in keep

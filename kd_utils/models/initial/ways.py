@@ -86,12 +86,14 @@ def narrowed(
     *,
     student_width: int,
     student_basis: str,
+    student_output: str = "own",
     student_seed: int = 0,
 ) -> torch.nn.Module:
     """The source with a narrower residual stream, in a basis of `cut.bases`."""
     source = StoredModel(name, revision)
     size = source.config.hidden_size
-    narrowing.narrow_config(source.config, student_width)  # refuses what is not possible
+    tied = student_output == "tied"
+    narrowing.narrow_config(source.config, student_width, tied)  # refuses what is not possible
     calibration.require_known(source.config, name)
     if student_basis == "weights":
         basis = bases.of_weights(source, student_width)
@@ -105,7 +107,7 @@ def narrowed(
         basis = bases.of_channels(choosing.kept_units(source.config, kept, known).width, size)
     else:
         basis = bases.at_random(size, student_width, student_seed)
-    return narrowing.narrowed(source, basis)
+    return narrowing.narrowed(source, basis, tied)
 
 
 def pruned(
@@ -137,6 +139,10 @@ def pruned(
     return pruning.pruned(source, choosing.kept_units(source.config, kept, known))
 
 
+def _narrow(source: Any, *, student_width: int, student_output: str = "own", **_: Any) -> Any:
+    return narrowing.narrow_config(source, student_width, student_output == "tied")
+
+
 def _evenly(source: Any, *, student_layers: int) -> Any:
     return layers.kept_config(source, list(range(student_layers)))
 
@@ -147,7 +153,7 @@ WAYS = {
     "random": Way(random_weights, smaller_config),
     "svd": Way(
         narrowed,
-        lambda source, student_width, **_: narrowing.narrow_config(source, student_width),
+        _narrow,
         reads_rows=lambda values: bool(values & {"activations", "channels"}),
     ),
     "pruned": Way(pruned, smaller_config, reads_rows=lambda values: "random" not in values),

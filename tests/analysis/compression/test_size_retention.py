@@ -56,6 +56,8 @@ def test_a_kind_of_student_is_named_by_what_made_it():
     assert start_of(record(0, 2, student_init="random", keep_mlp="64")["config"]) == "random"
     svd = record(0, 2, student_init="svd", student_basis="channels")["config"]
     assert start_of(svd) == "svd channels"
+    tied = record(0, 2, student_init="svd", student_output="tied")["config"]
+    assert start_of(tied) == "svd weights tied"
 
 
 def test_retention_is_the_ratio_of_means_over_tasks():
@@ -162,6 +164,37 @@ def test_how_a_student_was_made_is_no_setting():
     table = contrasts.contrasts(Students.of(records, predictions(records, [0.9] * 3 + [0.3] * 3)))
     assert table["baseline"].tolist() == ["random + black_box"]
     assert table["setting"].tolist() == ["student=teacher"]
+
+
+def test_a_chain_is_compared_with_every_kind_of_its_size():
+    direct = [
+        *(record(seed, 2, **CUT, epochs=n) | {"swept": {"epochs": n}} for n in (4, 8) for seed in range(5)),
+        *(record(seed, 4, **(CUT | {"keep_mlp": "32"})) for seed in range(5)),
+    ]  # fmt: skip
+    for number, made in enumerate(direct):
+        made["config"]["trial"] = f"direct-{number}"
+    students = Students.of(direct, predictions(direct, [0.6] * 5 + [0.9] * 5 + [0.2] * 5))
+    taught = [record(seed, 2, **CUT) for seed in range(1, 6)]  # seed 5 has no partner
+    answered = predictions(taught, [0.9] * 5, teacher=0.7)
+    table = contrasts.with_a_chain(Students.of(taught, answered), students)
+    assert table["setting"].tolist() == ["epochs=4", "epochs=8"]
+    assert table["seeds"].tolist() == [4, 4] and table["shape"].unique().tolist() == ["mlp=64"]
+    assert table["outcome"].tolist() == ["better", "not shown"]
+    assert table["method"].unique().tolist() == ["chain, pruned minitron + black_box"]
+    assert table["baseline"].unique().tolist() == ["pruned minitron + black_box"]
+    assert table["difference"].iloc[0] == pytest.approx(0.3, abs=0.05)
+    others = answered.assign(example_id=answered["example_id"] + "x")
+    with pytest.raises(ValueError, match="did not answer the same validation rows"):
+        contrasts.with_a_chain(Students.of(taught, others), students)
+
+
+def test_an_assistant_of_each_seed_is_one_kind_of_teacher():
+    records = [
+        record(seed, 2, **CUT) | {"swept": {"more_teachers": f"chain-{seed}=0.5"}}
+        for seed in range(3)
+    ]
+    table = Students.of(records, predictions(records, [0.5] * 3)).table
+    assert table["setting"].unique().tolist() == ["more_teachers=chain-SEED=0.5"]
 
 
 def test_one_seed_tests_nothing():

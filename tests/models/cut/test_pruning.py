@@ -83,7 +83,7 @@ def test_what_is_dropped_could_as_well_be_zero(family):
             gone = [n for n in range(4 * 8) if n // 8 not in heads]
             layer.self_attn.o_proj.weight[:, gone] = 0
             layer.mlp.down_proj.weight[:, [n for n in range(48) if n not in neurons]] = 0
-    torch.testing.assert_close(logits(made), logits(zeroed), rtol=1e-5, atol=1e-5)
+    assert relative_difference(logits(made), logits(zeroed)) < 4e-6
     assert made.config.num_attention_heads == 2 and made.config.head_dim == 8
 
 
@@ -145,6 +145,34 @@ def test_a_narrower_model_equals_the_source_on_the_kept_directions(tmp_path):
         slots.StoredModel(str(tmp_path / "source")), bases.at_random(32, 8, seed=6)
     )
     assert (logits(other) - logits(model)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("gains", ["equal", "of all sizes"])
+def test_a_tied_output_layer_may_stay_tied(gains, tmp_path):
+    """Exact where all gains of the final norm are equal; an output layer of its own always is."""
+    model = tiny_of_family("llama", tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(
+            torch.full((32,), 1.5) if gains == "equal" else torch.rand(32)
+        )
+    save_model(model, tiny_tokenizer(begin=False), tmp_path / "source")
+    source = slots.StoredModel(str(tmp_path / "source"))
+    whole = bases.at_random(32, 32, seed=1)
+    own, tied = (narrowing.narrowed(source, whole, tied) for tied in (False, True))
+    assert relative_difference(logits(own), logits(model)) < 1e-5
+    assert (relative_difference(logits(tied), logits(model)) < 1e-5) == (gains == "equal")
+    assert own.num_parameters() - tied.num_parameters() == model.lm_head.weight.numel()
+
+    narrow = narrowing.narrowed(source, whole[:, :16], tied=True)
+    gain = model.model.norm.weight.mean() * 2**0.5
+    torch.testing.assert_close(narrow.model.norm.weight, gain.expand(16))
+    save_model(narrow, tiny_tokenizer(begin=False), tmp_path / "narrow")
+    assert torch.equal(logits(load_causal_lm(str(tmp_path / "narrow")).eval()), logits(narrow))
+
+
+def test_an_output_layer_of_its_own_cannot_become_tied():
+    with pytest.raises(ValueError, match=r"student_output = 'tied', but .* set it to 'own'"):
+        narrowing.narrow_config(tiny_of_family("llama").config, 16, tied=True)
 
 
 def test_the_weights_basis_finds_the_directions_that_the_weights_use(tmp_path):
