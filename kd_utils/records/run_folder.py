@@ -26,6 +26,10 @@ COMPARISONS = "comparisons.csv"
 VERDICT = "verdict.txt"
 
 
+#: Characters of the name of the folder of one world or link.
+LONGEST_WORLD = 60
+
+
 class Plan(trial_record.Shape):
     """What every `sweep.json` has; keys with a default are missing in older ones."""
 
@@ -44,7 +48,8 @@ class Plan(trial_record.Shape):
 
         world: str
         run: Annotated[
-            str, Field(pattern=r"^(world|link)-[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)
+            str,
+            Field(pattern=r"^(world|link)-[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=LONGEST_WORLD),
         ]
 
     cache: trial_record.Metrics.Cache | None

@@ -201,6 +201,8 @@ class Sweep:
                 asked = staleness.asked_of(stem, self.parameters)
                 made = partial(staleness.stage_key, stem, self.parameters, asked)
                 execute_stage(stem, self.run_dir, self.parameters, made)
+            if stem == PREPARE:
+                self._require_possible_students()  # before the teacher runs for hours
         self._write_plan()
         states = self.states(self.trials)
         todo = [trial for trial in self.chosen if states[trial.trial].state != "done"]
@@ -220,6 +222,15 @@ class Sweep:
         finally:  # after Ctrl-C too: the table says what is done so far
             results = self._write_summary()
         return results
+
+    def _require_possible_students(self) -> None:
+        """Raise a ValueError for a cut that no trial could make."""
+        trials = [notebook_config(TRAIN, trial.parameters) for trial in self.chosen]
+        if any(trial.student_init != "pretrained" for trial in trials):
+            from kd_utils.models.initial.students import require_possible  # brings torch
+
+            teacher = notebook_config(CACHE, self.parameters)
+            require_possible(trials, teacher.teacher, teacher.teacher_revision)
 
     def _run_wave(
         self,

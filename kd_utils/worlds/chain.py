@@ -16,7 +16,7 @@ import pandas as pd
 
 from kd_utils.config.parameter_files import CHAIN, WORLDS, load_parameters, notebook_config
 from kd_utils.config.project_paths import CODE_ROOT, short_path
-from kd_utils.config.stages import SWEPT, TRAIN
+from kd_utils.config.stages import PREPARE, SWEPT, TRAIN
 from kd_utils.records import run_folder
 from kd_utils.records.trial_record import RecordError
 from kd_utils.sweep import planning
@@ -24,6 +24,9 @@ from kd_utils.sweep.planning import Trial
 from kd_utils.sweep.sweep import Sweep
 from kd_utils.worlds.parameters import parameters_by_world
 from kd_utils.worlds.sweep import WorldsSweep
+
+#: Parameters of 01 that decide which rows are in which split.
+ROWS = ("data_dir", "max_length", "data_seed", "train_rows", "held_out_rows", "validation_rows")
 
 
 class ChainSweep(WorldsSweep):
@@ -36,7 +39,7 @@ class ChainSweep(WorldsSweep):
 
     Raises:
         ValueError: a file of the chain that is missing or part of a circle, or an experiment that
-            keeps no students.
+            trains or keeps no students, or that has other rows.
     """
 
     notebooks = SWEPT
@@ -56,23 +59,40 @@ class ChainSweep(WorldsSweep):
         name, *later = links
         first = links[name] | {"name": f"{self.name}-{name}"}
         method = [notebook_config(TRAIN, first).distill_type]
-        grid = {"distill_type": method, "seed": seeds}
-        sweeps = {name: Sweep(first, grid, self.run_dir / f"link-{name}")}
+        grid = {"distill_type": method, "seed": self.grid["seed"]}
+        its_part = "seed=" + "+".join(map(str, seeds))
+        sweeps = {name: Sweep(first, grid, self._place(name), its_part)}
         teachers = _students(sweeps[name])
         for link in later:
             following = dict[int, str]()
-            for seed in seeds:
-                place = self.run_dir / f"link-{link}-seed-{seed}"
+            for seed in self.grid["seed"]:
+                place = self._place(f"{link}-seed-{seed}")
                 values = links[link] | {"teacher": teachers[seed], "teacher_epochs": 0}
                 values["name"] = f"{self.name}-{'' if link == last else f'{link}-'}{seed}"
                 method = [notebook_config(TRAIN, values).distill_type]
                 own = self.grid if link == last else {"distill_type": method}
                 its_part = only if link == last else ""
                 sweep = Sweep(values, own | {"seed": [seed]}, place, its_part)
+                if seed not in seeds:
+                    sweep.chosen = []
                 sweeps[f"{link}-seed-{seed}"] = sweep
                 following |= _students(sweep)
             teachers = following
         return sweeps
+
+    def _place(self, link: str) -> Path:
+        """The folder of a link's run.
+
+        Raises:
+            ValueError: its name is longer than a plan may have it.
+        """
+        folder = f"link-{link}"
+        if len(folder) > run_folder.LONGEST_WORLD:
+            raise ValueError(
+                f"the folder {folder} of this chain has more than {run_folder.LONGEST_WORLD} "
+                "letters: give the experiment a shorter name"
+            )
+        return self.run_dir / folder
 
     def _reach(self) -> Iterator[str]:
         """Nothing: links are not compared as worlds are."""
@@ -118,8 +138,8 @@ def links_of(parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Link -> its parameters, the file's own experiment last, by its `name`.
 
     Raises:
-        ValueError: an experiment is named twice, has a chain or worlds of its own, or keeps no
-            students.
+        ValueError: an experiment is named twice, has a chain or worlds of its own, trains or keeps
+            no students, or has other rows.
     """
     own = {key: value for key, value in parameters.items() if key != CHAIN}
     name = str(own.get("name", "toy"))
@@ -137,14 +157,34 @@ def links_of(parameters: dict[str, Any]) -> dict[str, dict[str, Any]]:
                     f"{CHAIN} names {earlier}, whose file has `{key}` itself: write the whole "
                     "chain into one file, of experiments without it"
                 )
-        if not notebook_config(TRAIN, values).save_student:
+        trained = notebook_config(TRAIN, values)
+        if not trained.save_student:
             raise ValueError(
                 f"{CHAIN} names {earlier}, whose students are not kept: set save_student to True"
             )
+        if not trained.trains:
+            raise ValueError(
+                f"{CHAIN} names {earlier}, whose distill_type is {trained.distill_type}, which "
+                "trains no student for each seed: give it another one"
+            )
+        _require_same_rows(own, name, values, earlier)
         links[earlier] = values
     if not links:
         raise ValueError(f"{CHAIN} is empty: name the experiments whose students are the teachers")
     return links | {name: own}
+
+
+def _require_same_rows(
+    own: dict[str, Any], name: str, values: dict[str, Any], earlier: str
+) -> None:
+    """A teacher must not have learned from rows on which its student is measured."""
+    mine, others = (notebook_config(PREPARE, parameters) for parameters in (own, values))
+    for key in ROWS:
+        if (found := getattr(others, key)) != (wanted := getattr(mine, key)):
+            raise ValueError(
+                f"{CHAIN} names {earlier}, whose {key} is {found!r}, and that of {name} is "
+                f"{wanted!r}: all links need the same rows"
+            )
 
 
 def last_runs(run_dir: str | Path) -> list[Path]:

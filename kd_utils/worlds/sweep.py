@@ -78,11 +78,11 @@ class WorldsSweep:
         """What each world's sweep would do, what the first that is not done would cost, and
         whether so many worlds can show an effect.
         """
-        looks = {world: sweep.look() for world, sweep in self.sweeps.items()}
-        for world, sweep in self.sweeps.items():
+        looks = {world: sweep.look() for world, sweep in self._to_run.items()}
+        for world, sweep in self._to_run.items():
             yield f"{self.WORD} {world}: {sweep.place}"
             yield from sweep.to_run(looks[world])
-        for world, sweep in self.sweeps.items():
+        for world, sweep in self._to_run.items():
             if costs := [*sweep.costs(looks[world])]:
                 yield from (f"{self.WORD} {world} alone: {line}" for line in costs)
                 break
@@ -94,6 +94,11 @@ class WorldsSweep:
         by_world = pd.concat(planned.assign(world=world) for world in self.sweeps)
         of_worlds = tables.planned_trials(results_by_world(by_world))
         yield from seeds.reach_lines(of_worlds, run_folder.analysed(self.run_dir.name), "worlds")
+
+    @property
+    def _to_run(self) -> dict[str, Sweep]:
+        """The sweeps of which a trial is chosen."""
+        return {world: sweep for world, sweep in self.sweeps.items() if sweep.chosen}
 
     @property
     def chosen(self) -> list[Trial]:
@@ -120,8 +125,8 @@ class WorldsSweep:
         with alone_in(self.run_dir), ExitStack() as stack:
             running = cache(lambda: stack.enter_context(executor()))
             self._write_plan()
-            for number, (world, sweep) in enumerate(self.sweeps.items(), 1):
-                say(f"{self.WORD} {world} ({number} of {len(self.sweeps)}): {sweep.place}")
+            for number, (world, sweep) in enumerate(self._to_run.items(), 1):
+                say(f"{self.WORD} {world} ({number} of {len(self._to_run)}): {sweep.place}")
                 self._require_done(world, sweep.run(lambda: nullcontext(running())))
             results = write_summary(self.run_dir, runs.collect(self.run_dir))
             if (results["status"] == "done").any():

@@ -304,6 +304,7 @@ def test_09_reads_a_run_of_cuts_against_their_size(home):
     assert (compared["seeds"] == 2).all()
     in_text = pd.read_csv(home / "runs" / "cuts" / "text_retention.csv")
     assert len(in_text) == 4 and in_text["bits"].between(0.1, 20).all()
+    assert (in_text["n"] == 2).all() and (in_text["low"] < in_text["high"]).all()
     check = run(home, "kd_utils", "check", home / "runs" / "cuts")
     assert check.returncode == 0, check.stdout
 

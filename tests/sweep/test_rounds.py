@@ -84,6 +84,19 @@ def test_a_student_that_is_gone_is_trained_again_if_a_later_round_needs_it(swept
     assert lost == {FIRST: "broken", SECOND: "stale", THIRD: "stale"}
 
 
+def test_a_size_that_is_not_possible_is_refused_before_the_teacher_runs(
+    swept, tmp_path, monkeypatch
+):
+    """And before the first of three rounds, which alone could have it."""
+    stages = []
+    monkeypatch.setattr(Sweep, "why_to_run", lambda *_, **__: "asked for")
+    monkeypatch.setattr("kd_utils.sweep.sweep.execute_stage", lambda stem, *_: stages.append(stem))
+    with pytest.raises(ValueError, match="black_box_seed0_round=1: keep_heads = 3: .* set it to 4"):
+        swept(keep_heads="3")
+    assert stages == ["01_prepare_data"]
+    assert not list((tmp_path / "run").glob("trials/*"))
+
+
 def test_a_round_whose_predecessor_failed_is_not_run(swept, capsys):
     ran, states, _ = swept(breaks=(SECOND,))
     assert ran == [FIRST, SECOND]

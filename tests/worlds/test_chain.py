@@ -61,9 +61,16 @@ def test_a_part_of_a_chain_has_its_seeds_in_every_link(files, tmp_path):
     files(first={})
     own = {"name": "end", "chain": "first"}
     sweep = ChainSweep(own, GRID, tmp_path / "run", "seed=3,distill_type=black_box")
-    assert [(link, [t.trial for t in of.chosen]) for link, of in sweep.sweeps.items()] == [
-        ("first", ["black_box_seed3"]), ("end-seed-3", ["black_box_seed3"])
-    ]  # fmt: skip
+    assert {link: [t.trial for t in of.chosen] for link, of in sweep.sweeps.items()} == {
+        "first": ["black_box_seed3"], "end-seed-0": [], "end-seed-3": ["black_box_seed3"]
+    }  # fmt: skip
+    assert list(sweep._to_run) == ["first", "end-seed-3"]
+    planned = {link: [t.trial for t in of.trials] for link, of in sweep.sweeps.items()}
+    assert planned["first"] == ["black_box_seed0", "black_box_seed3"]  # the plan is the whole grid
+    assert not any("end-seed-0" in line for line in sweep.dry_run())
+    long = own | {"name": "n" * 60}
+    with pytest.raises(ValueError, match="has more than 60 letters: give the experiment a shorter"):
+        ChainSweep(long, GRID, tmp_path / "run")
     with pytest.raises(ValueError, match="seed=4 is not in the grid"):
         ChainSweep(own, GRID, tmp_path / "run", "seed=4")
     with pytest.raises(ValueError, match="end has chain and worlds: give one of them"):
@@ -91,11 +98,17 @@ def test_a_chain_stops_where_an_assistant_is_missing(files, tmp_path):
         ),
         ("nowhere", "no parameter file .*nowhere.yaml"),
         ("forgets", "chain names forgets, whose students are not kept: set save_student to True"),
+        ("still", "chain names still, whose distill_type is untrained, which trains no student"),
+        (
+            "elsewhere",
+            "chain names elsewhere, whose data_seed is 7, and that of end is 0: all links need",
+        ),
         ('" "', "chain is empty"),
     ],
 )
 def test_what_is_no_chain_is_refused_in_one_line(files, chained, message):
     files(first={}, second={}, looped={"chain": "first"}, forgets={"save_student": False})
+    files(still={"distill_type": "untrained"}, elsewhere={"data_seed": 7})
     with pytest.raises((ValueError, FileNotFoundError), match=message) as told:
         links_of({"name": "end", "chain": chained.strip('"')})
     assert "\n" not in str(told.value)

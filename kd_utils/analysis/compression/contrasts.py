@@ -1,5 +1,6 @@
 """Kinds of students compared at one size: by start, importance, losses, and number of cuts."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -7,25 +8,34 @@ import numpy as np
 import pandas as pd
 
 from kd_utils.analysis import stats
-from kd_utils.analysis.compression.students import KIND, Students
+from kd_utils.analysis.compression.students import KIND, SIZES, Students
 from kd_utils.analysis.pairs import hierarchical_errors, hierarchical_interval, hierarchical_p
 
 
 class Kind(NamedTuple):
-    """A kind of student: its start (`students.start_of`) and its method."""
+    """A kind of student: its start (`students.start_of`), its method, and where it matters its
+    setting.
+    """
 
     start: str
     method: str = "black_box"
+    setting: str = ""
 
     def __str__(self) -> str:
-        return f"{self.start} + {self.method}"
+        return " ".join([self.start, "+", self.method, self.setting]).rstrip()
 
 
 PRUNED, RANDOM = Kind("pruned minitron"), Kind("random")
 
 #: Question -> pairs of kinds, the second of which is the baseline. Fixed before any result.
 QUESTIONS: dict[str, tuple[tuple[Kind, Kind], ...]] = {
-    "Does the teacher help a cut student?": ((PRUNED, Kind(PRUNED.start, "task_only")),),
+    "Does the teacher help a cut student?": (
+        (PRUNED, Kind(PRUNED.start, "task_only")),
+        (PRUNED, Kind(PRUNED.start, "teacher_answers")),
+    ),
+    "Do logits alone do as well?": (
+        (Kind(*PRUNED[:2], setting="alpha=0"), Kind(*PRUNED[:2], setting="alpha=1")),
+    ),
     "Does the cut help, beside random weights?": (
         (PRUNED, RANDOM),
         (Kind("svd weights"), RANDOM),
@@ -43,14 +53,20 @@ QUESTIONS: dict[str, tuple[tuple[Kind, Kind], ...]] = {
         (Kind("pruned minitron rounds=3"), PRUNED),
         (Kind("pruned minitron rounds=2"), PRUNED),
     ),
-    "Do intermediate states help a cut student?": tuple(
+    "Do the teacher's states or maps help a cut student?": tuple(
         (Kind(PRUNED.start, method), PRUNED) for method in ("hidden_state", "attention", "combined")
     ),
 }
 
 
+#: A question about shapes, such as fewer layers or narrower ones: those whose non-embedding sizes
+#: differ by less than this share are of one size.
+SHAPES, SAME_SIZE = "Which shape, at one size?", 0.02
+
+
 def contrasts(students: Students) -> pd.DataFrame:
-    """Every pair of kinds of every question, at each shape and setting that both have.
+    """Every pair of kinds of every question, at each shape and setting that both have; and every
+    pair of shapes of one kind and one size.
 
     The difference is within a seed; several draws of a random start count as their mean. The
     interval (95 %, not corrected) and p are over validation rows and seeds
@@ -61,12 +77,13 @@ def contrasts(students: Students) -> pd.DataFrame:
         difference, low, high (fractions), p, p_holm, and outcome: "better", "worse" (p_holm under
         0.05), "not shown", or "not tested" with fewer than two seeds.
     """
-    return _with_outcomes(
+    of_kinds = (
         {"question": question, **row}
         for question, pairs in QUESTIONS.items()
         for method, baseline in pairs
         for row in _compared(students, method, baseline)
     )
+    return _with_outcomes([*of_kinds, *({"question": SHAPES, **row} for row in _shapes(students))])
 
 
 def with_a_chain(chain: Students, students: Students) -> pd.DataFrame:
@@ -86,9 +103,10 @@ def with_a_chain(chain: Students, students: Students) -> pd.DataFrame:
             "chain_run and run_dir to runs on the same data"
         )
     rows = []
-    for (start, method, shape), places in chain.table.groupby(KIND[:3], sort=False).groups.items():
-        of_shape = students.table[students.table["shape"] == shape]
-        for (other, losses, _, setting), found in of_shape.groupby(KIND, sort=False).groups.items():
+    for (start, method, _), places in chain.table.groupby(KIND[:3], sort=False).groups.items():
+        same = students.table[[*SIZES]] == chain.table.loc[places[0], [*SIZES]]
+        kinds = students.table[same.all(axis=1)].groupby(KIND, sort=False).groups
+        for (other, losses, shape, setting), found in kinds.items():
             row = _row((chain, places), (students, found))
             if row:
                 row |= {"shape": shape, "setting": setting, "baseline": f"{other} + {losses}"}
@@ -126,10 +144,25 @@ def _compared(students: Students, method: Kind, baseline: Kind) -> Iterator[dict
             yield row | {"method": str(method), "baseline": str(baseline)}
 
 
+def _shapes(students: Students) -> Iterator[dict[str, Any]]:
+    """A row for each pair of shapes of one size that trials of one kind and setting have."""
+    for (start, method, setting), group in students.table.groupby([*KIND[:2], KIND[3]], sort=False):
+        shapes = group.groupby("shape", sort=False)
+        for (first, found), (second, other) in itertools.combinations(shapes, 2):
+            sizes = found["non_embedding"].mean(), other["non_embedding"].mean()
+            row = {}
+            if max(sizes) / min(sizes) < 1 + SAME_SIZE:
+                row = _row((students, found.index), (students, other.index))
+            if row:
+                row |= {"shape": f"{first}, {second}", "setting": setting}
+                kind = Kind(start, method)
+                yield row | {"method": f"{kind}, {first}", "baseline": f"{kind}, {second}"}
+
+
 def _row(method: tuple[Students, pd.Index], baseline: tuple[Students, pd.Index]) -> dict[str, Any]:
     """What is measured of two sets of trials on the same rows; {} where no seed has both."""
     tasks, weights = method[0].tasks, method[0].weights
-    both = [_by_seed(*of_kind) for of_kind in (method, baseline)]
+    both = [of_run.by_seed(places) for of_run, places in (method, baseline)]
     seeds = sorted(both[0].keys() & both[1].keys())
     if not seeds:
         return {}
@@ -151,16 +184,9 @@ def _row(method: tuple[Students, pd.Index], baseline: tuple[Students, pd.Index])
 
 
 def _by_shape(table: pd.DataFrame, kind: Kind) -> dict[tuple[str, str], pd.Index]:
-    """(shape, setting) -> the places of a kind's trials."""
+    """(shape, setting) -> the places of a kind's trials; "" for a setting that the kind names."""
     of_kind = table[(table["start"] == kind.start) & (table["distill_type"] == kind.method)]
+    if kind.setting:
+        of_kind = of_kind[of_kind["setting"] == kind.setting].assign(setting="")
     groups = of_kind.groupby(["shape", "setting"], sort=False)
     return {(str(shape), str(setting)): group.index for (shape, setting), group in groups}
-
-
-def _by_seed(students: Students, places: pd.Index) -> dict[int, np.ndarray]:
-    """Seed -> (N,) the share of its draws that answered each row right."""
-    seeds = students.table.loc[places, "seed"]
-    return {
-        int(seed): students.correct[seeds.index[seeds == seed]].mean(axis=0)
-        for seed in seeds.unique()
-    }

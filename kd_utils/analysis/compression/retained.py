@@ -2,7 +2,7 @@
 
 The published figures are ratios of accuracies, student over teacher. Above chance is stricter:
 (student - chance) / (teacher - chance). The interval of a ratio r is that of the mean of
-(student - chance) - r (teacher - chance), row by row and trial by trial, over the teacher's skill
+(student - chance) - r (teacher - chance), row by row and seed by seed, over the teacher's skill
 (the delta method). Its error is `pairs.hierarchical_errors`, by a bootstrap that draws validation
 rows once for both models and the student's trials too. So it holds the teacher's own error. There
 is one teacher, so it does not hold the variation between teachers.
@@ -50,15 +50,15 @@ def retained(students: Students) -> pd.DataFrame:
     """Retention of every kind of student and every size, on the mean over tasks.
 
     Returns:
-        `KIND`, n (trials), ratio, `SIZES` (means over trials), teacher (its accuracy); accuracy,
-        raw and above_chance, each with NAME_low and NAME_high (95 %; NaN for one trial); fractions;
-        band (text) and verdict, of the raw ratio. Smaller ratios first.
+        `KIND`, n (trials), seeds, ratio, `SIZES` (means over trials), teacher (its accuracy);
+        accuracy, raw and above_chance, each with NAME_low and NAME_high (95 %; NaN for one seed);
+        fractions; band (text) and verdict, of the raw ratio. Smaller ratios first.
     """
     rows = []
     for names, group in students.table.groupby(KIND, sort=False):
-        correct = students.correct[group.index]
+        correct = np.stack([*students.by_seed(group.index).values()])
         row = dict(zip(KIND, names, strict=True))
-        row |= {"n": len(group), "ratio": group["ratio"].mean()}
+        row |= {"n": len(group), "seeds": len(correct), "ratio": group["ratio"].mean()}
         row |= {key: group[key].mean() for key in SIZES}
         row["teacher"] = float(students.teacher @ students.weights)
         row |= _with_interval("accuracy", correct, np.ones(1), 0.0, students)
@@ -78,18 +78,27 @@ def _with_interval(
     to be above chance.
 
     Args:
-        correct: (S, N) of the trials; teacher: (N,), or a single 1, whose ratio is the accuracy.
+        correct: (S, N) of the seeds, each the mean of its draws; teacher: (N,), or a single 1,
+            whose ratio is the accuracy.
     """
     weights, tasks = students.weights, students.tasks
     skills = np.broadcast_to(teacher - chance, correct.shape)
-    skill, spread = float(skills[0] @ weights), float(np.sqrt(skills[0].var() / len(weights)))
-    if skill <= 2 * spread:
+    skill = float(skills[0] @ weights)
+    if skill <= 2 * _spread(skills[0], weights, tasks):
         return dict.fromkeys((name, f"{name}_low", f"{name}_high"), np.nan)
     ratio = float(np.mean(correct @ weights) - chance) / skill
     beside = correct - chance - ratio * skills
     [error] = hierarchical_errors(beside, tasks, weights[:, None])
     low, high = hierarchical_interval(0.0, error, beside, tasks, weights, 0.95)
     return {name: ratio, f"{name}_low": ratio + low / skill, f"{name}_high": ratio + high / skill}
+
+
+def _spread(values: np.ndarray, weights: np.ndarray, tasks: np.ndarray) -> float:
+    """The standard error of a weighted mean over rows that are drawn within their tasks."""
+    beside = values.copy()
+    for task in np.unique(tasks):
+        beside[tasks == task] -= values[tasks == task].mean()
+    return float(np.sqrt(np.sum((weights * beside) ** 2)))
 
 
 def bits_retention(unigram: float, student: Any, teacher: float) -> Any:

@@ -1,5 +1,6 @@
 """The students of a run by how they were made and how large they are, beside their teacher."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -97,6 +98,18 @@ class Students(NamedTuple):
             answers.columns,
         )
 
+    def by_seed(self, places: pd.Index) -> dict[int, np.ndarray]:
+        """Seed -> (N,) the share of its trials, one for each draw, that answered each row right.
+
+        Args:
+            places: of the table's rows.
+        """
+        seeds = self.table.loc[places, "seed"]
+        return {
+            int(seed): self.correct[seeds.index[seeds == seed]].mean(axis=0)
+            for seed in seeds.unique()
+        }
+
     @property
     def weights(self) -> np.ndarray:
         """(N,) of each row in the mean over tasks."""
@@ -132,8 +145,8 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         *(key for keys in INITIAL.values() for key in keys),
     }
     swept = {key: value for key, value in record.get("swept", {}).items() if key not in own}
-    if "more_teachers" in swept:  # an assistant of each seed: one kind of teacher
-        swept["more_teachers"] = swept["more_teachers"].replace(f"-{config['seed']}=", "-SEED=")
+    for key in {"student", "more_teachers"} & swept.keys():  # an assistant of each seed: one kind
+        swept[key] = re.sub(rf"(-|_seed){config['seed']}(?!\d)", r"\1SEED", swept[key])
     shape = " ".join(
         f"{key.partition('_')[2]}={keep[key]}"
         for key in keep

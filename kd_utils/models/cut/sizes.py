@@ -29,16 +29,19 @@ def kept_sizes(config: Any, cuts: int = 1, **keep: str) -> Sizes:
     """The sizes that `keep_layers`, `keep_heads`, `keep_mlp` and `keep_width` ask for.
 
     Args:
-        cuts: in how many cuts of one ratio these sizes are to be reached; the result is that of the
-            first of them.
+        cuts: in how many cuts these sizes are to be reached; the result is that of the first of
+            them. Their ratios are equal, as far as the family allows. Heads, which go by whole
+            groups, go early, so that the later rounds train without them.
         keep: "all", a count ("96"), or a share above 0 and below 1 ("0.5"), which is rounded to
             the nearest number that is possible.
 
     Raises:
-        ValueError: a count that is not possible, with the nearest one that is; a share that rounds
-            to all of them; or another family of models.
+        ValueError: a count that is not possible, with the nearest one that is, whatever the round;
+            a share that rounds to all of them; or another family of models.
     """
     require_family(config)
+    if cuts > 1:
+        kept_sizes(config, 1, **keep)  # refuses in the first round what the last could not have
     whole, groups = sizes_of(config), config.num_key_value_heads
     exact = {key: cuts == 1 and "." not in text for key, text in keep.items()}
     counts = {
@@ -46,23 +49,24 @@ def kept_sizes(config: Any, cuts: int = 1, **keep: str) -> Sizes:
         for key, text in keep.items()
     }
     if (heads := counts["keep_heads"]) % groups:
-        nearest = max(round(heads / groups), 1) * groups
+        nearest = max(heads // groups if cuts > 1 else round(heads / groups), 1) * groups
         if exact["keep_heads"]:
             raise ValueError(
                 f"keep_heads = {heads}: the {whole.heads} query heads share {groups} key/value "
                 f"heads, and each of these groups must keep as many: set it to {nearest}"
             )
         heads = nearest
-        counts["keep_heads"] = heads
-    for key, count in counts.items():
-        if "." in keep[key] and count == getattr(whole, key.removeprefix("keep_")):
-            raise ValueError(
-                f"{key} = {keep[key]} of {count} rounds to all of them: give a smaller share, a "
-                "count, or 'all'"
-            )
     sizes = Sizes(counts["keep_layers"], heads, counts["keep_mlp"], whole.width)
     width = counts["keep_width"], "keep_width"
-    return sizes._replace(width=legal_width(config, sizes, *width, exact=exact["keep_width"]))
+    sizes = sizes._replace(width=legal_width(config, sizes, *width, exact=exact["keep_width"]))
+    for name, count in sizes._asdict().items():
+        asked = keep[f"keep_{name}"]
+        if "." in asked and count == getattr(whole, name):
+            raise ValueError(
+                f"keep_{name} = {asked} of {count} rounds to all of them: give a smaller share, a "
+                "count, or 'all'"
+            )
+    return sizes
 
 
 def _count(parameter: str, text: str, whole: int, cuts: int) -> int:

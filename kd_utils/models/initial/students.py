@@ -7,7 +7,7 @@ the same bytes. With student_init "pretrained" it is the source's own folder. In
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -109,6 +109,30 @@ def student_source(
         _make(folder, document, tokenizer, build)
     initial = hub.fingerprint_of(folder.check("config.json")["checksums"])
     return StudentSource(name, revision, fingerprint, short_path(place), "", initial)
+
+
+def require_possible(trials: Sequence[TrialConfig], teacher: str, revision: str = "") -> None:
+    """Refuse initial students that no trial could make, by the configs of their sources alone.
+
+    Args:
+        teacher, revision: what the trials' `student` "teacher" is, or is tuned from.
+
+    Raises:
+        ValueError: sizes that are not possible, with the trial's name.
+    """
+    for trial in trials:
+        of_earlier_round = trial.cuts > 1 and trial.round > 1  # its source is not there yet
+        if trial.student_init in ("pretrained", "layers") or of_earlier_round:
+            continue
+        name = (teacher, revision) if trial.student == "teacher" else (trial.student, "")
+        try:
+            source = loading.load_pretrained("AutoConfig", name[0], ("*.json",), name[1])
+        except (OSError, ValueError):
+            continue  # perhaps not on this machine; the trial says what is missing
+        try:
+            WAYS[trial.student_init].config(source, **trial.initial_settings)
+        except ValueError as error:
+            raise ValueError(f"{trial.trial_name}: {error}") from None
 
 
 def _make(

@@ -188,13 +188,56 @@ def test_a_chain_is_compared_with_every_kind_of_its_size():
         contrasts.with_a_chain(Students.of(taught, others), students)
 
 
+def test_several_draws_of_a_seed_are_one_trial():
+    """Five draws for each of two seeds know no more of seeds than two trials do."""
+    records = [
+        record(seed, 2, **CUT, importance="random", student_seed=draw)
+        for seed in range(2)
+        for draw in range(5)
+    ]
+    answered = predictions(records, [0.5] * 5 + [0.7] * 5)
+    [row] = retained.retained(Students.of(records, answered)).to_dict("records")
+    assert (row["n"], row["seeds"]) == (10, 2)
+    assert row["accuracy_high"] - row["accuracy_low"] > 0.5  # t of one degree of freedom
+
+
+def test_logits_alone_are_compared_with_those_beside_answers():
+    records = [
+        record(seed, 2, **CUT, alpha=alpha) | {"swept": {"alpha": alpha}}
+        for alpha in (0.0, 1.0)
+        for seed in range(5)
+    ]
+    for number, made in enumerate(records):
+        made["config"]["trial"] = f"trial-{number}"
+    table = contrasts.contrasts(Students.of(records, predictions(records, [0.6] * 5 + [0.9] * 5)))
+    [row] = table.to_dict("records")
+    assert row["question"] == "Do logits alone do as well?" and row["outcome"] == "worse"
+    assert row["method"] == "pruned minitron + black_box alpha=0" and row["setting"] == ""
+
+
+def test_shapes_of_one_size_are_compared():
+    keep = {"student_init": "pruned", "student": "teacher"}
+    shapes = {"keep_layers": "3"}, {"keep_mlp": "64"}, {"keep_mlp": "32"}
+    records = [
+        record(seed, ratio, **keep, **shape)
+        for shape, ratio in zip(shapes, (2, 2.02, 4), strict=True)
+        for seed in range(5)
+    ]
+    students = Students.of(records, predictions(records, [0.9] * 5 + [0.6] * 5 + [0.2] * 5))
+    [row] = contrasts.contrasts(students).to_dict("records")
+    assert row["question"] == contrasts.SHAPES and row["shape"] == "layers=3, mlp=64"
+    assert row["method"].endswith("layers=3") and row["outcome"] == "better"
+
+
 def test_an_assistant_of_each_seed_is_one_kind_of_teacher():
     records = [
-        record(seed, 2, **CUT) | {"swept": {"more_teachers": f"chain-{seed}=0.5"}}
-        for seed in range(3)
+        record(seed, 2, **CUT)
+        | {"swept": {"more_teachers": f"chain-{seed}=0.5", "student": f"run/black_box_seed{seed}"}}
+        for seed in (0, 1, 11)
     ]
     table = Students.of(records, predictions(records, [0.5] * 3)).table
-    assert table["setting"].unique().tolist() == ["more_teachers=chain-SEED=0.5"]
+    wanted = "more_teachers=chain-SEED=0.5, student=run/black_box_seedSEED"
+    assert table["setting"].unique().tolist() == [wanted]
 
 
 def test_one_seed_tests_nothing():

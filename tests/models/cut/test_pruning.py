@@ -269,7 +269,12 @@ def test_a_tied_output_layer_counts_in_the_basis_with_its_own_gain(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keep, share", [({"keep_heads": "0.9"}, "0.9 of 4"), ({"keep_mlp": "0.999"}, "0.999 of 48")]
+    "keep, share",
+    [
+        ({"keep_heads": "0.9"}, "0.9 of 4"),
+        ({"keep_mlp": "0.999"}, "0.999 of 48"),
+        ({"keep_width": "0.95"}, "0.95 of 32"),  # 30, which four heads do not divide
+    ],
 )
 def test_a_share_that_cuts_nothing_is_refused(keep, share):
     with pytest.raises(ValueError, match=f"{share} rounds to all of them: give a smaller share"):
@@ -312,9 +317,13 @@ def test_several_cuts_of_one_ratio_end_at_the_sizes_that_are_asked_for():
 
 
 def test_a_size_on_the_way_is_one_that_is_possible():
+    """2.8 heads are none of whole groups: they go in the first cut."""
     keep = ALL | {"keep_heads": "2", "keep_width": "8"}
-    assert sizes.kept_sizes(tiny_of_family("llama").config, 2, **keep)[1::2] == (4, 16)
-    keep = ALL | {"keep_width": "6"}  # which the last cut refuses, beside four heads
-    assert sizes.kept_sizes(tiny_of_family("llama").config, 2, **keep).width == 16
-    with pytest.raises(ValueError, match="keep_width = 6: .*set it to 8"):
-        sizes.kept_sizes(tiny_of_family("llama").config, **keep)
+    assert sizes.kept_sizes(tiny_of_family("llama").config, 2, **keep)[1::2] == (2, 16)
+
+
+@pytest.mark.parametrize("cuts", [1, 2, 3])
+@pytest.mark.parametrize("keep", [{"keep_width": "6"}, {"keep_heads": "3"}])
+def test_what_the_last_cut_could_not_have_is_refused_by_the_first(cuts, keep):
+    with pytest.raises(ValueError, match="keep_(width|heads) = .*set it to (8|4)"):
+        sizes.kept_sizes(tiny_of_family("llama").config, cuts, **(ALL | keep))

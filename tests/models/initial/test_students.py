@@ -17,7 +17,7 @@ from kd_utils.models.importance import calibration, choosing
 from kd_utils.models.importance.calibration import Calibration
 from kd_utils.models.importance.scores import scores
 from kd_utils.models.initial import ways
-from kd_utils.models.initial.students import student_source
+from kd_utils.models.initial.students import require_possible, student_source
 from kd_utils.models.loading import load_causal_lm, model_fingerprint, save_model
 
 #: Of a cache of another teacher.
@@ -49,6 +49,29 @@ def project(tmp_path):
 
 def listed(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_no_trial_could_make_is_refused_from_the_config_alone(project):
+    def asked(**parameters):
+        return notebook_config("03_train_student", {"student": "teacher"} | parameters)
+
+    possible = [
+        asked(),
+        asked(student_init="pruned", keep_heads=2),
+        asked(student_init="svd", student_width=16),
+        asked(student_init="pruned", keep_heads=3, student="of/another-machine"),
+        asked(student_init="pruned", keep_heads=3, rounds=2, round=2),  # the first one says it
+    ]
+    require_possible(possible, str(project.large))
+    for bad in (
+        asked(student_init="pruned", keep_heads=3),
+        asked(student_init="random", keep_heads=3),
+        asked(student_init="pruned", keep_heads=3, rounds=2),
+    ):
+        with pytest.raises(ValueError, match="^black_box_seed0: keep_heads = 3: .* set it to 4"):
+            require_possible([*possible, bad], str(project.large))
+    with pytest.raises(ValueError, match="student_width = 17: .*set it to 1"):
+        require_possible([asked(student_init="svd", student_width=17)], str(project.large))
 
 
 def test_a_pretrained_student_is_its_own_folder_and_nothing_is_copied(project):
