@@ -52,7 +52,7 @@ def retained(students: Students) -> pd.DataFrame:
     Returns:
         `KIND`, n (trials), seeds, ratio, `SIZES` (means over trials), teacher (its accuracy);
         accuracy, raw and above_chance, each with NAME_low and NAME_high (95 %; NaN for one seed);
-        fractions; band (text) and verdict, of the raw ratio. Smaller ratios first.
+        fractions; band (text) and verdict, of the raw ratio; commit. Smaller ratios first.
     """
     rows = []
     for names, group in students.table.groupby(KIND, sort=False):
@@ -67,6 +67,7 @@ def retained(students: Students) -> pd.DataFrame:
         band = band_of(row["ratio"])
         row["band"] = "" if band is None else f"{100 * band[0]:.0f} to {100 * band[1]:.0f}"
         row["verdict"] = verdict(row["raw_low"], row["raw_high"], band)
+        row["commit"] = " ".join(group["commit"].unique())
         rows.append(row)
     return pd.DataFrame(rows).sort_values("ratio", kind="stable", ignore_index=True)
 

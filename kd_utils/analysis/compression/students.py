@@ -43,8 +43,8 @@ class Students(NamedTuple):
     """All done trials of one run whose students are final: not those of an earlier round.
 
     Attributes:
-        table: a row a trial: trial, `KIND`, seed, draw (the `student_seed`), `SIZES`, and ratio:
-            the teacher's non-embedding parameters over the student's.
+        table: a row a trial: trial, `KIND`, seed, draw (the `student_seed`), commit (of the code),
+            `SIZES`, and ratio: the teacher's non-embedding parameters over the student's.
         correct: (trials, N) 1.0 where the student answered the row right.
         teacher: (N,) the same of the teacher.
         tasks: (N,) the rows' tasks.
@@ -160,6 +160,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
         "setting": setting_text(swept),
         "seed": config["seed"],
         "draw": config.get("student_seed", 0),
+        "commit": record.get("git_commit", ""),
         **{key: sizes["student"][key] for key in SIZES},
         "ratio": sizes["teacher"]["non_embedding"] / sizes["student"]["non_embedding"],
     }
