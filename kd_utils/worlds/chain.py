@@ -14,6 +14,7 @@ from typing import Any
 
 import pandas as pd
 
+from kd_utils.analysis.rest import HELD_OUT
 from kd_utils.config.parameter_files import CHAIN, WORLDS, load_parameters, notebook_config
 from kd_utils.config.project_paths import CODE_ROOT, short_path
 from kd_utils.config.stages import PREPARE, SWEPT, TRAIN
@@ -120,11 +121,21 @@ class ChainSweep(WorldsSweep):
         """The links have other teachers; notebook 04 of each says what its trials show."""
 
     def outcome(self, results: pd.DataFrame) -> Iterator[str]:
-        """How many trials of each link are done, and where the records are."""
+        """How many trials of each link are done, where the records are, and how the last students
+        answer the held-out rows, by which one chooses between chains.
+        """
         for link, sweep in self.sweeps.items():
             of_link = results[results["world"] == link]
             done = int((of_link["status"] == "done").sum())
             yield f"{link}: {done} of {len(of_link)} trials are done, in {sweep.place}"
+        last = results[results["world"].map(self._is_last) & (results["status"] == "done")]
+        for method, of_method in last.groupby("config/distill_type", sort=False):
+            found = 100 * of_method[HELD_OUT]
+            spread = f" ± {found.std():.1f}" if len(found) > 1 else ""
+            yield (
+                f"{self.name}, {method}: held-out accuracy {found.mean():.1f}{spread}; choose "
+                "between chains by this, never by validation rows"
+            )
 
 
 def kind_of_sweep(parameters: dict[str, Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """Chains of teachers: each seed's student is taught by its own assistant, and what makes it stale."""
 
+import re
 from contextlib import nullcontext
 
 import pandas as pd
@@ -168,6 +169,8 @@ def test_a_student_is_taught_by_the_assistant_of_its_seed(files, tmp_path, monke
 
     ran, made = run()
     assert ran == ["black_box_seed3"] * 2
+    *_, chosen_by = made.outcome(pd.read_csv(tmp_path / "run" / "results_summary.csv"))
+    assert re.match(r"end, black_box: held-out accuracy \d+\.\d; choose", chosen_by)
     last = read_record(tmp_path / "run" / "link-end-seed-3" / "trials" / "black_box_seed3")
     helper = notebook_config("03_train_student", made.sweeps["helper"].trials[0].parameters)
     assert last["teacher"]["name"].endswith(str(helper.student_folder).lstrip("/").split("/")[-1])
