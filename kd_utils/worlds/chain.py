@@ -189,9 +189,9 @@ def _require_same_rows(
     own: dict[str, Any], name: str, values: dict[str, Any], earlier: str
 ) -> None:
     """A teacher must not have learned from rows on which its student is measured."""
-    mine, others = (notebook_config(PREPARE, parameters) for parameters in (own, values))
+    last_data, data = (notebook_config(PREPARE, parameters) for parameters in (own, values))
     for key in ROWS:
-        if (found := getattr(others, key)) != (wanted := getattr(mine, key)):
+        if (found := getattr(data, key)) != (wanted := getattr(last_data, key)):
             raise ValueError(
                 f"{CHAIN} names {earlier}, whose {key} is {found!r}, and that of {name} is "
                 f"{wanted!r}: all links need the same rows"

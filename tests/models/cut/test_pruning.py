@@ -83,7 +83,9 @@ def test_what_is_dropped_could_as_well_be_zero(family):
             gone = [n for n in range(4 * 8) if n // 8 not in heads]
             layer.self_attn.o_proj.weight[:, gone] = 0
             layer.mlp.down_proj.weight[:, [n for n in range(48) if n not in neurons]] = 0
-    assert relative_difference(logits(made), logits(zeroed)) < 4e-6
+    # In float64: in float32 the order of a sum alone moved one of the logits by 1.3e-5 on one CPU.
+    found, expected = logits(made.double()), logits(zeroed.double())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert made.config.num_attention_heads == 2 and made.config.head_dim == 8
 
 
